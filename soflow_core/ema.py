@@ -1,0 +1,156 @@
+"""Averages of the parameters over training: exponential, and of a power of the step (EDM2, arXiv 2312.02696,
+section 3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """average <- decay average + (1 - decay) parameters, from the initial parameters on."""
+
+    decay: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"an EMA decay of {self.decay} is not in 0 to below 1")
+
+    @property
+    def name(self) -> str:
+        return f"{self.decay:g}" if float(f"{self.decay:g}") == self.decay else repr(self.decay)
+
+    def keep(self, step: int) -> float:
+        """Share of the old average that stays at the step-th update, counted from 1."""
+        del step
+        return self.decay
+
+
+@dataclass(frozen=True)
+class Power:
+    """Weights proportional to the gamma-th power of the step; sigma_rel is their width relative to the length
+    of training.
+    """
+
+    sigma_rel: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_rel < 0.28:
+            raise ValueError(f"a power-function EMA width of {self.sigma_rel} is not above 0 and below 0.28")
+
+    @property
+    def name(self) -> str:
+        return f"power-{self.sigma_rel:g}"
+
+    @property
+    def gamma(self) -> float:
+        """Solves sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (EDM2, Eq. 126), which falls in
+        gamma above 0.
+        """
+        low, high = 0.0, 1.0
+        while _relative_width(high) > self.sigma_rel:
+            high *= 2
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if _relative_width(middle) > self.sigma_rel else (low, middle)
+        return (low + high) / 2
+
+    def keep(self, step: int) -> float:
+        """beta(k) = (1 - 1/k)^(gamma + 1) (EDM2, Eq. 127): the first update takes the parameters as they
+        are.
+        """
+        return float((1 - 1 / step) ** (self.gamma + 1))
+
+
+def _relative_width(gamma: float) -> float:
+    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+
+
+class EMA:
+    """Several averages of one set of named parameters, in float32."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        decays: Sequence[float] = (),
+        power_widths: Sequence[float] = (),
+    ) -> None:
+        self.kinds: list[Exponential | Power] = [Exponential(d) for d in decays]
+        self.kinds += [Power(w) for w in power_widths]
+        self.averages: dict[str, dict[str, Tensor]] = {
+            kind.name: {name: p.detach().float().clone() for name, p in parameters.items()}
+            for kind in self.kinds
+        }
+        if len(self.averages) != len(self.kinds):
+            raise ValueError("the same EMA was asked for twice; give each decay once")
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[Tensor], step: int) -> None:
+        """Takes the parameters after the step-th step (counted from 1), in the order they were first
+        given.
+        """
+        now = [p.detach().float() for p in parameters]
+        for kind in self.kinds:
+            torch._foreach_lerp_(list(self.averages[kind.name].values()), now, 1 - kind.keep(step))
+
+    def average(self, name: str | None = None) -> dict[str, Tensor]:
+        """The average of this name, by default the first."""
+        if name is None:
+            name = next(iter(self.averages), None)
+        if name is None or name not in self.averages:
+            raise KeyError(f"there is no EMA {name}; there are: {', '.join(self.averages) or 'none'}")
+        return self.averages[name]
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Average name -> parameter name -> tensor."""
+        return self.averages
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Takes the averages of a state that has the same ones."""
+        if set(state) != set(self.averages):
+            raise ValueError(
+                f"the state has the EMAs {sorted(state)} and this training keeps {sorted(self.averages)};"
+                " resume with the decays it was started with"
+            )
+        for name, average in self.averages.items():
+            for key, tensor in average.items():
+                tensor.copy_(state[name][key])
+
+
+def posthoc_weights(snapshots: Sequence[tuple[int, float]], target: tuple[int, float]) -> Tensor:
+    """(N stored (step, sigma_rel)), one wanted (step, sigma_rel) -> (N,) float64: what to multiply the
+    snapshots with.
+
+    The least-squares fit of the wanted power-function profile by the stored ones (EDM2, Algorithm 3).
+    """
+    stored = [(float(step), Power(width).gamma) for step, width in snapshots]
+    wanted = (float(target[0]), Power(target[1]).gamma)
+    gram = torch.tensor([[_profile_product(a, b) for b in stored] for a in stored], dtype=torch.float64)
+    right = torch.tensor([_profile_product(a, wanted) for a in stored], dtype=torch.float64)
+    return torch.linalg.lstsq(gram, right[:, None], driver="gelsd").solution[:, 0]
+
+
+def _profile_product(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """Integral of p_a p_b, with p(u) = (gamma + 1) u^gamma / t^(gamma + 1) on 0 < u < t (EDM2, Eq. 151),
+    scaled by t_a.
+    """
+    (t_a, gamma_a), (t_b, gamma_b) = a, b
+    first = min(t_a, t_b)
+    share = (first / t_a) ** gamma_a * (first / t_b) ** gamma_b * first / (t_a * t_b)
+    return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * share
+
+
+def combine(snapshots: Sequence[Mapping[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:
+    """N sets of parameters, (N,) -> their weighted sum, in float64 on the way."""
+    return {
+        name: sum(
+            (w * s[name].double() for w, s in zip(weights, snapshots, strict=True)), torch.zeros(())
+        ).float()
+        for name in snapshots[0]
+    }

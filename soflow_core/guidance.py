@@ -1,0 +1,93 @@
+"""Classifier-free guidance inside the training target: guided velocity, its decay near t = 1, dropped
+labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from soflow_core.networks.dit import NULL_LABEL
+from soflow_core.rows import per_row
+
+DECAY_RATE = 0.025
+"""kappa_d of the guidance decay (SoFlow's official code)."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Guidance of SoFlow's target. A scale of 1 turns all of it off: labels are then neither dropped nor
+    mixed.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    scale: float = 3.0
+    """w: 1 is no guidance."""
+    mix: float = 0.25
+    """m: share of the guided sample velocity in the target; the rest is the network's own velocity."""
+    drop: float = 0.1
+    """Probability that a sample's label is replaced by the null label."""
+    decay_from: float = 0.8
+    """tau: the time above which guidance decays to nothing at t = 1; 1 never decays."""
+
+    def __post_init__(self) -> None:
+        if self.scale < 1:
+            raise ValueError(f"guidance.scale is {self.scale}; give 1 for no guidance or more for guidance")
+        if not 0 < self.mix <= 1:
+            raise ValueError(
+                f"guidance.mix is {self.mix}; it must be above 0 and at most 1 (1 mixes nothing in)"
+            )
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"guidance.drop is {self.drop}; a probability from 0 to below 1 is needed")
+        if not 0 < self.decay_from <= 1:
+            raise ValueError(
+                f"guidance.decay_from is {self.decay_from}; a time above 0 and at most 1 is needed"
+            )
+
+    @property
+    def active(self) -> bool:
+        """Whether the target is guided."""
+        return self.scale > 1
+
+    def strength(self, t: Tensor) -> Tensor:
+        """(B,) -> (B,): d(t) (w - 1)."""
+        return decay(t, self.decay_from) * (self.scale - 1)
+
+
+def decay(t: Tensor, decay_from: float, rate: float = DECAY_RATE) -> Tensor:
+    """(B,) -> (B,): d(t) = 1 up to tau, then 1 - exp(-kappa z / (1 - z)) with z = (1 - t) / (1 - tau), which
+    ends at 0.
+    """
+    if decay_from >= 1:
+        return torch.ones_like(t)
+    z = ((1 - t) / (1 - decay_from)).clamp(0, 1 - 1e-6)
+    return torch.where(t <= decay_from, torch.ones_like(t), -torch.expm1(-rate * z / (1 - z)))
+
+
+def guided_velocity(sample: Tensor, unconditional: Tensor, strength: Tensor) -> Tensor:
+    """(B, C, H, W) x 2, (B,) -> (B, C, H, W): v_c + d (w - 1) (v_c - v_u)."""
+    return sample + per_row(strength, sample) * (sample - unconditional)
+
+
+def mix_velocity(guided: Tensor, predicted: Tensor, mix: float) -> Tensor:
+    """(B, C, H, W) x 2 -> (B, C, H, W): m v_g + (1 - m) v_p, where v_p carries no gradient."""
+    return mix * guided + (1 - mix) * predicted.detach()
+
+
+def draw_dropped(generator: torch.Generator | None, count: int, probability: float) -> Tensor:
+    """-> (count,) bool: each label is dropped by itself with this probability."""
+    return torch.rand(count, generator=generator) < probability
+
+
+def drop_labels(labels: Tensor, dropped: Tensor) -> Tensor:
+    """(B,) int64, (B,) bool -> (B,) int64 with the null label where dropped."""
+    return torch.where(dropped, torch.full_like(labels, NULL_LABEL), labels)
+
+
+def null_labels(count: int, device: torch.device) -> Tensor:
+    """-> (count,) int64, all null."""
+    return torch.full((count,), NULL_LABEL, dtype=torch.int64, device=device)

@@ -1,0 +1,6 @@
+"""Networks F(x, t, s, labels)."""
+
+from soflow_core.networks.dit import NULL_LABEL, DiT, DiTConfig
+from soflow_core.networks.sizes import SIZES, dit_config
+
+__all__ = ["NULL_LABEL", "SIZES", "DiT", "DiTConfig", "dit_config"]

@@ -1,0 +1,240 @@
+"""DiT with two times (arXiv 2212.09748, adaLN-Zero), on timm's PatchEmbed, Attention and Mlp.
+
+The condition of a block is t_embedding(t) + s_embedding(t - s) + label_embedding(y). Parameters have the
+names of the official SoFlow checkpoints without their `network.` prefix.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from timm.layers import Mlp, PatchEmbed
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+NULL_LABEL = -1
+"""Stands for "no label" in a tensor of labels; the network looks it up in the last row of its table, index
+`classes`.
+"""
+
+FREQUENCIES = 256
+"""Width of the sinusoidal time embedding."""
+
+MAX_PERIOD = 10_000.0
+"""Longest period of the sinusoids of times and positions."""
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """A DiT's architecture."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    channels: int
+    height: int
+    width: int
+    patch: int
+    """Side of a square patch, in pixels of the input."""
+    hidden: int
+    """Width of a token."""
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    classes: int | None = None
+    """Number of classes; None is an unconditional network."""
+    null_label: bool = False
+    """Whether the label table has a row, index `classes`, for a dropped label."""
+
+    def __post_init__(self) -> None:
+        if self.height % self.patch or self.width % self.patch:
+            raise ValueError(
+                f"an input of {self.height} x {self.width} is not divisible by a patch of {self.patch};"
+                " choose a patch that divides both sides"
+            )
+        if self.hidden % self.heads:
+            raise ValueError(
+                f"a width of {self.hidden} does not split over {self.heads} heads; choose a divisor"
+            )
+        if self.hidden % 4:
+            raise ValueError(f"a width of {self.hidden} has no 2-D sin-cos positions; choose a multiple of 4")
+        if self.null_label and self.classes is None:
+            raise ValueError("null_label needs classes; give their number or set null_label to false")
+
+
+class TimeEmbedder(nn.Module):
+    """Sinusoids of a time in [0, 1], as it is, then two linear layers: (B,) -> (B, hidden)."""
+
+    frequencies: Tensor
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        half = FREQUENCIES // 2
+        exponents = torch.arange(half, dtype=torch.float32) / half
+        self.register_buffer("frequencies", torch.exp(-math.log(MAX_PERIOD) * exponents), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t.float()[:, None] * self.frequencies
+        embedded: Tensor = self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=1))
+        return embedded
+
+
+class LabelEmbedder(nn.Module):
+    """A table of classes, with a last row for the null label where there is one: (B,) int64 -> (B,
+    hidden).
+    """
+
+    def __init__(self, classes: int, null_label: bool, hidden: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.null_label = null_label
+        self.embedding_table = nn.Embedding(classes + int(null_label), hidden)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        rows: Tensor = self.embedding_table(torch.where(labels == NULL_LABEL, self.classes, labels))
+        return rows
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(B, N, D), (B, D), (B, D) -> (B, N, D): x (1 + scale) + shift."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Block(nn.Module):
+    """Attention and MLP, each modulated and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, hidden: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden, num_heads=heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden, int(hidden * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 6 * hidden))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(B, N, D), (B, D) -> (B, N, D)."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
+        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    """Tokens to patches of pixels: (B, N, D), (B, D) -> (B, N, patch * patch * channels)."""
+
+    def __init__(self, hidden: int, patch: int, channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden, patch * patch * channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+        pixels: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        return pixels
+
+
+class DiT(nn.Module):
+    """F(x, t, s, labels): (B, C, H, W), (B,), (B,), (B,) int64 or None -> (B, C, H, W).
+
+    Labels of None mean the null label for every row. Times enter raw, in [0, 1]. `checkpoint_blocks`
+    recomputes each block in the backward pass, for less memory.
+    """
+
+    def __init__(self, config: DiTConfig, checkpoint_blocks: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_blocks = checkpoint_blocks
+        side = (config.height, config.width)
+        self.x_embedder = PatchEmbed(side, config.patch, config.channels, config.hidden)
+        self.t_embedder = TimeEmbedder(config.hidden)
+        self.s_embedder = TimeEmbedder(config.hidden)
+        self.y_embedder = (
+            None
+            if config.classes is None
+            else LabelEmbedder(config.classes, config.null_label, config.hidden)
+        )
+        positions = sincos_positions(
+            config.hidden, config.height // config.patch, config.width // config.patch
+        )
+        self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(config.hidden, config.heads, config.mlp_ratio) for _ in range(config.depth)
+        )
+        self.final_layer = FinalLayer(config.hidden, config.patch, config.channels)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Xavier linears, N(0, 0.02) label and t embeddings, Xavier s embedding, zero modulation and output:
+        F = 0 at first.
+        """
+
+        def xavier(module: nn.Module) -> None:
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+        self.apply(xavier)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        if self.y_embedder is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.startswith("t_embedder.") and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
+            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
+        tokens = self.x_embedder(x) + self.pos_embed
+        condition = self.condition(t, s, labels)
+        for block in self.blocks:
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, condition, use_reentrant=False)
+            else:
+                tokens = block(tokens, condition)
+        return self.unpatchify(self.final_layer(tokens, condition))
+
+    def condition(self, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        """(B,), (B,), (B,) or None -> (B, hidden), in float32 even under autocast: it costs nothing and q
+        needs it.
+        """
+        with torch.autocast(t.device.type, enabled=False):
+            condition: Tensor = self.t_embedder(t) + self.s_embedder(t - s)
+            if self.y_embedder is None:
+                return condition
+            if labels is None:
+                if not self.y_embedder.null_label:
+                    raise ValueError(
+                        "this network has no null label; give labels, or build it with null_label=True"
+                    )
+                labels = torch.full(t.shape, NULL_LABEL, dtype=torch.int64, device=t.device)
+            return condition + self.y_embedder(labels)
+
+    def unpatchify(self, pixels: Tensor) -> Tensor:
+        """(B, N, patch * patch * channels) -> (B, C, H, W)."""
+        c = self.config
+        rows, columns = c.height // c.patch, c.width // c.patch
+        grid = pixels.reshape(-1, rows, columns, c.patch, c.patch, c.channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.channels, c.height, c.width)
+
+
+def sincos_positions(hidden: int, rows: int, columns: int) -> Tensor:
+    """-> (rows * columns, hidden): fixed positions; the first half of a token tells its column, the second
+    its row.
+    """
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    halves = [_sincos(place.reshape(-1), hidden // 2) for place in (column, row)]
+    return torch.cat(halves, dim=1).float()
+
+
+def _sincos(place: Tensor, width: int) -> Tensor:
+    """(N,) -> (N, width): sines, then cosines, computed in float64."""
+    exponents = torch.arange(width // 2, dtype=torch.float64) / (width / 2)
+    angles = place.double()[:, None] * MAX_PERIOD**-exponents
+    return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)

@@ -1,0 +1,148 @@
+"""What every method is to the rest of the house: settings that draw, lose and sample."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from soflow_core.passes import Network, PassPolicy
+
+DrawsT = TypeVar("DrawsT", bound="Draws")
+
+DEFAULT_POLICY = PassPolicy()
+
+
+@dataclass
+class Batch:
+    """Data of one step: x0 (B, C, H, W) float32, and labels (B,) int64 or None."""
+
+    x0: Tensor
+    labels: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
+        return Batch(self.x0.to(device, non_blocking=True), labels)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All randomness of one step, one row for each sample of the global batch.
+
+    The leading `velocity_rows` rows train the velocity (s = t), the others the method's own condition between
+    t and s. A rank takes every world-th row, so that the rows of all ranks together are those of one worker.
+    """
+
+    noise: Tensor
+    """x1 (B, C, H, W), standard normal."""
+    t: Tensor
+    """(B,)"""
+    s: Tensor
+    """(B,), equal to t in the leading rows."""
+    dropped: Tensor | None
+    """(B,) bool, rows that lose their label; None where no label is dropped."""
+    velocity_rows: int
+
+    def rows(self: DrawsT, rank: int, world: int) -> DrawsT:
+        """Rows rank, rank + world, rank + 2 world, ... of the global batch."""
+        changes: dict[str, Any] = {name: value[rank::world] for name, value in self._tensors().items()}
+        return replace(self, **changes, velocity_rows=len(range(rank, self.velocity_rows, world)))
+
+    def to(self: DrawsT, device: torch.device | str) -> DrawsT:
+        """The same draws on another device."""
+        changes: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in self._tensors().items()}
+        return replace(self, **changes)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+@dataclass
+class Loss:
+    """The scalar to differentiate, and detached scalars to log."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+
+
+class Objective(ABC):
+    """A training method. Its subclasses are frozen dataclasses of settings: the objective is its settings."""
+
+    method: str
+    """The method's name in settings files."""
+
+    uses_jvp: ClassVar[bool] = False
+    """Whether the loss takes a forward-mode derivative of the network, which DDP and flash attention do not
+    carry.
+    """
+
+    @property
+    def needs_null_label(self) -> bool:
+        """Whether a conditional network needs a row for the dropped label."""
+        return False
+
+    @abstractmethod
+    def draw(
+        self,
+        generator: torch.Generator | None,
+        batch_size: int,
+        sample_shape: tuple[int, ...],
+        conditional: bool,
+    ) -> Draws:
+        """The randomness of one step of a global batch, on the CPU. Only conditional training drops
+        labels.
+        """
+
+    @abstractmethod
+    def loss(
+        self,
+        network: Network,
+        batch: Batch,
+        draws: Draws,
+        step: int,
+        total_steps: int,
+        policy: PassPolicy = DEFAULT_POLICY,
+    ) -> Loss:
+        """The mean over the rows given, after `step` finished steps of `total_steps`."""
+
+    @abstractmethod
+    def sample(
+        self,
+        network: Network,
+        noise: Tensor,
+        labels: Tensor | None,
+        steps: int,
+        renoise: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Noise (B, C, H, W) -> x0 (B, C, H, W) in `steps` steps, with renoise[i] used between steps i and i
+        + 1.
+        """
+
+
+def draw_noise(generator: torch.Generator | None, batch_size: int, sample_shape: tuple[int, ...]) -> Tensor:
+    """-> (B, C, H, W) standard normal."""
+    return torch.randn(batch_size, *sample_shape, generator=generator)
+
+
+def dropped_rows(draws: Draws) -> Tensor:
+    """(B,) bool: which rows lose their label, of draws that must say so."""
+    if draws.dropped is None:
+        raise ValueError("labels came with draws of unconditional training; draw with conditional=True")
+    return draws.dropped
+
+
+def check_steps(steps: int) -> None:
+    """A sampler takes at least one step."""
+    if steps < 1:
+        raise ValueError(f"{steps} sampling steps were asked for; at least 1 is needed")
+
+
+def full_times(value: float, x: Tensor) -> Tensor:
+    """-> (B,): the same time for every row of x (B, C, H, W)."""
+    return torch.full((len(x),), value, dtype=torch.float32, device=x.device)

@@ -1,0 +1,280 @@
+"""Solution Flow Models (arXiv 2512.15657): one network for the velocity and for the solution f(x_t, t, s) of
+its ODE.
+
+The first `flow_matching_share` of a batch trains the velocity, df/ds at s = t. The rest trains f(x_t, t, s)
+to agree with f(x_l, l, s), where x_l is one Euler step from x_t along the guided velocity of the sample: no
+Jacobian-vector product, and no teacher but the network itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from soflow_core.guidance import (
+    Guidance,
+    draw_dropped,
+    drop_labels,
+    guided_velocity,
+    mix_velocity,
+    null_labels,
+)
+from soflow_core.objectives.base import (
+    DEFAULT_POLICY,
+    Batch,
+    Draws,
+    Loss,
+    Objective,
+    draw_noise,
+    dropped_rows,
+)
+from soflow_core.parameterization import PARAMETERIZATIONS, Coefficients, ParameterizationName
+from soflow_core.passes import Network, Passes, PassPolicy
+from soflow_core.paths import PATHS, PathName
+from soflow_core.rows import choose_rows, per_row, row_mean
+from soflow_core.samplers.solution import sample_with_renoising
+from soflow_core.times import LogitNormal, RatioSchedule, consistency_times, middle_time
+
+
+@dataclass(frozen=True)
+class SoFlowTimes:
+    """Distributions of the three times."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    velocity: LogitNormal = field(default_factory=lambda: LogitNormal(-0.2, 1.0))
+    """t of the Flow Matching branch."""
+    start: LogitNormal = field(default_factory=lambda: LogitNormal(0.2, 0.8))
+    """t of the consistency branch."""
+    end: LogitNormal = field(default_factory=lambda: LogitNormal(-1.0, 0.8))
+    """s of the consistency branch."""
+
+
+@dataclass(frozen=True)
+class BranchLoss:
+    """One branch, each (B,): what is differentiated, the mean squared error behind it, and its detached
+    weight.
+    """
+
+    loss: Tensor
+    mse: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class SoFlow(Objective):
+    """SoFlow's settings; the defaults are the paper's ImageNet 256 recipe."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    method: Literal["soflow"] = "soflow"
+    flow_matching_share: float = 0.75
+    """lambda: share of the batch in the Flow Matching branch."""
+    weight_power: float = 1.0
+    """p of the weight 1 / (mse + eps)^p; 0 is the plain squared error."""
+    weight_eps: float = 0.01
+    """eps of that weight."""
+    path: PathName = "linear"
+    parameterization: ParameterizationName = "euler"
+    times: SoFlowTimes = field(default_factory=SoFlowTimes)
+    guidance: Guidance = field(default_factory=Guidance)
+    schedule: RatioSchedule = field(default_factory=RatioSchedule)
+    """The middle-time ratio r(k, K)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.flow_matching_share <= 1:
+            raise ValueError(
+                f"flow_matching_share is {self.flow_matching_share}; a share from 0 to 1 is needed"
+            )
+        if self.weight_power < 0:
+            raise ValueError(
+                f"weight_power is {self.weight_power}; give 0 for the plain squared error, or more"
+            )
+        if self.weight_eps <= 0:
+            raise ValueError(
+                f"weight_eps is {self.weight_eps}; it must be above 0, or a loss of 0 has no weight"
+            )
+
+    @property
+    def needs_null_label(self) -> bool:
+        return self.guidance.active
+
+    def coefficients(self, t: Tensor, s: Tensor) -> Coefficients:
+        """a(t, s) and b(t, s) of f = a x + b F."""
+        return PARAMETERIZATIONS[self.parameterization](t, s)
+
+    def solution(self, network: Network, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        """f(x, t, s): (B, C, H, W), (B,), (B,), (B,) -> (B, C, H, W)."""
+        return self.coefficients(t, s).solution(x, network(x, t, s, labels))
+
+    def velocity(self, network: Network, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """v(x, t): (B, C, H, W), (B,), (B,) -> (B, C, H, W)."""
+        return self.coefficients(t, t).velocity(x, network(x, t, t, labels))
+
+    def draw(
+        self,
+        generator: torch.Generator | None,
+        batch_size: int,
+        sample_shape: tuple[int, ...],
+        conditional: bool,
+    ) -> Draws:
+        velocity_rows = int(self.flow_matching_share * batch_size)
+        noise = draw_noise(generator, batch_size, sample_shape)
+        velocity_time = self.times.velocity.sample(generator, batch_size)
+        start = self.times.start.sample(generator, batch_size)
+        end = self.times.end.sample(generator, batch_size)
+        t, s = consistency_times(start, end)
+        in_velocity_branch = torch.arange(batch_size) < velocity_rows
+        dropped = draw_dropped(generator, batch_size, self.guidance.drop)
+        return Draws(
+            noise=noise,
+            t=torch.where(in_velocity_branch, velocity_time, t),
+            s=torch.where(in_velocity_branch, velocity_time, s),
+            dropped=dropped if conditional and self.guidance.active else None,
+            velocity_rows=velocity_rows,
+        )
+
+    def loss(
+        self,
+        network: Network,
+        batch: Batch,
+        draws: Draws,
+        step: int,
+        total_steps: int,
+        policy: PassPolicy = DEFAULT_POLICY,
+    ) -> Loss:
+        passes = Passes(network, policy)
+        first = draws.velocity_rows
+        t, s, labels = draws.t, draws.s, batch.labels
+        path = PATHS[self.path](t)
+        x_t = path.state(batch.x0, draws.noise)
+        target = path.velocity(batch.x0, draws.noise)
+        mixed_rows = None
+        if labels is not None and self.guidance.active:
+            dropped = dropped_rows(draws)
+            target = self._guide(passes, x_t, target, labels, draws, dropped)
+            labels = drop_labels(labels, dropped)
+            mixed_rows = ~dropped[:first]
+        prediction = self._predict(passes, x_t, t, s, labels, first)
+
+        velocity = self._velocity_branch(
+            prediction[:first], x_t[:first], t[:first], target[:first], mixed_rows
+        )
+        ratio = self.schedule.ratio(step, total_steps)
+        consistency = self._consistency_branch(
+            passes,
+            prediction[first:],
+            x_t[first:],
+            (t[first:], s[first:]),
+            target[first:],
+            None if labels is None else labels[first:],
+            ratio,
+        )
+        terms = {"middle_ratio": torch.tensor(ratio, device=t.device)}
+        for name, branch in (("velocity", velocity), ("consistency", consistency)):
+            if len(branch.loss):
+                terms[f"{name}_loss"] = branch.loss.detach().mean()
+                terms[f"{name}_mse"] = branch.mse.mean()
+                terms[f"{name}_weight"] = branch.weight.mean()
+        # The two branches share the batch as their rows do: L = L_v B_v / B + L_c (B - B_v) / B.
+        return Loss(torch.cat([velocity.loss, consistency.loss]).mean(), terms)
+
+    def sample(
+        self,
+        network: Network,
+        noise: Tensor,
+        labels: Tensor | None,
+        steps: int,
+        renoise: Sequence[Tensor] = (),
+    ) -> Tensor:
+        def solve(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            return self.solution(network, x, t, s, labels)
+
+        return sample_with_renoising(solve, noise, steps, renoise, PATHS[self.path])
+
+    def _guide(
+        self, passes: Passes, x_t: Tensor, v_c: Tensor, labels: Tensor, draws: Draws, dropped: Tensor
+    ) -> Tensor:
+        """(B, C, H, W): the guided velocity v_g of each row; in the consistency rows with the network's own
+        mixed in.
+
+        One pass without gradient gives v_u for all rows and v_p for the consistency rows. Dropped rows need
+        neither.
+        """
+        first = draws.velocity_rows if self.guidance.mix < 1 else len(x_t)
+        x = torch.cat([x_t, x_t[first:]])
+        t = torch.cat([draws.t, draws.t[first:]])
+        y = torch.cat([null_labels(len(x_t), x.device), labels[first:]])
+        use = ~torch.cat([dropped, dropped[first:]])
+        v = self.coefficients(t, t).velocity(x, passes.used(passes.tolerant, use, x, t, t, y))
+        guided = guided_velocity(v_c, v[: len(x_t)], self.guidance.strength(draws.t))
+        if first < len(x_t):
+            guided = torch.cat(
+                [guided[:first], mix_velocity(guided[first:], v[len(x_t) :], self.guidance.mix)]
+            )
+        return choose_rows(dropped, v_c, guided)
+
+    def _predict(
+        self, passes: Passes, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, first: int
+    ) -> Tensor:
+        """(B, C, H, W): F with gradient, in one pass, or in two where the branches have their own
+        precision.
+        """
+        if first == len(x):
+            return passes.tolerant(x, t, s, labels)
+        if first == 0 or passes.policy.precision != "mixed":
+            return passes.exact(x, t, s, labels)
+        head, tail = (None, None) if labels is None else (labels[:first], labels[first:])
+        velocity = passes.tolerant(x[:first], t[:first], s[:first], head)
+        return torch.cat([velocity, passes.exact(x[first:], t[first:], s[first:], tail)])
+
+    def _velocity_branch(
+        self, prediction: Tensor, x_t: Tensor, t: Tensor, target: Tensor, mixed_rows: Tensor | None
+    ) -> BranchLoss:
+        """Flow Matching: |v_p - v_g|^2, weighted by 1 / (|b_s| (mse + eps)^p).
+
+        In `mixed_rows` (B,) the target is m v_g + (1 - m) sg(v_p): it scales this branch's gradient by m and
+        leaves its minimum.
+        """
+        coefficients = self.coefficients(t, t)
+        v_p = coefficients.velocity(x_t, prediction)
+        if mixed_rows is not None:
+            target = choose_rows(mixed_rows, mix_velocity(target, v_p, self.guidance.mix), target)
+        mse = row_mean((v_p - target).square())
+        weight = self._weight(mse.detach()) / coefficients.db_ds.abs()
+        return BranchLoss(weight * mse, mse.detach(), weight)
+
+    def _consistency_branch(
+        self,
+        passes: Passes,
+        prediction: Tensor,
+        x_t: Tensor,
+        times: tuple[Tensor, Tensor],
+        velocity: Tensor,
+        labels: Tensor | None,
+        ratio: float,
+    ) -> BranchLoss:
+        """sgn(b) <F_t, q> W / D, with q = (f_t - f_l) / (t - l): the gradient of W |f_t - sg f_l|^2 / (2 D
+        |b| (t - l)).
+        """
+        t, s = times
+        l = middle_time(t, s, ratio)  # noqa: E741
+        start, middle = self.coefficients(t, s), self.coefficients(l, s)
+        with torch.no_grad():
+            x_l = x_t + per_row(l - t, x_t) * velocity
+            # Where s = l, b(l, s) = 0 and F_l does not matter.
+            f_l = middle.solution(x_l, passes.used(passes.exact, l > s, x_l, l, s, labels))
+            f_t = start.solution(x_t, prediction)
+            quotient = (f_t - f_l) / per_row(t - l, x_t)
+            mse = row_mean(quotient.square())
+            weight = self._weight(mse)
+        inner = row_mean(prediction * quotient * per_row(weight, quotient))
+        return BranchLoss(torch.sign(start.b) * inner, mse, weight)
+
+    def _weight(self, mse: Tensor) -> Tensor:
+        """(B,) -> (B,): 1 / (mse + eps)^p."""
+        return (mse + self.weight_eps) ** -self.weight_power

@@ -1,0 +1,55 @@
+"""Sampling with a solution function f(x, t, s)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from soflow_core.paths import PathPoint
+
+Solve = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""f(x, t, s): (B, C, H, W), (B,), (B,) -> (B, C, H, W)."""
+
+
+def uniform_times(steps: int) -> list[float]:
+    """1, 1 - 1/N, ..., 0."""
+    if steps < 1:
+        raise ValueError(f"{steps} sampling steps were asked for; at least 1 is needed")
+    return [1 - i / steps for i in range(steps)] + [0.0]
+
+
+def sample_with_renoising(
+    solve: Solve,
+    noise: Tensor,
+    steps: int,
+    renoise: Sequence[Tensor],
+    path: Callable[[Tensor], PathPoint],
+) -> Tensor:
+    """(B, C, H, W) -> (B, C, H, W): jump to x0 = f(x, t, 0), add fresh noise to go back to the next time, and
+    jump again.
+
+    `steps` evaluations; renoise[i] is the noise used after evaluation i.
+    """
+    if len(renoise) < steps - 1:
+        raise ValueError(f"{steps} steps need {steps - 1} noises in renoise; {len(renoise)} were given")
+    times = uniform_times(steps)
+    zero = torch.zeros(len(noise), device=noise.device)
+    x0 = solve(noise, zero + times[0], zero)
+    for time, fresh in zip(times[1:-1], renoise, strict=False):
+        t = zero + time
+        x0 = solve(path(t).state(x0, fresh), t, zero)
+    return x0
+
+
+def sample_by_steps(solve: Solve, noise: Tensor, steps: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, H, W): `steps` jumps f(x, t_i, t_{i+1}) along the same trajectory, with no fresh
+    noise.
+    """
+    zero = torch.zeros(len(noise), device=noise.device)
+    x, times = noise, uniform_times(steps)
+    for start, end in pairwise(times):
+        x = solve(x, zero + start, zero + end)
+    return x

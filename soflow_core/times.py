@@ -1,0 +1,85 @@
+"""Where on the path a step trains: time distributions, the middle time l between s and t, and its
+schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+MINIMAL_GAP = 1e-4
+"""Smallest t, and smallest distance of s and of l from t, in the consistency branch (SoFlow)."""
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """Times in (0, 1) whose logit is normal."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    mean: float = 0.0
+    """Mean of the logit; below 0 favours times near the data."""
+    std: float = 1.0
+    """Standard deviation of the logit."""
+
+    def __post_init__(self) -> None:
+        if self.std < 0:
+            raise ValueError(f"a logit-normal std of {self.std} is negative; give 0 or more")
+
+    def sample(self, generator: torch.Generator | None, count: int) -> Tensor:
+        """-> (count,) float32."""
+        return self.from_normal(torch.randn(count, generator=generator))
+
+    def from_normal(self, normal: Tensor) -> Tensor:
+        """(B,) standard normal -> (B,) times."""
+        return torch.sigmoid(self.mean + self.std * normal)
+
+
+def consistency_times(start: Tensor, end: Tensor, gap: float = MINIMAL_GAP) -> tuple[Tensor, Tensor]:
+    """(B,), (B,) -> t, s with t >= gap and s <= t - gap: a pair drawn the wrong way round is clamped, not
+    swapped.
+    """
+    t = start.clamp(min=gap)
+    return t, torch.minimum(end, t - gap)
+
+
+def middle_time(t: Tensor, s: Tensor, ratio: float, gap: float = MINIMAL_GAP) -> Tensor:
+    """(B,), (B,) -> (B,): l = t + (s - t) r, kept at least `gap` below t."""
+    return torch.minimum(t + (s - t) * ratio, t - gap)
+
+
+@dataclass(frozen=True)
+class RatioSchedule:
+    """r(k, K): the share of the way from t to s at which the middle time l stands, at step k of K."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    kind: Literal["constant", "linear", "cosine", "exponential"] = "exponential"
+    """How r goes from initial to final; `constant` stays at final."""
+    initial: float = 0.1
+    """r at step 0."""
+    final: float = 0.002
+    """r at step K."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("initial", self.initial), ("final", self.final)):
+            if not 0 < value <= 1:
+                raise ValueError(
+                    f"schedule.{name} is {value}; the middle-time ratio must be above 0 and at most 1"
+                )
+
+    def ratio(self, step: int, total_steps: int) -> float:
+        """r after `step` finished steps of `total_steps`."""
+        progress = step / total_steps
+        start, end = self.initial, self.final
+        if self.kind == "constant":
+            return end
+        if self.kind == "linear":
+            return start + (end - start) * progress
+        if self.kind == "cosine":
+            return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+        return float(start * (end / start) ** progress)

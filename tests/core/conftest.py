@@ -1,0 +1,21 @@
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+
+@pytest.fixture(scope="session")
+def reference_settings() -> dict[str, Any]:
+    return json.loads((REFERENCE / "soflow_reference.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def reference_tensors() -> dict[str, torch.Tensor]:
+    return load_file(REFERENCE / "soflow_reference.safetensors")
