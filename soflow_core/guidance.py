@@ -91,3 +91,53 @@ def drop_labels(labels: Tensor, dropped: Tensor) -> Tensor:
 def null_labels(count: int, device: torch.device) -> Tensor:
     """-> (count,) int64, all null."""
     return torch.full((count,), NULL_LABEL, dtype=torch.int64, device=device)
+
+
+@dataclass(frozen=True)
+class VelocityGuidance:
+    """Guidance of MeanFlow's target: v_g = omega v_c + (1 - omega - kappa) v_u + kappa v_p inside a window of
+    times.
+
+    Its effective scale is omega / (1 - kappa). SoFlow's scale w and mix m are omega = m w, kappa = 1 - m.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    omega: float = 1.0
+    kappa: float = 0.0
+    start: float = 0.0
+    """First time of the window."""
+    end: float = 1.0
+    """Last time of the window."""
+    drop: float = 0.1
+    """Probability that a sample's label is replaced by the null label."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.kappa < 1:
+            raise ValueError(f"guidance.kappa is {self.kappa}; it must be from 0 to below 1")
+        if self.omega <= 0:
+            raise ValueError(f"guidance.omega is {self.omega}; it must be above 0")
+        if not 0 <= self.start <= self.end <= 1:
+            raise ValueError(
+                f"the guidance window {self.start} to {self.end} is empty; give 0 <= start <= end <= 1"
+            )
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"guidance.drop is {self.drop}; a probability from 0 to below 1 is needed")
+
+    @property
+    def active(self) -> bool:
+        """Whether the target differs from the sample's velocity."""
+        return self.omega != 1 or self.kappa != 0
+
+    def inside(self, t: Tensor) -> Tensor:
+        """(B,) -> (B,) bool: whether these times are guided."""
+        return (t >= self.start) & (t <= self.end)
+
+    def velocity(self, sample: Tensor, unconditional: Tensor, own: Tensor) -> Tensor:
+        """(B, C, H, W) x 3 -> (B, C, H, W): v_g of v_c, v_u and v_p."""
+        return self.omega * sample + (1 - self.omega - self.kappa) * unconditional + self.kappa * own
+
+
+def guide_prediction(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """(B, C, H, W) x 2 -> (B, C, H, W): v_u + w (v_c - v_u), guidance at sampling, in all channels."""
+    return unconditional + scale * (conditional - unconditional)

@@ -1,4 +1,6 @@
-"""How an objective runs the network: in which precision each pass goes, and which rows it may leave out."""
+"""How an objective runs the network: in which precision each pass goes, which rows it may leave out, and
+who teaches.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Network = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """F(x, t, s, labels): (B, C, H, W), (B,), (B,), (B,) int64 or None -> (B, C, H, W)."""
@@ -28,6 +31,8 @@ class PassPolicy:
 
     precision: Precision = "float32"
     skip_unused: bool = True
+    teacher: Network | None = None
+    """Gives the targets of a method with a teacher; None is the network itself."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +44,18 @@ class Passes:
 
     def tolerant(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """A pass whose rounding stays its own size: guidance and Flow Matching."""
-        return self._run(x, t, s, labels, self.policy.precision != "float32")
+        return self._run(self.network, x, t, s, labels, self.policy.precision != "float32")
 
     def exact(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """A pass that enters a difference quotient, which divides its rounding by r."""
-        return self._run(x, t, s, labels, self.policy.precision == "bfloat16")
+        return self._run(self.network, x, t, s, labels, self.policy.precision == "bfloat16")
 
-    def _run(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, bfloat16: bool) -> Tensor:
-        if not bfloat16:
-            return self.network(x, t, s, labels)
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            return self.network(x, t, s, labels).float()
+    @torch.no_grad()
+    def taught(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        """A pass of the teacher."""
+        return self._run(
+            self.policy.teacher or self.network, x, t, s, labels, self.policy.precision != "float32"
+        )
 
     @torch.no_grad()
     def used(
@@ -65,3 +71,33 @@ class Passes:
         if len(rows):
             result[rows] = run(x[rows], t[rows], s[rows], None if labels is None else labels[rows])
         return result
+
+    @torch.no_grad()
+    def total_derivative(
+        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, velocity: Tensor
+    ) -> Tensor:
+        """-> dF/dt = v . dF/dx + dF/dt, with s held: one Jacobian-vector product along (v, 1, 0), in
+        float32.
+
+        Only the mathematical attention kernel has a forward-mode derivative, so it is chosen here.
+        """
+
+        def at(x: Tensor, t: Tensor) -> Tensor:
+            return self.network(x, t, s, labels)
+
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                tangents: Tensor = torch.func.jvp(at, (x, t), (velocity, torch.ones_like(t)))[1]
+                return tangents
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"an operation of the network lacks the forward-mode derivative this method needs ({error})"
+            ) from error
+
+    def _run(
+        self, network: Network, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, bfloat16: bool
+    ) -> Tensor:
+        if not bfloat16:
+            return network(x, t, s, labels)
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            return network(x, t, s, labels).float()

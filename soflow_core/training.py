@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from soflow_core.ema import EMA, Exponential
 from soflow_core.objectives.base import Batch, Draws, Loss, Objective
-from soflow_core.passes import PassPolicy, Precision
+from soflow_core.passes import Network, PassPolicy, Precision
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,16 @@ class TrainStep:
         self.device = self.parameters[0].device
         if precision == "auto":
             precision = "mixed" if self.device.type == "cuda" else "float32"
-        self.policy = PassPolicy(precision, skip_unused=self.device.type == "cpu" and not compile)
         self.optimizer = optimizer.build(self.parameters)
+        teaches = objective.teacher_decay
+        if teaches is not None and teaches not in ema_decays:
+            ema_decays = (*ema_decays, teaches)
         self.ema = EMA(trained, ema_decays, power_ema_widths)
+        self.policy = PassPolicy(
+            precision,
+            skip_unused=self.device.type == "cpu" and not compile,
+            teacher=None if teaches is None else self._averaged(teaches),
+        )
         if compile:
             self.module.compile(dynamic=False)
 
@@ -150,6 +158,15 @@ class TrainStep:
         name = Exponential(decay).name if isinstance(decay, float) else decay
         state: dict[str, Tensor] = dict(self.module.state_dict())
         return {**state, **self.ema.average(name)}
+
+    def _averaged(self, decay: float) -> Network:
+        """The network with the parameters of an EMA, whatever they are when it is called."""
+        average = self.ema.average(Exponential(decay).name)
+
+        def network(x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+            return cast(Tensor, functional_call(self.module, average, (x, t, s, labels)))
+
+        return network
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a later TrainStep needs to go on as this one would."""

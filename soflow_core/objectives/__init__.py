@@ -1,9 +1,42 @@
 """Training methods, each in its own file."""
 
+from soflow_core.objectives.alphaflow import AlphaFlow, AlphaSchedule
 from soflow_core.objectives.base import Batch, Draws, Loss, Objective
+from soflow_core.objectives.consistency import ContinuousConsistency, EasyConsistency, ImprovedConsistency
+from soflow_core.objectives.diffusion import Diffusion
+from soflow_core.objectives.flow_matching import FlowMatching
+from soflow_core.objectives.meanflow import MeanFlow
+from soflow_core.objectives.shortcut import Shortcut
 from soflow_core.objectives.soflow import SoFlow, SoFlowTimes
 
-OBJECTIVES: dict[str, type[Objective]] = {"soflow": SoFlow}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "soflow": SoFlow,
+    "flow_matching": FlowMatching,
+    "diffusion": Diffusion,
+    "ict": ImprovedConsistency,
+    "ect": EasyConsistency,
+    "scm": ContinuousConsistency,
+    "meanflow": MeanFlow,
+    "alphaflow": AlphaFlow,
+    "shortcut": Shortcut,
+}
 """Method name -> objective."""
 
-__all__ = ["OBJECTIVES", "Batch", "Draws", "Loss", "Objective", "SoFlow", "SoFlowTimes"]
+__all__ = [
+    "OBJECTIVES",
+    "AlphaFlow",
+    "AlphaSchedule",
+    "Batch",
+    "ContinuousConsistency",
+    "Diffusion",
+    "Draws",
+    "EasyConsistency",
+    "FlowMatching",
+    "ImprovedConsistency",
+    "Loss",
+    "MeanFlow",
+    "Objective",
+    "Shortcut",
+    "SoFlow",
+    "SoFlowTimes",
+]

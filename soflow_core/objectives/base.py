@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -77,15 +77,24 @@ class Objective(ABC):
     method: str
     """The method's name in settings files."""
 
-    uses_jvp: ClassVar[bool] = False
-    """Whether the loss takes a forward-mode derivative of the network, which DDP and flash attention do not
-    carry.
-    """
-
     @property
     def needs_null_label(self) -> bool:
         """Whether a conditional network needs a row for the dropped label."""
         return False
+
+    @property
+    def uses_jvp(self) -> bool:
+        """Whether the loss takes a forward-mode derivative of the network, which DDP and flash attention
+        lack.
+        """
+        return False
+
+    @property
+    def teacher_decay(self) -> float | None:
+        """Decay of the EMA whose network gives this method's targets; None where the network teaches
+        itself.
+        """
+        return None
 
     @abstractmethod
     def draw(

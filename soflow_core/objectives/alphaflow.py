@@ -1,0 +1,189 @@
+"""alpha-Flow (arXiv 2510.20771): from trajectory Flow Matching (alpha = 1) to MeanFlow (alpha = 0) over
+training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from soflow_core.guidance import VelocityGuidance, draw_dropped, drop_labels
+from soflow_core.objectives.average_velocity import (
+    Start,
+    branch_means,
+    differential_target,
+    draw_pairs,
+    guided_target,
+    solution,
+)
+from soflow_core.objectives.base import (
+    DEFAULT_POLICY,
+    Batch,
+    Draws,
+    Loss,
+    Objective,
+    draw_noise,
+    dropped_rows,
+)
+from soflow_core.passes import Network, Passes, PassPolicy
+from soflow_core.paths import linear
+from soflow_core.rows import per_row, row_mean
+from soflow_core.samplers.solution import sample_by_steps
+from soflow_core.times import LogitNormal
+
+CLIP = 4.0
+"""Bound of the target's elements (alpha-Flow's official code)."""
+
+
+@dataclass(frozen=True)
+class AlphaSchedule:
+    """alpha over training: a falling sigmoid (alpha-Flow, Algorithm 2), or constant."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    kind: Literal["sigmoid", "constant"] = "sigmoid"
+    start: float = 0.0
+    """Share of training at which the sigmoid starts."""
+    end: float = 1.0
+    """Share of training at which it ends."""
+    steepness: float = 25.0
+    snap: float = 5e-3
+    """alpha nearer than this to 1 or 0 becomes 1 or 0."""
+    value: float = 0.01
+    """alpha of the constant kind."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end:
+            raise ValueError(f"an alpha schedule from {self.start} to {self.end}; give 0 <= start < end")
+        if not 0 <= self.value <= 1:
+            raise ValueError(f"schedule.value is {self.value}; alpha is from 0 to 1")
+
+    @property
+    def reaches_zero(self) -> bool:
+        """Whether alpha becomes 0, where the target needs a Jacobian-vector product."""
+        return self.alpha(1, 1) == 0
+
+    def alpha(self, step: int, total_steps: int) -> float:
+        """alpha after `step` finished steps."""
+        if self.kind == "constant":
+            return self.value
+        centre = (self.start + self.end) / 2
+        slope = self.steepness * (step / total_steps - centre) / (self.end - self.start)
+        alpha = 1 - 1 / (1 + math.exp(-slope))
+        if alpha > 1 - self.snap:
+            return 1.0
+        return 0.0 if alpha < self.snap else alpha
+
+
+@dataclass(frozen=True)
+class AlphaFlow(Objective):
+    """Settings of alpha-Flow; the defaults are those of the paper's B/2, with kappa as in its released
+    configuration.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    method: Literal["alphaflow"] = "alphaflow"
+    flow_matching_share: float = 0.25
+    """Share of the batch with s = t, which is Flow Matching."""
+    weight_eps: float = 1e-3
+    """c of the weight alpha / (mse + c)."""
+    time: LogitNormal = field(default_factory=lambda: LogitNormal(-0.4, 1.0))
+    """Distribution of both times; t is the larger."""
+    guidance: VelocityGuidance = field(default_factory=lambda: VelocityGuidance(omega=1.0, kappa=0.5))
+    schedule: AlphaSchedule = field(default_factory=AlphaSchedule)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.flow_matching_share <= 1:
+            raise ValueError(
+                f"flow_matching_share is {self.flow_matching_share}; a share from 0 to 1 is needed"
+            )
+        if self.weight_eps <= 0:
+            raise ValueError(
+                f"weight_eps is {self.weight_eps}; it must be above 0, or a loss of 0 has no weight"
+            )
+
+    @property
+    def needs_null_label(self) -> bool:
+        return self.guidance.drop > 0 or self.guidance.active
+
+    @property
+    def uses_jvp(self) -> bool:
+        return self.flow_matching_share < 1 and self.schedule.reaches_zero
+
+    def draw(
+        self,
+        generator: torch.Generator | None,
+        batch_size: int,
+        sample_shape: tuple[int, ...],
+        conditional: bool,
+    ) -> Draws:
+        velocity_rows = int(self.flow_matching_share * batch_size)
+        noise = draw_noise(generator, batch_size, sample_shape)
+        t, s = draw_pairs(generator, batch_size, self.time, velocity_rows)
+        # Labels are dropped inside the window only, and dropped rows keep the guided target.
+        dropped = draw_dropped(generator, batch_size, self.guidance.drop) & self.guidance.inside(t)
+        return Draws(noise, t, s, dropped if conditional else None, velocity_rows)
+
+    def loss(
+        self,
+        network: Network,
+        batch: Batch,
+        draws: Draws,
+        step: int,
+        total_steps: int,
+        policy: PassPolicy = DEFAULT_POLICY,
+    ) -> Loss:
+        passes = Passes(network, policy)
+        alpha = self.schedule.alpha(step, total_steps)
+        path = linear(draws.t)
+        labels = None if batch.labels is None else drop_labels(batch.labels, dropped_rows(draws))
+        x_t, v_c = path.state(batch.x0, draws.noise), path.velocity(batch.x0, draws.noise)
+        start = Start(x_t, v_c, draws.t, draws.s, labels, draws.velocity_rows)
+        prediction = passes.exact(x_t, draws.t, draws.s, labels)
+        nowhere = torch.zeros_like(draws.t, dtype=torch.bool)
+        with torch.no_grad():
+            velocity = guided_target(passes, start, self.guidance, nowhere, prediction)
+            if alpha == 0:
+                target = differential_target(passes, start, velocity)
+            else:
+                target = self._discrete_target(passes, start, velocity, alpha)
+        mse = row_mean((prediction - target).square())
+        differential = (torch.arange(len(mse), device=mse.device) < start.first) | (alpha == 0)
+        weight = torch.where(differential, 1.0, alpha) / (mse.detach() + self.weight_eps)
+        terms = {**branch_means(draws, mse), "alpha": torch.tensor(alpha, device=mse.device)}
+        return Loss((weight * mse).mean(), terms)
+
+    def sample(
+        self,
+        network: Network,
+        noise: Tensor,
+        labels: Tensor | None,
+        steps: int,
+        renoise: Sequence[Tensor] = (),
+    ) -> Tensor:
+        del renoise
+
+        def solve(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            return solution(network, x, t, s, labels)
+
+        return sample_by_steps(solve, noise, steps)
+
+    def _discrete_target(self, passes: Passes, start: Start, velocity: Tensor, alpha: float) -> Tensor:
+        """(B, C, H, W): alpha v + (1 - alpha) u(x - dt v, t - dt, s) with dt = alpha (t - s) (alpha-Flow,
+        Def. 1).
+        """
+        first = start.first
+        t, s = start.t[first:], start.s[first:]
+        labels = None if start.labels is None else start.labels[first:]
+        middle = t - alpha * (t - s)
+        v = velocity[first:]
+        x = start.x[first:] + per_row(middle - t, v) * v
+        later = v if alpha == 1 else passes.exact(x, middle, s, labels)
+        target = (alpha * v + (1 - alpha) * later).clamp(-CLIP, CLIP)
+        return torch.cat([velocity[:first], target])

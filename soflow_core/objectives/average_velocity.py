@@ -1,0 +1,109 @@
+"""What MeanFlow and alpha-Flow share: F(x, t, s) is the average velocity between s and t, f = x - (t - s)
+F.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from soflow_core.guidance import VelocityGuidance, null_labels
+from soflow_core.objectives.base import Draws
+from soflow_core.passes import Network, Passes
+from soflow_core.rows import choose_rows, per_row
+from soflow_core.times import LogitNormal
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the rows of a batch stand: x_t and v_c (B, C, H, W), t and s (B,), labels after dropping, and
+    the dropped rows.
+    """
+
+    x: Tensor
+    velocity: Tensor
+    t: Tensor
+    s: Tensor
+    labels: Tensor | None
+    first: int
+    """Number of leading rows with s = t."""
+
+
+def draw_pairs(
+    generator: torch.Generator | None, batch_size: int, distribution: LogitNormal, velocity_rows: int
+) -> tuple[Tensor, Tensor]:
+    """-> t, s (B,): the larger and the smaller of two draws; s = t in the leading rows."""
+    one = distribution.sample(generator, batch_size)
+    other = distribution.sample(generator, batch_size)
+    t = torch.maximum(one, other)
+    s = torch.where(torch.arange(batch_size) < velocity_rows, t, torch.minimum(one, other))
+    return t, s
+
+
+def guidance_pass(
+    passes: Passes, start: Start, guidance: VelocityGuidance, use: Tensor
+) -> tuple[Tensor, Tensor]:
+    """-> v_u (B, C, H, W) of all rows and v_p of the rows after `first`, in one pass without gradient.
+
+    The network's own velocity in the leading rows is the prediction that they are trained on, so it is not
+    made here.
+    """
+    first = start.first if guidance.kappa else len(start.x)
+    assert start.labels is not None
+    x = torch.cat([start.x, start.x[first:]])
+    t = torch.cat([start.t, start.t[first:]])
+    y = torch.cat([null_labels(len(start.x), x.device), start.labels[first:]])
+    velocities = passes.used(passes.tolerant, torch.cat([use, use[first:]]), x, t, t, y)
+    own = velocities[len(start.x) :] if guidance.kappa else torch.zeros_like(start.x[start.first :])
+    return velocities[: len(start.x)], own
+
+
+def guided_target(
+    passes: Passes, start: Start, guidance: VelocityGuidance, keep_sample: Tensor, prediction: Tensor
+) -> Tensor:
+    """-> v_g (B, C, H, W): guided inside the window, v_c outside it and where `keep_sample` (B,) holds.
+
+    `prediction` (B, C, H, W) is F(x, t, s, y), of which the leading rows are the network's own velocity
+    there.
+    """
+    if start.labels is None or not guidance.active:
+        return start.velocity
+    use = guidance.inside(start.t) & ~keep_sample
+    unconditional, own = guidance_pass(passes, start, guidance, use)
+    own = torch.cat([prediction[: start.first].detach(), own])
+    return choose_rows(use, guidance.velocity(start.velocity, unconditional, own), start.velocity)
+
+
+def differential_target(passes: Passes, start: Start, velocity: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, H, W): u_tgt = v - (t - s) du/dt, by a Jacobian-vector product only where s is
+    not t.
+
+    The identity u = v - (t - s) du/dt is MeanFlow's (arXiv 2505.13447, Eq. 6).
+    """
+    first = start.first
+    if first == len(start.x):
+        return velocity
+    t, s = start.t[first:], start.s[first:]
+    labels = None if start.labels is None else start.labels[first:]
+    derivative = passes.total_derivative(start.x[first:], t, s, labels, velocity[first:])
+    gap = per_row((t - s).clamp(0, 1), derivative)
+    return torch.cat([velocity[:first], velocity[first:] - gap * derivative])
+
+
+def solution(network: Network, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+    """f(x, t, s) = x - (t - s) u(x, t, s)."""
+    return x - per_row(t - s, x) * network(x, t, s, labels)
+
+
+def leading_rows(generator: torch.Generator | None, draws_rows: int, probability: float) -> Tensor:
+    """-> (B,) bool: the first n rows, with n binomial: MeanFlow drops the labels of these."""
+    count = int((torch.rand(draws_rows, generator=generator) < probability).sum())
+    return torch.arange(draws_rows) < count
+
+
+def branch_means(draws: Draws, mse: Tensor) -> dict[str, Tensor]:
+    """(B,) -> the detached mean of each branch that has rows, to log."""
+    parts = {"velocity_mse": mse[: draws.velocity_rows], "average_mse": mse[draws.velocity_rows :]}
+    return {name: part.detach().mean() for name, part in parts.items() if len(part)}

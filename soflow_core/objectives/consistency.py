@@ -1,0 +1,263 @@
+"""Consistency models on the linear path: f(x, t) = x - t F(x, t, 0), which is x0 at t = 0 by construction.
+
+Noise levels of the papers are sigma = t / (1 - t), and ln sigma is the logit of t. A pair at two times of the
+same data and noise is one step along the sample's velocity. None of these methods learns a velocity field, so
+none has guidance in training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from soflow_core.objectives.base import DEFAULT_POLICY, Batch, Draws, Loss, Objective, draw_noise
+from soflow_core.passes import Network, Passes, PassPolicy
+from soflow_core.paths import linear
+from soflow_core.rows import per_row, row_mean, row_sum
+from soflow_core.samplers.solution import sample_with_renoising
+from soflow_core.times import LogitNormal
+
+
+def consistency_function(network: Network, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    """f(x, t) = x - t F(x, t, 0): (B, C, H, W), (B,), (B,) -> (B, C, H, W)."""
+    return x - per_row(t, x) * network(x, t, torch.zeros_like(t), labels)
+
+
+class ConsistencyModel(Objective):
+    """What the three have in common: no dropped labels, no velocity rows, and the sampler."""
+
+    time: LogitNormal
+
+    def draw(
+        self,
+        generator: torch.Generator | None,
+        batch_size: int,
+        sample_shape: tuple[int, ...],
+        conditional: bool,
+    ) -> Draws:
+        del conditional
+        noise = draw_noise(generator, batch_size, sample_shape)
+        t = self.draw_time(generator, batch_size)
+        return Draws(noise, t, torch.zeros_like(t), None, velocity_rows=0)
+
+    def draw_time(self, generator: torch.Generator | None, count: int) -> Tensor:
+        """-> (count,)."""
+        return self.time.sample(generator, count)
+
+    def sample(
+        self,
+        network: Network,
+        noise: Tensor,
+        labels: Tensor | None,
+        steps: int,
+        renoise: Sequence[Tensor] = (),
+    ) -> Tensor:
+        def solve(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            del s
+            return consistency_function(network, x, t, labels)
+
+        return sample_with_renoising(solve, noise, steps, renoise, linear)
+
+
+def discrete_loss(
+    passes: Passes, batch: Batch, noise: Tensor, sigmas: tuple[Tensor, Tensor], huber: float
+) -> Loss:
+    """sqrt(|f_t - sg f_l|^2 + c^2) - c over sigma_t - sigma_l, for the same data and noise at two levels (B,)
+    each.
+
+    The pseudo-Huber distance and the weight are iCT's (arXiv 2310.14189, Eqs. 6 and 7).
+    """
+    times = [sigma / (1 + sigma) for sigma in sigmas]
+    points = [linear(t).state(batch.x0, noise) for t in times]
+    f_t = consistency_function(passes.exact, points[0], times[0], batch.labels)
+    with torch.no_grad():
+        f_l = consistency_function(passes.exact, points[1], times[1], batch.labels)
+    difference = f_t - f_l
+    if huber:
+        distance = (row_sum(difference.square()) + huber**2).sqrt() - huber
+    else:
+        distance = torch.linalg.vector_norm(difference.flatten(1), dim=1)
+    loss = (distance / (sigmas[0] - sigmas[1])).mean()
+    return Loss(loss, {"consistency_mse": row_mean(difference.detach().square()).mean()})
+
+
+@dataclass(frozen=True)
+class ImprovedConsistency(ConsistencyModel):
+    """iCT (arXiv 2310.14189): neighbours on a grid of noise levels that doubles in stages, the network as
+    its own teacher.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    method: Literal["ict"] = "ict"
+    time: LogitNormal = field(default_factory=lambda: LogitNormal(-1.1, 2.0))
+    """Distribution of the noise level: mean and std of ln sigma."""
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    """Curvature of the grid (EDM, arXiv 2206.00364, Eq. 5)."""
+    first_levels: int = 10
+    """Intervals of the grid at the start."""
+    last_levels: int = 1280
+    """Intervals of the grid at the end."""
+    huber: float = 0.00054
+    """c of the pseudo-Huber distance, times the square root of the number of elements of a sample."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(
+                f"noise levels {self.sigma_min} to {self.sigma_max}; give 0 < sigma_min < sigma_max"
+            )
+        if not 2 <= self.first_levels <= self.last_levels:
+            raise ValueError(
+                f"levels {self.first_levels} to {self.last_levels}; give 2 <= first_levels <= last_levels"
+            )
+
+    def levels(self, step: int, total_steps: int) -> int:
+        """N(k) = min(s_0 2^floor(k / K'), s_1) + 1, K' = floor(K / (log2(s_1 / s_0) + 1)) (iCT, Eq. 9)."""
+        stage = max(1, int(total_steps / (math.log2(self.last_levels / self.first_levels) + 1)))
+        return min(self.first_levels * 2 ** (step // stage), self.last_levels) + 1
+
+    def grid(self, count: int) -> Tensor:
+        """-> (count,) float32: noise levels from sigma_min up to sigma_max (EDM, Eq. 5)."""
+        share = torch.linspace(0, 1, count, dtype=torch.float64)
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return ((low + share * (high - low)) ** self.rho).float()
+
+    def draw_time(self, generator: torch.Generator | None, count: int) -> Tensor:
+        """-> (count,): logit-normal, cut to the grid's range.
+
+        Rounded down to the grid, it falls on level i as often as iCT's Eq. 10 says, whatever the grid of the
+        step.
+        """
+        uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+        bounds = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64).log()
+        low, high = torch.special.ndtr((bounds - self.time.mean) / self.time.std)
+        return self.time.from_normal(torch.special.ndtri(low + uniform * (high - low))).float()
+
+    def loss(
+        self,
+        network: Network,
+        batch: Batch,
+        draws: Draws,
+        step: int,
+        total_steps: int,
+        policy: PassPolicy = DEFAULT_POLICY,
+    ) -> Loss:
+        grid = self.grid(self.levels(step, total_steps)).to(draws.t.device)
+        sigma = draws.t / (1 - draws.t)
+        upper = torch.searchsorted(grid, sigma, right=True).clamp(1, len(grid) - 1)
+        huber = self.huber * math.sqrt(batch.x0[0].numel())
+        result = discrete_loss(
+            Passes(network, policy), batch, draws.noise, (grid[upper], grid[upper - 1]), huber
+        )
+        result.terms["levels"] = torch.tensor(float(len(grid)), device=draws.t.device)
+        return result
+
+
+@dataclass(frozen=True)
+class EasyConsistency(ConsistencyModel):
+    """ECT (arXiv 2406.14548): the second level moves from 0 towards the first as training goes on."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    method: Literal["ect"] = "ect"
+    time: LogitNormal = field(default_factory=lambda: LogitNormal(-1.1, 2.0))
+    """Distribution of the noise level: mean and std of ln sigma."""
+    quotient: float = 2.0
+    """q: the gap between the levels shrinks q-fold from stage to stage."""
+    stages: int = 8
+    """Stages of equal length over training."""
+    offset: float = 8.0
+    """Factor of the sigmoid that widens the gap at low noise."""
+    huber: float = 0.0
+    """c of the distance sqrt(|d|^2 + c^2) - c; 0 is the plain norm."""
+
+    def __post_init__(self) -> None:
+        if self.quotient <= 1:
+            raise ValueError(f"quotient is {self.quotient}; the gap shrinks by it, so it must be above 1")
+        if self.stages < 1:
+            raise ValueError(f"stages is {self.stages}; at least 1 is needed")
+
+    def second_level(self, sigma: Tensor, step: int, total_steps: int) -> Tensor:
+        """(B,) -> (B,): sigma (1 - q^-(a + 1) (1 + 8 sigmoid(-sigma))), at least 0, in stage a (ECT's
+        official code).
+        """
+        stage = min(step * self.stages // total_steps, self.stages - 1)
+        share = self.quotient ** -(stage + 1) * (1 + self.offset * torch.sigmoid(-sigma))
+        return (sigma * (1 - share)).clamp(min=0)
+
+    def loss(
+        self,
+        network: Network,
+        batch: Batch,
+        draws: Draws,
+        step: int,
+        total_steps: int,
+        policy: PassPolicy = DEFAULT_POLICY,
+    ) -> Loss:
+        sigma = draws.t / (1 - draws.t)
+        second = self.second_level(sigma, step, total_steps)
+        return discrete_loss(Passes(network, policy), batch, draws.noise, (sigma, second), self.huber)
+
+
+@dataclass(frozen=True)
+class ContinuousConsistency(ConsistencyModel):
+    """sCM (arXiv 2410.11081) on the linear path: the limit of equal times, with a normalized tangent.
+
+    Where f is constant along the sample's velocity, v_c - F - t dF/dt is 0. The paper's learned weight of
+    each time is left out.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    method: Literal["scm"] = "scm"
+    time: LogitNormal = field(default_factory=lambda: LogitNormal(-1.0, 1.4))
+    """Distribution of the noise level: mean and std of ln sigma."""
+    warmup_steps: int = 10_000
+    """Steps over which the derivative's part of the tangent grows to its full size; until then Flow
+    Matching leads.
+    """
+    tangent_eps: float = 0.1
+    """c of the normalization g / (rms(g) + c)."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; give 0 or more")
+        if self.tangent_eps <= 0:
+            raise ValueError(f"tangent_eps is {self.tangent_eps}; it must be above 0")
+
+    @property
+    def uses_jvp(self) -> bool:
+        return True
+
+    def loss(
+        self,
+        network: Network,
+        batch: Batch,
+        draws: Draws,
+        step: int,
+        total_steps: int,
+        policy: PassPolicy = DEFAULT_POLICY,
+    ) -> Loss:
+        del total_steps
+        passes = Passes(network, policy)
+        t, zero = draws.t, torch.zeros_like(draws.t)
+        path = linear(t)
+        x_t, v_c = path.state(batch.x0, draws.noise), path.velocity(batch.x0, draws.noise)
+        prediction = passes.tolerant(x_t, t, zero, batch.labels)
+        derivative = passes.total_derivative(x_t, t, zero, batch.labels, v_c)
+        warmup = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        tangent = (v_c - prediction.detach()) - warmup * per_row(t, x_t) * derivative
+        size = row_mean(tangent.square()).sqrt()
+        normalized = tangent / per_row(size + self.tangent_eps, tangent)
+        # The gradient of |F - sg F - g|^2 is that of -2 <F, g>: the value is the tangent's square.
+        mse = row_mean((prediction - prediction.detach() - normalized).square()).mean()
+        return Loss(
+            mse, {"tangent_mse": size.square().mean(), "warmup": torch.tensor(warmup, device=t.device)}
+        )

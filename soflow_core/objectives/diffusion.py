@@ -1,0 +1,116 @@
+"""Denoising diffusion (DDPM, arXiv 2006.11239) with DiT's settings (arXiv 2212.09748) and fixed variances.
+
+The network predicts the noise. Step numbers 0 to 999 enter the time embedding as they are; the second time
+equals the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from soflow_core.guidance import draw_dropped, drop_labels
+from soflow_core.objectives.base import (
+    DEFAULT_POLICY,
+    Batch,
+    Draws,
+    Loss,
+    Objective,
+    draw_noise,
+    dropped_rows,
+)
+from soflow_core.passes import Network, Passes, PassPolicy
+from soflow_core.rows import per_row, row_mean
+from soflow_core.samplers.diffusion import ddim, ddpm, linear_alpha_bar
+from soflow_core.samplers.ode import guided_prediction
+
+
+@dataclass(frozen=True)
+class Diffusion(Objective):
+    """Settings of diffusion; the defaults are DiT's."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    method: Literal["diffusion"] = "diffusion"
+    diffusion_steps: int = 1000
+    """Length of the chain."""
+    beta_first: float = 1e-4
+    """Variance added at the first step."""
+    beta_last: float = 2e-2
+    """Variance added at the last step."""
+    drop: float = 0.1
+    """Probability that a sample's label is replaced by the null label, for guidance at sampling."""
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    sampling_scale: float = 1.0
+    """Guidance scale at sampling; 1 is none."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_first <= self.beta_last < 1:
+            raise ValueError(
+                f"betas from {self.beta_first} to {self.beta_last}; give 0 < beta_first <= beta_last < 1"
+            )
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop is {self.drop}; a probability from 0 to below 1 is needed")
+        if self.sampling_scale != 1 and self.drop == 0:
+            raise ValueError(
+                "sampling_scale needs an unconditional prediction; set drop above 0 or sampling_scale to 1"
+            )
+
+    @property
+    def needs_null_label(self) -> bool:
+        return self.drop > 0
+
+    @property
+    def alpha_bar(self) -> Tensor:
+        """(T,) float64: the share of the data's variance left after each step."""
+        return linear_alpha_bar(self.diffusion_steps, self.beta_first, self.beta_last)
+
+    def draw(
+        self,
+        generator: torch.Generator | None,
+        batch_size: int,
+        sample_shape: tuple[int, ...],
+        conditional: bool,
+    ) -> Draws:
+        noise = draw_noise(generator, batch_size, sample_shape)
+        number = torch.randint(self.diffusion_steps, (batch_size,), generator=generator).float()
+        dropped = draw_dropped(generator, batch_size, self.drop)
+        return Draws(noise, number, number, dropped if conditional else None, velocity_rows=batch_size)
+
+    def loss(
+        self,
+        network: Network,
+        batch: Batch,
+        draws: Draws,
+        step: int,
+        total_steps: int,
+        policy: PassPolicy = DEFAULT_POLICY,
+    ) -> Loss:
+        del step, total_steps
+        alpha_bar = self.alpha_bar.to(draws.t.device)[draws.t.long()]
+        signal, noise = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+        x = per_row(signal, batch.x0) * batch.x0 + per_row(noise, batch.x0) * draws.noise
+        labels = None if batch.labels is None else drop_labels(batch.labels, dropped_rows(draws))
+        prediction = Passes(network, policy).tolerant(x, draws.t, draws.t, labels)
+        # L_simple (DDPM, Eq. 14).
+        mse = row_mean((prediction - draws.noise).square()).mean()
+        return Loss(mse, {"noise_mse": mse.detach()})
+
+    def sample(
+        self,
+        network: Network,
+        noise: Tensor,
+        labels: Tensor | None,
+        steps: int,
+        renoise: Sequence[Tensor] = (),
+    ) -> Tensor:
+        def predict(x: Tensor, number: Tensor) -> Tensor:
+            return guided_prediction(network, x, number, labels, self.sampling_scale)
+
+        if self.sampler == "ddim":
+            return ddim(predict, noise, self.alpha_bar, steps)
+        return ddpm(predict, noise, self.alpha_bar, steps, renoise)

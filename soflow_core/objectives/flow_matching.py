@@ -1,0 +1,106 @@
+"""Flow Matching (arXiv 2210.02747), as SiT trains it (arXiv 2401.08740): the network is the velocity at
+one time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from soflow_core.guidance import draw_dropped, drop_labels
+from soflow_core.objectives.base import (
+    DEFAULT_POLICY,
+    Batch,
+    Draws,
+    Loss,
+    Objective,
+    draw_noise,
+    dropped_rows,
+)
+from soflow_core.passes import Network, Passes, PassPolicy
+from soflow_core.paths import PATHS, PathName
+from soflow_core.rows import row_mean
+from soflow_core.samplers.ode import euler, guided_prediction, heun
+from soflow_core.times import LogitNormal
+
+
+@dataclass(frozen=True)
+class FlowMatching(Objective):
+    """Settings of Flow Matching; the defaults are SiT's."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    method: Literal["flow_matching"] = "flow_matching"
+    path: PathName = "linear"
+    time: LogitNormal | None = None
+    """Distribution of t; None is uniform on (0, 1)."""
+    drop: float = 0.1
+    """Probability that a sample's label is replaced by the null label, for guidance at sampling."""
+    sampler: Literal["euler", "heun"] = "euler"
+    """`heun` makes two evaluations a step."""
+    sampling_scale: float = 1.0
+    """Guidance scale at sampling; 1 is none."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop is {self.drop}; a probability from 0 to below 1 is needed")
+        if self.sampling_scale != 1 and self.drop == 0:
+            raise ValueError(
+                "sampling_scale needs an unconditional prediction; set drop above 0 or sampling_scale to 1"
+            )
+
+    @property
+    def needs_null_label(self) -> bool:
+        return self.drop > 0
+
+    def draw(
+        self,
+        generator: torch.Generator | None,
+        batch_size: int,
+        sample_shape: tuple[int, ...],
+        conditional: bool,
+    ) -> Draws:
+        noise = draw_noise(generator, batch_size, sample_shape)
+        if self.time is None:
+            t = torch.rand(batch_size, generator=generator)
+        else:
+            t = self.time.sample(generator, batch_size)
+        dropped = draw_dropped(generator, batch_size, self.drop)
+        return Draws(noise, t, t, dropped if conditional else None, velocity_rows=batch_size)
+
+    def loss(
+        self,
+        network: Network,
+        batch: Batch,
+        draws: Draws,
+        step: int,
+        total_steps: int,
+        policy: PassPolicy = DEFAULT_POLICY,
+    ) -> Loss:
+        del step, total_steps
+        path = PATHS[self.path](draws.t)
+        x_t = path.state(batch.x0, draws.noise)
+        target = path.velocity(batch.x0, draws.noise)
+        labels = None if batch.labels is None else drop_labels(batch.labels, dropped_rows(draws))
+        prediction = Passes(network, policy).tolerant(x_t, draws.t, draws.t, labels)
+        mse = row_mean((prediction - target).square()).mean()
+        return Loss(mse, {"velocity_mse": mse.detach()})
+
+    def sample(
+        self,
+        network: Network,
+        noise: Tensor,
+        labels: Tensor | None,
+        steps: int,
+        renoise: Sequence[Tensor] = (),
+    ) -> Tensor:
+        del renoise
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            return guided_prediction(network, x, t, labels, self.sampling_scale)
+
+        return (heun if self.sampler == "heun" else euler)(velocity, noise, steps)

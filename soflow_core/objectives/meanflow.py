@@ -1,0 +1,129 @@
+"""MeanFlow (arXiv 2505.13447): the average velocity from its own total derivative, a Jacobian-vector
+product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from soflow_core.guidance import VelocityGuidance, drop_labels
+from soflow_core.objectives.average_velocity import (
+    Start,
+    branch_means,
+    differential_target,
+    draw_pairs,
+    guided_target,
+    leading_rows,
+    solution,
+)
+from soflow_core.objectives.base import (
+    DEFAULT_POLICY,
+    Batch,
+    Draws,
+    Loss,
+    Objective,
+    draw_noise,
+    dropped_rows,
+)
+from soflow_core.passes import Network, Passes, PassPolicy
+from soflow_core.paths import linear
+from soflow_core.rows import row_mean, row_sum
+from soflow_core.samplers.solution import sample_by_steps
+from soflow_core.times import LogitNormal
+
+
+@dataclass(frozen=True)
+class MeanFlow(Objective):
+    """Settings of MeanFlow; the defaults are its ImageNet recipe without guidance."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    method: Literal["meanflow"] = "meanflow"
+    flow_matching_share: float = 0.75
+    """Share of the batch with s = t, which is Flow Matching."""
+    weight_power: float = 1.0
+    """p of the weight 1 / (S + eps)^p, with S the sum of squares over a sample."""
+    weight_eps: float = 0.01
+    """eps of that weight."""
+    time: LogitNormal = field(default_factory=lambda: LogitNormal(-0.4, 1.0))
+    """Distribution of both times; t is the larger."""
+    guidance: VelocityGuidance = field(default_factory=VelocityGuidance)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.flow_matching_share <= 1:
+            raise ValueError(
+                f"flow_matching_share is {self.flow_matching_share}; a share from 0 to 1 is needed"
+            )
+        if self.weight_eps <= 0:
+            raise ValueError(
+                f"weight_eps is {self.weight_eps}; it must be above 0, or a loss of 0 has no weight"
+            )
+
+    @property
+    def needs_null_label(self) -> bool:
+        return self.guidance.drop > 0 or self.guidance.active
+
+    @property
+    def uses_jvp(self) -> bool:
+        return self.flow_matching_share < 1
+
+    def draw(
+        self,
+        generator: torch.Generator | None,
+        batch_size: int,
+        sample_shape: tuple[int, ...],
+        conditional: bool,
+    ) -> Draws:
+        velocity_rows = int(self.flow_matching_share * batch_size)
+        noise = draw_noise(generator, batch_size, sample_shape)
+        t, s = draw_pairs(generator, batch_size, self.time, velocity_rows)
+        dropped = leading_rows(generator, batch_size, self.guidance.drop)
+        return Draws(noise, t, s, dropped if conditional else None, velocity_rows)
+
+    def loss(
+        self,
+        network: Network,
+        batch: Batch,
+        draws: Draws,
+        step: int,
+        total_steps: int,
+        policy: PassPolicy = DEFAULT_POLICY,
+    ) -> Loss:
+        del step, total_steps
+        passes = Passes(network, policy)
+        path = linear(draws.t)
+        labels, dropped = batch.labels, torch.zeros_like(draws.t, dtype=torch.bool)
+        if labels is not None:
+            dropped = dropped_rows(draws)
+            labels = drop_labels(labels, dropped)
+        x_t, v_c = path.state(batch.x0, draws.noise), path.velocity(batch.x0, draws.noise)
+        start = Start(x_t, v_c, draws.t, draws.s, labels, draws.velocity_rows)
+        prediction = passes.tolerant(x_t, draws.t, draws.s, labels)
+        with torch.no_grad():
+            velocity = guided_target(passes, start, self.guidance, dropped, prediction)
+            target = differential_target(passes, start, velocity)
+        squares = (prediction - target).square()
+        total = row_sum(squares)
+        # Adaptive weight (MeanFlow, section 4.3): S / sg(S + eps)^p.
+        loss = (total / (total.detach() + self.weight_eps) ** self.weight_power).mean()
+        return Loss(loss, branch_means(draws, row_mean(squares)))
+
+    def sample(
+        self,
+        network: Network,
+        noise: Tensor,
+        labels: Tensor | None,
+        steps: int,
+        renoise: Sequence[Tensor] = (),
+    ) -> Tensor:
+        del renoise
+
+        def solve(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            return solution(network, x, t, s, labels)
+
+        return sample_by_steps(solve, noise, steps)

@@ -1,0 +1,151 @@
+"""Shortcut models (arXiv 2410.12557): one step of size 2d is trained to be two steps of size d.
+
+F(x, t, t - d) is the velocity of a step of size d. The step size reaches the network as t - s, like every
+other method's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from soflow_core.guidance import draw_dropped, drop_labels, guide_prediction, null_labels
+from soflow_core.objectives.average_velocity import solution
+from soflow_core.objectives.base import (
+    DEFAULT_POLICY,
+    Batch,
+    Draws,
+    Loss,
+    Objective,
+    draw_noise,
+    dropped_rows,
+)
+from soflow_core.passes import Network, Passes, PassPolicy
+from soflow_core.paths import linear
+from soflow_core.rows import choose_rows, per_row, row_mean
+from soflow_core.samplers.solution import sample_by_steps
+
+CLIP = 4.0
+"""Bound of the elements of states between half steps, and of targets (the official code)."""
+
+
+@dataclass(frozen=True)
+class Shortcut(Objective):
+    """Settings of Shortcut models; the defaults are the official code's."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    method: Literal["shortcut"] = "shortcut"
+    base_steps: int = 128
+    """The finest grid; a power of 2."""
+    bootstrap_share: float = 0.125
+    """Share of the batch trained on two half steps; the rest is Flow Matching at the finest step."""
+    teacher_ema: float = 0.999
+    """Decay of the EMA whose network makes the half steps."""
+    drop: float = 0.1
+    """Probability that a Flow Matching sample's label is replaced by the null label."""
+    scale: float = 1.5
+    """Guidance scale inside the target made of the two finest steps; 1 is none."""
+
+    def __post_init__(self) -> None:
+        if self.base_steps < 2 or self.base_steps & (self.base_steps - 1):
+            raise ValueError(f"base_steps is {self.base_steps}; a power of 2, at least 2, is needed")
+        if not 0 <= self.bootstrap_share <= 1:
+            raise ValueError(f"bootstrap_share is {self.bootstrap_share}; a share from 0 to 1 is needed")
+        if self.scale != 1 and self.drop == 0:
+            raise ValueError("scale needs an unconditional prediction; set drop above 0 or scale to 1")
+
+    @property
+    def needs_null_label(self) -> bool:
+        return self.drop > 0
+
+    @property
+    def teacher_decay(self) -> float | None:
+        return self.teacher_ema
+
+    def draw(
+        self,
+        generator: torch.Generator | None,
+        batch_size: int,
+        sample_shape: tuple[int, ...],
+        conditional: bool,
+    ) -> Draws:
+        velocity_rows = batch_size - int(self.bootstrap_share * batch_size)
+        noise = draw_noise(generator, batch_size, sample_shape)
+        row = torch.arange(batch_size)
+        level = (row - velocity_rows) % int(math.log2(self.base_steps))
+        sections = torch.where(row < velocity_rows, self.base_steps, 2**level)
+        uniform = torch.rand(batch_size, generator=generator)
+        t = ((uniform * sections).floor() + 1) / sections
+        dropped = draw_dropped(generator, batch_size, self.drop) & (row < velocity_rows)
+        return Draws(noise, t, t - 1 / sections, dropped if conditional else None, velocity_rows)
+
+    def loss(
+        self,
+        network: Network,
+        batch: Batch,
+        draws: Draws,
+        step: int,
+        total_steps: int,
+        policy: PassPolicy = DEFAULT_POLICY,
+    ) -> Loss:
+        del step, total_steps
+        passes = Passes(network, policy)
+        first = draws.velocity_rows
+        path = linear(draws.t)
+        x_t, v_c = path.state(batch.x0, draws.noise), path.velocity(batch.x0, draws.noise)
+        labels = None if batch.labels is None else drop_labels(batch.labels, dropped_rows(draws))
+        target = v_c
+        if first < len(x_t):
+            rest = None if labels is None else labels[first:]
+            steps = self._two_half_steps(passes, x_t[first:], draws.t[first:], draws.s[first:], rest)
+            target = torch.cat([v_c[:first], steps])
+        prediction = passes.tolerant(x_t, draws.t, draws.s, labels)
+        mse = row_mean((prediction - target).square())
+        parts = {"velocity_mse": mse[:first], "bootstrap_mse": mse[first:]}
+        return Loss(mse.mean(), {k: v.detach().mean() for k, v in parts.items() if len(v)})
+
+    def sample(
+        self,
+        network: Network,
+        noise: Tensor,
+        labels: Tensor | None,
+        steps: int,
+        renoise: Sequence[Tensor] = (),
+    ) -> Tensor:
+        del renoise
+        if self.base_steps % steps:
+            raise ValueError(
+                f"{steps} steps are not on the grid of {self.base_steps}; give a power of 2 up to it"
+            )
+
+        def solve(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            return solution(network, x, t, s, labels)
+
+        return sample_by_steps(solve, noise, steps)
+
+    def _two_half_steps(
+        self, passes: Passes, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None
+    ) -> Tensor:
+        """(B, C, H, W): the mean velocity of two half steps of the teacher (Shortcut, Eq. 5)."""
+        middle = (t + s) / 2
+        finest = t - middle < 1.5 / self.base_steps
+        one = self._teach(passes, x, t, middle, labels, finest)
+        between = (x - per_row(t - middle, x) * one).clamp(-CLIP, CLIP)
+        two = self._teach(passes, between, middle, s, labels, finest)
+        return ((one + two) / 2).clamp(-CLIP, CLIP)
+
+    def _teach(
+        self, passes: Passes, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, guided: Tensor
+    ) -> Tensor:
+        """The teacher's velocity, guided in the rows of the finest steps."""
+        velocity = passes.taught(x, t, s, labels)
+        if labels is None or self.scale == 1:
+            return velocity
+        unconditional = passes.used(passes.taught, guided, x, t, s, null_labels(len(x), x.device))
+        return choose_rows(guided, guide_prediction(velocity, unconditional, self.scale), velocity)

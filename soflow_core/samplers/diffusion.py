@@ -1,0 +1,70 @@
+"""Ancestral (DDPM, arXiv 2006.11239) and implicit (DDIM, arXiv 2010.02502) sampling with a noise
+prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+PredictNoise = Callable[[Tensor, Tensor], Tensor]
+"""eps(x, n): (B, C, H, W), (B,) step numbers as float32 -> (B, C, H, W)."""
+
+
+def linear_alpha_bar(steps: int, beta_first: float, beta_last: float) -> Tensor:
+    """-> (T,) float64: the product of 1 - beta up to each step, with beta linear (DDPM, section 4)."""
+    betas = torch.linspace(beta_first, beta_last, steps, dtype=torch.float64)
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def respaced(total: int, steps: int) -> list[int]:
+    """Evenly spaced step numbers from total - 1 down to 0; one step is total - 1 alone."""
+    if not 1 <= steps <= total:
+        raise ValueError(f"{steps} sampling steps of a diffusion of {total}; give 1 to {total}")
+    if steps == 1:
+        return [total - 1]
+    return [round(i * (total - 1) / (steps - 1)) for i in reversed(range(steps))]
+
+
+def predicted_data(x: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
+    """(B, C, H, W) x 2 -> (B, C, H, W): x0 = (x - sqrt(1 - abar) eps) / sqrt(abar) (DDPM, Eq. 15)."""
+    return (x - (1 - alpha_bar) ** 0.5 * noise) / alpha_bar**0.5
+
+
+def ddim(predict: PredictNoise, noise: Tensor, alpha_bar: Tensor, steps: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, H, W): x' = sqrt(abar') x0 + sqrt(1 - abar') eps (DDIM, Eq. 12 with sigma =
+    0).
+    """
+    x, numbers = noise, respaced(len(alpha_bar), steps)
+    for now, following in zip(numbers, [*numbers[1:], None], strict=True):
+        eps = predict(x, torch.full((len(x),), float(now), device=x.device))
+        x0 = predicted_data(x, eps, float(alpha_bar[now]))
+        after = 1.0 if following is None else float(alpha_bar[following])
+        x = after**0.5 * x0 + (1 - after) ** 0.5 * eps
+    return x
+
+
+def ddpm(
+    predict: PredictNoise, noise: Tensor, alpha_bar: Tensor, steps: int, renoise: Sequence[Tensor]
+) -> Tensor:
+    """(B, C, H, W) -> (B, C, H, W): draws from the posterior q(x' | x, x0) of the respaced chain (DDPM, Eqs.
+    6 and 7).
+
+    renoise[i] is the noise added after step i; nothing is added after the last.
+    """
+    if len(renoise) < steps - 1:
+        raise ValueError(f"{steps} steps need {steps - 1} noises in renoise; {len(renoise)} were given")
+    x, numbers = noise, respaced(len(alpha_bar), steps)
+    for i, now in enumerate(numbers):
+        eps = predict(x, torch.full((len(x),), float(now), device=x.device))
+        here = float(alpha_bar[now])
+        x0 = predicted_data(x, eps, here)
+        if i == steps - 1:
+            return x0
+        after = float(alpha_bar[numbers[i + 1]])
+        beta = 1 - here / after
+        mean = after**0.5 * beta / (1 - here) * x0 + (1 - beta) ** 0.5 * (1 - after) / (1 - here) * x
+        x = mean + ((1 - after) / (1 - here) * beta) ** 0.5 * renoise[i]
+    return x
