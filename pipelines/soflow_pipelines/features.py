@@ -1,0 +1,128 @@
+"""Networks that describe an image by a vector, to compare sets of images by."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.nn import functional
+
+from soflow_pipelines.datasets import LabelledImages, load_digits
+from soflow_pipelines.images import to_unit_range
+from soflow_pipelines.writers import write_file
+
+DIGITS_VERSION = "digits-cnn-1"
+HELD_OUT_EVERY = 5
+EPOCHS = 12
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a network says of a batch."""
+
+    features: Tensor  # (B, D) float32
+    logits: Tensor | None  # (B, K) where the network classifies
+
+
+class FeatureNetwork(Protocol):
+    """uint8 images (B, C, H, W) -> Features. Distances are comparable where `id` is the same."""
+
+    id: str
+    dim: int
+
+    def __call__(self, images: Tensor) -> Features: ...
+
+
+class DigitsClassifier(nn.Module):
+    """A small convolutional classifier of 8 x 8 digits; its features are the layer before the logits."""
+
+    dim = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.id = DIGITS_VERSION
+        self.trunk = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 16, self.dim),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(self.dim, 10)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        if images.shape[1:] != (1, 8, 8):
+            raise ValueError(f"the digits classifier takes (B, 1, 8, 8), not {tuple(images.shape)}")
+        features = self.trunk(to_unit_range(images))
+        return Features(features, self.head(features))
+
+
+def held_out(data: LabelledImages) -> tuple[Tensor, Tensor]:
+    """The images (N, 1, 8, 8) and labels (N,) that the digits classifier never saw: every fifth."""
+    return torch.from_numpy(data.images[::HELD_OUT_EVERY]), torch.from_numpy(data.labels[::HELD_OUT_EVERY])
+
+
+def digits_classifier(cache_dir: Path) -> DigitsClassifier:
+    """The classifier trained on the real digits: from the cache, or trained now (seconds) and kept there.
+
+    The file is complete or absent, so processes may ask for it at the same time. The id ends in a digest
+    of the weights, for another machine's rounding may train slightly different ones.
+    """
+    path = Path(cache_dir) / f"{DIGITS_VERSION}.safetensors"
+    if not path.exists():
+        write_file(path, save(train_digits_classifier(seed=0).state_dict()))
+    weights = path.read_bytes()
+    with torch.random.fork_rng(devices=[]):
+        network = DigitsClassifier()
+    network.load_state_dict(load(weights))
+    network.id = f"{DIGITS_VERSION}-{hashlib.sha256(weights).hexdigest()[:8]}"
+    return network.eval().requires_grad_(False)
+
+
+def train_digits_classifier(seed: int) -> DigitsClassifier:
+    """Trains on four fifths of the digits, on one thread, leaving torch's global generator as it was."""
+    data = load_digits()
+    kept = torch.arange(len(data.labels)) % HELD_OUT_EVERY != 0
+    images = torch.from_numpy(data.images)[kept]
+    labels = torch.from_numpy(data.labels)[kept]
+    with _one_thread(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        network = DigitsClassifier()
+        optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
+        steps = EPOCHS * -(-len(labels) // 64)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+        for _ in range(EPOCHS):
+            for rows in torch.randperm(len(labels)).split(64):
+                optimizer.zero_grad(set_to_none=True)
+                functional.cross_entropy(_logits(network, images[rows]), labels[rows]).backward()
+                optimizer.step()
+                schedule.step()
+    return network
+
+
+def _logits(network: DigitsClassifier, images: Tensor) -> Tensor:
+    return network.head(network.trunk(to_unit_range(images)))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # The order of a reduction, and with it the last bits of the weights, depends on the number of threads.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

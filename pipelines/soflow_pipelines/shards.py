@@ -1,0 +1,356 @@
+"""Shard sets: WebDataset tar files, an index of offsets, a manifest and `dataset.json`.
+
+A set is a folder or URI that holds
+
+    shard-000000.tar ...   <key>.npy and <key>.cls, readable by any WebDataset reader, byte-deterministic
+    index.parquet          a row for each sample: shard, key, label, offset and bytes of the .npy, its CRC-32
+    manifest.parquet       a row for each shard: name, samples, bytes, SHA-256, label counts
+    dataset.json           what it holds; written last, so that a set is complete or absent
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import secrets
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from soflow_pipelines.dataset_info import INFO_NAME, DataMismatch, DatasetInfo, ShardError
+from soflow_pipelines.datasets import load_digits
+from soflow_pipelines.storage import Storage, StorageError, open_storage
+
+__all__ = ["DataMismatch", "DatasetInfo", "ShardError"]
+
+MANIFEST_NAME = "manifest.parquet"
+INDEX_NAME = "index.parquet"
+SHARD_BYTES = 256 * 2**20
+UNLABELLED = -1
+BLOCK = 512
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("key", pa.string()),
+        ("label", pa.int32()),
+        ("offset", pa.int64()),
+        ("bytes", pa.int32()),
+        ("crc32", pa.uint32()),
+    ]
+)
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("samples", pa.int64()),
+        ("bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("label_counts", pa.map_(pa.int32(), pa.int64())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample to store: uint8 pixels (C, H, W), or posterior mean and std (2C, H, W) of latents."""
+
+    key: str
+    array: NDArray[Any]
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A row of the manifest, with the shard's rows of the index."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    label_counts: dict[int, int] = field(default_factory=dict)
+    index: pa.Table | None = None
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def npy_header(dtype: str, shape: Sequence[int]) -> bytes:
+    """What stands before the data in an .npy file of version 1.0; every sample of a set has the same."""
+    return npy_bytes(np.empty(tuple(shape), dtype))[: -int(np.prod(shape)) * np.dtype(dtype).itemsize]
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+class ShardWriter:
+    """Writes one tar file: USTAR, every time and owner zero, so that equal samples make equal bytes."""
+
+    def __init__(self, file: BinaryIO, number: int, info: DatasetInfo) -> None:
+        self._file = file
+        self._number = number
+        self._info = info
+        self._sha = hashlib.sha256()
+        self._rows: list[tuple[int, str, int, int, int, int]] = []
+        self._bytes = 0
+        self._keys: set[str] = set()
+
+    def add(self, sample: Sample) -> None:
+        """ValueError where the sample is not what `dataset.json` says, or its key was there before."""
+        self._check(sample)
+        content = npy_bytes(sample.array)
+        offset = self._member(f"{sample.key}.npy", content)
+        label = UNLABELLED
+        if sample.label is not None:
+            label = int(sample.label)
+            self._member(f"{sample.key}.cls", str(label).encode())
+        self._rows.append((self._number, sample.key, label, offset, len(content), zlib.crc32(content)))
+
+    def _check(self, sample: Sample) -> None:
+        info = self._info
+        name = f"sample {sample.key!r}"
+        if not sample.key or "." in sample.key or "/" in sample.key:
+            raise ValueError(f"{name}: a key has no dot and no slash, for readers split names there")
+        if sample.key in self._keys:
+            raise ValueError(f"{name} comes twice")
+        if sample.array.shape != info.stored_shape or sample.array.dtype != np.dtype(info.dtype):
+            raise ValueError(
+                f"{name} is {sample.array.dtype} {sample.array.shape}, "
+                f"the set holds {info.dtype} {info.stored_shape}"
+            )
+        if (sample.label is None) != (info.classes is None):
+            raise ValueError(f"{name} has label {sample.label}, the set has classes {info.classes}")
+        if sample.label is not None and info.classes and not 0 <= sample.label < info.classes:
+            raise ValueError(f"{name} has label {sample.label}, the set has classes 0 to {info.classes - 1}")
+        self._keys.add(sample.key)
+
+    def _member(self, name: str, content: bytes) -> int:
+        header = tarfile.TarInfo(name)
+        header.size, header.mode, header.mtime = len(content), 0o644, 0
+        self._write(header.tobuf(tarfile.USTAR_FORMAT))
+        offset = self._bytes
+        self._write(content + bytes(-len(content) % BLOCK))
+        return offset
+
+    def _write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._sha.update(content)
+        self._bytes += len(content)
+
+    def finish(self) -> ShardRecord:
+        self._write(bytes(2 * BLOCK))
+        index = pa.table(
+            [pa.array(column) for column in zip(*self._rows, strict=True)], names=INDEX_SCHEMA.names
+        )
+        labels = Counter(row[2] for row in self._rows if row[2] != UNLABELLED)
+        return ShardRecord(
+            name=shard_name(self._number),
+            samples=len(self._rows),
+            bytes=self._bytes,
+            sha256=self._sha.hexdigest(),
+            label_counts=dict(sorted(labels.items())),
+            index=index.cast(INDEX_SCHEMA),
+        )
+
+
+def write_shard(path: Path, number: int, samples: Iterable[Sample], info: DatasetInfo) -> ShardRecord:
+    """Writes one shard to a local path, which is complete or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with aside.open("wb") as file:
+            writer = ShardWriter(file, number, info)
+            for sample in samples:
+                writer.add(sample)
+            record = writer.finish()
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return record
+
+
+def samples_per_shard(info: DatasetInfo, samples: int, shard_bytes: int = SHARD_BYTES) -> int:
+    """As many as fill `shard_bytes`; a small set is cut into eight, so that work on it can be spread."""
+    stored = int(np.prod(info.stored_shape)) * np.dtype(info.dtype).itemsize + 128
+    member = BLOCK + -(-stored // BLOCK) * BLOCK + (2 * BLOCK if info.classes is not None else 0)
+    return max(1, min(shard_bytes // member, -(-samples // 8)))
+
+
+def write_shards(
+    samples: Iterable[Sample],
+    out: str | Path,
+    info: DatasetInfo,
+    per_shard: int | None = None,
+    total: int | None = None,
+) -> DatasetInfo:
+    """Writes a whole set in the order given and returns its `dataset.json`.
+
+    `per_shard` defaults to what fills 256 MB; with the `total` known, a small set is cut into eight shards.
+    """
+    storage = open_storage(out)
+    if storage.size(INFO_NAME) is not None:
+        raise ShardError(f"{storage.uri} already holds a shard set; write to another place or remove it.")
+    if per_shard is None:
+        per_shard = samples_per_shard(info, total if total is not None else 2**62)
+    remaining = iter(samples)
+    records: list[ShardRecord] = []
+    with staging_folder(storage) as staging:
+        while chunk := list(islice(remaining, per_shard)):
+            local = staging / shard_name(len(records))
+            record = write_shard(local, len(records), chunk, info)
+            storage.publish(record.name, local)
+            records.append(record)
+    return publish_set(storage, info, records)
+
+
+class staging_folder:
+    """A folder for files that are not finished: beside local targets, so that a rename publishes them."""
+
+    def __init__(self, storage: Storage) -> None:
+        folder = getattr(storage, "folder", None)
+        parent = Path(folder) if folder is not None else Path(tempfile.gettempdir())
+        self._path = parent / f".staging-{secrets.token_hex(4)}"
+
+    def __enter__(self) -> Path:
+        self._path.mkdir(parents=True)
+        return self._path
+
+    def __exit__(self, *error: object) -> None:
+        shutil.rmtree(self._path, ignore_errors=True)
+
+
+def publish_set(storage: Storage, info: DatasetInfo, records: Sequence[ShardRecord]) -> DatasetInfo:
+    """Writes index, manifest and, last, `dataset.json` for shards that are already there."""
+    if not records or not sum(record.samples for record in records):
+        raise ShardError(f"no samples to write to {storage.uri}")
+    index = pa.concat_tables([record.index for record in records if record.index is not None])
+    manifest = pa.Table.from_pylist(
+        [
+            {
+                "shard": record.name,
+                "samples": record.samples,
+                "bytes": record.bytes,
+                "sha256": record.sha256,
+                "label_counts": list(record.label_counts.items()),
+            }
+            for record in records
+        ],
+        schema=MANIFEST_SCHEMA,
+    )
+    storage.write(INDEX_NAME, _parquet_bytes(index))
+    storage.write(MANIFEST_NAME, _parquet_bytes(manifest))
+    finished = replace(
+        info,
+        samples=sum(record.samples for record in records),
+        shards=len(records),
+        bytes=sum(record.bytes for record in records),
+        digest=content_digest(info, [record.sha256 for record in records]),
+    )
+    storage.write(INFO_NAME, finished.to_json().encode())
+    return finished
+
+
+def content_digest(info: DatasetInfo, checksums: Sequence[str]) -> str:
+    """Of what training sees: the shards' bytes and how they are read; not of where they came from."""
+    meaning = [info.kind, info.shape, info.dtype, info.classes, info.scaling, info.shift]
+    return "sha256:" + hashlib.sha256(json.dumps([meaning, list(checksums)]).encode()).hexdigest()
+
+
+def _parquet_bytes(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def read_info(uri: str | Path) -> DatasetInfo:
+    """ShardError where there is no shard set, or its `dataset.json` cannot be understood."""
+    storage = open_storage(uri)
+    if storage.size(INFO_NAME) is None:
+        raise ShardError(f"{storage.uri} holds no shard set: there is no {INFO_NAME}.")
+    try:
+        return DatasetInfo.from_json(storage.read(INFO_NAME).decode())
+    except (ValueError, TypeError) as error:
+        raise ShardError(f"{storage.uri}/{INFO_NAME} cannot be understood: {error}") from error
+
+
+def read_manifest(uri: str | Path) -> list[ShardRecord]:
+    """The shards in order, without their index."""
+    return [
+        ShardRecord(row["shard"], row["samples"], row["bytes"], row["sha256"], dict(row["label_counts"]))
+        for row in read_table(open_storage(uri), MANIFEST_NAME, MANIFEST_SCHEMA).to_pylist()
+    ]
+
+
+def read_index(uri: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A row for each sample, in the order of the shards."""
+    return read_table(open_storage(uri), INDEX_NAME, INDEX_SCHEMA, columns)
+
+
+def read_table(
+    storage: Storage, name: str, schema: pa.Schema, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """ShardError where the table is absent, damaged or another one."""
+    wanted = list(columns) if columns is not None else schema.names
+    try:
+        table = pq.read_table(io.BytesIO(storage.read(name)), columns=wanted)
+    except (StorageError, pa.ArrowException, OSError) as error:
+        raise ShardError(f"{storage.uri}/{name} cannot be read: {error}") from error
+    if table.schema.names != wanted:
+        raise ShardError(f"{storage.uri}/{name} has the columns {table.schema.names}, not {wanted}.")
+    return table
+
+
+def digits_samples() -> Iterator[Sample]:
+    """The handwritten digits, in scikit-learn's order, which mixes the classes."""
+    data = load_digits()
+    for number, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
+        yield Sample(f"{number:08d}", image, int(label))
+
+
+def ensure_builtin(name: str, folder: str | Path) -> Path:
+    """The folder, holding the built-in data set as shards: written now where it is not there yet.
+
+    Complete or absent: it is written aside and renamed, so two processes may ask at the same time.
+    """
+    if name != "digits":
+        raise ValueError(f"there is no built-in data set {name!r}; there is 'digits'")
+    folder = Path(folder)
+    if (folder / INFO_NAME).is_file():
+        return folder
+    data = load_digits()
+    info = DatasetInfo(
+        kind="pixels",
+        shape=data.images.shape[1:],
+        dtype="uint8",
+        classes=len(data.class_names),
+        class_names=data.class_names,
+        resolution=data.images.shape[-1],
+        source="digits",
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
+    try:
+        write_shards(digits_samples(), aside, info, total=len(data.labels))
+        aside.rename(folder)
+    except OSError as error:
+        if not (folder / INFO_NAME).is_file():
+            raise StorageError(f"{folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder

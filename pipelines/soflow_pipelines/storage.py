@@ -1,0 +1,103 @@
+"""Where a shard set lies: a folder, read and written by name."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+
+class StorageError(Exception):
+    """A place that cannot be read or written. The text names it and says what is wrong."""
+
+
+class Storage(Protocol):
+    """A folder of files. A file is complete or absent; names may hold `/`."""
+
+    uri: str
+
+    def read(self, name: str) -> bytes: ...
+
+    def open(self, name: str, start: int = 0) -> BinaryIO: ...
+
+    def size(self, name: str) -> int | None:
+        """Bytes of the file, None where there is none."""
+
+    def names(self) -> list[str]:
+        """The names of all files, sorted."""
+
+    def write(self, name: str, content: bytes) -> None: ...
+
+    def publish(self, name: str, local: Path) -> None:
+        """Moves a finished local file here under this name."""
+
+    def remove(self, name: str) -> None: ...
+
+
+class LocalFolder:
+    """A folder of this machine, or of a file system mounted on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self.uri = str(folder)
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def read(self, name: str) -> bytes:
+        with self.open(name) as file:
+            return file.read()
+
+    def open(self, name: str, start: int = 0) -> BinaryIO:
+        try:
+            file = self.path(name).open("rb")
+        except OSError as error:
+            raise StorageError(f"{self.path(name)} cannot be read: {error.strerror}") from error
+        file.seek(start)
+        return file
+
+    def size(self, name: str) -> int | None:
+        path = self.path(name)
+        return path.stat().st_size if path.is_file() else None
+
+    def names(self) -> list[str]:
+        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+
+    def write(self, name: str, content: bytes) -> None:
+        aside = self._aside(name)
+        try:
+            aside.write_bytes(content)
+            os.replace(aside, self.path(name))
+        except OSError as error:
+            raise StorageError(f"{self.path(name)} cannot be written: {error.strerror}") from error
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def publish(self, name: str, local: Path) -> None:
+        aside = self._aside(name)
+        try:
+            # A rename within one file system; across two the copy is made aside.
+            shutil.move(local, aside)
+            os.replace(aside, self.path(name))
+        except OSError as error:
+            raise StorageError(f"{self.path(name)} cannot be written: {error.strerror}") from error
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _aside(self, name: str) -> Path:
+        path = self.path(name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{path.parent} cannot be made: {error.strerror}") from error
+        return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+
+    def remove(self, name: str) -> None:
+        self.path(name).unlink(missing_ok=True)
+
+
+def open_storage(uri: str | Path) -> Storage:
+    """The storage behind a folder or a URI."""
+    return LocalFolder(Path(uri))
