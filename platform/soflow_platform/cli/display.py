@@ -1,0 +1,149 @@
+"""What a running sweep looks like in a terminal: a table of trials while it runs, then the result."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from soflow_platform.cluster import Cluster
+from soflow_platform.config.experiment import Experiment
+from soflow_platform.config.trials import Trial
+from soflow_platform.progress import TrialProgress
+from soflow_platform.storage import Storage
+from soflow_platform.sweep import Display, TrialOutcome
+from soflow_platform.sweep_record import SweepRecord
+
+REFRESH_SECONDS = 0.5
+
+
+class SweepDisplay(Display):
+    """A live table where there is a terminal; a line for each evaluation where there is none."""
+
+    def __init__(self, console: Console, experiment: Experiment, trials: list[Trial]) -> None:
+        self.console, self.experiment, self.trials = console, experiment, trials
+        self._told: dict[str, dict[str, float]] = {}
+        self._started = time.monotonic()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def say(self, text: str) -> None:
+        self.console.print(f"[dim]{time.monotonic() - self._started:5.0f} s[/dim]  {text}", highlight=False)
+
+    def start(self, record: SweepRecord, cluster: Cluster, board: Any) -> None:
+        going_on = "going on with" if record.attempts > 1 else "running"
+        self.say(
+            f"{going_on} sweep {record.id} on {cluster.cpus:g} CPU, {cluster.gpus:g} GPU, {cluster.nodes} node(s)"
+        )
+        self.say("see it live: soflowctl ui")
+        self._thread = threading.Thread(target=self._watch, args=(board,), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self, board: Any) -> None:
+        if not self.console.is_terminal:
+            while not self._stopped.wait(REFRESH_SECONDS):
+                self._print_news(self._snapshot(board))
+            self._print_news(self._snapshot(board))
+            return
+        with Live(console=self.console, refresh_per_second=2, transient=False) as live:
+            while not self._stopped.wait(REFRESH_SECONDS):
+                live.update(self.table(self._snapshot(board)))
+            live.update(self.table(self._snapshot(board)))
+
+    def _snapshot(self, board: Any) -> dict[str, TrialProgress]:
+        import ray
+
+        try:
+            progress: dict[str, TrialProgress] = ray.get(board.snapshot.remote(), timeout=5)
+        except (ray.exceptions.RayError, TimeoutError):
+            # The table keeps what it last showed; the sweep itself reports its own failures.
+            return {}
+        return progress
+
+    def table(self, progress: dict[str, TrialProgress]) -> Table:
+        """One row for each trial: state, progress, speed, loss, and the latest score."""
+        metric, steps = self.experiment.search.metric, self.experiment.training.steps
+        table = Table(
+            "trial", "state", "progress", "step", "images/s", "loss", metric, box=None, pad_edge=False
+        )
+        for trial in self.trials:
+            now = progress.get(trial.name, TrialProgress())
+            score = now.metrics.get(metric)
+            state = (
+                "failed"
+                if now.failure
+                else "finished"
+                if now.step >= steps and score is not None
+                else now.state
+            )
+            table.add_row(
+                trial.name,
+                state,
+                ProgressBar(total=steps, completed=now.step, width=20),
+                f"{now.step:,}/{steps:,}",
+                f"{now.images_per_second:,.0f}" if now.images_per_second else "-",
+                f"{now.loss:.3f}" if now.loss is not None else "-",
+                f"{score:.4g}" if score is not None else "-",
+            )
+        return table
+
+    def _print_news(self, progress: dict[str, TrialProgress]) -> None:
+        for name, now in progress.items():
+            if now.metrics and self._told.get(name) != now.metrics:
+                self._told[name] = now.metrics
+                scores = ", ".join(f"{key} {value:.4g}" for key, value in now.metrics.items())
+                self.say(f"{name} step {now.step:,}: {scores}")
+
+
+def show_result(
+    console: Console, record: SweepRecord, storage: Storage, outcomes: list[TrialOutcome] | None = None
+) -> None:
+    """The best trial, its numbers, its grid, where to look, and what to type next."""
+    for outcome in outcomes or []:
+        if outcome.state != "finished":
+            reason = f": {outcome.failure}" if outcome.failure else ""
+            console.print(f"{outcome.name} {outcome.state} at step {outcome.step:,}{reason}", highlight=False)
+    best = record.best
+    if best is None:
+        return
+    console.print(f"\n[bold]best trial[/bold]  {best['trial']}, step {best['step']:,}", highlight=False)
+    for key, value in best["metrics"].items():
+        console.print(f"            {key} {value:.4g}", highlight=False)
+    for path in best["grids"]:
+        console.print(f"grid        {path}", highlight=False, soft_wrap=True)
+    if "version" in best:
+        console.print(
+            f"registered  models:/{best['model']}@candidate (version {best['version']})", highlight=False
+        )
+    console.print(f"runs        {record_link(record)}", highlight=False, soft_wrap=True)
+    flag = storage_flag(storage)
+    console.print(f"            (start the page with: soflowctl ui{flag})", highlight=False)
+    if "version" in best:
+        console.print(
+            f"next        soflowctl promote models:/{best['model']}@candidate{flag}", highlight=False
+        )
+
+
+def record_link(record: SweepRecord) -> str:
+    """The sweep's page in MLflow."""
+    from soflow_platform.tracking import Tracking
+
+    tracking = Tracking(record.tracking_uri or "", record.name, record.experiment_id or "")
+    return tracking.link(record.run or "", record.experiment["search"]["metric"])
+
+
+def storage_flag(storage: Storage) -> str:
+    """The option that finds this project folder again, where it is not the default one."""
+    from soflow_platform.storage import find_storage
+
+    return "" if find_storage(None) == storage else f" --storage {storage.root}"

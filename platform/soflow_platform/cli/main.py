@@ -1,0 +1,204 @@
+"""The soflowctl command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from soflow_platform.errors import JobError, UserError
+
+app = typer.Typer(
+    name="soflowctl",
+    help="Train, compare, register and run one-step image generators.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+StorageOption = Annotated[
+    str | None,
+    typer.Option(
+        "--storage", metavar="FOLDER", help="Project folder; default ./soflow-runs, or $SOFLOW_STORAGE."
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a setting, such as training.steps=100. Repeatable."
+    ),
+]
+TrackingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking", metavar="URI", help="MLflow tracking URI; default is SQLite in the project folder."
+    ),
+]
+SweepArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SWEEP", help="A sweep file, or the name of one that comes with soflow: digits, xl2."
+    ),
+]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where a command fails.")] = False,
+) -> None:
+    """Train, compare, register and run one-step image generators."""
+    if debug:
+        os.environ["SOFLOW_DEBUG"] = "1"
+
+
+@app.command()
+def run(
+    sweep: SweepArgument,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is created.")
+    ] = False,
+    overrides: SetOption = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="A running Ray cluster; default is a local Ray.")
+    ] = None,
+    storage: StorageOption = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Run a finished sweep anew, beside the first.")
+    ] = False,
+) -> None:
+    """Run a sweep: every trial trained and scored, the best one registered.
+
+    A sweep that was cut goes on with the same command.
+    """
+    from soflow_platform.cli.run import run_command
+
+    run_command(sweep, tuple(overrides or ()), address, storage, dry_run, again)
+
+
+@app.command()
+def validate(sweep: SweepArgument, overrides: SetOption = None) -> None:
+    """Check a sweep file and every trial it stands for, without starting anything."""
+    from soflow_platform.cli.run import validate_command
+
+    validate_command(sweep, tuple(overrides or ()))
+
+
+@app.command()
+def runs(
+    sweep: Annotated[
+        str | None, typer.Argument(metavar="[SWEEP]", help="Id of one sweep, to see its trials.")
+    ] = None,
+    storage: StorageOption = None,
+) -> None:
+    """List sweeps, and the trials of each with their numbers."""
+    from soflow_platform.cli.runs import runs_command
+
+    runs_command(sweep, storage)
+
+
+@app.command()
+def ui(
+    storage: StorageOption = None,
+    port: Annotated[int, typer.Option(help="Port on loopback; 0 takes a free one.")] = 5000,
+    browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
+) -> None:
+    """Show runs, curves, sample grids and the model registry in MLflow, on this machine alone."""
+    from soflow_platform.cli.ui import ui_command
+
+    ui_command(storage, port, browser)
+
+
+@app.command()
+def promote(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="models:/NAME@candidate, models:/NAME/3, or NAME.")
+    ],
+    force: Annotated[
+        str | None, typer.Option(metavar="REASON", help="Promote although the gate says no.")
+    ] = None,
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="Restore the champion before this one.")
+    ] = False,
+    storage: StorageOption = None,
+    tracking: TrackingOption = None,
+) -> None:
+    """Make a version the champion, if it is better than the present one on the same metric."""
+    from soflow_platform.cli.registry import promote_command
+
+    promote_command(model, force, rollback, storage, tracking)
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL", help="models:/NAME@champion, or a .safetensors file or checkpoint folder."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the images.")],
+    num: Annotated[int, typer.Option(min=1, help="How many images.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Function evaluations for each image (NFE).")] = 1,
+    seed: Annotated[int, typer.Option(help="Image i is a function of the seed, i and its label.")] = 0,
+    label: Annotated[
+        int | None, typer.Option(help="One class for all images; default: every class in turn.")
+    ] = None,
+    storage: StorageOption = None,
+    tracking: TrackingOption = None,
+) -> None:
+    """Make images with a registered model: PNG files and one grid."""
+    from soflow_platform.cli.registry import generate_command
+
+    generate_command(model, out, num, steps, seed, label, storage, tracking)
+
+
+@app.command()
+def version() -> None:
+    """Print the installed version."""
+    from soflow_platform import version as installed
+
+    typer.echo(f"soflow {installed()}")
+
+
+def main() -> None:
+    """Console entry point: a user's mistake exits with 2, a failed job with 1, each with one sentence on stderr."""
+    # The directory of a script is on the path, and Ray and MLflow are told to keep to themselves before they are imported.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    try:
+        code = app(standalone_mode=False)
+    except (UserError, click.UsageError) as error:
+        _report(error, "usage" if isinstance(error, click.UsageError) else "error")
+        sys.exit(2)
+    except JobError as error:
+        _report(error, "failed")
+        sys.exit(1)
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted: run the same command to go on.", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        _report(error, "internal error")
+        print("This is a bug; `soflowctl --debug ...` shows where.", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: Exception, kind: str) -> None:
+    if os.environ.get("SOFLOW_DEBUG"):
+        import traceback
+
+        traceback.print_exception(error)
+    text = (
+        error.format_message()
+        if isinstance(error, click.ClickException)
+        else str(error) or type(error).__name__
+    )
+    print(f"soflowctl: {kind}: {text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""soflowctl run and validate."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from soflow_platform import sweeps_folder
+from soflow_platform.cli.display import SweepDisplay, show_result
+from soflow_platform.config.document import Document
+from soflow_platform.config.experiment import Experiment, read_experiment
+from soflow_platform.config.trials import Trial, trials
+from soflow_platform.errors import JobError, UserError
+from soflow_platform.storage import find_storage, require_writable
+from soflow_platform.sweep_record import SweepRecord, exclusive, load_record, sweep_id
+
+
+def find_sweep(name: str) -> Path:
+    """A sweep file by path, or by the name of one that comes with the package."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    packaged = sweeps_folder() / f"{name}.yaml"
+    if packaged.is_file():
+        return packaged
+    known = ", ".join(sorted(p.stem for p in sweeps_folder().glob("*.yaml")))
+    raise UserError(
+        f"there is no sweep file {name}; give a path, or one of those that come with soflow: {known}."
+    )
+
+
+def read(name: str, overrides: tuple[str, ...]) -> tuple[Path, Experiment, list[Trial]]:
+    """A sweep file, checked, with its trials."""
+    path = find_sweep(name)
+    experiment, document = _checked(path, overrides)
+    return path, experiment, trials(document, experiment)
+
+
+def _checked(path: Path, overrides: tuple[str, ...]) -> tuple[Experiment, Document]:
+    return read_experiment(path, overrides)
+
+
+def validate_command(name: str, overrides: tuple[str, ...]) -> None:
+    """Print that a file is sound, and what it stands for."""
+    path, experiment, points = read(name, overrides)
+    _check_networks(points)
+    print(
+        f"{path} is valid: {len(points)} trial(s) of {experiment.objective.method}, {experiment.training.steps:,} steps "
+        f"of {experiment.training.batch} samples, compared by {experiment.search.metric} ({experiment.mode})."
+    )
+
+
+def _check_networks(points: list[Trial]) -> None:
+    """Raises UserError where a trial's network cannot take the shape that the file names."""
+    from soflow_platform.data import describe_network, expected
+
+    for trial in points:
+        data = expected(trial.experiment)
+        if data is not None:
+            describe_network(trial.experiment, data)
+
+
+def run_command(
+    name: str,
+    overrides: tuple[str, ...],
+    address: str | None,
+    storage_option: str | None,
+    dry_run: bool,
+    again: bool,
+) -> None:
+    """Run a sweep, or print its plan."""
+    path, experiment, points = read(name, overrides)
+    _check_networks(points)
+    storage = find_storage(storage_option)
+    console = Console()
+    if dry_run:
+        _print_plan(console, experiment, points, storage.root)
+        return
+    from soflow_platform.cluster import require_answer
+    from soflow_platform.data import check_data
+    from soflow_platform.sweep import run_sweep
+
+    check_data(experiment)
+    require_writable(storage)
+    require_answer(address)
+    sweep = sweep_id(storage, experiment, again)
+    record = load_record(storage, sweep)
+    if record is not None and record.finished:
+        console.print(f"sweep {sweep} is finished; --again runs it anew.")
+        show_result(console, record, storage)
+        return
+    record = record or SweepRecord(
+        id=sweep,
+        name=experiment.name,
+        file=str(path),
+        experiment=experiment.resolved(),
+        trials=[{"name": trial.name, "settings": trial.settings} for trial in points],
+    )
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    with exclusive(storage, sweep):
+        display = SweepDisplay(console, experiment, points)
+        outcomes = run_sweep(record, experiment, points, storage, address, display)
+    show_result(console, record, storage, outcomes)
+    failed = [o for o in outcomes if o.state == "failed"]
+    if failed:
+        raise JobError(
+            f"{len(failed)} of {len(outcomes)} trials failed ({failed[0].name}: {failed[0].failure}); "
+            "the same command tries them again."
+        )
+
+
+def _as_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _print_plan(console: Console, experiment: Experiment, points: list[Trial], root: Path) -> None:
+    from soflow_platform.data import check_data, describe_network, expected
+    from soflow_platform.plan import cost, request
+
+    console.print(f"[bold]{experiment.name}[/bold]: {experiment.description}")
+    table = Table("trial", "parameters", "GMAC/forward", "passes/sample", "PFLOP", box=None, pad_edge=False)
+    for trial in points:
+        data = expected(trial.experiment)
+        if data is None:
+            table.add_row(trial.name, "-", "-", "-", "-")
+            continue
+        spent = cost(trial.experiment, describe_network(trial.experiment, data))
+        table.add_row(
+            trial.name,
+            f"{spent.parameters / 1e6:.1f} M",
+            f"{spent.forward_gmac:.4g}",
+            "-" if spent.evaluations_per_sample is None else f"{spent.evaluations_per_sample:g}",
+            "-" if spent.total_petaflops is None else f"{spent.total_petaflops:,.4g}",
+        )
+        state = spent.state_gigabytes
+    console.print(table)
+    training = experiment.training
+    console.print(f"{len(points)} trials of {training.steps:,} steps, {training.batch} samples in each step")
+    console.print(f"compared by {experiment.search.metric} ({experiment.mode})")
+    console.print(f"asks Ray for {request(experiment)}")
+    if data is not None:
+        console.print(
+            f"{state:.3g} GB of weights, gradients, optimizer and EMA state in each worker, activations besides"
+        )
+    console.print(f"storage {root}")
+    try:
+        console.print(f"data {check_data(experiment)}")
+    except UserError as error:
+        console.print(f"before it can run: {error}")

@@ -1,0 +1,103 @@
+"""soflowctl ui."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import webbrowser
+
+from soflow_platform.errors import JobError, UserError
+from soflow_platform.storage import Storage, find_storage
+from soflow_platform.sweep_record import all_records
+from soflow_platform.tracking import Tracking
+
+START_SECONDS = 60.0
+
+
+def ui_command(storage_option: str | None, port: int, browser: bool) -> None:
+    """Serve the project folder's MLflow on loopback until interrupted, and show the newest sweep's page."""
+    storage = find_storage(storage_option)
+    if not (storage.root / "mlflow.db").is_file():
+        raise UserError(f"there are no runs under {storage.root}; start some with `soflowctl run digits`.")
+    port = _free_port(port)
+    address = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        _command(storage, port), env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    try:
+        _wait(server, address)
+        page = _newest_page(storage, address)
+        print(f"MLflow on {address} (Ctrl-C stops it)\n{page}", flush=True)
+        if browser:
+            webbrowser.open(page)
+        server.wait()
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _command(storage: Storage, port: int) -> list[str]:
+    return [
+        *(
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+        ),
+        *("--backend-store-uri", storage.tracking_uri, "--default-artifact-root", storage.artifacts.as_uri()),
+        "--no-serve-artifacts",
+    ]
+
+
+def _environment() -> dict[str, str]:
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    return {**os.environ, **quiet}
+
+
+def _free_port(port: int) -> int:
+    """The port asked for, or another where that one is taken."""
+    for candidate in (port, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", candidate))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise UserError("no free port on 127.0.0.1; pass --port.")
+
+
+def _wait(server: subprocess.Popen[bytes], address: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            text = (server.stderr.read() if server.stderr else b"").decode(errors="replace").strip()
+            raise JobError(
+                f"the MLflow server ended at once: {text.splitlines()[-1] if text else 'without a word'}"
+            )
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    raise JobError(f"the MLflow server did not answer on {address} within {START_SECONDS:g} s.")
+
+
+def _newest_page(storage: Storage, address: str) -> str:
+    """The trials of the newest sweep that reached MLflow."""
+    for record in all_records(storage):
+        if record.run and record.experiment_id:
+            tracking = Tracking(record.tracking_uri or "", record.name, record.experiment_id)
+            return tracking.link(record.run, record.experiment["search"]["metric"], address)
+    return f"{address}/#/experiments"

@@ -1,0 +1,101 @@
+"""Connecting to Ray: a local one that lives as long as the command, or a cluster at an address."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from soflow_platform.errors import UserError
+
+PROBE_SECONDS = 5.0
+DRIVER_CPUS = 0.1
+"""What Tune holds for the function that drives one trial; the work is done by the trial's workers."""
+
+_QUIET = {
+    # Unset, a local start turns token authentication on and clients without the token fail.
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Ctrl-C ends the sweep where it stands; Tune's own handler would go on as if the trials had been stopped.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a connected Ray offers."""
+
+    address: str
+    local: bool
+    cpus: float
+    gpus: float
+    nodes: int
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[Cluster]:
+    """Connect for the length of a block. None starts a local Ray on this machine, with all its cores.
+
+    Raises UserError where no Ray answers at `address`, within seconds.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    require_answer(address)
+    import ray
+
+    # Ray places trial drivers on logical CPUs; one more than the cores keeps every core for the workers.
+    local = {"num_cpus": (os.cpu_count() or 1) + 1, "include_dashboard": True, "dashboard_host": "127.0.0.1"}
+    try:
+        ray.init(
+            address="local" if address is None else address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace="soflow",
+            **(local if address is None else {}),
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"Ray at {address or 'this machine'} refused the connection: {first}") from None
+    try:
+        resources = ray.cluster_resources()
+        yield Cluster(
+            address=ray.get_runtime_context().gcs_address,
+            local=address is None,
+            cpus=resources.get("CPU", 0.0) - (1 if address is None else 0),
+            gpus=resources.get("GPU", 0.0),
+            nodes=sum(node["Alive"] for node in ray.nodes()),
+        )
+    finally:
+        ray.shutdown()
+
+
+def require_answer(address: str | None) -> None:
+    """Raises UserError unless something listens at HOST:PORT; Ray's own attempt would wait for minutes."""
+    if address is None:
+        return
+    if "://" in address:
+        raise UserError(
+            f"--address {address} is a Ray Client address: run on a machine of the cluster with --address HEAD:6379, "
+            "or submit the command with `ray job submit`."
+        )
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or not host:
+        raise UserError(f"--address {address!r} is not of the form HOST:PORT, such as 10.0.0.1:6379.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "no answer"
+        raise UserError(
+            f"no Ray answers at {address} ({reason}); start one with `ray start --head`, or leave --address out "
+            "to use this machine."
+        ) from None

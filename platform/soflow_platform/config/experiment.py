@@ -1,0 +1,196 @@
+"""The whole of a sweep file, validated, and the trials it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Union
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from soflow_core.objectives import OBJECTIVES
+from soflow_core.training import OptimizerConfig
+from soflow_platform.config.document import Document, KeyPath, read_document
+from soflow_platform.config.sections import (
+    DataConfig,
+    EvaluationConfig,
+    NetworkConfig,
+    RegistryConfig,
+    ResourcesConfig,
+    SearchConfig,
+    Section,
+    TrackingConfig,
+    TrainingConfig,
+)
+from soflow_platform.errors import UserError
+
+if typing.TYPE_CHECKING:
+    ObjectiveConfig = Any
+elif len(OBJECTIVES) == 1:
+    ObjectiveConfig = next(iter(OBJECTIVES.values()))
+else:
+    ObjectiveConfig = Annotated[Union[tuple(OBJECTIVES.values())], Field(discriminator="method")]  # noqa: UP007
+
+
+class Experiment(Section):
+    """One trial's complete settings together with the search around it."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
+    description: str = ""
+    seed: int = 0
+    data: DataConfig
+    network: NetworkConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+    search: SearchConfig = SearchConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    registry: RegistryConfig = RegistryConfig()
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Experiment:
+        training, resources = self.training, self.resources
+        if training.batch % resources.workers:
+            raise ValueError(
+                f"training.batch ({training.batch}) does not divide by resources.workers ({resources.workers}): "
+                "take a multiple"
+            )
+        if self.evaluation.every > training.steps:
+            raise ValueError(
+                f"evaluation.every ({self.evaluation.every}) is beyond training.steps ({training.steps}): lower it"
+            )
+        reported = self.evaluation.metrics(self.data.conditional)
+        if self.search.metric not in reported:
+            raise ValueError(
+                f"search.metric {self.search.metric!r} is never reported: this sweep reports {', '.join(reported)}"
+            )
+        if self.evaluation.features == "digits-classifier" and self.data.source != "digits":
+            raise ValueError(
+                "evaluation.features digits-classifier scores data.source digits only: use pooled"
+            )
+        return self
+
+    @property
+    def mode(self) -> str:
+        """`min` or `max`: which value of `search.metric` is better."""
+        return self.search.mode or self.evaluation.metrics(self.data.conditional)[self.search.metric]
+
+    @property
+    def model_name(self) -> str:
+        """Name in the model registry."""
+        return self.registry.model or self.name
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting as plain JSON data, defaults included; `Experiment(**...)` reads it back."""
+        data: dict[str, Any] = self.model_dump(mode="json")
+        return data
+
+    def digest(self) -> str:
+        """Eight characters that change with any setting: a sweep is the same sweep when its digest is."""
+        return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> tuple[Experiment, Document]:
+    """Read and check a sweep file. Raises UserError naming the first thing wrong with file and line."""
+    document = read_document(path, overrides)
+    return validate(document), document
+
+
+def validate(document: Document) -> Experiment:
+    """Check a document. Raises UserError: unknown keys first, with the nearest known name, then values."""
+    _refuse_unknown_keys(document, Experiment, document.data, ())
+    try:
+        return Experiment(**document.data)
+    except ValidationError as error:
+        raise UserError(_sentence(document, error)) from None
+
+
+def flatten(resolved: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings -> `{"objective.guidance.scale": 3.0}`; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in resolved.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _sentence(document: Document, error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = _document_path(document, first["loc"])
+    key = ".".join(str(part) for part in path)
+    where = document.origin(path) if path else document.origin(("name",))
+    source = where if path else where.source
+    if first["type"] == "missing":
+        return f"{source}: `{'.'.join(str(part) for part in first['loc'])}` is missing."
+    if first["type"] == "union_tag_invalid":
+        expected = first["ctx"]["expected_tags"].replace("'", "")
+        return (
+            f"{document.origin((*path, 'method'))}: unknown method {first['ctx']['tag']!r} in `{key}`; "
+            f"known are {expected}."
+        )
+    if first["type"] == "union_tag_not_found":
+        return f"{source}: `{key}.method` is missing; known are {', '.join(OBJECTIVES)}."
+    message = first["msg"].removeprefix("Value error, ").rstrip(".")
+    message = message[:1].lower() + message[1:]
+    if first["type"] == "value_error":
+        return f"{source}: {f'`{key}`: ' if key else ''}{message}."
+    return f"{source}: `{key}` is {first['input']!r}: {message}."
+
+
+def _document_path(document: Document, loc: tuple[str | int, ...]) -> KeyPath:
+    """pydantic's location without the parts that are names of union members and not keys."""
+    path: KeyPath = ()
+    for part in loc:
+        try:
+            document.get((*path, part))
+        except KeyError:
+            continue
+        path = (*path, part)
+    return path
+
+
+def _refuse_unknown_keys(document: Document, annotation: Any, value: Any, path: KeyPath) -> None:
+    if not isinstance(value, dict):
+        return
+    fields = _known_fields(annotation, value)
+    if fields is None:
+        return
+    for key, below in value.items():
+        if key not in fields:
+            nearest = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            section = ".".join(str(part) for part in path)
+            known = f"did you mean `{nearest[0]}`?" if nearest else f"known are {', '.join(fields)}."
+            place = f" in `{section}`" if section else ""
+            raise UserError(f"{document.origin((*path, key))}: unknown key `{key}`{place}; {known}")
+        _refuse_unknown_keys(document, fields[key], below, (*path, key))
+
+
+def _known_fields(annotation: Any, value: dict[str, Any]) -> dict[str, Any] | None:
+    """Names and types of a section's keys; None for a free mapping or a section that cannot be told yet."""
+    if typing.get_origin(annotation) is Annotated:
+        return _known_fields(typing.get_args(annotation)[0], value)
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        members = [m for m in typing.get_args(annotation) if m is not type(None)]
+        if len(members) > 1:
+            members = [OBJECTIVES[m] for m in [value.get("method")] if m in OBJECTIVES]
+        return _known_fields(members[0], value) if members else None
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if annotation is Experiment:
+            return {
+                **{n: f.annotation for n, f in Experiment.model_fields.items()},
+                "objective": ObjectiveConfig,
+            }
+        return {name: f.annotation for name, f in annotation.model_fields.items()}
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        hints = typing.get_type_hints(annotation)
+        return {f.name: hints[f.name] for f in dataclasses.fields(annotation)}
+    return None

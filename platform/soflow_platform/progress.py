@@ -1,0 +1,55 @@
+"""What the trials of a running sweep last said: one small Ray actor that workers write to and the terminal reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrialProgress:
+    """One trial: finished steps, throughput, the latest evaluation, and what it is doing."""
+
+    step: int = 0
+    images_per_second: float = 0.0
+    loss: float | None = None
+    state: str = "waiting"
+    metrics: dict[str, float] = field(default_factory=dict)
+    failure: str | None = None
+    """Why the trial cannot go on, where restarting it would not help."""
+
+
+class ProgressBoard:
+    """Lives in an actor. Evaluations are kept in order, so that a trial's driver can hand each to Tune once."""
+
+    def __init__(self) -> None:
+        self._progress: dict[str, TrialProgress] = {}
+        self._evaluations: dict[str, list[dict[str, Any]]] = {}
+
+    def update(self, trial: str, changes: dict[str, Any]) -> None:
+        """Set fields of one trial's progress."""
+        self._progress[trial] = replace(self._progress.get(trial, TrialProgress()), **changes)
+
+    def add_evaluation(self, trial: str, step: int, metrics: dict[str, float]) -> None:
+        """Record an evaluation; one of a step that is already there is the same one again after a restart."""
+        known = self._evaluations.setdefault(trial, [])
+        if not known or known[-1]["step"] < step:
+            known.append({"step": step, **metrics})
+        self.update(trial, {"metrics": metrics})
+
+    def evaluations(self, trial: str, after: int) -> list[dict[str, Any]]:
+        """Evaluations of steps beyond `after`."""
+        return [e for e in self._evaluations.get(trial, []) if e["step"] > after]
+
+    def snapshot(self) -> dict[str, TrialProgress]:
+        """Every trial's progress."""
+        return dict(self._progress)
+
+
+def start_board(name: str) -> Any:
+    """Start the sweep's board beside the driver, whose life it shares. Returns its actor handle."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(ProgressBoard).options(name=name, num_cpus=0, scheduling_strategy=here).remote()

@@ -1,0 +1,286 @@
+"""A sweep from its settings to a registered model: data, trials under Ray Tune, the best one chosen and registered.
+
+Everything found here can be interrupted at any point; the same settings go on where they stood.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from soflow_pipelines.shards import DatasetInfo
+
+from soflow_platform import checkpoints
+from soflow_platform.cluster import DRIVER_CPUS, Cluster, connected
+from soflow_platform.config.experiment import Experiment, flatten
+from soflow_platform.config.trials import Trial
+from soflow_platform.data import open_data
+from soflow_platform.errors import JobError, UserError
+from soflow_platform.evaluation import Evaluator
+from soflow_platform.progress import start_board
+from soflow_platform.registry import register
+from soflow_platform.storage import Storage
+from soflow_platform.sweep_record import SweepRecord
+from soflow_platform.tracking import Tracking, host_tags, prepare_store
+from soflow_platform.training import latest_position, scored_checkpoint
+from soflow_platform.trial import TrialTask, run_trial
+
+
+@dataclass(frozen=True)
+class TrialOutcome:
+    """How one trial ended. `state`: finished, stopped (by the scheduler) or failed."""
+
+    name: str
+    state: str
+    step: int
+    best: dict[str, Any] | None
+    """The evaluation with the best value of the search metric."""
+    failure: str | None = None
+
+
+class Display:
+    """What a sweep tells its watcher; this one is silent."""
+
+    def start(self, record: SweepRecord, cluster: Cluster, board: Any) -> None:
+        """Trials begin."""
+
+    def stop(self) -> None:
+        """Trials have ended."""
+
+    def say(self, text: str) -> None:
+        """One line about what is being done."""
+
+
+def run_sweep(
+    record: SweepRecord,
+    experiment: Experiment,
+    trials: list[Trial],
+    storage: Storage,
+    address: str | None,
+    display: Display,
+) -> list[TrialOutcome]:
+    """Run what is missing of a sweep, choose the best trial, register it, and note both in the record.
+
+    Raises JobError where no trial could be scored.
+    """
+    uri = experiment.tracking.uri or storage.tracking_uri
+    with connected(address) as cluster:
+        concurrent = concurrent_trials(experiment, cluster)
+        display.say("preparing data and reference statistics")
+        location, info = open_data(experiment, storage)
+        evaluator = Evaluator.open(
+            experiment.evaluation, info, location, experiment.data.conditional, storage
+        )
+        prepare_store(uri)
+        tracking = Tracking.open(uri, experiment.tracking.experiment or experiment.name, storage)
+        tags = {**common_tags(experiment, info), **evaluator.tags()}
+        with _sweep_run(record, experiment, tracking, tags):
+            record.experiment_id, record.tracking_uri = tracking.experiment_id, uri
+            record.attempts += 1
+            record.save(storage)
+            tasks = _tasks(record, trials, storage, location, tracking, tags)
+            board = start_board(f"progress-{record.id}")
+            display.start(record, cluster, board)
+            try:
+                failures = _run_trials(record, tasks, experiment, storage, concurrent)
+            finally:
+                display.stop()
+            outcomes = [_outcome(storage, record, experiment, trial, failures) for trial in trials]
+            _close_trials(tracking, record, outcomes)
+            _conclude(record, experiment, storage, tracking, outcomes, display)
+    return outcomes
+
+
+def concurrent_trials(experiment: Experiment, cluster: Cluster) -> int:
+    """How many trials run at the same time. Raises UserError where not even one fits."""
+    resources = experiment.resources
+    cpus = resources.workers * resources.cpus_per_worker
+    gpus = resources.workers * resources.gpus_per_worker
+    fits = int((cluster.cpus + 1e-9) // (cpus + (0 if cluster.local else DRIVER_CPUS)))
+    if gpus:
+        fits = min(fits, int((cluster.gpus + 1e-9) // gpus))
+    if fits < 1:
+        raise UserError(
+            f"one trial asks for {cpus:g} CPU and {gpus:g} GPU ({resources.workers} workers) and this Ray has "
+            f"{cluster.cpus:g} CPU and {cluster.gpus:g} GPU: lower resources.workers, cpus_per_worker or gpus_per_worker, "
+            "or name a larger cluster with --address."
+        )
+    return min(fits, resources.concurrent_trials or fits)
+
+
+def common_tags(experiment: Experiment, info: DatasetInfo) -> dict[str, str]:
+    """Tags of the sweep's run and of every trial's."""
+    network = experiment.network
+    size = network.size or f"DiT-{network.hidden}x{network.depth}/{network.patch}"
+    return {
+        "method": experiment.objective.method,
+        "network": size,
+        "data.source": str(experiment.data.source),
+        "data.digest": info.digest,
+        **host_tags(),
+    }
+
+
+@contextlib.contextmanager
+def _sweep_run(
+    record: SweepRecord, experiment: Experiment, tracking: Tracking, tags: dict[str, str]
+) -> Iterator[None]:
+    """The sweep's MLflow run, closed with its trials' runs however the block ends."""
+    note = {"mlflow.note.content": experiment.description} if experiment.description else {}
+    record.run = tracking.open_run(
+        record.id, record.id, params=flatten(experiment.resolved()), tags={**tags, **note}
+    )
+    try:
+        yield
+    except BaseException as error:
+        state = "FAILED" if isinstance(error, Exception) else "KILLED"
+        for run in tracking.children(record.run):
+            if run.info.status == "RUNNING":
+                tracking.finish(run.info.run_id, state)
+        tracking.finish(record.run, state)
+        raise
+
+
+def _tasks(
+    record: SweepRecord,
+    trials: list[Trial],
+    storage: Storage,
+    location: str,
+    tracking: Tracking,
+    tags: dict[str, str],
+) -> list[dict[str, Any]]:
+    return [
+        asdict(
+            TrialTask(
+                sweep=record.id,
+                attempt=record.attempts,
+                trial=trial.name,
+                settings=trial.settings,
+                experiment=trial.experiment.resolved(),
+                data=location,
+                storage=str(storage.root),
+                tracking_uri=tracking.uri,
+                tracking_experiment=tracking.experiment,
+                parent=record.run or "",
+                tags={**tags, **{f"search.{key}": str(value) for key, value in trial.settings.items()}},
+            )
+        )
+        for trial in trials
+    ]
+
+
+def _run_trials(
+    record: SweepRecord,
+    tasks: list[dict[str, Any]],
+    experiment: Experiment,
+    storage: Storage,
+    concurrent: int,
+) -> dict[str, str]:
+    """Run the trials under Ray Tune. Returns what failed: trial name -> sentence."""
+    from ray import tune
+
+    def name(trial: Any) -> str:
+        return str(trial.config["task"]["trial"])
+
+    tuner = tune.Tuner(
+        tune.with_resources(run_trial, {"CPU": DRIVER_CPUS}),
+        param_space={"task": tune.grid_search(tasks)},
+        tune_config=tune.TuneConfig(
+            metric=experiment.search.metric,
+            mode=experiment.mode,
+            max_concurrent_trials=concurrent,
+            scheduler=_scheduler(experiment),
+            trial_name_creator=name,
+            trial_dirname_creator=name,
+        ),
+        run_config=tune.RunConfig(
+            name=f"tune-{record.attempts}", storage_path=str(storage.sweep(record.id)), verbose=0
+        ),
+    )
+    failures = {}
+    results = tuner.fit()
+    for index, task in enumerate(tasks):
+        error = results[index].error
+        if error is not None:
+            failures[task["trial"]] = str(error).strip().splitlines()[-1]
+    return failures
+
+
+def _scheduler(experiment: Experiment) -> Any:
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+    asha = experiment.search.asha
+    if asha is None:
+        return FIFOScheduler()
+    return ASHAScheduler(
+        time_attr="step",
+        max_t=experiment.training.steps,
+        grace_period=asha.first_rung,
+        reduction_factor=asha.reduction,
+    )
+
+
+def _outcome(
+    storage: Storage, record: SweepRecord, experiment: Experiment, trial: Trial, failures: dict[str, str]
+) -> TrialOutcome:
+    position = latest_position(storage, record.id, trial.name)
+    step = position.step if position else 0
+    best = None
+    if position:
+        best = checkpoints.best_evaluation(position.evaluations, experiment.search.metric, experiment.mode)
+    if trial.name in failures:
+        return TrialOutcome(trial.name, "failed", step, best, failures[trial.name])
+    state = "finished" if step == trial.experiment.training.steps else "stopped"
+    return TrialOutcome(trial.name, state, step, best)
+
+
+def _close_trials(tracking: Tracking, record: SweepRecord, outcomes: list[TrialOutcome]) -> None:
+    states = {o.name: "FAILED" if o.state == "failed" else "FINISHED" for o in outcomes}
+    for run in tracking.children(record.run or ""):
+        state = states.get(run.data.tags.get("soflow.trial", ""))
+        if state and run.info.status != state:
+            tracking.finish(run.info.run_id, state)
+
+
+def _conclude(
+    record: SweepRecord,
+    experiment: Experiment,
+    storage: Storage,
+    tracking: Tracking,
+    outcomes: list[TrialOutcome],
+    display: Display,
+) -> None:
+    """Choose the best trial, register its EMA weights, and close the sweep."""
+    metric = experiment.search.metric
+    scored = [o for o in outcomes if o.best is not None and o.state != "failed"]
+    if not scored:
+        reasons = "; ".join(f"{o.name}: {o.failure or 'not scored'}" for o in outcomes)
+        raise JobError(f"no trial of sweep {record.id} could be scored ({reasons}).")
+    sign: Callable[[float], float] = (lambda v: v) if experiment.mode == "min" else (lambda v: -v)
+    best = min(scored, key=lambda o: sign((o.best or {})[metric]))
+    step = (best.best or {})["step"]
+    checkpoint = scored_checkpoint(storage, record.id, best.name, step)
+    if checkpoint is None:
+        raise JobError(
+            f"the best checkpoint, step {step} of {best.name}, is gone from {storage.sweep(record.id)}."
+        )
+    samples = storage.trial(record.id, best.name) / "samples"
+    record.best = {
+        "trial": best.name,
+        "step": step,
+        "metrics": {k: v for k, v in (best.best or {}).items() if k != "step"},
+        "grids": [str(path) for path in sorted(samples.glob(f"*-step-{step:08d}.png"))],
+        "checkpoint": str(checkpoint.folder),
+    }
+    if experiment.registry.enabled:
+        display.say("registering the best trial")
+        version = register(tracking, experiment, record, checkpoint)
+        record.best["model"], record.best["version"] = experiment.model_name, version
+    failed = [o for o in outcomes if o.state == "failed"]
+    record.finished = not failed
+    record.save(storage)
+    run = record.run or ""
+    tracking.log_result(run, record.best)
+    tracking.finish(run, "FAILED" if failed else "FINISHED")

@@ -1,0 +1,100 @@
+"""What is known of a sweep on disk: enough to go on with it after its driver was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from soflow_platform.config.experiment import Experiment
+from soflow_platform.errors import UserError
+from soflow_platform.storage import Storage, read_json, write_json
+
+RECORD = "sweep.json"
+
+
+@dataclass
+class SweepRecord:
+    """`sweeps/<id>/sweep.json`."""
+
+    id: str
+    name: str
+    file: str
+    experiment: dict[str, Any]
+    trials: list[dict[str, Any]]
+    """Name and settings of each."""
+    created: float = field(default_factory=time.time)
+    attempts: int = 0
+    """How often a driver started on it."""
+    run: str | None = None
+    """MLflow id of the parent run."""
+    experiment_id: str | None = None
+    """MLflow id of the experiment."""
+    tracking_uri: str | None = None
+    finished: bool = False
+    best: dict[str, Any] | None = None
+    """The best trial: its name, step, metrics, grid and registered version."""
+
+    def save(self, storage: Storage) -> None:
+        write_json(storage.sweep(self.id) / RECORD, asdict(self))
+
+
+def load_record(storage: Storage, sweep: str) -> SweepRecord | None:
+    """The record of a sweep, if it was ever started."""
+    content = read_json(storage.sweep(sweep) / RECORD)
+    return SweepRecord(**content) if content else None
+
+
+def all_records(storage: Storage) -> list[SweepRecord]:
+    """Every sweep of a project folder, newest first."""
+    records = (load_record(storage, path.parent.name) for path in storage.sweeps.glob(f"*/{RECORD}"))
+    return sorted((r for r in records if r), key=lambda r: -r.created)
+
+
+def sweep_id(storage: Storage, experiment: Experiment, again: bool) -> str:
+    """The sweep these settings belong to: the same settings go on with the same sweep.
+
+    With `again`, a finished sweep is left as it is and the next one of the same settings is taken.
+    """
+    base = f"{experiment.name}-{experiment.digest()}"
+    if not again:
+        return base
+    count = 1
+    chosen = base
+    while (record := load_record(storage, chosen)) is not None and record.finished:
+        count += 1
+        chosen = f"{base}-{count}"
+    return chosen
+
+
+@contextlib.contextmanager
+def exclusive(storage: Storage, sweep: str) -> Iterator[None]:
+    """Hold a sweep for the length of a block; the hold ends with the process, however it ends.
+
+    Raises UserError where another command runs the same sweep.
+    """
+    folder = storage.sweep(sweep)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"sweep {sweep} is running in another process: wait for it, or see it with `soflowctl runs`."
+            ) from None
+        yield
+
+
+def is_running(storage: Storage, sweep: str) -> bool:
+    """Whether some process holds the sweep."""
+    try:
+        with (storage.sweep(sweep) / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False

@@ -1,0 +1,240 @@
+"""Runs in MLflow: one parent for a sweep, a child for each trial, found again after any restart.
+
+Metrics are named `train/...`, `eval/...` and `system/...`, and their step is the optimizer step. A step is logged once: a run
+that is resumed skips what its earlier life had logged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import socket
+import sqlite3
+import subprocess
+import time
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from soflow_platform.errors import UserError
+from soflow_platform.storage import Storage
+
+if TYPE_CHECKING:
+    import numpy as np
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+SWEEP_TAG = "soflow.sweep"
+TRIAL_TAG = "soflow.trial"
+PARENT_TAG = "mlflow.parentRunId"
+PARAM_LIMIT = 100
+"""Params in one MLflow batch."""
+
+
+def client_for(uri: str) -> MlflowClient:
+    """A client that sends no telemetry and keeps its own chatter out of the terminal."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def prepare_store(uri: str) -> None:
+    """Create or migrate the tracking store, once, before several processes open it together.
+
+    Raises UserError where no tracking server answers.
+    """
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        client_for(uri).search_experiments(max_results=1)
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            # Readers and several writers at once; the setting stays in the file.
+            database.execute("pragma journal_mode=WAL")
+        return
+    try:
+        client_for(uri).search_experiments(max_results=1)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"the tracking server {uri} does not answer: {first}") from None
+
+
+@dataclass
+class Tracking:
+    """One experiment of one tracking store."""
+
+    uri: str
+    experiment: str
+    experiment_id: str
+
+    @classmethod
+    def open(cls, uri: str, experiment: str, storage: Storage) -> Tracking:
+        """Open or create the experiment; an embedded store keeps its artifacts under the project folder."""
+        client = client_for(uri)
+        found = client.get_experiment_by_name(experiment)
+        if found is not None and found.lifecycle_stage != "active":
+            raise UserError(
+                f"the MLflow experiment {experiment!r} was deleted: restore it, or set tracking.experiment to another."
+            )
+        if found is not None:
+            return cls(uri, experiment, found.experiment_id)
+        location = storage.artifacts.as_uri() if uri.startswith("sqlite:") else None
+        return cls(uri, experiment, client.create_experiment(experiment, artifact_location=location))
+
+    @property
+    def client(self) -> MlflowClient:
+        return client_for(self.uri)
+
+    def find(self, sweep: str, trial: str | None = None) -> Run | None:
+        """The run of a sweep, or of one of its trials, if there is one."""
+        wanted = f"tags.`{SWEEP_TAG}` = '{sweep}'"
+        wanted += f" and tags.`{TRIAL_TAG}` = '{trial}'" if trial else f" and tags.`{TRIAL_TAG}` IS NULL"
+        runs = self.client.search_runs([self.experiment_id], wanted, max_results=1)
+        return runs[0] if runs else None
+
+    def children(self, parent: str) -> list[Run]:
+        """The trial runs of a sweep's run."""
+        return list(self.client.search_runs([self.experiment_id], f"tags.`{PARENT_TAG}` = '{parent}'"))
+
+    def open_run(
+        self,
+        sweep: str,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        trial: str | None = None,
+        parent: str | None = None,
+    ) -> str:
+        """Find or create a run, set it running, and return its id. Params are written once, at its creation."""
+        from mlflow.entities import Param
+
+        client = self.client
+        found = self.find(sweep, trial)
+        if found is not None:
+            run = found.info.run_id
+            client.update_run(run, status="RUNNING")
+            return str(run)
+        own = {
+            SWEEP_TAG: sweep,
+            **({TRIAL_TAG: trial} if trial else {}),
+            **({PARENT_TAG: parent} if parent else {}),
+        }
+        run = client.create_run(self.experiment_id, tags={**own, **tags}, run_name=name).info.run_id
+        items = [Param(key, str(value)) for key, value in params.items()]
+        for start in range(0, len(items), PARAM_LIMIT):
+            client.log_batch(run, params=items[start : start + PARAM_LIMIT])
+        return str(run)
+
+    def finish(self, run: str, status: str) -> None:
+        """Close a run as FINISHED, FAILED or KILLED."""
+        self.client.set_terminated(run, status)
+
+    def log_result(self, run: str, best: Mapping[str, Any]) -> None:
+        """What a sweep came to, on its own run: the best trial, its numbers, its registered version."""
+        client = self.client
+        for key in ("trial", "step", "model", "version"):
+            if key in best:
+                client.set_tag(run, f"best.{key}", str(best[key]))
+        record = RunLog.resume(self.uri, run)
+        record.metrics(best["step"], best["metrics"])
+        record.flush()
+
+    def link(self, parent: str, metric: str, address: str = "http://127.0.0.1:5000") -> str:
+        """The page with the trials of one sweep, best first, their curves laid over each other."""
+        query = urllib.parse.urlencode(
+            {
+                "searchFilter": f"tags.`{PARENT_TAG}` = '{parent}'",
+                "orderByKey": f"metrics.`{metric}`",
+                "orderByAsc": "true",
+                "workflowType": "machine_learning",
+                "compareRunsMode": "CHART",
+            }
+        )
+        return f"{address}/#/experiments/{self.experiment_id}/runs?{query}"
+
+
+@dataclass
+class RunLog:
+    """The growing record of one run; metrics are gathered and sent in batches."""
+
+    uri: str
+    run: str
+    _pending: list[Any] = field(default_factory=list)
+    _last_step: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def resume(cls, uri: str, run: str) -> RunLog:
+        """Open a run's record, and note how far each of its curves goes."""
+        client = client_for(uri)
+        latest = client.get_run(run).data.metrics
+        ends = {key: max(m.step for m in client.get_metric_history(run, key)) for key in latest}
+        return cls(uri, run, _last_step=ends)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Note values at an optimizer step; those that the run already has are left out."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        for key, value in values.items():
+            if step > self._last_step.get(key, -1):
+                self._pending.append(Metric(key, float(value), now, step))
+                self._last_step[key] = step
+
+    def flush(self) -> None:
+        """Send what was noted."""
+        if self._pending:
+            client_for(self.uri).log_batch(self.run, metrics=self._pending)
+            self._pending = []
+
+    def grid(self, step: int, key: str, image: np.ndarray[Any, Any]) -> None:
+        """A sample grid (H, W, 3) uint8, with a step slider on the run's page; once for each step."""
+        client = client_for(self.uri)
+        # MLflow names the file "samples~nfe1+step+200+timestamp+...".
+        marker = f"{key.replace('/', '~')}+step+{step}+"
+        if any(marker in Path(item.path).name for item in client.list_artifacts(self.run, "images")):
+            return
+        client.log_image(self.run, image, key=key, step=step, synchronous=True)
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags on the run."""
+        client = client_for(self.uri)
+        for key, value in values.items():
+            client.set_tag(self.run, key, value)
+
+
+def host_tags() -> dict[str, str]:
+    """Where and with what code a run was made."""
+    import ray
+    import torch
+
+    tags = {
+        "host.name": socket.gethostname(),
+        "host.python": platform.python_version(),
+        "host.torch": torch.__version__,
+        "host.ray": ray.__version__,
+    }
+    if torch.cuda.is_available():
+        tags["host.gpu"] = torch.cuda.get_device_name()
+    commit = _git_commit()
+    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
+
+
+def _git_commit() -> str | None:
+    """The commit of the working folder, with a mark where files differ from it; None outside a repository."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+        changes = subprocess.run(
+            ["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")

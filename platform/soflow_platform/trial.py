@@ -1,0 +1,140 @@
+"""One trial as Ray Tune sees it: a function that drives a Ray Train run and hands its evaluations to the scheduler.
+
+What was evaluated before an interruption is reported first, from the trial's own checkpoint, so that a scheduler and a searcher that
+start anew know what they knew.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from soflow_platform.config.experiment import Experiment, flatten
+from soflow_platform.errors import JobError
+from soflow_platform.storage import Storage
+from soflow_platform.tracking import Tracking, client_for
+from soflow_platform.training import TrialJob, latest_position, train_worker
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class TrialTask:
+    """What Tune passes to a trial: plain data."""
+
+    sweep: str
+    attempt: int
+    trial: str
+    settings: dict[str, Any]
+    experiment: dict[str, Any]
+    data: str
+    storage: str
+    tracking_uri: str
+    tracking_experiment: str
+    parent: str
+    tags: dict[str, str]
+
+
+def run_trial(config: dict[str, Any]) -> None:
+    """Tune's entry point. Raises JobError where the trial cannot reach its last step."""
+    import ray
+    from ray import tune
+
+    task = TrialTask(**config["task"])
+    storage = Storage(Path(task.storage))
+    experiment = Experiment(**task.experiment)
+    board = ray.get_actor(f"progress-{task.sweep}")
+    position = latest_position(storage, task.sweep, task.trial)
+    reported = 0
+    for evaluation in position.evaluations if position else []:
+        reported = evaluation["step"]
+        board.add_evaluation.remote(
+            task.trial, reported, {k: v for k, v in evaluation.items() if k != "step"}
+        )
+        tune.report(evaluation)
+    if position is not None and position.step == experiment.training.steps:
+        board.update.remote(task.trial, {"step": position.step, "state": "finished"})
+        return
+    board.update.remote(task.trial, {"state": "starting"})
+    fit = _Fit(task, experiment, _open_run(task, experiment))
+    fit.start()
+    while True:
+        running = fit.is_alive()
+        for evaluation in ray.get(board.evaluations.remote(task.trial, reported)):
+            reported = evaluation["step"]
+            tune.report(evaluation)
+        if not running:
+            break
+        time.sleep(POLL_SECONDS)
+    failure = ray.get(board.snapshot.remote())[task.trial].failure or fit.failure
+    if failure:
+        raise JobError(failure)
+
+
+class _Fit(threading.Thread):
+    """`TorchTrainer.fit` blocks; the trial function meanwhile reports."""
+
+    def __init__(self, task: TrialTask, experiment: Experiment, run: str) -> None:
+        super().__init__(daemon=True)
+        self.task, self.experiment, self.run_id = task, experiment, run
+        self.failure: str | None = None
+
+    def run(self) -> None:
+        try:
+            self._trainer().fit()
+        except Exception as error:
+            # Ray wraps a worker's exception in its own; the last line of the text names the cause.
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            self.failure = lines[-1] if lines else type(error).__name__
+
+    def _trainer(self) -> Any:
+        from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        task, resources = self.task, self.experiment.resources
+        each = {"CPU": resources.cpus_per_worker}
+        if resources.gpus_per_worker:
+            each["GPU"] = resources.gpus_per_worker
+        job = TrialJob(
+            sweep=task.sweep,
+            trial=task.trial,
+            experiment=task.experiment,
+            data=task.data,
+            storage=task.storage,
+            tracking_uri=task.tracking_uri,
+            run=self.run_id,
+        )
+        return TorchTrainer(
+            train_worker,
+            train_loop_config=job.settings(),
+            scaling_config=ScalingConfig(
+                num_workers=resources.workers,
+                use_gpu=resources.gpus_per_worker > 0,
+                resources_per_worker=each,
+            ),
+            run_config=RunConfig(
+                name=f"{task.trial}-attempt-{task.attempt}",
+                storage_path=str(Storage(Path(task.storage)).sweep(task.sweep) / "train"),
+                failure_config=FailureConfig(max_failures=resources.max_failures),
+                logging_config=LoggingConfig("ERROR"),
+            ),
+        )
+
+
+def _open_run(task: TrialTask, experiment: Experiment) -> str:
+    tracking = Tracking(task.tracking_uri, task.tracking_experiment, _experiment_id(task))
+    return tracking.open_run(
+        task.sweep,
+        task.trial,
+        params=flatten(experiment.resolved()),
+        tags=task.tags,
+        trial=task.trial,
+        parent=task.parent,
+    )
+
+
+def _experiment_id(task: TrialTask) -> str:
+    return str(client_for(task.tracking_uri).get_run(task.parent).info.experiment_id)
