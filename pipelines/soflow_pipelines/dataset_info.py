@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 INFO_NAME = "dataset.json"
@@ -31,7 +31,7 @@ class DatasetInfo:
     shape: tuple[int, int, int]
     dtype: Literal["uint8", "float16", "float32"]
     classes: int | None = None
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = field(default=(), repr=False)
     resolution: int | None = None  # pixels of the images' sides, before the autoencoder
     crop: str | None = None
     flips: bool = False
@@ -39,9 +39,8 @@ class DatasetInfo:
     autoencoder_digest: str | None = None
     scaling: float = 1.0
     shift: float = 0.0
-    source: str = ""
-    seed: int | None = None  # of the order in which samples were dealt to shards
     left_out: tuple[str, ...] = ()  # damaged images that were left out when asked to
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # what it was made from, and how
     writer_version: int = WRITER_VERSION
     samples: int = 0
     shards: int = 0

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from soflow_pipelines.dataset_info import INFO_NAME, DataMismatch, DatasetInfo, ShardError
 from soflow_pipelines.datasets import load_digits
-from soflow_pipelines.storage import Storage, StorageError, open_storage
+from soflow_pipelines.storage import LocalFolder, Storage, StorageError, open_storage
 
 __all__ = ["DataMismatch", "DatasetInfo", "ShardError"]
 
@@ -155,9 +155,8 @@ class ShardWriter:
 
     def finish(self) -> ShardRecord:
         self._write(bytes(2 * BLOCK))
-        index = pa.table(
-            [pa.array(column) for column in zip(*self._rows, strict=True)], names=INDEX_SCHEMA.names
-        )
+        columns = zip(*self._rows, strict=True) if self._rows else [()] * len(INDEX_SCHEMA)
+        arrays = [pa.array(c, field.type) for c, field in zip(columns, INDEX_SCHEMA, strict=True)]
         labels = Counter(row[2] for row in self._rows if row[2] != UNLABELLED)
         return ShardRecord(
             name=shard_name(self._number),
@@ -165,7 +164,7 @@ class ShardWriter:
             bytes=self._bytes,
             sha256=self._sha.hexdigest(),
             label_counts=dict(sorted(labels.items())),
-            index=index.cast(INDEX_SCHEMA),
+            index=pa.table(arrays, schema=INDEX_SCHEMA),
         )
 
 
@@ -210,7 +209,7 @@ def write_shards(
         per_shard = samples_per_shard(info, total if total is not None else 2**62)
     remaining = iter(samples)
     records: list[ShardRecord] = []
-    with staging_folder(storage) as staging:
+    with StagingFolder(storage) as staging:
         while chunk := list(islice(remaining, per_shard)):
             local = staging / shard_name(len(records))
             record = write_shard(local, len(records), chunk, info)
@@ -219,13 +218,12 @@ def write_shards(
     return publish_set(storage, info, records)
 
 
-class staging_folder:
+class StagingFolder:
     """A folder for files that are not finished: beside local targets, so that a rename publishes them."""
 
-    def __init__(self, storage: Storage) -> None:
-        folder = getattr(storage, "folder", None)
-        parent = Path(folder) if folder is not None else Path(tempfile.gettempdir())
-        self._path = parent / f".staging-{secrets.token_hex(4)}"
+    def __init__(self, storage: Storage, below: str = "") -> None:
+        here = storage.path(below) if isinstance(storage, LocalFolder) else Path(tempfile.gettempdir())
+        self._path = here / f".soflow-staging-{secrets.token_hex(4)}"
 
     def __enter__(self) -> Path:
         self._path.mkdir(parents=True)
@@ -341,7 +339,7 @@ def ensure_builtin(name: str, folder: str | Path) -> Path:
         classes=len(data.class_names),
         class_names=data.class_names,
         resolution=data.images.shape[-1],
-        source="digits",
+        recipe={"source": "digits"},
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")

@@ -1,4 +1,4 @@
-"""Where a shard set lies: a folder, read and written by name."""
+"""Where a shard set lies: a folder here, in S3 or behind a web server, read and written by name."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import shutil
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from soflow_pipelines.remote import S3Folder, WebFolder
+from soflow_pipelines.storage_error import StorageError
 
-class StorageError(Exception):
-    """A place that cannot be read or written. The text names it and says what is wrong."""
+__all__ = ["LocalFolder", "S3Folder", "Storage", "StorageError", "WebFolder", "open_storage"]
 
 
 class Storage(Protocol):
     """A folder of files. A file is complete or absent; names may hold `/`."""
 
-    uri: str
+    @property
+    def uri(self) -> str: ...
 
     def read(self, name: str) -> bytes: ...
 
@@ -41,7 +43,11 @@ class LocalFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
-        self.uri = str(folder)
+        self._given = str(folder)
+
+    @property
+    def uri(self) -> str:
+        return self._given
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -99,5 +105,15 @@ class LocalFolder:
 
 
 def open_storage(uri: str | Path) -> Storage:
-    """The storage behind a folder or a URI."""
-    return LocalFolder(Path(uri))
+    """The storage behind a folder, `file://`, `s3://bucket/prefix` or `https://host/path`. Nothing is opened yet."""
+    text = str(uri)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return LocalFolder(Path(text).expanduser())
+    if scheme == "file":
+        return LocalFolder(Path("/" + rest.lstrip("/")))
+    if scheme == "s3":
+        return S3Folder(text)
+    if scheme in ("http", "https"):
+        return WebFolder(text)
+    raise StorageError(f"{text}: {scheme}:// is not understood; there are folders, file://, s3://, https://.")

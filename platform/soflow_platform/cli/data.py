@@ -1,0 +1,275 @@
+"""`soflowctl data`: make, look at and check shard sets."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from soflow_platform.errors import JobError, UserError
+
+if TYPE_CHECKING:
+    from soflow_pipelines.dataset_info import DatasetInfo
+    from soflow_platform.jobs.prepare import Prepared, PrepareRequest
+
+app = typer.Typer(
+    name="data", help="Make, look at and check the shard sets that networks train on.", no_args_is_help=True
+)
+
+UriArgument = Annotated[
+    str, typer.Argument(metavar="URI", help="A shard set: a folder, s3://bucket/prefix or https://host/path.")
+]
+LISTED = 200
+
+
+class LatentType(str, Enum):
+    """How latents are stored."""
+
+    float16 = "float16"
+    float32 = "float32"
+
+
+@app.command()
+def prepare(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="An image folder, ImageNet's tree, a zip of one, Parquet, WebDataset shards, "
+            "`digits` or `cifar10:PATH`.",
+        ),
+    ],
+    out: Annotated[
+        str, typer.Option(metavar="URI", help="Where the shards go: a folder or s3://bucket/prefix.")
+    ],
+    autoencoder: Annotated[
+        str,
+        typer.Option(
+            metavar="ID|PATH|none", help="Store latents of this AutoencoderKL: a hub id or a folder."
+        ),
+    ] = "none",
+    resolution: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the images in pixels; default 256, or the source's own."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which split of a source that has several.")] = "train",
+    flips: Annotated[
+        bool, typer.Option("--flips", help="Add each image mirrored, before it is encoded.")
+    ] = False,
+    dtype: Annotated[LatentType, typer.Option(help="How latents are stored.")] = LatentType.float16,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order in which images are dealt to shards.")] = 0,
+    shard_mb: Annotated[int, typer.Option("--shard-mb", min=1, help="Size of a shard.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 32,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Leave damaged images out, and name them.")
+    ] = False,
+    image_column: Annotated[
+        str | None, typer.Option(help="Of Parquet; default: the first of images.")
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="Of Parquet; default: label.")] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="A running Ray cluster; default is a local Ray.")
+    ] = None,
+) -> None:
+    """Turn images into a shard set, of pixels or of latents.
+
+    A preparation that was cut goes on with the same command, and its shards are those of one that was not.
+    """
+    from soflow_platform.jobs.prepare import PrepareRequest
+
+    request = PrepareRequest(
+        source=source,
+        out=out,
+        split=split,
+        resolution=resolution,
+        autoencoder=None if autoencoder == "none" else autoencoder,
+        flips=flips,
+        dtype=dtype.value,
+        seed=seed,
+        shard_megabytes=shard_mb,
+        batch=batch,
+        skip_damaged=skip_damaged,
+        image_column=image_column,
+        label_column=label_column,
+    )
+    _quiet_libraries()
+    done = _with_progress(request, address)
+    _print_prepared(done, out)
+
+
+def _quiet_libraries() -> None:
+    import logging
+
+    # diffusers and the hub's client warn of what the one sentence at the end says.
+    for name in ("diffusers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _with_progress(request: PrepareRequest, address: str | None) -> Prepared:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bar
+
+    from soflow_platform.jobs.prepare import Progress, prepare
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("listing the source", total=None)
+
+        def show(progress: Progress) -> None:
+            what = "encoding" if request.autoencoder else "preparing"
+            bar.update(task, description=what, completed=progress.images, total=progress.total)
+
+        return prepare(request, address, show)
+
+
+def _print_prepared(done: Prepared, out: str) -> None:
+    info = done.info
+    what = f"{done.built} shards written" if done.built else "complete already, nothing was done"
+    typer.echo(f"{out}: {what}.")
+    typer.echo(
+        f"{info.samples} samples of {info.kind}, {' x '.join(map(str, info.shape))}, {info.classes or 'no'} classes, "
+        f"{info.shards} shards, {info.bytes / 1e6:.1f} MB, {info.digest[:19]}"
+    )
+    for name in info.left_out:
+        typer.echo(f"left out: {name}")
+    typer.echo(f"Train on it with --set data.source={out}, look at it with: soflowctl data inspect {out}")
+
+
+@app.command()
+def inspect(
+    uri: UriArgument,
+    sheet: Annotated[
+        Path | None,
+        typer.Option("--sheet", metavar="FILE", help="Write a contact sheet of images as PNG here."),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="How many images the sheet shows.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Which images: another seed, others.")] = 0,
+    autoencoder: Annotated[
+        str | None,
+        typer.Option(metavar="ID|PATH", help="Decodes latents; default is the one they were made with."),
+    ] = None,
+) -> None:
+    """Show what a shard set holds, and its images as a contact sheet."""
+    from soflow_pipelines.dataset_info import ShardError
+    from soflow_pipelines.shards import read_info, read_manifest
+    from soflow_pipelines.storage import StorageError
+
+    try:
+        info, records = read_info(uri), read_manifest(uri)
+        _print_info(uri, info)
+        counts: dict[int, int] = {}
+        for record in records:
+            for label, count in record.label_counts.items():
+                counts[label] = counts.get(label, 0) + count
+        _print_classes(info, counts)
+        if sheet is not None:
+            _write_sheet(uri, info, sheet, images, seed, autoencoder)
+    except (ShardError, StorageError) as error:
+        raise UserError(str(error)) from error
+
+
+def _print_info(uri: str, info: DatasetInfo) -> None:
+    stored = " x ".join(map(str, info.stored_shape))
+    typer.echo(f"{uri}: {info.samples} samples, {info.shards} shards, {info.bytes / 1e6:.1f} MB")
+    typer.echo(
+        f"{info.kind}: {' x '.join(map(str, info.shape))} for the network, stored as {info.dtype} {stored}"
+    )
+    if info.kind == "latents":
+        typer.echo(
+            f"autoencoder {info.autoencoder} (weights {info.autoencoder_digest}), scaling {info.scaling:g}, "
+            f"shift {info.shift:g}, from {info.resolution} x {info.resolution} pixels"
+        )
+    typer.echo(f"crop {info.crop or 'none'}, flips {'yes' if info.flips else 'no'}, {info.digest}")
+    for name in info.left_out:
+        typer.echo(f"left out: {name}")
+
+
+def _print_classes(info: DatasetInfo, counts: dict[int, int]) -> None:
+    if info.classes is None:
+        typer.echo("no classes")
+        return
+    sizes = [counts.get(label, 0) for label in range(info.classes)]
+    empty = sizes.count(0)
+    typer.echo(
+        f"{info.classes} classes of {min(sizes)} to {max(sizes)} samples"
+        + (f", {empty} empty" if empty else "")
+    )
+    shown = [label for label in range(info.classes) if sizes[label]][:LISTED]
+    for label in shown:
+        name = info.class_names[label] if info.class_names else ""
+        typer.echo(f"{label:6d} {sizes[label]:8d}  {name}")
+    rest = sum(1 for size in sizes if size) - len(shown)
+    if rest:
+        typer.echo(f"       and {rest} more")
+
+
+def _write_sheet(
+    uri: str, info: DatasetInfo, sheet: Path, images: int, seed: int, autoencoder: str | None
+) -> None:
+    from soflow_pipelines.autoencoders import AutoencoderError, load_autoencoder
+    from soflow_pipelines.inspection import sample_images
+    from soflow_pipelines.writers import encode_png, image_grid, write_file
+
+    decoder = None
+    if info.kind == "latents":
+        _quiet_libraries()
+        try:
+            decoder = load_autoencoder(autoencoder or info.autoencoder or "")
+        except AutoencoderError as error:
+            raise UserError(f"{error} Name the folder with --autoencoder.") from error
+        if decoder.facts.digest != info.autoencoder_digest:
+            raise UserError(
+                f"{uri} holds latents of {info.autoencoder} ({info.autoencoder_digest}), the autoencoder given is "
+                f"{decoder.facts.id} ({decoder.facts.digest})."
+            )
+    pictures, _ = sample_images(uri, images, seed, decoder)
+    columns = max(1, round(len(pictures) ** 0.5))
+    grid = image_grid(pictures, columns=columns, enlarge=max(1, 64 // pictures.shape[-1]))
+    try:
+        write_file(sheet, encode_png(grid))
+    except OSError as error:
+        raise UserError(f"{sheet} cannot be written: {error.strerror}.") from error
+    typer.echo(f"contact sheet of {len(pictures)} images: {sheet}")
+
+
+@app.command()
+def verify(
+    uri: UriArgument,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Shards read at once; default: one for each core.")
+    ] = None,
+) -> None:
+    """Read a shard set once, whole, and list every damage with shard and key. Exit code 1 where there is one."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from soflow_pipelines.dataset_info import ShardError
+    from soflow_pipelines.shards import ShardRecord, read_info
+    from soflow_pipelines.storage import StorageError
+    from soflow_pipelines.verification import verify as find_damages
+
+    try:
+        info = read_info(uri)
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("verifying", total=info.bytes)
+
+            def show(record: ShardRecord) -> None:
+                bar.advance(task, record.bytes)
+
+            damages = find_damages(uri, threads, show)
+    except (ShardError, StorageError) as error:
+        raise UserError(str(error)) from error
+    for damage in damages:
+        typer.echo(str(damage))
+    if damages:
+        raise JobError(f"{uri}: {len(damages)} damages in {len({damage.file for damage in damages})} files.")
+    typer.echo(f"{uri}: {info.samples} samples in {info.shards} shards are as they were written.")
