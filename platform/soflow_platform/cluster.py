@@ -6,12 +6,15 @@ import contextlib
 import logging
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from soflow_platform.errors import UserError
 
 PROBE_SECONDS = 5.0
+HEALTH_SECONDS = 20.0
 DRIVER_CPUS = 0.1
 """What Tune holds for the function that drives one trial; the work is done by the trial's workers."""
 
@@ -94,8 +97,21 @@ def require_answer(address: str | None) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or "no answer"
-        raise UserError(
-            f"no Ray answers at {address} ({reason}); start one with `ray start --head`, or leave --address out "
-            "to use this machine."
-        ) from None
+        raise _no_answer(address, getattr(error, "strerror", None) or str(error)) from None
+    # Something listens; only Ray's own check tells whether it is Ray, and it may wait for ever for an answer.
+    check = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        healthy = (
+            subprocess.run(check, capture_output=True, timeout=HEALTH_SECONDS, check=False).returncode == 0
+        )
+    except subprocess.TimeoutExpired:
+        healthy = False
+    if not healthy:
+        raise _no_answer(address, "something else listens there")
+
+
+def _no_answer(address: str, reason: str) -> UserError:
+    return UserError(
+        f"no Ray answers at {address} ({reason}); start one with `ray start --head`, or leave --address out "
+        "to use this machine."
+    )

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from soflow_pipelines.shards import DataMismatch, DatasetInfo, ShardError, ensure_builtin, read_info
-
 from soflow_core.networks import DiTConfig, dit_config
+from soflow_pipelines.shards import DataMismatch, DatasetInfo, ShardError, ensure_builtin, read_info
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import UserError
 from soflow_platform.storage import Storage

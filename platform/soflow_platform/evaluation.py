@@ -13,6 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from soflow_core.networks import DiT
+from soflow_core.objectives import Objective
+from soflow_core.samplers.noise import sample_labels, sample_noise
 from soflow_pipelines.features import FeatureNetwork, digits_classifier
 from soflow_pipelines.images import to_uint8
 from soflow_pipelines.loader import ShardLoader
@@ -20,16 +25,14 @@ from soflow_pipelines.metrics import FeatureStatistics, frechet_distance
 from soflow_pipelines.pooling import PooledFeatures
 from soflow_pipelines.shards import DatasetInfo
 from soflow_pipelines.writers import image_grid
-from torch import Tensor
-
-from soflow_core.networks import DiT
-from soflow_core.objectives import Objective
-from soflow_core.samplers.noise import sample_labels, sample_noise
 from soflow_platform.config.sections import EvaluationConfig
 from soflow_platform.storage import Storage
 
 REFERENCE_LIMIT = 50_000
 """Training samples that the reference statistics are taken of, at most."""
+
+VISIBLE_PIXELS = 48
+"""Smallest side of an image in a grid."""
 
 Merge = Callable[[list[Any]], list[Any]]
 """All ranks' contributions, in rank order."""
@@ -107,7 +110,7 @@ class Evaluator:
         if self.classes is not None:
             labels = (torch.arange(side) * self.classes // side).repeat_interleave(side)
         samples = generate(network, objective, self.config.seed, indices, labels, nfe, device)
-        return image_grid(viewable(samples), columns=side)
+        return grid_image(viewable(samples), columns=side)
 
     def tags(self) -> dict[str, str]:
         """Everything besides the weights that can move the numbers."""
@@ -162,6 +165,11 @@ def viewable(samples: Tensor) -> Tensor:
     if samples.shape[1] not in (1, 3):
         samples = (samples[:, :3] / 3).clamp(-1, 1)
     return to_uint8(samples)
+
+
+def grid_image(images: Tensor, columns: int) -> np.ndarray[Any, Any]:
+    """(N, C, H, W) uint8 -> one picture (H', W', 3); images too small to be seen are enlarged."""
+    return image_grid(images, columns=columns, enlarge=max(1, VISIBLE_PIXELS // images.shape[2]))
 
 
 def feature_network(

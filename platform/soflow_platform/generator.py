@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from soflow_pipelines.writers import encode_png
 from torch import Tensor
 
 from soflow_core.checkpoints import build_network, load_weights
 from soflow_core.networks import DiT
 from soflow_core.objectives import Objective
+from soflow_pipelines.writers import encode_png
 from soflow_platform.errors import UserError
 from soflow_platform.evaluation import generate, viewable
 

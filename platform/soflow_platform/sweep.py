@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from soflow_pipelines.shards import DatasetInfo
-
 from soflow_platform import checkpoints
 from soflow_platform.cluster import DRIVER_CPUS, Cluster, connected
 from soflow_platform.config.experiment import Experiment, flatten

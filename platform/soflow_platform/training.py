@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from soflow_pipelines.loader import ShardLoader
-from soflow_pipelines.shards import DatasetInfo
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,6 +21,8 @@ from soflow_core.checkpoints import save_weights
 from soflow_core.networks import DiT, DiTConfig
 from soflow_core.objectives import Batch, Objective
 from soflow_core.training import StepRecord, TrainStep
+from soflow_pipelines.loader import ShardLoader
+from soflow_pipelines.shards import DatasetInfo
 from soflow_platform import checkpoints
 from soflow_platform.checkpoints import Checkpoint, Position
 from soflow_platform.config.experiment import Experiment

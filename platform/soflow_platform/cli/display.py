@@ -20,6 +20,14 @@ from soflow_platform.sweep import Display, TrialOutcome
 from soflow_platform.sweep_record import SweepRecord
 
 REFRESH_SECONDS = 0.5
+FILE_WIDTH = 200
+"""Columns where the output is no terminal, so that a log or a pipe gets whole names."""
+
+
+def console() -> Console:
+    """The terminal; or a log, which is not wrapped."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=FILE_WIDTH)
 
 
 class SweepDisplay(Display):
@@ -105,31 +113,40 @@ class SweepDisplay(Display):
                 self.say(f"{name} step {now.step:,}: {scores}")
 
 
+def plain_table(name: str, *columns: str) -> Table:
+    """A table without lines, whose first column is never shortened: it holds what the next command needs."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(name, no_wrap=True, overflow="fold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
 def show_result(
-    console: Console, record: SweepRecord, storage: Storage, outcomes: list[TrialOutcome] | None = None
+    screen: Console, record: SweepRecord, storage: Storage, outcomes: list[TrialOutcome] | None = None
 ) -> None:
     """The best trial, its numbers, its grid, where to look, and what to type next."""
     for outcome in outcomes or []:
         if outcome.state != "finished":
             reason = f": {outcome.failure}" if outcome.failure else ""
-            console.print(f"{outcome.name} {outcome.state} at step {outcome.step:,}{reason}", highlight=False)
+            screen.print(f"{outcome.name} {outcome.state} at step {outcome.step:,}{reason}", highlight=False)
     best = record.best
     if best is None:
         return
-    console.print(f"\n[bold]best trial[/bold]  {best['trial']}, step {best['step']:,}", highlight=False)
+    screen.print(f"\n[bold]best trial[/bold]  {best['trial']}, step {best['step']:,}", highlight=False)
     for key, value in best["metrics"].items():
-        console.print(f"            {key} {value:.4g}", highlight=False)
+        screen.print(f"            {key} {value:.4g}", highlight=False)
     for path in best["grids"]:
-        console.print(f"grid        {path}", highlight=False, soft_wrap=True)
+        screen.print(f"grid        {path}", highlight=False, soft_wrap=True)
     if "version" in best:
-        console.print(
+        screen.print(
             f"registered  models:/{best['model']}@candidate (version {best['version']})", highlight=False
         )
-    console.print(f"runs        {record_link(record)}", highlight=False, soft_wrap=True)
+    screen.print(f"runs        {record_link(record)}", highlight=False, soft_wrap=True)
     flag = storage_flag(storage)
-    console.print(f"            (start the page with: soflowctl ui{flag})", highlight=False)
+    screen.print(f"            (start the page with: soflowctl ui{flag})", highlight=False)
     if "version" in best:
-        console.print(
+        screen.print(
             f"next        soflowctl promote models:/{best['model']}@candidate{flag}", highlight=False
         )
 

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from soflow_platform.errors import JobError, UserError
+
+UsageError: type[BaseException] = typer.BadParameter.__mro__[1]
+"""What a wrong option raises; typer brings its own click or uses the installed one, by version."""
 
 app = typer.Typer(
     name="soflowctl",
@@ -167,17 +169,19 @@ def version() -> None:
 
 def main() -> None:
     """Console entry point: a user's mistake exits with 2, a failed job with 1, each with one sentence on stderr."""
-    # The directory of a script is on the path, and Ray and MLflow are told to keep to themselves before they are imported.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         code = app(standalone_mode=False)
-    except (UserError, click.UsageError) as error:
-        _report(error, "usage" if isinstance(error, click.UsageError) else "error")
+    except UserError as error:
+        _report(error, "error")
+        sys.exit(2)
+    except UsageError as error:
+        _report(error, "usage")
         sys.exit(2)
     except JobError as error:
         _report(error, "failed")
         sys.exit(1)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted: run the same command to go on.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
@@ -187,16 +191,13 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _report(error: Exception, kind: str) -> None:
+def _report(error: BaseException, kind: str) -> None:
     if os.environ.get("SOFLOW_DEBUG"):
         import traceback
 
         traceback.print_exception(error)
-    text = (
-        error.format_message()
-        if isinstance(error, click.ClickException)
-        else str(error) or type(error).__name__
-    )
+    message = getattr(error, "format_message", None)
+    text = message() if message else str(error) or type(error).__name__
     print(f"soflowctl: {kind}: {text}", file=sys.stderr)
 
 

@@ -63,6 +63,7 @@ def _write_missing(
 ) -> None:
     from rich.console import Console
     from rich.progress import Progress
+
     from soflow_pipelines.writers import encode_png
 
     with Progress(console=Console(stderr=True)) as progress:
@@ -84,12 +85,14 @@ def _write_grid(paths: list[Path], out: Path) -> Path:
     import numpy as np
     import torch
     from PIL import Image
-    from soflow_pipelines.writers import encode_png, image_grid
+
+    from soflow_pipelines.writers import encode_png
+    from soflow_platform.evaluation import grid_image
 
     shown = [np.asarray(Image.open(path).convert("RGB")) for path in paths[: GRID_SIDE * GRID_SIDE]]
     images = torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2)
     grid = out / "grid.png"
-    grid.write_bytes(encode_png(image_grid(images, columns=GRID_SIDE)))
+    grid.write_bytes(encode_png(grid_image(images, columns=GRID_SIDE)))
     return grid
 
 

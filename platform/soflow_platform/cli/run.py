@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from soflow_platform import sweeps_folder
-from soflow_platform.cli.display import SweepDisplay, show_result
+from soflow_platform.cli.display import SweepDisplay, console, plain_table, show_result
 from soflow_platform.config.document import Document
 from soflow_platform.config.experiment import Experiment, read_experiment
 from soflow_platform.config.trials import Trial, trials
@@ -76,9 +75,9 @@ def run_command(
     path, experiment, points = read(name, overrides)
     _check_networks(points)
     storage = find_storage(storage_option)
-    console = Console()
+    screen = console()
     if dry_run:
-        _print_plan(console, experiment, points, storage.root)
+        _print_plan(screen, experiment, points, storage.root)
         return
     from soflow_platform.cluster import require_answer
     from soflow_platform.data import check_data
@@ -90,8 +89,8 @@ def run_command(
     sweep = sweep_id(storage, experiment, again)
     record = load_record(storage, sweep)
     if record is not None and record.finished:
-        console.print(f"sweep {sweep} is finished; --again runs it anew.")
-        show_result(console, record, storage)
+        screen.print(f"sweep {sweep} is finished; --again runs it anew.")
+        show_result(screen, record, storage)
         return
     record = record or SweepRecord(
         id=sweep,
@@ -102,9 +101,9 @@ def run_command(
     )
     signal.signal(signal.SIGTERM, _as_interrupt)
     with exclusive(storage, sweep):
-        display = SweepDisplay(console, experiment, points)
+        display = SweepDisplay(screen, experiment, points)
         outcomes = run_sweep(record, experiment, points, storage, address, display)
-    show_result(console, record, storage, outcomes)
+    show_result(screen, record, storage, outcomes)
     failed = [o for o in outcomes if o.state == "failed"]
     if failed:
         raise JobError(
@@ -117,12 +116,12 @@ def _as_interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _print_plan(console: Console, experiment: Experiment, points: list[Trial], root: Path) -> None:
+def _print_plan(screen: Console, experiment: Experiment, points: list[Trial], root: Path) -> None:
     from soflow_platform.data import check_data, describe_network, expected
     from soflow_platform.plan import cost, request
 
-    console.print(f"[bold]{experiment.name}[/bold]: {experiment.description}")
-    table = Table("trial", "parameters", "GMAC/forward", "passes/sample", "PFLOP", box=None, pad_edge=False)
+    screen.print(f"[bold]{experiment.name}[/bold]: {experiment.description}")
+    table = plain_table("trial", "parameters", "GMAC/forward", "passes/sample", "PFLOP")
     for trial in points:
         data = expected(trial.experiment)
         if data is None:
@@ -137,17 +136,17 @@ def _print_plan(console: Console, experiment: Experiment, points: list[Trial], r
             "-" if spent.total_petaflops is None else f"{spent.total_petaflops:,.4g}",
         )
         state = spent.state_gigabytes
-    console.print(table)
+    screen.print(table)
     training = experiment.training
-    console.print(f"{len(points)} trials of {training.steps:,} steps, {training.batch} samples in each step")
-    console.print(f"compared by {experiment.search.metric} ({experiment.mode})")
-    console.print(f"asks Ray for {request(experiment)}")
+    screen.print(f"{len(points)} trials of {training.steps:,} steps, {training.batch} samples in each step")
+    screen.print(f"compared by {experiment.search.metric} ({experiment.mode})")
+    screen.print(f"asks Ray for {request(experiment)}")
     if data is not None:
-        console.print(
+        screen.print(
             f"{state:.3g} GB of weights, gradients, optimizer and EMA state in each worker, activations besides"
         )
-    console.print(f"storage {root}")
+    screen.print(f"storage {root}")
     try:
-        console.print(f"data {check_data(experiment)}")
+        screen.print(f"data {check_data(experiment)}")
     except UserError as error:
-        console.print(f"before it can run: {error}")
+        screen.print(f"before it can run: {error}")

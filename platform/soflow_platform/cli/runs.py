@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
 from rich.table import Table
 
 from soflow_platform.checkpoints import best_evaluation, published
+from soflow_platform.cli.display import console, plain_table
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import UserError
 from soflow_platform.storage import Storage, find_storage
@@ -17,35 +17,22 @@ from soflow_platform.sweep_record import SweepRecord, all_records, is_running, l
 def runs_command(sweep: str | None, storage_option: str | None) -> None:
     """Print every sweep of the project folder, or the trials of one."""
     storage = find_storage(storage_option)
-    console = Console()
+    screen = console()
     if sweep is not None:
         record = load_record(storage, sweep)
         if record is None:
             raise UserError(f"there is no sweep {sweep!r} under {storage.root}; `soflowctl runs` lists them.")
-        console.print(_trials_table(storage, record))
+        screen.print(_trials_table(storage, record))
         return
     records = all_records(storage)
     if not records:
-        console.print(
-            f"no sweeps under {storage.root}; start one with: soflowctl run digits", highlight=False
-        )
+        screen.print(f"no sweeps under {storage.root}; start one with: soflowctl run digits", highlight=False)
         return
-    console.print(_sweeps_table(storage, records))
+    screen.print(_sweeps_table(storage, records))
 
 
 def _sweeps_table(storage: Storage, records: list[SweepRecord]) -> Table:
-    table = Table(
-        "sweep",
-        "started",
-        "state",
-        "trials",
-        "best trial",
-        "metric",
-        "score",
-        "registered",
-        box=None,
-        pad_edge=False,
-    )
+    table = plain_table("sweep", "started", "state", "trials", "best trial", "score", "registered")
     for record in records:
         metric = record.experiment["search"]["metric"]
         best = record.best or {}
@@ -57,8 +44,7 @@ def _sweeps_table(storage: Storage, records: list[SweepRecord]) -> Table:
             state,
             str(len(record.trials)),
             best.get("trial", "-"),
-            metric,
-            "-" if score is None else f"{score:.4g}",
+            "-" if score is None else f"{metric} {score:.4g}",
             f"{best['model']} v{best['version']}" if "version" in best else "-",
         )
     return table
@@ -67,7 +53,7 @@ def _sweeps_table(storage: Storage, records: list[SweepRecord]) -> Table:
 def _trials_table(storage: Storage, record: SweepRecord) -> Table:
     metric, steps = record.experiment["search"]["metric"], record.experiment["training"]["steps"]
     mode = Experiment(**record.experiment).mode
-    table = Table("trial", "step", "best step", metric, "checkpoints", box=None, pad_edge=False)
+    table = plain_table("trial", "step", "best step", metric, "checkpoints")
     for trial in record.trials:
         found = published(storage.trial(record.id, trial["name"]) / "checkpoints")
         position = found[-1].position if found else None

@@ -1,0 +1,49 @@
+# Two commands do everything on a fresh machine with Python 3.10 to 3.12:
+#
+#     make run     create .venv, install, run the main job on the embedded default
+#     make test    create .venv, install, run the tests
+
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: run test test-slow test-faults lint format wheel clean
+
+run: .venv/.installed
+	@echo "run: soflowctl run sweeps/digits.yaml"
+	@$(BIN)/soflowctl run sweeps/digits.yaml
+
+test: .venv/.installed
+	@echo "test: everything but what is marked slow or faults"
+	@$(PYTEST) -m "not slow and not faults"
+
+test-slow: .venv/.installed
+	@echo "test-slow: the longer checks"
+	@$(PYTEST) -m slow
+
+test-faults: .venv/.installed
+	@echo "test-faults: kills processes, nodes and servers"
+	@$(PYTEST) -m faults
+
+lint: .venv/.installed
+	@echo "lint: ruff and mypy"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: .venv/.installed
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+wheel: .venv/.installed
+	@$(BIN)/python -m build --wheel --outdir dist .
+
+clean:
+	@rm -rf .venv dist build
+
+.venv/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "install: no Python 3.10 to 3.12 found; install one or set PYTHON=/path/to/python" >&2; exit 2; }
+	@echo "install: creating .venv and installing soflow with its pinned dependencies (a few minutes, about 7 GB)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,89 @@
+"""A sweep whose driver was killed goes on with the same command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import REDUCED, ROOT, Run, command, environment
+from soflow_platform.checkpoints import published
+from soflow_platform.storage import Storage
+from soflow_platform.sweep_record import SweepRecord, all_records
+from soflow_platform.tracking import Tracking, client_for
+
+ARGUMENTS = ["run", "sweeps/digits.yaml", *REDUCED]
+ONE_AT_A_TIME = ["--set", "resources.concurrent_trials=1"]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 150) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the command ended before it could be killed"
+        assert time.monotonic() < deadline, "the sweep did not get there in time"
+        time.sleep(0.1)
+
+
+def steps(storage: Storage, record: SweepRecord, number: int) -> list[int]:
+    root = storage.trial(record.id, record.trials[number]["name"]) / "checkpoints"
+    return [checkpoint.position.step for checkpoint in published(root)]
+
+
+def test_finished_trials_are_kept_and_the_cut_one_goes_on_from_its_checkpoint(
+    soflowctl: Run, tmp_path: Path
+) -> None:
+    storage = Storage(tmp_path / "runs")
+    arguments = [*ARGUMENTS, *ONE_AT_A_TIME, "--storage", str(storage.root)]
+    process = subprocess.Popen(
+        command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for(lambda: bool(all_records(storage)), process)
+        (record,) = all_records(storage)
+        wait_for(lambda: 40 in steps(storage, record, 0) and 10 in steps(storage, record, 1), process)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    finished = storage.trial(record.id, record.trials[0]["name"]) / "checkpoints" / "step-00000040"
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in finished.iterdir()}
+    assert record.run is not None
+
+    done = soflowctl(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "going on with" in done.stdout
+
+    assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in finished.iterdir()} == before
+    (after,) = all_records(storage)
+    assert (after.run, after.finished, after.attempts) == (record.run, True, 2)
+    client = client_for(storage.tracking_uri)
+    parents = client.search_runs([after.experiment_id or ""], "tags.`soflow.trial` IS NULL")
+    assert [run.info.run_id for run in parents] == [record.run]
+    tracking = Tracking(storage.tracking_uri, "digits", after.experiment_id or "")
+    children = tracking.children(record.run)
+    assert sorted(run.info.run_name for run in children) == [trial["name"] for trial in after.trials]
+    for run in children:
+        assert run.info.status == "FINISHED"
+        for metric, expected in (("eval/fd_nfe1", [10, 20, 30, 40]), ("train/loss", [1, *range(5, 41, 5)])):
+            assert [m.step for m in client.get_metric_history(run.info.run_id, metric)] == expected
+        # The second trial did not start again: Ray Train was asked for its remaining steps only.
+    assert len(client.search_model_versions("name = 'digits'")) == 1
+
+
+def test_a_sweep_that_is_running_is_not_started_twice(soflowctl: Run, tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "runs")
+    arguments = [*ARGUMENTS, "--storage", str(storage.root)]
+    process = subprocess.Popen(
+        command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for(lambda: storage.sweeps.exists() and any(storage.sweeps.glob("*/.lock")), process)
+        second = soflowctl(*arguments)
+        assert second.returncode == 2
+        assert "is running in another process" in second.stderr
+    finally:
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=60)
+    assert code == 130

@@ -1,0 +1,70 @@
+"""A small experiment on the real digits, and a project folder for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from soflow_platform.config.document import apply_override, read_document
+from soflow_platform.config.experiment import Experiment, validate
+from soflow_platform.data import open_data
+from soflow_platform.storage import Storage
+from soflow_platform.tracking import Tracking, prepare_store
+from soflow_platform.training import TrialJob, TrialWorker
+
+ROOT = Path(__file__).parents[2]
+
+SMALL = (
+    "network={patch: 4, hidden: 16, depth: 1, heads: 2}",
+    "training={steps: 6, batch: 8, ema: [0.5], log_every: 1, keep_checkpoints: 10}",
+    "evaluation={every: 2, samples: 32, nfe: [1, 2], features: pooled, grid: 2}",
+    "search.space={}",
+)
+
+
+def small_experiment(*overrides: str) -> Experiment:
+    document = read_document(ROOT / "sweeps" / "digits.yaml")
+    for override in (*SMALL, *overrides):
+        apply_override(document, override)
+    return validate(document)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(tmp_path / "runs")
+
+
+@pytest.fixture
+def tracking(storage: Storage) -> Tracking:
+    prepare_store(storage.tracking_uri)
+    return Tracking.open(storage.tracking_uri, "digits", storage)
+
+
+@pytest.fixture
+def worker(storage: Storage, tracking: Tracking) -> Callable[..., TrialWorker]:
+    """Makes one worker of one trial, as Ray Train would, without Ray."""
+
+    def make(trial: str, *overrides: str) -> TrialWorker:
+        experiment = small_experiment(*overrides)
+        location, _ = open_data(experiment, storage)
+        run = tracking.open_run("sweep", trial, params={}, tags={}, trial=trial)
+        job = TrialJob(
+            sweep="sweep",
+            trial=trial,
+            experiment=experiment.resolved(),
+            data=location,
+            storage=str(storage.root),
+            tracking_uri=tracking.uri,
+            run=run,
+        )
+        return TrialWorker(job, torch.device("cpu"))
+
+    return make

@@ -1,0 +1,167 @@
+"""What a user types wrong gets one sentence on stderr and exit code 2, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DIGITS = str(ROOT / "sweeps" / "digits.yaml")
+COMMANDS = ["run", "ui", "runs", "promote", "generate", "validate", "version"]
+
+
+def soflowctl(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SOFLOW_", "RAY_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "soflow_platform.cli.main", *arguments],
+        cwd=folder,
+        env={**environment, "COLUMNS": "160", "NO_COLOR": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+MISTAKES = {
+    "a misspelt key": (
+        ["run", DIGITS, "--set", "training.bacth=4"],
+        "--set training.bacth: unknown key `bacth` in `training`; did you mean `batch`?",
+    ),
+    "a wrong type": (
+        ["run", DIGITS, "--set", "training.steps=many"],
+        "--set training.steps: `training.steps` is 'many': input should be a valid integer",
+    ),
+    "a file that is not there": (
+        ["run", "absent.yaml"],
+        "there is no sweep file absent.yaml; give a path, or one of those that come with soflow: digits, ",
+    ),
+    "an unknown method": (
+        ["run", DIGITS, "--set", "objective.method=soflaw"],
+        "unknown method 'soflaw' in `objective`; known are soflow",
+    ),
+    "a batch that does not divide": (
+        ["run", DIGITS, "--set", "resources.workers=3"],
+        "training.batch (128) does not divide by resources.workers (3): take a multiple.",
+    ),
+    "a metric that is never reported": (
+        ["run", DIGITS, "--set", "search.metric=eval/fid"],
+        "search.metric 'eval/fid' is never reported: this sweep reports eval/fd_nfe1, eval/fd_nfe2",
+    ),
+    "a storage folder that cannot be written": (
+        ["run", DIGITS, "--storage", "/proc/soflow"],
+        "storage folder /proc/soflow cannot be written",
+    ),
+    "a storage URI of an unknown kind": (
+        ["run", DIGITS, "--storage", "ftp://host/runs"],
+        "storage 'ftp://host/runs' is not a folder",
+    ),
+    "an address that is none": (["run", DIGITS, "--address", "nowhere"], "is not of the form HOST:PORT"),
+    "data that is not set": (
+        ["run", "xl2"],
+        "data.source is not set: make latents with `soflowctl data prepare IMAGENET_FOLDER --autoencoder",
+    ),
+    "data that is not there": (
+        ["run", "xl2", "--set", "data.source=absent-latents"],
+        "data.source 'absent-latents' is not a folder: make latents with `soflowctl data prepare",
+    ),
+    "a patch that does not divide the image": (
+        ["run", DIGITS, "--set", "network.patch=3"],
+        "network: an input of 8 x 8 is not divisible by a patch of 3",
+    ),
+    "an override without a value": (
+        ["run", DIGITS, "--set", "training.steps"],
+        "is not of the form section.key=value",
+    ),
+    "an unknown option": (["run", DIGITS, "--dryrun"], "No such option"),
+    "a registry that is not there": (["promote", "digits"], "there is no model registry under"),
+    "runs that are not there": (["ui"], "there are no runs under"),
+    "a sweep that is not there": (["runs", "digits-123"], "there is no sweep 'digits-123'"),
+    "a weights file that is not there": (
+        ["generate", "--model", "some/weights.safetensors", "--out", "images"],
+        "there is no such file; registered models are named models:/NAME@ALIAS",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_with_exit_code_2_and_creates_nothing(tmp_path: Path, mistake: str) -> None:
+    arguments, said = MISTAKES[mistake]
+    done = soflowctl(tmp_path, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_where_no_ray_answers_is_told_at_once(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    done = soflowctl(tmp_path, "run", DIGITS, "--address", address)
+    assert done.returncode == 2
+    assert f"no Ray answers at {address} (Connection refused)" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_something_else_that_listens_at_the_address_is_no_ray(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        done = soflowctl(tmp_path, "run", DIGITS, "--address", address)
+    assert done.returncode == 2, done.stderr
+    assert f"no Ray answers at {address}" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_a_command_does_and_imports_nothing_heavy(tmp_path: Path, command: str) -> None:
+    program = (
+        "import sys\n"
+        f"sys.argv = ['soflowctl', '{command}', '--help']\n"
+        "from soflow_platform.cli.main import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print('HEAVY', sorted({'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert done.returncode == 0
+    assert f"Usage: soflowctl {command}" in done.stdout
+    assert "HEAVY []" in done.stdout
+
+
+def test_validate_prints_what_a_file_stands_for(tmp_path: Path) -> None:
+    done = soflowctl(tmp_path, "validate", DIGITS)
+    assert done.returncode == 0
+    assert (
+        "is valid: 4 trial(s) of soflow, 800 steps of 128 samples, compared by eval/fd_nfe1 (min)"
+        in done.stdout
+    )
+
+
+def test_the_plan_of_xl2_names_trials_parameters_resources_and_how_to_make_the_data(tmp_path: Path) -> None:
+    done = soflowctl(tmp_path, "run", "xl2", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("676.7 M") == 4
+    assert "trial-03-weight_power=1-final=0.01" in done.stdout
+    assert "asks Ray for 8 worker(s) of 8 CPU and 1 GPU for each trial (64 CPU, 8 GPU)" in done.stdout
+    assert "make latents with `soflowctl data prepare IMAGENET_FOLDER" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version_is_that_of_the_distribution(tmp_path: Path) -> None:
+    from importlib.metadata import version
+
+    assert soflowctl(tmp_path, "version").stdout == f"soflow {version('soflow')}\n"

@@ -1,0 +1,195 @@
+"""A sweep file is checked before anything starts, and what is wrong with it is said in one sentence with file and line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from soflow_platform.config.experiment import Experiment, read_experiment
+from soflow_platform.config.trials import trials
+from soflow_platform.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / "sweeps" / "digits.yaml"
+
+MINIMAL = """\
+name: small
+data: {source: digits}
+network: {patch: 2, hidden: 32, depth: 2, heads: 2}
+objective: {method: soflow}
+training: {steps: 40, batch: 16}
+evaluation: {every: 20}
+"""
+
+
+def write(folder: Path, text: str, name: str = "sweep.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        trials(*reversed(read_experiment(path, overrides)))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["digits", "xl2"])
+def test_the_sweeps_that_come_with_the_package_are_valid(name: str) -> None:
+    experiment, document = read_experiment(ROOT / "sweeps" / f"{name}.yaml")
+    assert len(trials(document, experiment)) >= 3
+
+
+def test_xl2_is_the_papers_recipe() -> None:
+    experiment, _ = read_experiment(ROOT / "sweeps" / "xl2.yaml")
+    objective, guidance = experiment.objective, experiment.objective.guidance
+    assert experiment.network.size == "XL/2"
+    assert (experiment.training.steps, experiment.training.batch) == (1_200_000, 256)
+    assert experiment.training.ema == (0.9999,)
+    assert experiment.training.clip_norm is None
+    assert (experiment.optimizer.name, experiment.optimizer.lr) == ("adamw", 1e-4)
+    assert (experiment.optimizer.betas, experiment.optimizer.weight_decay) == ((0.9, 0.99), 0.0)
+    assert (objective.flow_matching_share, objective.weight_power, objective.weight_eps) == (0.75, 1.0, 0.01)
+    assert (guidance.scale, guidance.mix, guidance.drop, guidance.decay_from) == (3.0, 0.25, 0.1, 0.8)
+    times = [(d.mean, d.std) for d in (objective.times.velocity, objective.times.end, objective.times.start)]
+    assert times == [(-0.2, 1.0), (-1.0, 0.8), (0.2, 0.8)]
+    schedule = objective.schedule
+    assert (schedule.kind, schedule.initial, schedule.final) == ("exponential", 0.1, 0.002)
+
+
+def test_a_misspelt_key_is_named_with_its_line_and_the_nearest_known_name(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL.replace("batch: 16", "bacth: 16"))
+    assert refusal(path) == f"{path}, line 5: unknown key `bacth` in `training`; did you mean `batch`?"
+
+
+def test_a_misspelt_key_deep_in_the_objective_is_found(tmp_path: Path) -> None:
+    text = MINIMAL.replace("{method: soflow}", "\n  method: soflow\n  guidance:\n    scael: 3.0")
+    sentence = refusal(write(tmp_path, text))
+    assert "line 7: unknown key `scael` in `objective.guidance`; did you mean `scale`?" in sentence
+
+
+def test_a_misspelt_override_is_named_as_one(tmp_path: Path) -> None:
+    sentence = refusal(write(tmp_path, MINIMAL), "training.stepps=10")
+    assert sentence == "--set training.stepps: unknown key `stepps` in `training`; did you mean `steps`?"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("steps: 40", "steps: many", "line 5: `training.steps` is 'many': input should be a valid integer"),
+        ("steps: 40", "steps: 0", "line 5: `training.steps` is 0: input should be greater than 0"),
+        (
+            "method: soflow",
+            "method: so-flow",
+            "line 4: unknown method 'so-flow' in `objective`; known are soflow",
+        ),
+        (
+            "method: soflow",
+            "flow_matching_share: 0.5",
+            "line 4: `objective.method` is missing; known are soflow",
+        ),
+        ("every: 20", "every: 50", "evaluation.every (50) is beyond training.steps (40): lower it"),
+        ("heads: 2", "heads: 3", "`hidden` (32) must be a multiple of `heads` (3)"),
+        ("heads: 2", "size: S/2", "give either `size` (such as XL/2) or all of"),
+        ("name: small", "name: Small Sweep", "line 1: `name` is 'Small Sweep'"),
+        ("training: {steps: 40, batch: 16}\n", "", "`training` is missing"),
+        ("steps: 40", "steps: [40", "line 5: "),
+        ("steps: 40", "steps: 40, steps: 50", "line 5: `steps` is given twice; keep one"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, old: str, new: str, said: str) -> None:
+    assert old in MINIMAL
+    sentence = refusal(write(tmp_path, MINIMAL.replace(old, new)))
+    assert said in sentence
+    assert "\n" not in sentence
+
+
+def test_a_batch_that_does_not_divide_names_both_numbers(tmp_path: Path) -> None:
+    sentence = refusal(write(tmp_path, MINIMAL), "resources.workers=3")
+    assert "training.batch (16) does not divide by resources.workers (3)" in sentence
+
+
+def test_a_metric_that_is_never_reported_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    sentence = refusal(write(tmp_path, MINIMAL), "search.metric=eval/fid")
+    assert (
+        "search.metric 'eval/fid' is never reported: this sweep reports eval/fd_nfe1, eval/fd_nfe2"
+        in sentence
+    )
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert "absent.yaml cannot be read: No such file or directory" in refusal(tmp_path / "absent.yaml")
+
+
+def test_a_child_file_overrides_what_it_extends_and_lists_are_replaced(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL, "base.yaml")
+    child = write(tmp_path, "extends: base.yaml\ntraining: {steps: 80, ema: [0.5]}\n", "child.yaml")
+    experiment, _ = read_experiment(child)
+    assert (experiment.training.steps, experiment.training.batch, experiment.training.ema) == (80, 16, (0.5,))
+
+
+def test_an_error_in_an_extended_file_names_that_file(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL.replace("batch", "bacth"), "base.yaml")
+    sentence = refusal(write(tmp_path, "extends: base.yaml\ntraining: {steps: 80}\n", "child.yaml"))
+    assert "base.yaml, line 5: unknown key `bacth`" in sentence
+
+
+def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "extends: b.yaml\n", "a.yaml")
+    write(tmp_path, "extends: a.yaml\n", "b.yaml")
+    assert "`extends` goes in a circle: a.yaml -> b.yaml -> a.yaml" in refusal(tmp_path / "a.yaml")
+
+
+def test_numbers_in_exponent_form_are_numbers(tmp_path: Path) -> None:
+    experiment, _ = read_experiment(write(tmp_path, MINIMAL + "optimizer: {lr: 1e-3}\n"))
+    assert experiment.optimizer.lr == 1e-3
+
+
+def test_a_grid_tries_every_combination_and_names_each(tmp_path: Path) -> None:
+    space = "{objective.weight_power: [0.5, 1.0], objective.schedule.final: [0.002, 0.01]}"
+    experiment, document = read_experiment(write(tmp_path, MINIMAL), (f"search.space={space}",))
+    points = trials(document, experiment)
+    assert [p.name for p in points] == [
+        "trial-00-weight_power=0.5-final=0.002",
+        "trial-01-weight_power=0.5-final=0.01",
+        "trial-02-weight_power=1-final=0.002",
+        "trial-03-weight_power=1-final=0.01",
+    ]
+    assert points[3].experiment.objective.weight_power == 1.0
+    assert points[3].experiment.objective.schedule.final == 0.01
+
+
+def test_random_trials_are_the_same_each_time_and_inside_their_range(tmp_path: Path) -> None:
+    space = "search.space={optimizer.lr: {log_uniform: [1e-4, 1e-2]}}"
+    overrides = (space, "search.algorithm=random", "search.trials=20")
+    first, second = (
+        [p.settings["optimizer.lr"] for p in trials(document, experiment)]
+        for experiment, document in (read_experiment(write(tmp_path, MINIMAL), overrides) for _ in range(2))
+    )
+    assert first == second
+    assert len(set(first)) == 20
+    assert all(1e-4 <= lr <= 1e-2 for lr in first)
+
+
+def test_a_value_of_the_search_space_is_checked_like_one_in_the_file(tmp_path: Path) -> None:
+    sentence = refusal(write(tmp_path, MINIMAL), "search.space={objective.weight_power: [1.0, -1.0]}")
+    assert "weight_power is -1" in sentence
+
+
+def test_an_unknown_setting_in_the_search_space_is_refused(tmp_path: Path) -> None:
+    sentence = refusal(write(tmp_path, MINIMAL), "search.space={objective.wieght_power: [1.0]}")
+    assert "unknown key `wieght_power` in `objective`; did you mean `weight_power`?" in sentence
+
+
+def test_the_resolved_settings_read_back_to_the_same_experiment() -> None:
+    experiment, _ = read_experiment(DIGITS)
+    again = Experiment(**experiment.resolved())
+    assert again == experiment
+    assert again.digest() == experiment.digest()
+
+
+def test_any_setting_changes_the_digest() -> None:
+    one, _ = read_experiment(DIGITS)
+    other, _ = read_experiment(DIGITS, ("objective.guidance.scale=2.0",))
+    assert one.digest() != other.digest()

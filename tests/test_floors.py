@@ -1,0 +1,113 @@
+"""The house has four floors, and each imports only the floors below it."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {
+    "soflow_core": ROOT / "soflow_core",
+    "soflow_pipelines": ROOT / "pipelines" / "soflow_pipelines",
+    "soflow_platform": ROOT / "platform" / "soflow_platform",
+}
+BELOW = {
+    "soflow_core": set(),
+    "soflow_pipelines": {"soflow_core"},
+    "soflow_platform": {"soflow_core", "soflow_pipelines"},
+}
+CORE_MAY_IMPORT = {"torch", "timm", "safetensors"}
+FROM_PLATFORM_UP = {"ray", "mlflow"}
+FROM_PIPELINES_UP = {"webdataset"}
+
+
+def modules(floor: str) -> Iterator[Path]:
+    yield from sorted(FLOORS[floor].rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Every import in a file, wherever it stands in it: (line, dotted name)."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.lineno, node.module
+
+
+def offences(floor: str, forbidden: set[str]) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in modules(floor)
+        for line, name in imported(path)
+        if name.split(".")[0] in forbidden
+    ]
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_no_floor_imports_upwards(floor: str) -> None:
+    assert list(modules(floor)), f"{floor} has no modules: the test looks at the wrong place"
+    assert offences(floor, set(FLOORS) - BELOW[floor] - {floor}) == []
+
+
+def test_the_core_needs_torch_and_timm_alone() -> None:
+    allowed = CORE_MAY_IMPORT | set(sys.stdlib_module_names) | {"soflow_core"}
+    found = {name.split(".")[0] for path in modules("soflow_core") for _, name in imported(path)}
+    assert found - allowed == set()
+
+
+def test_ray_and_mlflow_stay_on_the_platform() -> None:
+    assert offences("soflow_core", FROM_PLATFORM_UP | FROM_PIPELINES_UP) == []
+    assert offences("soflow_pipelines", FROM_PLATFORM_UP) == []
+
+
+def test_the_command_line_is_imported_by_nothing_below_it() -> None:
+    own = FLOORS["soflow_platform"] / "cli"
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in modules("soflow_platform")
+        if own not in path.parents
+        for line, name in imported(path)
+        if name.startswith("soflow_platform.cli")
+    ]
+    assert found == []
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    """Imports that run when a module is read; those inside functions come later and cannot meet half-made modules."""
+    known = {
+        ".".join((floor, *path.relative_to(FLOORS[floor]).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        ): path
+        for floor in FLOORS
+        for path in modules(floor)
+    }
+    needs = {name: {n for n in _at_import(path, known) if n != name} for name, path in known.items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail[trail.index(name) :], name))
+        if name not in done:
+            for needed in sorted(needs[name]):
+                visit(needed, (*trail, name))
+            done.add(name)
+
+    for name in sorted(known):
+        visit(name, ())
+
+
+def _at_import(path: Path, known: dict[str, Path]) -> Iterator[str]:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module in known:
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & set(known)
+            yield from submodules or {node.module}
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+
+
+def test_platform_is_never_a_package() -> None:
+    """A package of that name would hide Python's own `platform` and break `import uuid`."""
+    assert not (ROOT / "platform" / "__init__.py").exists()
