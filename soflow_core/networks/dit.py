@@ -79,7 +79,7 @@ class TimeEmbedder(nn.Module):
         self.register_buffer("frequencies", torch.exp(-math.log(MAX_PERIOD) * exponents), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
-        angles = t.float()[:, None] * self.frequencies
+        angles = t[:, None] * self.frequencies
         embedded: Tensor = self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=1))
         return embedded
 

@@ -76,7 +76,11 @@ def discrete_loss(
     points = [linear(t).state(batch.x0, noise) for t in times]
     f_t = consistency_function(passes.exact, points[0], times[0], batch.labels)
     with torch.no_grad():
-        f_l = consistency_function(passes.exact, points[1], times[1], batch.labels)
+        # At t = 0 the function is its argument, whatever the network says.
+        later = passes.used(
+            passes.exact, times[1] > 0, points[1], times[1], torch.zeros_like(times[1]), batch.labels
+        )
+        f_l = points[1] - per_row(times[1], later) * later
     difference = f_t - f_l
     if huber:
         distance = (row_sum(difference.square()) + huber**2).sqrt() - huber

@@ -65,10 +65,12 @@ class FlowMatching(Objective):
         conditional: bool,
     ) -> Draws:
         noise = draw_noise(generator, batch_size, sample_shape)
-        if self.time is None:
-            t = torch.rand(batch_size, generator=generator)
-        else:
-            t = self.time.sample(generator, batch_size)
+        count = batch_size
+        t = (
+            torch.rand(count, generator=generator)
+            if self.time is None
+            else self.time.sample(generator, count)
+        )
         dropped = draw_dropped(generator, batch_size, self.drop)
         return Draws(noise, t, t, dropped if conditional else None, velocity_rows=batch_size)
 

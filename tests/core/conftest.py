@@ -5,9 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import load_file
 
 REFERENCE = Path(__file__).parents[1] / "reference"
+settings.register_profile("field", max_examples=40, deadline=None, derandomize=True)
+settings.load_profile("field")
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 

@@ -1,0 +1,366 @@
+"""MeanFlow, alpha-Flow, consistency models, Shortcut, Flow Matching and diffusion against their own
+definitions.
+"""
+
+import pytest
+import torch
+from random_networks import CONFIG, SHAPE, gradient, random_inputs, random_network
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
+
+from soflow_core.guidance import VelocityGuidance, drop_labels
+from soflow_core.networks import DiT
+from soflow_core.objectives import (
+    OBJECTIVES,
+    AlphaFlow,
+    AlphaSchedule,
+    Batch,
+    ContinuousConsistency,
+    Diffusion,
+    Draws,
+    EasyConsistency,
+    FlowMatching,
+    ImprovedConsistency,
+    MeanFlow,
+    Shortcut,
+    SoFlow,
+)
+from soflow_core.passes import Passes, PassPolicy
+from soflow_core.rows import row_mean, row_sum
+
+KEEP = torch.zeros(12, dtype=torch.bool)
+
+
+def column(t):
+    return t.reshape(-1, 1, 1, 1)
+
+
+def central_derivative(network, x, t, s, labels, v, h=1e-5):
+    """(F(x + h v, t + h, s) - F(x - h v, t - h, s)) / 2h."""
+    with torch.no_grad():
+        return (network(x + h * v, t + h, s, labels) - network(x - h * v, t - h, s, labels)) / (2 * h)
+
+
+def meanflow_loss(objective, network, batch, draws):
+    """MeanFlow's loss row by row from its definition, with a difference quotient for du/dt."""
+    t, s, labels, guidance = draws.t, draws.s, batch.labels, objective.guidance
+    x_t = column(1 - t) * batch.x0 + column(t) * draws.noise
+    v = draws.noise - batch.x0
+    with torch.no_grad():
+        seen = drop_labels(labels, draws.dropped)
+        v_u, v_p = network(x_t, t, t, None), network(x_t, t, t, labels)
+        guided = guidance.omega * v + (1 - guidance.omega - guidance.kappa) * v_u + guidance.kappa * v_p
+        inside = (t >= guidance.start) & (t <= guidance.end) & ~draws.dropped
+        v = torch.where(column(inside), guided, v)
+        target = v - column(t - s) * central_derivative(network, x_t, t, s, seen, v)
+    error = row_sum((network(x_t, t, s, seen) - target).square())
+    return (error / (error.detach() + objective.weight_eps) ** objective.weight_power).mean()
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        VelocityGuidance(),
+        VelocityGuidance(omega=2.0),
+        VelocityGuidance(omega=0.75, kappa=0.75, end=0.8, drop=0.5),
+        VelocityGuidance(omega=0.2, kappa=0.92, start=0.3, end=0.75),
+    ],
+    ids=["plain", "omega", "matched", "window"],
+)
+@pytest.mark.parametrize("skip_unused", [True, False], ids=["skipping", "whole"])
+def test_meanflow_is_its_definition(guidance, skip_unused):
+    objective = MeanFlow(guidance=guidance, flow_matching_share=0.5, weight_power=0.75)
+    network = random_network()
+    batch, draws = random_inputs(objective, seed=2)
+    found = objective.loss(network, batch, draws, 0, 1, PassPolicy(skip_unused=skip_unused)).loss
+    expected = meanflow_loss(objective, network, batch, draws)
+    assert_close(found, expected, rtol=1e-7, atol=0)
+    assert_close(gradient(found, network), gradient(expected, network), rtol=1e-5, atol=1e-8)
+
+
+def test_meanflow_at_equal_times_is_flow_matching():
+    network = random_network()
+    objective = MeanFlow(flow_matching_share=1.0, weight_power=0.0)
+    batch, draws = random_inputs(objective, conditional=False)
+    expected = FlowMatching().loss(network, batch, draws, 0, 1).loss
+    found = objective.loss(network, batch, draws, 0, 1).loss
+    assert_close(found / batch.x0[0].numel(), expected)
+
+
+def test_the_tangent_goes_along_the_velocity_at_a_fixed_end_time():
+    """du/dt = v . du/dx + du/dt at fixed s; the network's second input t - s grows with t."""
+    network = random_network()
+    batch, draws = random_inputs(MeanFlow(flow_matching_share=0.0))
+    v = draws.noise - batch.x0
+    x = batch.x0 + column(draws.t) * v
+    passes = Passes(network, PassPolicy())
+    found = passes.total_derivative(x, draws.t, draws.s, batch.labels, v)
+    assert_close(
+        found, central_derivative(network, x, draws.t, draws.s, batch.labels, v), rtol=1e-6, atol=1e-7
+    )
+    wrong = (
+        network(x, draws.t + 1e-5, draws.s + 1e-5, batch.labels)
+        - network(x, draws.t - 1e-5, draws.s - 1e-5, batch.labels)
+    ) / 2e-5
+    assert not torch.allclose(found, wrong, rtol=1e-2)
+
+
+def test_only_rows_with_two_times_pay_for_a_derivative():
+    rows = []
+    network = random_network()
+
+    class Watched(Passes):
+        def total_derivative(self, x, t, s, labels, velocity):
+            rows.append(len(x))
+            return super().total_derivative(x, t, s, labels, velocity)
+
+    objective = MeanFlow()
+    batch, draws = random_inputs(objective, size=16)
+    from soflow_core.objectives import meanflow
+
+    original = meanflow.Passes
+    meanflow.Passes = Watched
+    try:
+        objective.loss(network, batch, draws, 0, 1)
+    finally:
+        meanflow.Passes = original
+    assert rows == [4]
+
+
+def test_a_kernel_without_forward_mode_is_told_of_and_the_right_one_is_chosen():
+    network = random_network(torch.float32)
+    batch, draws = random_inputs(MeanFlow(flow_matching_share=0.0), dtype=torch.float32)
+    arguments = (batch.x0, draws.t, draws.s, batch.labels, draws.noise)
+    assert Passes(network, PassPolicy()).total_derivative(*arguments).isfinite().all()
+
+    def stubborn(x, t, s, labels):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return network(x, t, s, labels)
+
+    with pytest.raises(NotImplementedError, match="lacks the forward-mode derivative this method needs"):
+        Passes(stubborn, PassPolicy()).total_derivative(*arguments)
+
+
+def test_meanflow_drops_the_labels_of_the_first_rows():
+    draws = MeanFlow().draw(torch.Generator().manual_seed(0), 64, SHAPE, conditional=True)
+    count = int(draws.dropped.sum())
+    assert 0 < count < 16
+    assert draws.dropped[:count].all()
+    counts = [
+        int(MeanFlow().draw(torch.Generator().manual_seed(k), 64, (1, 1, 1), True).dropped.sum())
+        for k in range(300)
+    ]
+    assert sum(counts) / 300 == pytest.approx(6.4, abs=0.5)
+
+
+def test_alpha_flow_at_zero_is_meanflow_up_to_its_weight():
+    network = random_network()
+    guidance = VelocityGuidance(omega=0.8, kappa=0.4, end=0.7)
+    alpha = AlphaFlow(
+        flow_matching_share=0.5, schedule=AlphaSchedule("constant", value=0.0), guidance=guidance
+    )
+    mean = MeanFlow(
+        flow_matching_share=0.5, guidance=guidance, weight_eps=alpha.weight_eps * batch_elements()
+    )
+    batch, draws = random_inputs(mean)
+    draws = Draws(draws.noise, draws.t, draws.s, KEEP, draws.velocity_rows)
+    ours = alpha.loss(network, batch, draws, 0, 1).loss
+    assert_close(ours, mean.loss(network, batch, draws, 0, 1).loss)
+
+
+def batch_elements() -> int:
+    return SHAPE[0] * SHAPE[1] * SHAPE[2]
+
+
+def test_alpha_flow_at_one_is_trajectory_flow_matching():
+    """Its target is the velocity itself, whatever s."""
+    network = random_network()
+    objective = AlphaFlow(
+        flow_matching_share=0.0, schedule=AlphaSchedule("constant", value=1.0), guidance=VelocityGuidance()
+    )
+    batch, draws = random_inputs(objective)
+    draws = Draws(draws.noise, draws.t, draws.s, KEEP, 0)
+    v = draws.noise - batch.x0
+    x_t = batch.x0 + column(draws.t) * v
+    expected = row_mean((network(x_t, draws.t, draws.s, batch.labels) - v.clamp(-4, 4)).square()).mean()
+    assert_close(objective.loss(network, batch, draws, 0, 1).terms["average_mse"], expected)
+
+
+def test_soflow_is_alpha_flow_with_alpha_the_middle_ratio():
+    """q = -(u - [alpha v + (1 - alpha) u(x_l, l, s)]) / alpha, so the mean squares differ by alpha^2."""
+    network = random_network()
+    ratio = 0.05
+    from soflow_core.guidance import Guidance
+    from soflow_core.times import RatioSchedule
+
+    soflow = SoFlow(
+        flow_matching_share=0.0, schedule=RatioSchedule("constant", ratio, ratio), guidance=Guidance(scale=1)
+    )
+    alpha = AlphaFlow(
+        flow_matching_share=0.0, schedule=AlphaSchedule("constant", value=ratio), guidance=VelocityGuidance()
+    )
+    batch, draws = random_inputs(soflow)
+    x0, noise = batch.x0 / 3, draws.noise / 3
+    draws = Draws(noise, draws.t.clamp(0.4, 0.9), draws.s.clamp(max=0.3), KEEP, 0)
+    ours = soflow.loss(network, Batch(x0, batch.labels), draws, 0, 1).terms["consistency_mse"]
+    theirs = alpha.loss(network, Batch(x0, batch.labels), draws, 0, 1).terms["average_mse"]
+    assert_close(ours * ratio**2, theirs)
+
+
+def test_alpha_flow_drops_labels_inside_its_window_only_and_keeps_their_target():
+    objective = AlphaFlow(
+        flow_matching_share=0.0, guidance=VelocityGuidance(omega=0.5, kappa=0.5, start=0.4, end=0.7, drop=0.5)
+    )
+    draws = objective.draw(torch.Generator().manual_seed(0), 2000, (1, 1, 1), conditional=True)
+    assert ((draws.t >= 0.4) & (draws.t <= 0.7))[draws.dropped].all()
+    network = random_network()
+    batch, draws = random_inputs(objective)
+    inside = Draws(draws.noise, draws.t.clamp(0.45, 0.65), draws.s.clamp(max=0.4), ~KEEP, 0)
+    x_t = column(1 - inside.t) * batch.x0 + column(inside.t) * inside.noise
+    with torch.no_grad():
+        v_u = network(x_t, inside.t, inside.t, None)
+        target = (0.5 * (inside.noise - batch.x0) + 0.5 * v_u).clamp(-4, 4)
+        mse = row_mean((network(x_t, inside.t, inside.s, None) - target).square()).mean()
+    assert_close(objective.loss(network, batch, inside, 0, 10).terms["average_mse"], mse)
+
+
+def test_the_continuous_consistency_gradient_is_the_normalized_tangent():
+    """The gradient is that of -2 <F, g> / D with g = tangent / (rms + 0.1)."""
+    network = random_network()
+    objective = ContinuousConsistency(warmup_steps=100)
+    batch, draws = random_inputs(objective)
+    for step, warmup in ((0, 0.0), (25, 0.25), (1000, 1.0)):
+        v, t = draws.noise - batch.x0, draws.t
+        x = batch.x0 + column(t) * v
+        zero = torch.zeros_like(t)
+        prediction = network(x, t, zero, batch.labels)
+        derivative = central_derivative(network, x, t, zero, batch.labels, v)
+        tangent = v - prediction.detach() - warmup * column(t) * derivative
+        normalized = tangent / (column(row_mean(tangent.square()).sqrt()) + 0.1)
+        expected = gradient(-2 * row_mean(prediction * normalized).mean(), network)
+        found = gradient(objective.loss(network, batch, draws, step, 2000).loss, network)
+        assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "objective", [ImprovedConsistency(), EasyConsistency(huber=0.01)], ids=["ict", "ect"]
+)
+def test_discrete_consistency_compares_two_noise_levels_of_the_same_pair(objective):
+    network = random_network()
+    batch, draws = random_inputs(objective)
+    sigma = draws.t / (1 - draws.t)
+    if objective.method == "ict":
+        grid = objective.grid(objective.levels(500, 1000)).double()
+        upper = (sigma[:, None] >= grid).sum(1).clamp(1, len(grid) - 1)
+        first, second, c = grid[upper], grid[upper - 1], 0.00054 * batch_elements() ** 0.5
+        assert ((first >= sigma) & (second <= sigma)).all()
+    else:
+        first, second, c = sigma, objective.second_level(sigma, 500, 1000), 0.01
+    outputs = []
+    for level in (first, second):
+        # x_sigma = x0 + sigma noise = x_t / (1 - t) with t = sigma / (1 + sigma).
+        t = (level / (1 + level)).to(torch.float64)
+        x = (batch.x0 + column(level) * draws.noise) * column(1 - t)
+        outputs.append(x - column(t) * network(x, t, torch.zeros_like(t), batch.labels))
+    distance = (row_sum((outputs[0] - outputs[1].detach()).square()) + c**2).sqrt() - c
+    expected = (distance / (first - second)).mean()
+    found = objective.loss(network, batch, draws, 500, 1000).loss
+    assert_close(found, expected, rtol=2e-6, atol=0)
+    assert_close(gradient(found, network), gradient(expected, network), rtol=1e-4, atol=1e-5)
+
+
+def test_shortcut_targets_are_two_half_steps_of_the_teacher_guided_at_the_finest():
+    network, teacher = random_network(), random_network(seed=1)
+    objective = Shortcut(bootstrap_share=0.75, scale=2.0)
+    batch, draws = random_inputs(objective)
+    n = draws.velocity_rows
+    assert n == 3
+    steps = draws.t - draws.s
+    assert_close(steps[:3], torch.full((3,), 1 / 128, dtype=torch.float64))
+    assert_close(steps[3:10], 2.0 ** -torch.arange(7, dtype=torch.float64))
+    assert_close((draws.t / steps).round(), draws.t / steps)
+    found = objective.loss(network, batch, draws, 0, 1, PassPolicy(teacher=teacher))
+    with torch.no_grad():
+        x_t = column(1 - draws.t) * batch.x0 + column(draws.t) * draws.noise
+        x, t, labels, half = x_t[n:], draws.t[n:], batch.labels[n:], steps[n:] / 2
+
+        def velocity(x, t):
+            v, v_u = teacher(x, t, t - half, labels), teacher(x, t, t - half, None)
+            return torch.where(column(half == 1 / 128), v_u + 2 * (v - v_u), v)
+
+        one = velocity(x, t)
+        two = velocity((x - column(half) * one).clamp(-4, 4), t - half)
+        target = ((one + two) / 2).clamp(-4, 4)
+        seen = drop_labels(batch.labels, draws.dropped)
+        error = row_mean((network(x_t, draws.t, draws.s, seen)[n:] - target).square()).mean()
+        first = row_mean((network(x_t, draws.t, draws.s, seen) - (draws.noise - batch.x0)).square())[
+            :n
+        ].mean()
+    assert_close(found.terms["bootstrap_mse"], error)
+    assert_close(found.terms["velocity_mse"], first)
+    assert not draws.dropped[n:].any()
+
+
+def test_diffusion_predicts_the_noise_at_integer_steps():
+    network = random_network()
+    objective = Diffusion()
+    batch, draws = random_inputs(objective)
+    assert_close(draws.t, draws.t.round())
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0)[draws.t.long()]
+    x = column(alpha_bar.sqrt()) * batch.x0 + column((1 - alpha_bar).sqrt()) * draws.noise
+    seen = drop_labels(batch.labels, draws.dropped)
+    expected = (network(x, draws.t, draws.t, seen) - draws.noise).square().mean()
+    assert_close(objective.loss(network, batch, draws, 0, 1).loss, expected, rtol=1e-6, atol=0)
+
+
+def test_flow_matching_predicts_the_velocity_and_drops_labels():
+    network = random_network()
+    objective = FlowMatching(drop=0.5)
+    batch, draws = random_inputs(objective)
+    assert 0 < draws.dropped.sum() < 12
+    x_t = column(1 - draws.t) * batch.x0 + column(draws.t) * draws.noise
+    prediction = network(x_t, draws.t, draws.t, drop_labels(batch.labels, draws.dropped))
+    expected = (prediction - (draws.noise - batch.x0)).square().mean()
+    assert_close(objective.loss(network, batch, draws, 0, 1).loss, expected)
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_every_method_draws_the_same_from_the_same_generator_and_splits_over_ranks(method):
+    objective = OBJECTIVES[method]()
+    assert objective.method == method
+    network = random_network()
+    batch, draws = random_inputs(objective, size=24)
+    again = random_inputs(objective, size=24)[1]
+    assert torch.equal(draws.noise, again.noise)
+    assert torch.equal(draws.t, again.t)
+    whole = objective.loss(network, batch, draws, 30, 100).loss
+    parts = [
+        objective.loss(network, Batch(batch.x0[r::2], batch.labels[r::2]), draws.rows(r, 2), 30, 100).loss
+        for r in range(2)
+    ]
+    assert_close(sum(parts) / 2, whole)
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_every_method_samples_and_works_without_labels(method):
+    objective = OBJECTIVES[method]()
+    network = random_network()
+    batch, draws = random_inputs(objective, conditional=False)
+    assert draws.dropped is None
+    assert objective.loss(network, batch, draws, 3, 10).loss.isfinite()
+    noise = torch.randn(3, *SHAPE, dtype=torch.float64)
+    with torch.no_grad():
+        samples = objective.sample(network, noise, torch.tensor([0, 1, 2]), 2, [noise.flip(0)])
+    assert samples.shape == noise.shape
+    assert samples.isfinite().all()
+
+
+def test_methods_that_use_no_null_label_train_without_one():
+    from dataclasses import replace
+
+    network = DiT(replace(CONFIG, null_label=False))
+    for cls in OBJECTIVES.values():
+        objective = cls()
+        if not objective.needs_null_label:
+            batch, draws = random_inputs(objective, dtype=torch.float32)
+            objective.loss(network, batch, draws, 0, 10).loss.backward()

@@ -1,0 +1,206 @@
+"""Samplers with exact functions: distributions kept, orders of error, end points; and the noise they start
+from.
+"""
+
+import math
+
+import pytest
+import torch
+from gaussian import Gaussian
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from soflow_core.objectives import Diffusion, FlowMatching, MeanFlow, Shortcut, SoFlow
+from soflow_core.paths import linear
+from soflow_core.samplers.diffusion import ddim, ddpm, linear_alpha_bar, respaced
+from soflow_core.samplers.noise import MASK, philox, sample_labels, sample_noise
+from soflow_core.samplers.ode import euler, heun
+from soflow_core.samplers.solution import sample_by_steps, sample_with_renoising
+
+DATA = Gaussian(0.7, 0.5)
+X = torch.linspace(-2, 3, 101, dtype=torch.float64).reshape(-1, 1, 1, 1)
+
+
+def affine_response(sampler, steps: int) -> tuple[float, float]:
+    """Mean and variance of an affine sampler's output for independent normal noises."""
+    zeros = [torch.zeros(1, 1, 1, 1, dtype=torch.float64) for _ in range(steps)]
+    mean = sampler(zeros[0], zeros[1:]).item()
+    variance = 0.0
+    for i in range(steps):
+        unit = [torch.ones_like(z) if j == i else z for j, z in enumerate(zeros)]
+        variance += (sampler(unit[0], unit[1:]).item() - mean) ** 2
+    return mean, variance
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+def test_renoising_with_the_exact_solution_keeps_the_distribution_at_any_number_of_steps(steps):
+    def sampler(noise, renoise):
+        return sample_with_renoising(DATA.solution, noise, steps, renoise, linear)
+
+    assert affine_response(sampler, steps) == pytest.approx((0.7, 0.25), abs=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+def test_steps_of_the_exact_solution_end_where_one_step_does(steps):
+    assert_close(sample_by_steps(DATA.solution, X, steps), 0.7 + 0.5 * X)
+
+
+@pytest.mark.parametrize("objective", [SoFlow(), MeanFlow(), Shortcut()], ids=lambda o: o.method)
+def test_one_step_objectives_sample_exactly_with_the_exact_average_velocity(objective):
+    assert_close(objective.sample(DATA.network, X, None, 1), 0.7 + 0.5 * X)
+
+
+@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
+def test_a_solver_has_its_order(solver, order):
+    exact = 0.7 + 0.5 * X
+    errors = [(solver(DATA.velocity, X, n) - exact).abs().max().item() for n in (32, 64, 128)]
+    for coarse, fine in ((errors[0], errors[1]), (errors[1], errors[2])):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.2)
+
+
+def test_solvers_evaluate_as_often_as_they_say():
+    calls = []
+
+    def velocity(x, t):
+        calls.append(t[0].item())
+        return torch.zeros_like(x)
+
+    euler(velocity, X, 4)
+    assert calls == [1, 0.75, 0.5, 0.25]
+    calls.clear()
+    heun(velocity, X, 2)
+    assert calls == [1, 0.5, 0.5, 0]
+
+
+def exact_noise(alpha_bar):
+    """eps = sqrt(1 - abar) (x - sqrt(abar) mean) / (abar std^2 + 1 - abar)."""
+
+    def predict(x, number):
+        here = alpha_bar[number.long()].reshape(-1, 1, 1, 1)
+        return (1 - here).sqrt() * (x - here.sqrt() * DATA.mean) / (here * DATA.std**2 + 1 - here)
+
+    return predict
+
+
+def test_ddim_ends_at_the_exact_end_point_to_first_order():
+    alpha_bar = linear_alpha_bar(1000, 1e-4, 2e-2)
+    last = alpha_bar[-1]
+    scale = DATA.std / (last * DATA.std**2 + 1 - last).sqrt()
+    exact = DATA.mean + scale * (X - last.sqrt() * DATA.mean)
+    errors = {
+        n: (ddim(exact_noise(alpha_bar), X, alpha_bar, n) - exact).abs().max().item()
+        for n in (10, 50, 250, 1000)
+    }
+    assert errors[1000] < 6e-3
+    assert errors[250] / errors[1000] == pytest.approx(4, rel=0.1)
+    assert errors[50] / errors[250] == pytest.approx(5, rel=0.1)
+    assert errors[10] < 0.5
+
+
+def test_ddpm_with_exact_noise_gives_the_data_distribution():
+    alpha_bar = linear_alpha_bar(1000, 1e-4, 2e-2)
+
+    def sampler(noise, renoise):
+        return ddpm(exact_noise(alpha_bar), noise, alpha_bar, 250, renoise)
+
+    mean, variance = affine_response(sampler, 250)
+    assert mean == pytest.approx(0.7, abs=0.01)
+    assert variance == pytest.approx(0.25, rel=0.1)
+
+
+def test_one_step_from_pure_noise_to_data_leaves_no_noise_to_add():
+    alpha_bar = linear_alpha_bar(1000, 1e-4, 2e-2)
+    once = ddpm(exact_noise(alpha_bar), X, alpha_bar, 1, [])
+    assert_close(once, ddim(exact_noise(alpha_bar), X, alpha_bar, 1))
+
+
+@given(total=st.integers(2, 1000), data=st.data())
+def test_respaced_steps_fall_from_the_last_to_the_first_without_repeats(total, data):
+    steps = data.draw(st.integers(2, total))
+    numbers = respaced(total, steps)
+    assert (numbers[0], numbers[-1], len(set(numbers))) == (total - 1, 0, steps)
+    assert numbers == sorted(numbers, reverse=True)
+
+
+def test_guidance_at_sampling_acts_in_every_channel():
+    def network(x, _t, _s, labels):
+        return torch.where((labels == -1).reshape(-1, 1, 1, 1), 1.0, 3.0) * torch.ones_like(x)
+
+    x = torch.zeros(2, 4, 1, 1)
+    labels = torch.tensor([0, 1])
+    found = FlowMatching(sampling_scale=2.0).sample(network, x, labels, 4)
+    assert torch.equal(found, torch.full_like(x, -5.0))
+    assert torch.equal(FlowMatching().sample(network, x, labels, 4), torch.full_like(x, -3.0))
+
+
+def test_too_few_noises_or_steps_are_refused():
+    with pytest.raises(ValueError, match="3 steps need 2 noises in renoise; 1 were given"):
+        SoFlow().sample(DATA.network, X, None, 3, [X])
+    with pytest.raises(ValueError, match="at least 1"):
+        SoFlow().sample(DATA.network, X, None, 0)
+    with pytest.raises(ValueError, match="not on the grid of 128"):
+        Shortcut().sample(DATA.network, X, None, 3)
+    with pytest.raises(ValueError, match="give 1 to 1000"):
+        Diffusion().sample(lambda x, *_: x, X, None, 1001)
+
+
+# Noise of a sample
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((MASK,) * 4, (MASK,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_its_published_vectors(counter, key, expected):
+    words = philox(tuple(torch.tensor([c]) for c in counter), key)
+    assert tuple(int(w) for w in words) == expected
+
+
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    indices=st.lists(st.integers(0, 2**40), min_size=1, max_size=6),
+    draw=st.integers(0, 9),
+)
+def test_a_row_depends_on_seed_index_and_draw_alone(seed, indices, draw):
+    together = sample_noise(seed, indices, (2, 3, 3), draw)
+    for row, index in zip(together, indices, strict=True):
+        assert torch.equal(sample_noise(seed, [index], (2, 3, 3), draw)[0], row)
+
+
+def test_seeds_indices_and_draws_are_all_different_noise():
+    rows = [
+        sample_noise(seed, [index], (1, 2, 2), draw)
+        for seed in (0, 1, 2**32, 2**32 + 1)
+        for index in (0, 1, 2**32)
+        for draw in (0, 1)
+    ]
+    assert len({tuple(r.flatten().tolist()) for r in rows}) == len(rows)
+
+
+def test_noise_is_standard_normal_and_uncorrelated():
+    noise = sample_noise(7, range(200), (1, 32, 33)).flatten(1).double()
+    flat = noise.flatten()
+    assert flat.mean().abs() < 0.01
+    assert flat.var().item() == pytest.approx(1, abs=0.01)
+    assert (flat**4).mean().item() == pytest.approx(3, abs=0.06)
+    share = (flat.abs() < 1).double().mean().item()
+    assert share == pytest.approx(0.6827, abs=0.003)
+    neighbours = (noise[:, 1:] * noise[:, :-1]).mean(), (noise[1:] * noise[:-1]).mean()
+    assert max(abs(n) for n in neighbours) < 0.01
+
+
+def test_labels_are_uniform_or_balanced():
+    labels = sample_labels(3, range(100_000), 10)
+    counts = torch.bincount(labels, minlength=10)
+    assert ((counts - 10_000).abs() < 400).all()
+    assert torch.equal(labels[5:9], sample_labels(3, range(5, 9), 10))
+    assert sample_labels(3, range(8, 13), 5, balanced=True).tolist() == [3, 4, 0, 1, 2]
