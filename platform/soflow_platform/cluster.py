@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -58,6 +60,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
 
     # Ray places trial drivers on logical CPUs; one more than the cores keeps every core for the workers.
     local = {"num_cpus": (os.cpu_count() or 1) + 1, "include_dashboard": True, "dashboard_host": "127.0.0.1"}
+    on_termination = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address="local" if address is None else address,
@@ -69,6 +72,9 @@ def connected(address: str | None) -> Iterator[Cluster]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"Ray at {address or 'this machine'} refused the connection: {first}") from None
+    if threading.current_thread() is threading.main_thread():
+        # Ray answers SIGTERM by aborting the process; the caller's own answer closes its runs first.
+        signal.signal(signal.SIGTERM, on_termination)
     try:
         resources = ray.cluster_resources()
         yield Cluster(

@@ -68,22 +68,30 @@ def test_finished_trials_are_kept_and_the_cut_one_goes_on_from_its_checkpoint(
         assert run.info.status == "FINISHED"
         for metric, expected in (("eval/fd_nfe1", [10, 20, 30, 40]), ("train/loss", [1, *range(5, 41, 5)])):
             assert [m.step for m in client.get_metric_history(run.info.run_id, metric)] == expected
-        # The second trial did not start again: Ray Train was asked for its remaining steps only.
     assert len(client.search_model_versions("name = 'digits'")) == 1
 
 
-def test_a_sweep_that_is_running_is_not_started_twice(soflowctl: Run, tmp_path: Path) -> None:
+def test_a_running_sweep_is_not_started_twice_and_a_terminated_one_closes_its_runs(
+    soflowctl: Run, tmp_path: Path
+) -> None:
     storage = Storage(tmp_path / "runs")
     arguments = [*ARGUMENTS, "--storage", str(storage.root)]
     process = subprocess.Popen(
-        command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     try:
-        wait_for(lambda: storage.sweeps.exists() and any(storage.sweeps.glob("*/.lock")), process)
+        wait_for(lambda: bool(all_records(storage)), process)
         second = soflowctl(*arguments)
         assert second.returncode == 2
         assert "is running in another process" in second.stderr
+        listed = soflowctl("runs", "--storage", str(storage.root))
+        assert " running " in listed.stdout
     finally:
         process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=60)
-    assert code == 130
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert said.decode().strip() == "terminated: run the same command to go on."
+    (record,) = all_records(storage)
+    runs = client_for(storage.tracking_uri).search_runs([record.experiment_id or ""])
+    assert {run.info.status for run in runs} == {"KILLED"}
+    assert " cut " in soflowctl("runs", "--storage", str(storage.root)).stdout

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,8 @@ from soflow_platform.config.trials import Trial, trials
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage import find_storage, require_writable
 from soflow_platform.sweep_record import SweepRecord, exclusive, load_record, sweep_id
+
+TERMINATED = 128 + signal.SIGTERM
 
 
 def find_sweep(name: str) -> Path:
@@ -99,8 +105,7 @@ def run_command(
         experiment=experiment.resolved(),
         trials=[{"name": trial.name, "settings": trial.settings} for trial in points],
     )
-    signal.signal(signal.SIGTERM, _as_interrupt)
-    with exclusive(storage, sweep):
+    with _termination(), exclusive(storage, sweep):
         display = SweepDisplay(screen, experiment, points)
         outcomes = run_sweep(record, experiment, points, storage, address, display)
     show_result(screen, record, storage, outcomes)
@@ -112,8 +117,24 @@ def run_command(
         )
 
 
-def _as_interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    """SIGTERM ends the block like an exception: what is open is closed, and the exit code says why."""
+    asked = threading.Event()
+
+    def terminate(*_: Any) -> None:
+        asked.set()
+        print("terminated: run the same command to go on.", file=sys.stderr)
+        raise SystemExit(TERMINATED)
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except SystemExit:
+        # An exit inside one of Ray's calls comes out of it with Ray's own code.
+        if asked.is_set():
+            raise SystemExit(TERMINATED) from None
+        raise
 
 
 def _print_plan(screen: Console, experiment: Experiment, points: list[Trial], root: Path) -> None:
