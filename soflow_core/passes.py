@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
 Network = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """F(x, t, s, labels): (B, C, H, W), (B,), (B,), (B,) int64 or None -> (B, C, H, W)."""
@@ -97,6 +98,9 @@ class Passes:
     def _run(
         self, network: Network, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, bfloat16: bool
     ) -> Tensor:
+        if not torch.is_grad_enabled() and isinstance(network, DistributedDataParallel):
+            # Ranks differ in how many rows they need here, so nothing may be exchanged.
+            network = cast(Network, network.module)
         if not bfloat16:
             return network(x, t, s, labels)
         with torch.autocast(x.device.type, dtype=torch.bfloat16):

@@ -69,17 +69,14 @@ class DiTConfig:
 class TimeEmbedder(nn.Module):
     """Sinusoids of a time in [0, 1], as it is, then two linear layers: (B,) -> (B, hidden)."""
 
-    frequencies: Tensor
-
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
-        half = FREQUENCIES // 2
-        exponents = torch.arange(half, dtype=torch.float32) / half
-        self.register_buffer("frequencies", torch.exp(-math.log(MAX_PERIOD) * exponents), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
-        angles = t[:, None] * self.frequencies
+        half = FREQUENCIES // 2
+        exponents = torch.arange(half, dtype=t.dtype, device=t.device) / half
+        angles = t[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
         embedded: Tensor = self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=1))
         return embedded
 
