@@ -40,12 +40,15 @@ def expected(experiment: Experiment) -> Expected | None:
 
 
 def check_data(experiment: Experiment) -> str:
-    """The data source, known to be named and there. Creates nothing. Raises UserError."""
+    """The data source, known to be named, to be there and to fit the network. Creates nothing. Raises UserError."""
     source = experiment.data.source
     if source is None:
         raise UserError(f"data.source is not set: {HOW_TO_MAKE_LATENTS}.")
-    if source not in BUILTIN and "://" not in source and not Path(source).is_dir():
+    if source in BUILTIN:
+        return source
+    if "://" not in source and not Path(source).is_dir():
         raise UserError(f"data.source {source!r} is not a folder: {HOW_TO_MAKE_LATENTS}.")
+    network_config(experiment, _read(experiment, _location(source)))
     return source
 
 
@@ -55,19 +58,27 @@ def open_data(experiment: Experiment, storage: Storage) -> tuple[str, DatasetInf
     Raises UserError where the data is not there or does not fit the configured network.
     """
     source = check_data(experiment)
-    location = source
+    location = _location(source)
     if source in BUILTIN:
         location = str(ensure_builtin(source, storage.data / source))
-    elif "://" not in source:
-        location = str(Path(source).absolute())
+    info = _read(experiment, location)
+    network_config(experiment, info)
+    return location, info
+
+
+def _location(source: str) -> str:
+    """A source as workers in other folders find it."""
+    return source if "://" in source else str(Path(source).absolute())
+
+
+def _read(experiment: Experiment, location: str) -> DatasetInfo:
     try:
-        info = read_info(location)
+        return read_info(location)
     except (ShardError, OSError) as error:
+        source = experiment.data.source
         raise UserError(
             f"data.source {source!r} cannot be read: {error} To make a set, {HOW_TO_MAKE_LATENTS}."
         ) from None
-    network_config(experiment, info)
-    return location, info
 
 
 def network_config(experiment: Experiment, info: DatasetInfo) -> DiTConfig:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from soflow_platform.cli import data
 from soflow_platform.errors import JobError, UserError
 
 UsageError: type[BaseException] = typer.BadParameter.__mro__[1]
@@ -22,6 +23,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(data.app, name="data")
 
 StorageOption = Annotated[
     str | None,

@@ -1,0 +1,92 @@
+"""The paper's recipe for XL/2 runs unchanged on two cores with nothing but `--set`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import Run
+from soflow_core.checkpoints import load_weights
+from soflow_pipelines.shards import DatasetInfo, Sample, write_shards
+from soflow_platform.storage import Storage
+from soflow_platform.sweep_record import all_records
+from soflow_platform.tracking import client_for
+
+SMALL = {
+    "network.size": "S/4",
+    "data.classes": "10",
+    "training.steps": "20",
+    "training.batch": "4",
+    "training.log_every": "10",
+    "evaluation.every": "20",
+    "evaluation.samples": "16",
+    "evaluation.grid": "2",
+    "resources.workers": "1",
+    "resources.cpus_per_worker": "1",
+    "resources.gpus_per_worker": "0",
+    "search.space": "{objective.weight_power: [1.0]}",
+}
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty-four latents of the real recipe's shape: posterior mean and std (8, 32, 32), ten classes."""
+    folder = tmp_path_factory.mktemp("latents") / "shards"
+    generator = np.random.default_rng(0)
+    info = DatasetInfo(
+        kind="latents", shape=(4, 32, 32), dtype="float16", classes=10, autoencoder="test", scaling=0.18215
+    )
+
+    def draw(number: int) -> Sample:
+        label = number % 10
+        mean = generator.standard_normal((4, 32, 32)) * 4 + label - 5
+        std = np.full((4, 32, 32), 0.1)
+        return Sample(f"{number:08d}", np.concatenate([mean, std]).astype(np.float16), label)
+
+    write_shards((draw(n) for n in range(64)), folder, info, total=64)
+    return folder
+
+
+def overrides(latents: Path, **changes: str) -> list[str]:
+    settings = {**SMALL, "data.source": str(latents), **changes}
+    return [argument for key, value in settings.items() for argument in ("--set", f"{key}={value}")]
+
+
+def test_twenty_steps_of_the_recipe_on_latents_reach_the_registry(
+    soflowctl: Run, latents: Path, tmp_path: Path
+) -> None:
+    storage = Storage(tmp_path / "runs")
+    done = soflowctl("run", "sweeps/xl2.yaml", "--storage", str(storage.root), *overrides(latents))
+    assert done.returncode == 0, done.stderr
+    (record,) = all_records(storage)
+    assert record.best is not None
+    assert record.best["step"] == 20
+    assert np.isfinite(record.best["metrics"]["eval/fd_nfe1"])
+    client = client_for(storage.tracking_uri)
+    assert client.get_model_version_by_alias("xl2", "candidate").tags["eval.features"] == "pooled-4x8x8-1"
+    weights = load_weights(Path(record.best["checkpoint"]) / "ema.safetensors")
+    config = weights.network_config
+    assert (config.hidden, config.depth, config.heads, config.patch) == (384, 12, 6, 4)
+    assert (config.channels, config.height, config.width, config.classes) == (4, 32, 32, 10)
+    assert weights.data["scaling"] == 0.18215
+
+
+def test_latents_of_other_classes_are_refused_with_both_numbers(
+    soflowctl: Run, latents: Path, tmp_path: Path
+) -> None:
+    arguments = overrides(latents, **{"data.classes": "1000"})
+    done = soflowctl("run", "xl2", "--storage", str(tmp_path / "runs"), *arguments)
+    assert done.returncode == 2
+    assert "holds 10 classes, the network is conditioned on 1000 classes" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_more_than_the_machine_has_is_refused_with_both_numbers(
+    soflowctl: Run, latents: Path, tmp_path: Path
+) -> None:
+    arguments = overrides(latents, **{"resources.cpus_per_worker": "512"})
+    done = soflowctl("run", "xl2", "--storage", str(tmp_path / "runs"), *arguments)
+    assert done.returncode == 2
+    assert "one trial asks for 512 CPU and 0 GPU (1 workers) and this Ray has" in done.stderr
