@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from timm.layers import Mlp, PatchEmbed
@@ -74,8 +74,8 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
 
     def forward(self, t: Tensor) -> Tensor:
-        half = FREQUENCIES // 2
-        exponents = torch.arange(half, dtype=t.dtype, device=t.device) / half
+        half, weight = FREQUENCIES // 2, cast(nn.Linear, self.mlp[0]).weight
+        exponents = torch.arange(half, dtype=weight.dtype, device=t.device) / half
         angles = t[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
         embedded: Tensor = self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=1))
         return embedded

@@ -1,0 +1,185 @@
+"""Breaks the mathematics on purpose, one line at a time, and asks whether a test sees it.
+
+    python tests/core/mutations.py             # all, a table of what caught each
+    python tests/core/mutations.py MeanFlow    # those whose name holds this word
+
+Each mutation is made in a copy of the sources; the checkout is not touched.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SOFLOW = "soflow_core/objectives/soflow.py"
+AVERAGE = "soflow_core/objectives/average_velocity.py"
+MEANFLOW = "soflow_core/objectives/meanflow.py"
+GUIDANCE = "soflow_core/guidance.py"
+TIMES = "soflow_core/times.py"
+PASSES = "soflow_core/passes.py"
+
+# The reference is left out: the mathematics has to stand by itself.
+TESTS = [
+    "test_times.py",
+    "test_guidance.py",
+    "test_samplers.py",
+    "test_soflow.py",
+    "test_baselines.py",
+    "test_exact_solutions.py",
+]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str
+    before: str
+    after: str
+
+
+MUTATIONS = [
+    Mutation("sign of the inner product", SOFLOW, "torch.sign(start.b) * inner", "inner"),
+    Mutation("t and s swapped in the solution", SOFLOW, "x, network(x, t, s, labels)", "x, network(x, s, t, labels)"),
+    Mutation(
+        "t and s swapped in the coefficients",
+        SOFLOW,
+        "return PARAMETERIZATIONS[self.parameterization](t, s)",
+        "return PARAMETERIZATIONS[self.parameterization](s, t)",
+    ),
+    Mutation(
+        "gradient through the teacher",
+        SOFLOW,
+        "        with torch.no_grad():\n            x_l =",
+        "        if True:\n            x_l =",
+    ),
+    Mutation("gradient through the mixed-in velocity", GUIDANCE, "(1 - mix) * predicted.detach()", "(1 - mix) * predicted"),
+    Mutation("weight not detached", SOFLOW, "self._weight(mse.detach())", "self._weight(mse)"),
+    Mutation(
+        "1 / |b_s| left out of the velocity weight",
+        SOFLOW,
+        "self._weight(mse.detach()) / coefficients.db_ds.abs()",
+        "self._weight(mse.detach())",
+    ),
+    Mutation("quotient by t - s", SOFLOW, "/ per_row(t - l, x_t)", "/ per_row(t - s, x_t)"),
+    Mutation("step to the middle time backwards", SOFLOW, "per_row(l - t, x_t) * velocity", "per_row(t - l, x_t) * velocity"),
+    Mutation("teacher asked at t", SOFLOW, "l > s, x_l, l, s, labels", "l > s, x_l, t, s, labels"),
+    Mutation("teacher at x_t", SOFLOW, "l > s, x_l, l, s, labels", "l > s, x_t, l, s, labels"),
+    Mutation("weight's power doubled", SOFLOW, "** -self.weight_power", "** (-2 * self.weight_power)"),
+    Mutation("eps left out of the weight", SOFLOW, "(mse + self.weight_eps)", "(mse + 1e-12)"),
+    Mutation(
+        "branches averaged, not rows",
+        SOFLOW,
+        "torch.cat([velocity.loss, consistency.loss]).mean()",
+        "velocity.loss.mean() + consistency.loss.mean()",
+    ),
+    Mutation("labels not dropped", SOFLOW, "labels = drop_labels(labels, dropped)", "pass"),
+    Mutation("dropped rows keep the guided target", SOFLOW, "choose_rows(dropped, v_c, guided)", "guided"),
+    Mutation("velocity rows not mixed", SOFLOW, "mixed_rows = ~dropped[:first]", "pass"),
+    Mutation(
+        "guided rows see the sample velocity",
+        SOFLOW,
+        "guided = guided_velocity(v_c, v[: len(x_t)], self.guidance.strength(draws.t))",
+        "guided = v_c",
+    ),
+    Mutation("guidance away from the sample", GUIDANCE, "(sample - unconditional)", "(unconditional - sample)"),
+    Mutation("guidance of scale w, not w - 1", GUIDANCE, "* (self.scale - 1)", "* self.scale"),
+    Mutation("mix the wrong way round", GUIDANCE, "mix * guided + (1 - mix) *", "(1 - mix) * guided + mix *"),
+    Mutation("decay below its start", GUIDANCE, "torch.where(t <= decay_from,", "torch.where(t >= decay_from,"),
+    Mutation("middle time from s", TIMES, "t + (s - t) * ratio", "s + (t - s) * ratio"),
+    Mutation("s and t not kept apart", TIMES, "torch.minimum(end, t - gap)", "torch.minimum(end, t)"),
+    Mutation("cosine without its half", TIMES, "0.5 * (1 + math.cos", "1.0 * (1 + math.cos"),
+    Mutation("MeanFlow: sign of the derivative", AVERAGE, "velocity[first:] - gap * derivative", "velocity[first:] + gap * derivative"),
+    Mutation("MeanFlow: gap left out", AVERAGE, "velocity[first:] - gap * derivative", "velocity[first:] - derivative"),
+    Mutation(
+        "MeanFlow: tangent of t left out",
+        PASSES,
+        "(velocity, torch.ones_like(t))",
+        "(velocity, torch.zeros_like(t))",
+    ),
+    Mutation(
+        "MeanFlow: tangent of x left out",
+        PASSES,
+        "(velocity, torch.ones_like(t))",
+        "(torch.zeros_like(velocity), torch.ones_like(t))",
+    ),
+    Mutation(
+        "MeanFlow: derivative along the sample velocity",
+        MEANFLOW,
+        "differential_target(passes, start, velocity)",
+        "differential_target(passes, start, v_c) - v_c + velocity",
+    ),
+    Mutation("MeanFlow: weight with gradient", MEANFLOW, "total.detach() + self.weight_eps", "total + self.weight_eps"),
+    Mutation("MeanFlow: mean for sum in the weight", MEANFLOW, "total = row_sum(squares)", "total = row_mean(squares)"),
+    Mutation(
+        "MeanFlow: own velocity of the wrong label",
+        AVERAGE,
+        "start.labels[first:]])\n",
+        "null_labels(len(x) - len(start.x), x.device)])\n",
+    ),
+    Mutation("MeanFlow: dropped rows guided", AVERAGE, "guidance.inside(start.t) & ~keep_sample", "guidance.inside(start.t)"),
+    Mutation("MeanFlow: window ignored", AVERAGE, "guidance.inside(start.t) & ~keep_sample", "~keep_sample"),
+    Mutation("MeanFlow: kappa missing from v_u", GUIDANCE, "(1 - self.omega - self.kappa)", "(1 - self.omega)"),
+    Mutation("MeanFlow: t and s swapped", AVERAGE, "    return t, s\n", "    return s, t\n"),
+    Mutation("MeanFlow: step the wrong way", AVERAGE, "return x - per_row(t - s, x)", "return x + per_row(t - s, x)"),
+]  # fmt: skip
+
+
+NOTHING = Mutation("nothing", SOFLOW, "", "")
+
+
+def run(mutation: Mutation, most: int = 3) -> list[str]:
+    """The tests that fail on this mutation, `most` of them; an import that fails counts as one."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in ("soflow_core", "tests/core", "tests/reference", "benchmarks"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        source = copy / mutation.file
+        text = source.read_text()
+        if mutation.before not in text:
+            raise ValueError(f"{mutation.name}: {mutation.file} no longer holds {mutation.before!r}")
+        source.write_text(text.replace(mutation.before, mutation.after))
+        tests = [str(copy / "tests/core" / name) for name in TESTS]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--tb=no",
+            "-q",
+            f"--maxfail={most}",
+            "-m",
+            "not slow",
+            *tests,
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, check=False
+        )
+        return re.findall(r"^(?:FAILED|ERROR) \S*?(test_\S+)", result.stdout, flags=re.MULTILINE)
+
+
+def main(word: str = "") -> int:
+    """Prints a table row for each mutation; the number that no test saw is the exit code."""
+    if red := run(NOTHING):
+        print(f"the tests are red before anything is broken: {red}")
+        return 1
+    missed = 0
+    print("| mutation | caught by |\n|---|---|")
+    for mutation in MUTATIONS:
+        if word in mutation.name:
+            caught = run(mutation)
+            missed += not caught
+            names = dict.fromkeys(re.sub(r"^test_\w+\.py::|\[.*", "", name) for name in caught)
+            print(f"| {mutation.name} | {', '.join(names) or '**nothing**'} |", flush=True)
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
