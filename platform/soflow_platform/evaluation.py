@@ -77,7 +77,6 @@ class Evaluator:
     ) -> Evaluation:
         """Score `network`; each rank makes every world-th batch, and `merge` brings the parts together."""
         metrics: dict[str, float] = {}
-        grids = {}
         for nfe in self.config.nfe:
             statistics, recognised, total = FeatureStatistics(self.features.dim), 0, 0
             for indices in self._batches(rank, world):
@@ -96,9 +95,13 @@ class Evaluator:
             name = f"eval/label_agreement_nfe{nfe}"
             if name in self.config.metrics(self.classes is not None):
                 metrics[name] = sum(p[1] for p in parts) / sum(p[2] for p in parts)
-            if rank == 0:
-                grids[f"samples/nfe{nfe}"] = self.grid(network, objective, nfe, device)
-        return Evaluation(metrics, grids)
+        return Evaluation(metrics, self.grids(network, objective, device) if rank == 0 else {})
+
+    def grids(
+        self, network: DiT, objective: Objective, device: torch.device
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """One sample grid for each number of evaluations, by the name it is logged under."""
+        return {f"samples/nfe{nfe}": self.grid(network, objective, nfe, device) for nfe in self.config.nfe}
 
     def grid(
         self, network: DiT, objective: Objective, nfe: int, device: torch.device

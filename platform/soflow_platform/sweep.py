@@ -22,7 +22,7 @@ from soflow_platform.progress import start_board
 from soflow_platform.registry import register
 from soflow_platform.storage import Storage
 from soflow_platform.sweep_record import SweepRecord
-from soflow_platform.tracking import Tracking, host_tags, prepare_store
+from soflow_platform.tracking import Tracking, host_tags, prepare_store, tracked_dataset
 from soflow_platform.training import latest_position, scored_checkpoint
 from soflow_platform.trial import TrialTask, run_trial
 
@@ -74,12 +74,12 @@ def run_sweep(
         )
         prepare_store(uri)
         tracking = Tracking.open(uri, experiment.tracking.experiment or experiment.name, storage)
-        tags = {**common_tags(experiment, info), **evaluator.tags()}
-        with _sweep_run(record, experiment, tracking, tags):
+        shared = {**host_tags(), **evaluator.tags()}
+        with _sweep_run(record, experiment, tracking, {**common_tags(experiment, info), **shared}):
             record.experiment_id, record.tracking_uri = tracking.experiment_id, uri
             record.attempts += 1
             record.save(storage)
-            tasks = _tasks(record, trials, storage, location, tracking, tags)
+            tasks = [_task(record, trial, storage, location, tracking, info, shared) for trial in trials]
             board = start_board(f"progress-{record.id}")
             display.start(record, cluster, board)
             try:
@@ -110,7 +110,7 @@ def concurrent_trials(experiment: Experiment, cluster: Cluster) -> int:
 
 
 def common_tags(experiment: Experiment, info: DatasetInfo) -> dict[str, str]:
-    """Tags of the sweep's run and of every trial's."""
+    """What is trained on what: tags of the sweep's run and of each trial's."""
     network = experiment.network
     size = network.size or f"DiT-{network.hidden}x{network.depth}/{network.patch}"
     return {
@@ -118,7 +118,6 @@ def common_tags(experiment: Experiment, info: DatasetInfo) -> dict[str, str]:
         "network": size,
         "data.source": str(experiment.data.source),
         "data.digest": info.digest,
-        **host_tags(),
     }
 
 
@@ -129,7 +128,11 @@ def _sweep_run(
     """The sweep's MLflow run, closed with its trials' runs however the block ends."""
     note = {"mlflow.note.content": experiment.description} if experiment.description else {}
     record.run = tracking.open_run(
-        record.id, record.id, params=flatten(experiment.resolved()), tags={**tags, **note}
+        record.id,
+        record.id,
+        params=flatten(experiment.resolved()),
+        tags={**tags, **note},
+        dataset=tracked_dataset(tags),
     )
     try:
         yield
@@ -142,32 +145,31 @@ def _sweep_run(
         raise
 
 
-def _tasks(
+def _task(
     record: SweepRecord,
-    trials: list[Trial],
+    trial: Trial,
     storage: Storage,
     location: str,
     tracking: Tracking,
-    tags: dict[str, str],
-) -> list[dict[str, Any]]:
-    return [
-        asdict(
-            TrialTask(
-                sweep=record.id,
-                attempt=record.attempts,
-                trial=trial.name,
-                settings=trial.settings,
-                experiment=trial.experiment.resolved(),
-                data=location,
-                storage=str(storage.root),
-                tracking_uri=tracking.uri,
-                tracking_experiment=tracking.experiment,
-                parent=record.run or "",
-                tags={**tags, **{f"search.{key}": str(value) for key, value in trial.settings.items()}},
-            )
+    info: DatasetInfo,
+    shared: dict[str, str],
+) -> dict[str, Any]:
+    varied = {f"search.{key}": str(value) for key, value in trial.settings.items()}
+    return asdict(
+        TrialTask(
+            sweep=record.id,
+            attempt=record.attempts,
+            trial=trial.name,
+            experiment=trial.experiment.resolved(),
+            data=location,
+            storage=str(storage.root),
+            tracking_uri=tracking.uri,
+            tracking_experiment=tracking.experiment,
+            tracking_experiment_id=tracking.experiment_id,
+            parent=record.run or "",
+            tags={**common_tags(trial.experiment, info), **shared, **varied},
         )
-        for trial in trials
-    ]
+    )
 
 
 def _run_trials(

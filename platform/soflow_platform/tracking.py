@@ -7,6 +7,7 @@ that is resumed skips what its earlier life had logged.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import platform
@@ -66,6 +67,29 @@ def prepare_store(uri: str) -> None:
         raise UserError(f"the tracking server {uri} does not answer: {first}") from None
 
 
+@dataclass(frozen=True)
+class TrackedDataset:
+    """The training data as a run's page shows it."""
+
+    name: str
+    digest: str
+    source: str
+
+    def as_input(self) -> Any:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        # MLflow keeps 36 characters of a digest.
+        digest = self.digest.rsplit(":", 1)[-1][:32]
+        source = json.dumps({"uri": self.source})
+        kept = Dataset(name=self.name, digest=digest, source_type="http", source=source)
+        return DatasetInput(kept, tags=[InputTag("mlflow.data.context", "training")])
+
+
+def tracked_dataset(tags: Mapping[str, str]) -> TrackedDataset:
+    """The data set that a run's tags name."""
+    return TrackedDataset(tags["data.source"], tags["data.digest"], tags["data.source"])
+
+
 @dataclass
 class Tracking:
     """One experiment of one tracking store."""
@@ -111,6 +135,7 @@ class Tracking:
         tags: Mapping[str, str],
         trial: str | None = None,
         parent: str | None = None,
+        dataset: TrackedDataset | None = None,
     ) -> str:
         """Find or create a run, set it running, and return its id. Params are written once, at its creation."""
         from mlflow.entities import Param
@@ -130,6 +155,8 @@ class Tracking:
         items = [Param(key, str(value)) for key, value in params.items()]
         for start in range(0, len(items), PARAM_LIMIT):
             client.log_batch(run, params=items[start : start + PARAM_LIMIT])
+        if dataset is not None:
+            client.log_inputs(run, datasets=[dataset.as_input()])
         return str(run)
 
     def finish(self, run: str, status: str) -> None:

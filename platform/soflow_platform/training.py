@@ -23,6 +23,7 @@ from soflow_core.objectives import Batch, Objective
 from soflow_core.training import StepRecord, TrainStep
 from soflow_pipelines.loader import ShardLoader
 from soflow_pipelines.shards import DatasetInfo
+from soflow_pipelines.writers import encode_png, write_file
 from soflow_platform import checkpoints
 from soflow_platform.checkpoints import Checkpoint, Position
 from soflow_platform.config.experiment import Experiment
@@ -186,6 +187,8 @@ class TrialWorker:
             )
             self.loader.consumed = found.position.images
             self.evaluations = found.position.evaluations
+        elif self.log is not None:
+            self._show(0, self.evaluator.grids(self._ema_network(), self.experiment.objective, self.device))
         self._tell(step=self.train_step.step, state="running")
 
     def _note(self, record: StepRecord, seconds: float, waited: float) -> None:
@@ -219,26 +222,29 @@ class TrialWorker:
         self.evaluations.append({"step": step, **result.metrics})
         self.log.metrics(step, result.metrics)
         self.log.flush()
-        for key, image in result.grids.items():
-            self.log.grid(step, key, image)
-            self._write_grid(step, key, image)
+        self._show(step, result.grids)
         if self.board is not None:
             self.board.add_evaluation.remote(self.job.trial, step, result.metrics)
 
     def _scores(self) -> Evaluation:
-        network = DiT(self.config).to(self.device).eval()
-        network.load_state_dict(self.train_step.ema_state())
         merge = gather if self.world > 1 else list
+        objective = self.experiment.objective
         return self.evaluator.evaluate(
-            network, self.experiment.objective, self.device, self.rank, self.world, merge
+            self._ema_network(), objective, self.device, self.rank, self.world, merge
         )
 
-    def _write_grid(self, step: int, key: str, image: Any) -> None:
-        from soflow_pipelines.writers import encode_png
+    def _ema_network(self) -> DiT:
+        network = DiT(self.config).to(self.device).eval()
+        network.load_state_dict(self.train_step.ema_state())
+        return network
 
+    def _show(self, step: int, grids: dict[str, Any]) -> None:
+        """Sample grids to the run's page and to the trial's folder."""
         folder = self.root.parent / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{key.rsplit('/', 1)[-1]}-step-{step:08d}.png").write_bytes(encode_png(image))
+        for key, image in grids.items():
+            if self.log is not None:
+                self.log.grid(step, key, image)
+            write_file(folder / f"{key.rsplit('/', 1)[-1]}-step-{step:08d}.png", encode_png(image))
 
     def _save(self, step: int) -> None:
         if self.rank == 0:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soflow_platform.config.experiment import Experiment, flatten
+from soflow_platform.config.experiment import Experiment, trial_params
 from soflow_platform.errors import JobError
 from soflow_platform.storage import Storage
-from soflow_platform.tracking import Tracking, client_for
+from soflow_platform.tracking import Tracking, tracked_dataset
 from soflow_platform.training import TrialJob, latest_position, train_worker
 
 POLL_SECONDS = 0.5
@@ -28,12 +28,12 @@ class TrialTask:
     sweep: str
     attempt: int
     trial: str
-    settings: dict[str, Any]
     experiment: dict[str, Any]
     data: str
     storage: str
     tracking_uri: str
     tracking_experiment: str
+    tracking_experiment_id: str
     parent: str
     tags: dict[str, str]
 
@@ -59,7 +59,8 @@ def run_trial(config: dict[str, Any]) -> None:
         board.update.remote(task.trial, {"step": position.step, "state": "finished"})
         return
     board.update.remote(task.trial, {"state": "starting"})
-    fit = _Fit(task, experiment, _open_run(task, experiment))
+    tracking, run = _open_run(task, experiment)
+    fit = _Fit(task, experiment, run)
     fit.start()
     while True:
         running = fit.is_alive()
@@ -70,6 +71,7 @@ def run_trial(config: dict[str, Any]) -> None:
             break
         time.sleep(POLL_SECONDS)
     failure = ray.get(board.snapshot.remote())[task.trial].failure or fit.failure
+    tracking.finish(run, "FAILED" if failure else "FINISHED")
     if failure:
         raise JobError(failure)
 
@@ -124,17 +126,15 @@ class _Fit(threading.Thread):
         )
 
 
-def _open_run(task: TrialTask, experiment: Experiment) -> str:
-    tracking = Tracking(task.tracking_uri, task.tracking_experiment, _experiment_id(task))
-    return tracking.open_run(
+def _open_run(task: TrialTask, experiment: Experiment) -> tuple[Tracking, str]:
+    tracking = Tracking(task.tracking_uri, task.tracking_experiment, task.tracking_experiment_id)
+    run = tracking.open_run(
         task.sweep,
         task.trial,
-        params=flatten(experiment.resolved()),
+        params=trial_params(experiment),
         tags=task.tags,
         trial=task.trial,
         parent=task.parent,
+        dataset=tracked_dataset(task.tags),
     )
-
-
-def _experiment_id(task: TrialTask) -> str:
-    return str(client_for(task.tracking_uri).get_run(task.parent).info.experiment_id)
+    return tracking, run

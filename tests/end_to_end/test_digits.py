@@ -66,6 +66,7 @@ def test_every_trial_is_a_child_run_with_params_metrics_grids_and_tags(
         assert run.data.params["objective.times.start.mean"] == "0.2"
         assert run.data.tags["method"] == "soflow"
         assert run.data.tags["data.digest"].startswith("sha256:")
+        assert [d.dataset.name for d in run.inputs.dataset_inputs] == ["digits"]
         assert run.data.tags["eval.features"].startswith("digits-cnn-1-")
         for metric in ("eval/fd_nfe1", "eval/fd_nfe2", "eval/label_agreement_nfe1"):
             history = tracking.client.get_metric_history(run.info.run_id, metric)
@@ -73,7 +74,7 @@ def test_every_trial_is_a_child_run_with_params_metrics_grids_and_tags(
         steps = [m.step for m in tracking.client.get_metric_history(run.info.run_id, "train/loss")]
         assert steps == [1, *range(5, 41, 5)]
         images = [Path(f.path).name for f in tracking.client.list_artifacts(run.info.run_id, "images")]
-        assert len([name for name in images if name.endswith(".png")]) == 4 * 2
+        assert len([name for name in images if name.endswith(".png")]) == 5 * 2
 
 
 def test_trials_vary_a_loss_weight_and_a_time_schedule(

@@ -163,7 +163,7 @@ def test_grids_are_kept_once_for_each_step(worker: Make, tracking: Tracking) -> 
     whole.log.grid(2, "samples/nfe1", image)
     names = [Path(item.path).name for item in tracking.client.list_artifacts(whole.job.run, "images")]
     assert len([n for n in names if n.startswith("samples~nfe1+step+2+") and n.endswith(".png")]) == 1
-    assert len([n for n in names if n.endswith(".png")]) == 3 * 2
+    assert len([n for n in names if n.endswith(".png")]) == 4 * 2
 
 
 def test_data_that_does_not_fit_the_network_is_refused_with_both_sides_named(

@@ -112,6 +112,13 @@ def validate(document: Document) -> Experiment:
         raise UserError(_sentence(document, error)) from None
 
 
+def trial_params(experiment: Experiment) -> dict[str, Any]:
+    """What decides a trial's numbers, flat and without what is not set: the params of its run."""
+    around = {"name", "description", "search", "resources", "tracking", "registry"}
+    own = {key: value for key, value in experiment.resolved().items() if key not in around}
+    return {key: value for key, value in flatten(own).items() if value is not None}
+
+
 def flatten(resolved: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings -> `{"objective.guidance.scale": 3.0}`; lists stay values."""
     flat: dict[str, Any] = {}
