@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
+from threading import Event
 
 from soflow_pipelines.shards import ShardRecord
 from soflow_pipelines.storage import Storage, StorageError
@@ -57,8 +58,11 @@ class ShardCache:
             os.utime(path)
             return descriptor
 
-    def fetch(self, storage: Storage, record: ShardRecord) -> Path:
-        """The local path of the shard; it may be gone again when another process needs the room."""
+    def fetch(self, storage: Storage, record: ShardRecord, stop: Event | None = None) -> Path:
+        """The local path of the shard; it may be gone again when another process needs the room.
+
+        `stop`, when it is set, ends a fetch that nobody waits for any more, with StorageError.
+        """
         path = self.folder / f"{record.sha256}.tar"
         if path.exists():
             return path
@@ -75,7 +79,7 @@ class ShardCache:
                 return path
             try:
                 self._reserve(descriptor, record.bytes)
-                _download(storage, record, descriptor)
+                _download(storage, record, descriptor, stop or Event())
                 os.replace(part, path)
             except BaseException:
                 part.unlink(missing_ok=True)
@@ -152,7 +156,7 @@ def _dropped(part: Path) -> bool:
     return True
 
 
-def _download(storage: Storage, record: ShardRecord, descriptor: int) -> None:
+def _download(storage: Storage, record: ShardRecord, descriptor: int, stop: Event) -> None:
     """Fills the file. After a cut it goes on where it stopped; StorageError after ATTEMPTS in vain."""
     checksum, done, failures = hashlib.sha256(), 0, 0
     while done < record.bytes:
@@ -160,12 +164,14 @@ def _download(storage: Storage, record: ShardRecord, descriptor: int) -> None:
         before = done
         try:
             with storage.open(record.name, done) as source:
-                while chunk := source.read(min(CHUNK, record.bytes - done)):
+                while not stop.is_set() and (chunk := source.read(min(CHUNK, record.bytes - done))):
                     os.pwrite(descriptor, chunk, done)
                     checksum.update(chunk)
                     done += len(chunk)
         except (OSError, HTTPException, StorageError) as error:
             reason = str(error) or type(error).__name__
+        if stop.is_set():
+            raise StorageError(f"{storage.uri}: the fetch of {record.name} was stopped.")
         if done < record.bytes:
             failures = failures + 1 if done == before else 1
             if failures >= ATTEMPTS:
@@ -173,7 +179,7 @@ def _download(storage: Storage, record: ShardRecord, descriptor: int) -> None:
                     f"{storage.uri}: {record.name} could not be fetched, "
                     f"{done} of {record.bytes} bytes after {ATTEMPTS} attempts: {reason.splitlines()[0]}"
                 )
-            time.sleep(FIRST_PAUSE * 2 ** (failures - 1))
+            stop.wait(FIRST_PAUSE * 2 ** (failures - 1))
     if checksum.hexdigest() != record.sha256:
         raise StorageError(
             f"{storage.uri}: {record.name} has not the bytes that the manifest says (SHA-256 differs)."

@@ -8,7 +8,7 @@ import zlib
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 import numpy as np
@@ -115,10 +115,10 @@ class SampleReader:
             raise ShardError(f"{place} has {size} bytes, the manifest says {record.bytes}.")
         return descriptor
 
-    def fetch(self, shard: int) -> None:
-        """Brings a shard into the cache."""
+    def fetch(self, shard: int, stop: Event) -> None:
+        """Brings a shard into the cache, unless it is stopped."""
         if self.cache is not None:
-            self.cache.fetch(self._storage, self.shards[shard])
+            self.cache.fetch(self._storage, self.shards[shard], stop)
 
     def _damage(self, row: int, what: str) -> ShardError:
         key = read_index(self._storage.uri, ["key"])["key"][row].as_py()
@@ -148,6 +148,7 @@ class WindowFetcher:
         self._pool = ThreadPoolExecutor(FETCHES, "shard-fetch")
         self._asked: deque[tuple[int, int]] = deque(maxlen=4)
         self._lock = Lock()
+        self._stop = Event()
         assert reader.cache is not None
         sizes = [shard.bytes for shard in reader.shards]
         window = max(sum(sizes[shard] for shard in shards) for shards in order.windows(0))
@@ -172,7 +173,8 @@ class WindowFetcher:
                 return
             self._asked.append((epoch, window))
         for shard in self._order.windows(epoch)[window]:
-            self._pool.submit(self._reader.fetch, shard)
+            self._pool.submit(self._reader.fetch, shard, self._stop)
 
     def close(self) -> None:
+        self._stop.set()
         self._pool.shutdown(cancel_futures=True)

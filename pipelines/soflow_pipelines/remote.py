@@ -70,8 +70,8 @@ class S3Folder:
         return S3FileSystem(
             **settings,
             connect_timeout=10,
-            request_timeout=30,
-            retry_strategy=AwsStandardS3RetryStrategy(max_attempts=4),
+            request_timeout=10,  # without a byte
+            retry_strategy=AwsStandardS3RetryStrategy(max_attempts=2),
             allow_bucket_creation=False,
         )
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from soflow_pipelines.datasets import load_digits
 from soflow_pipelines.features import digits_classifier, held_out
 from soflow_pipelines.metrics import label_agreement

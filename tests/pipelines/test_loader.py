@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+
 from soflow_pipelines.dataset_info import DatasetInfo, ShardError
 from soflow_pipelines.loader import LoadedBatch, ShardLoader
 from soflow_pipelines.order import SampleOrder

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
+
 from soflow_pipelines.metrics import FeatureStatistics, frechet_distance, label_agreement
 
 

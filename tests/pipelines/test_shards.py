@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+
 from soflow_pipelines.dataset_info import DataMismatch, DatasetInfo, ShardError
 from soflow_pipelines.datasets import load_digits
 from soflow_pipelines.shards import (

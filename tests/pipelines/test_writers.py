@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from soflow_pipelines.images import to_uint8, to_unit_range
 from soflow_pipelines.writers import encode_png, image_grid, write_folder
 
