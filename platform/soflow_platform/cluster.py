@@ -45,6 +45,8 @@ class Cluster:
     cpus: float
     gpus: float
     nodes: int
+    machines: int
+    """Different addresses among the nodes."""
 
 
 @contextlib.contextmanager
@@ -77,12 +79,14 @@ def connected(address: str | None) -> Iterator[Cluster]:
         signal.signal(signal.SIGTERM, on_termination)
     try:
         resources = ray.cluster_resources()
+        alive = [node for node in ray.nodes() if node["Alive"]]
         yield Cluster(
             address=ray.get_runtime_context().gcs_address,
             local=address is None,
             cpus=resources.get("CPU", 0.0) - (1 if address is None else 0),
             gpus=resources.get("GPU", 0.0),
-            nodes=sum(node["Alive"] for node in ray.nodes()),
+            nodes=len(alive),
+            machines=len({node["NodeManagerAddress"] for node in alive}),
         )
     finally:
         ray.shutdown()

@@ -15,6 +15,9 @@ class TrialProgress:
     loss: float | None = None
     state: str = "waiting"
     metrics: dict[str, float] = field(default_factory=dict)
+    """The latest evaluation."""
+    scored_step: int = 0
+    """The step it was made at."""
     failure: str | None = None
     """Why the trial cannot go on, where restarting it would not help."""
 
@@ -35,7 +38,7 @@ class ProgressBoard:
         known = self._evaluations.setdefault(trial, [])
         if not known or known[-1]["step"] < step:
             known.append({"step": step, **metrics})
-        self.update(trial, {"metrics": metrics})
+        self.update(trial, {"metrics": metrics, "scored_step": step})
 
     def evaluations(self, trial: str, after: int) -> list[dict[str, Any]]:
         """Evaluations of steps beyond `after`."""

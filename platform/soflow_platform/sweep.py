@@ -67,6 +67,11 @@ def run_sweep(
     uri = experiment.tracking.uri or storage.tracking_uri
     with connected(address) as cluster:
         concurrent = concurrent_trials(experiment, cluster)
+        if cluster.machines > 1 and uri.startswith("sqlite:"):
+            raise UserError(
+                f"this cluster has {cluster.machines} machines and SQLite serves one: start a tracking server "
+                "(`mlflow server`) and set tracking.uri to its address."
+            )
         display.say("preparing data and reference statistics")
         location, info = open_data(experiment, storage)
         evaluator = Evaluator.open(

@@ -7,11 +7,13 @@ import fcntl
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import UserError
 from soflow_platform.storage import Storage, read_json, write_json
+
+if TYPE_CHECKING:
+    from soflow_platform.config.experiment import Experiment
 
 RECORD = "sweep.json"
 
@@ -26,6 +28,10 @@ class SweepRecord:
     experiment: dict[str, Any]
     trials: list[dict[str, Any]]
     """Name and settings of each."""
+    metric: str
+    """What trials are compared by."""
+    mode: str
+    """`min` or `max`: which value of it is better."""
     created: float = field(default_factory=time.time)
     attempts: int = 0
     """How often a driver started on it."""

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from soflow_platform.cli.terminal import storage_flag
 from soflow_platform.cluster import Cluster
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.trials import Trial
@@ -20,14 +21,6 @@ from soflow_platform.sweep import Display, TrialOutcome
 from soflow_platform.sweep_record import SweepRecord
 
 REFRESH_SECONDS = 0.5
-FILE_WIDTH = 200
-"""Columns where the output is no terminal, so that a log or a pipe gets whole names."""
-
-
-def console() -> Console:
-    """The terminal; or a log, which is not wrapped."""
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=FILE_WIDTH)
 
 
 class SweepDisplay(Display):
@@ -110,16 +103,7 @@ class SweepDisplay(Display):
             if now.metrics and self._told.get(name) != now.metrics:
                 self._told[name] = now.metrics
                 scores = ", ".join(f"{key} {value:.4g}" for key, value in now.metrics.items())
-                self.say(f"{name} step {now.step:,}: {scores}")
-
-
-def plain_table(name: str, *columns: str) -> Table:
-    """A table without lines, whose first column is never shortened: it holds what the next command needs."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column(name, no_wrap=True, overflow="fold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+                self.say(f"{name} step {now.scored_step:,}: {scores}")
 
 
 def show_result(
@@ -156,11 +140,4 @@ def record_link(record: SweepRecord) -> str:
     from soflow_platform.tracking import Tracking
 
     tracking = Tracking(record.tracking_uri or "", record.name, record.experiment_id or "")
-    return tracking.link(record.run or "", record.experiment["search"]["metric"])
-
-
-def storage_flag(storage: Storage) -> str:
-    """The option that finds this project folder again, where it is not the default one."""
-    from soflow_platform.storage import find_storage
-
-    return "" if find_storage(None) == storage else f" --storage {storage.root}"
+    return tracking.link(record.run or "", record.metric)

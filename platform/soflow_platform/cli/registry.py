@@ -17,7 +17,7 @@ def promote_command(
 ) -> None:
     """Change the champion and say why."""
     from soflow_platform import registry
-    from soflow_platform.cli.display import storage_flag
+    from soflow_platform.cli.terminal import storage_flag
 
     storage = find_storage(storage_option)
     uri = _tracking_uri(storage, tracking)

@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from soflow_platform import sweeps_folder
-from soflow_platform.cli.display import SweepDisplay, console, plain_table, show_result
+from soflow_platform.cli.display import SweepDisplay, show_result
+from soflow_platform.cli.terminal import console, plain_table
 from soflow_platform.config.document import Document
 from soflow_platform.config.experiment import Experiment, read_experiment
 from soflow_platform.config.trials import Trial, trials
@@ -104,6 +105,8 @@ def run_command(
         file=str(path),
         experiment=experiment.resolved(),
         trials=[{"name": trial.name, "settings": trial.settings} for trial in points],
+        metric=experiment.search.metric,
+        mode=experiment.mode,
     )
     with _termination(), exclusive(storage, sweep):
         display = SweepDisplay(screen, experiment, points)

@@ -7,8 +7,7 @@ import time
 from rich.table import Table
 
 from soflow_platform.checkpoints import best_evaluation, published
-from soflow_platform.cli.display import console, plain_table
-from soflow_platform.config.experiment import Experiment
+from soflow_platform.cli.terminal import console, plain_table
 from soflow_platform.errors import UserError
 from soflow_platform.storage import Storage, find_storage
 from soflow_platform.sweep_record import SweepRecord, all_records, is_running, load_record
@@ -34,7 +33,7 @@ def runs_command(sweep: str | None, storage_option: str | None) -> None:
 def _sweeps_table(storage: Storage, records: list[SweepRecord]) -> Table:
     table = plain_table("sweep", "started", "state", "trials", "best trial", "score", "registered")
     for record in records:
-        metric = record.experiment["search"]["metric"]
+        metric = record.metric
         best = record.best or {}
         score = best.get("metrics", {}).get(metric)
         state = "finished" if record.finished else "running" if is_running(storage, record.id) else "cut"
@@ -51,13 +50,12 @@ def _sweeps_table(storage: Storage, records: list[SweepRecord]) -> Table:
 
 
 def _trials_table(storage: Storage, record: SweepRecord) -> Table:
-    metric, steps = record.experiment["search"]["metric"], record.experiment["training"]["steps"]
-    mode = Experiment(**record.experiment).mode
+    metric, steps = record.metric, record.experiment["training"]["steps"]
     table = plain_table("trial", "step", "best step", metric, "checkpoints")
     for trial in record.trials:
         found = published(storage.trial(record.id, trial["name"]) / "checkpoints")
         position = found[-1].position if found else None
-        best = best_evaluation(position.evaluations, metric, mode) if position else None
+        best = best_evaluation(position.evaluations, metric, record.mode) if position else None
         table.add_row(
             trial["name"],
             f"{position.step if position else 0:,}/{steps:,}",

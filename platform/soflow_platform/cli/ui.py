@@ -99,5 +99,5 @@ def _newest_page(storage: Storage, address: str) -> str:
     for record in all_records(storage):
         if record.run and record.experiment_id:
             tracking = Tracking(record.tracking_uri or "", record.name, record.experiment_id)
-            return tracking.link(record.run, record.experiment["search"]["metric"], address)
+            return tracking.link(record.run, record.metric, address)
     return f"{address}/#/experiments"

@@ -1,0 +1,57 @@
+"""The same sweep on a Ray cluster that runs already, of several nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import REDUCED, Run
+from soflow_platform.storage import Storage
+from soflow_platform.sweep_record import all_records
+from soflow_platform.tracking import Tracking, client_for
+
+ONE_TRIAL = ["--set", "search.space={objective.weight_power: [1.0]}", "--set", "resources.workers=2"]
+
+
+@pytest.fixture
+def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A head without work of its own and two nodes of one CPU each, as processes on this machine."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        yield str(cluster.address)
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_two_workers_on_two_nodes_train_one_network(soflowctl: Run, address: str, tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "runs")
+    arguments = ["run", "digits", "--storage", str(storage.root), *REDUCED, *ONE_TRIAL]
+    done = soflowctl(*arguments, "--address", address)
+    assert done.returncode == 0, done.stderr
+    assert "on 2 CPU, 0 GPU, 3 node(s)" in done.stdout
+    (record,) = all_records(storage)
+    tracking = Tracking(storage.tracking_uri, "digits", record.experiment_id or "")
+    (run,) = tracking.children(record.run or "")
+    two = [
+        m.value
+        for m in client_for(storage.tracking_uri).get_metric_history(run.info.run_id, "train/grad_norm")
+    ]
+
+    alone = Storage(tmp_path / "alone")
+    single = ["run", "digits", "--storage", str(alone.root), *REDUCED, *ONE_TRIAL[:2]]
+    assert soflowctl(*single).returncode == 0
+    (other,) = all_records(alone)
+    (run,) = Tracking(alone.tracking_uri, "digits", other.experiment_id or "").children(other.run or "")
+    one = [
+        m.value for m in client_for(alone.tracking_uri).get_metric_history(run.info.run_id, "train/grad_norm")
+    ]
+    assert two == pytest.approx(one, rel=1e-3)
