@@ -71,9 +71,9 @@ class StepRecord:
 class TrainStep:
     """Owns network, optimizer, EMAs and step count; a call makes one step.
 
-    `precision` "auto" is float32 on a CPU and mixed on a GPU. `network` may be wrapped in
-    DistributedDataParallel, or `reduce_gradients` averages the gradients over the ranks in place; objectives
-    with a Jacobian-vector product need the latter.
+    `precision` "auto" is mixed where bfloat16 is fast, on a GPU or a CPU with matrix units, and else float32.
+    `network` may be wrapped in DistributedDataParallel, or `reduce_gradients` averages the gradients over the
+    ranks in place; objectives with a Jacobian-vector product need the latter.
     """
 
     def __init__(
@@ -112,7 +112,9 @@ class TrainStep:
         self.names, self.parameters = list(trained), list(trained.values())
         self.device = self.parameters[0].device
         if precision == "auto":
-            precision = "mixed" if self.device.type == "cuda" else "float32"
+            precision = (
+                "mixed" if self.device.type == "cuda" or _fast_bfloat16_cpu(self.device) else "float32"
+            )
         self.optimizer = optimizer.build(self.parameters)
         teaches = objective.teacher_decay
         if teaches is not None and teaches not in ema_decays:
@@ -209,6 +211,11 @@ class TrainStep:
             )
         self.optimizer.zero_grad(set_to_none=True)
         return self._record(result, values, norm, culprit)
+
+
+def _fast_bfloat16_cpu(device: torch.device) -> bool:
+    """Whether this is a CPU with matrix units for bfloat16; others emulate it, slower than float32."""
+    return device.type == "cpu" and bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 @contextmanager

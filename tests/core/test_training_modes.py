@@ -62,8 +62,10 @@ def test_reduced_precision_keeps_float32_parameters_and_stays_near(precision):
     assert {p.dtype for p in reduced.parameters} == {torch.float32}
 
 
-def test_auto_precision_is_float32_on_a_cpu():
-    assert make(SoFlow(), precision="auto").policy.precision == "float32"
+@pytest.mark.parametrize(("matrix_units", "expected"), [(True, "mixed"), (False, "float32")])
+def test_auto_precision_is_mixed_only_where_bfloat16_is_fast(monkeypatch, matrix_units, expected):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units, raising=False)
+    assert make(SoFlow(), precision="auto").policy.precision == expected
 
 
 def test_a_teacher_is_the_ema_of_its_decay():
