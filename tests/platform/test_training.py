@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from soflow_core.checkpoints import load_weights
+from soflow_core.objectives import OBJECTIVES
 from soflow_platform import checkpoints
 from soflow_platform.errors import UserError
 from soflow_platform.storage import Storage
@@ -174,3 +175,15 @@ def test_data_that_does_not_fit_the_network_is_refused_with_both_sides_named(
     with pytest.raises(UserError, match=r"holds 10 classes, the network is conditioned on 1000 classes"):
         worker("misfit", "data={source: digits, shape: [1, 8, 8], classes: 1000}")
     assert not storage.sweeps.exists()
+
+
+@pytest.mark.parametrize("method", sorted(OBJECTIVES))
+def test_every_method_trains_and_is_scored_by_the_same_loop(worker: Make, method: str) -> None:
+    trained = worker(method, f"objective={{method: {method}}}", "training.steps=2")
+    trained.run()
+    (evaluation,) = trained.evaluations
+    assert evaluation["step"] == 2
+    assert np.isfinite(evaluation["eval/fd_nfe1"])
+    weights = load_weights(checkpoints.published(trained.root)[-1].ema)
+    assert weights.objective is not None
+    assert weights.objective.method == method
