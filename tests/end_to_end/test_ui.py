@@ -1,0 +1,68 @@
+"""`soflowctl ui` serves the project folder's MLflow on loopback and prints the page of the newest sweep."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from conftest import command, environment
+from soflow_platform.storage import Storage
+from soflow_platform.sweep_record import SweepRecord
+from soflow_platform.tracking import Tracking, prepare_store
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[tuple[int, str, str]]:
+    """Process id of the command, the page it printed, and the id of the run the page should show."""
+    storage = Storage(tmp_path / "runs")
+    prepare_store(storage.tracking_uri)
+    tracking = Tracking.open(storage.tracking_uri, "digits", storage)
+    parent = tracking.open_run("digits-1", "digits-1", params={}, tags={})
+    tracking.open_run("digits-1", "trial-00", params={}, tags={}, trial="trial-00", parent=parent)
+    record = SweepRecord("digits-1", "digits", "", {}, [], "eval/fd_nfe1", "min", run=parent)
+    record.experiment_id, record.tracking_uri = tracking.experiment_id, storage.tracking_uri
+    record.save(storage)
+    arguments = command("ui", "--storage", str(storage.root), "--port", "0", "--no-open")
+    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("MLflow on http://127.0.0.1:")
+        yield process.pid, process.stdout.readline().strip(), parent
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
+
+
+def post(url: str, content: dict[str, object]) -> dict[str, object]:
+    request = urllib.request.Request(url, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        result: dict[str, object] = json.loads(answer.read())
+    return result
+
+
+def test_the_page_shows_the_trials_of_the_newest_sweep_and_nothing_listens_beyond_loopback(
+    page: tuple[int, str, str],
+) -> None:
+    pid, url, parent = page
+    address, fragment = url.split("/#")
+    with urllib.request.urlopen(address, timeout=20) as answer:
+        assert "<title>MLflow</title>" in answer.read().decode()
+    path, query = fragment.split("?")
+    wanted = urllib.parse.parse_qs(query)
+    assert wanted["orderByKey"] == ["metrics.`eval/fd_nfe1`"]
+    assert parent in wanted["searchFilter"][0]
+    search = {"experiment_ids": [path.split("/")[2]], "filter": wanted["searchFilter"][0]}
+    found = post(f"{address}/api/2.0/mlflow/runs/search", search)["runs"]
+    assert isinstance(found, list)
+    assert [run["info"]["run_name"] for run in found] == ["trial-00"]
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    listening = {c.laddr.ip for p in family for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}
