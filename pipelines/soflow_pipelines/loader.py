@@ -133,13 +133,14 @@ class ShardLoader:
     def _ready(self, stored: Tensor, positions: NDArray[np.int64]) -> Tensor:
         if self.info.kind == "pixels":
             return to_unit_range(stored)
-        moments = stored.float()
         if self._posterior == "moments":
-            return moments
-        mean, std = moments.chunk(2, dim=1)
-        if self._posterior == "sample":
-            mean = mean + std * position_noise(self._seed, positions, mean.shape[1:])
-        return (mean - self.info.shift) * self.info.scaling
+            return stored.to(torch.float32, copy=True)
+        mean, std = stored.chunk(2, dim=1)
+        if self._posterior == "mean":
+            drawn = mean.to(torch.float32, copy=True)
+        else:
+            drawn = position_noise(self._seed, positions, mean.shape[1:]).mul_(std).add_(mean)
+        return drawn.sub_(self.info.shift).mul_(self.info.scaling)
 
 
 def position_noise(seed: int, positions: NDArray[np.int64], shape: torch.Size) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import zlib
 from collections import OrderedDict, deque
@@ -12,16 +13,15 @@ from threading import Event, Lock
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from soflow_pipelines.cache import LIMIT_VARIABLE, ShardCache
 from soflow_pipelines.dataset_info import DatasetInfo, ShardError
-from soflow_pipelines.order import SampleOrder
+from soflow_pipelines.order import WINDOW_BYTES, SampleOrder
 from soflow_pipelines.shards import UNLABELLED, npy_header, read_index, read_manifest
 from soflow_pipelines.storage import LocalFolder, StorageError, open_storage
 
-OPEN_FILES = 64
-OPEN_CACHED_FILES = 16  # an open file keeps its room on the disk after the cache has dropped it
 FETCHES = 4
 
 
@@ -32,7 +32,10 @@ class SampleReader:
         self._storage = open_storage(uri)
         local = isinstance(self._storage, LocalFolder)
         self.cache = None if local else cache or ShardCache.of_machine()
-        self._open_files = OPEN_FILES if local else OPEN_CACHED_FILES
+        self._maps: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
+        self._mapped_bytes = 0
+        self._most_mapped = sys.maxsize if local else WINDOW_BYTES
+        self._lock = Lock()
         self._info = info
         self.shards = read_manifest(uri)
         index = read_index(uri, ["shard", "label", "offset", "bytes", "crc32"])
@@ -67,53 +70,70 @@ class SampleReader:
             raise self._damage(int(np.argmin(self._label)), "no label")
 
     def read(self, rows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """(B,) rows -> stored arrays (B, ...) and labels (B,) int64."""
-        content = np.empty((len(rows), self._bytes), np.uint8)
-        for row, buffer in zip(rows.tolist(), content, strict=True):
-            shard = self._shard[row]
-            if os.preadv(self._file(shard), (buffer.data,), self._offset[row]) != self._bytes:
-                raise self._damage(row, "the shard ends inside it")
-            if not self._checked[row]:
-                self._check_sample(row, buffer)
+        """(B,) rows -> stored arrays (B, ...), valid until this thread's next read, and labels (B,) int64."""
+        stored = self._buffer(len(rows))
+        content = stored.reshape(len(rows), -1).view(np.uint8)
         header = len(self._header)
-        stored = np.ascontiguousarray(content[:, header:]).view(self._info.dtype)
-        return stored.reshape(len(rows), *self._info.stored_shape), self._label[rows]
+        shards, offsets = self._shard[rows].tolist(), self._offset[rows].tolist()
+        checked = self._checked[rows].tolist()
+        for number, row in enumerate(rows.tolist()):
+            shard, offset = self._map(shards[number]), offsets[number]
+            if not checked[number]:
+                self._check_sample(row, shard[offset : offset + self._bytes])
+            content[number] = shard[offset + header : offset + self._bytes]
+        return stored, self._label[rows]
 
-    def _check_sample(self, row: int, buffer: NDArray[np.uint8]) -> None:
-        if bytes(buffer[: len(self._header)]) != self._header:
+    def _buffer(self, count: int) -> NDArray[Any]:
+        """(B, ...) of the stored type, the same memory each time: fresh pages would cost more than the reading."""
+        buffer: NDArray[Any] | None = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) != count:
+            buffer = self._local.buffer = np.empty((count, *self._info.stored_shape), self._info.dtype)
+        return buffer
+
+    def _check_sample(self, row: int, member: NDArray[np.uint8]) -> None:
+        if len(member) != self._bytes:
+            raise self._damage(row, "the shard ends inside it")
+        if member[: len(self._header)].tobytes() != self._header:
             raise self._damage(row, f"it is not {self._info.dtype} of shape {self._info.stored_shape}")
-        if zlib.crc32(buffer.data) != self._crc[row]:
+        if zlib.crc32(member.tobytes()) != self._crc[row]:
             raise self._damage(row, "its bytes are not those that were written (CRC-32 differs)")
         self._checked[row] = True
 
-    def _file(self, shard: int) -> int:
-        files: OrderedDict[int, _ShardFile] | None = getattr(self._local, "files", None)
-        if files is None:
-            files = self._local.files = OrderedDict()
-        file = files.get(shard)
-        if file is None:
-            file = _ShardFile(self.open_shard(shard))
-            files[shard] = file
-            if len(files) > self._open_files:
-                files.popitem(last=False)
-        return file.descriptor
+    def _map(self, shard: int) -> NDArray[np.uint8]:
+        """The bytes of a shard. Its file is unmapped when it is forgotten here and no batch is being read from it."""
+        mapped = self._maps.get(shard)
+        if mapped is not None:
+            return mapped
+        mapped = self._open_shard(shard)
+        with self._lock:
+            if shard not in self._maps:
+                self._maps[shard] = mapped
+                self._mapped_bytes += len(mapped)
+            while self._mapped_bytes > self._most_mapped and len(self._maps) > 1:
+                _, dropped = self._maps.popitem(last=False)
+                self._mapped_bytes -= len(dropped)
+        return mapped
 
-    def open_shard(self, shard: int) -> int:
-        """A descriptor of a local copy. ShardError where there is none, or it has another size."""
+    def _open_shard(self, shard: int) -> NDArray[np.uint8]:
+        """ShardError where there is no such file, or it has another size."""
         record = self.shards[shard]
         place = f"{self._storage.uri}/{record.name}"
         try:
             if self.cache is not None:
-                return self.cache.open(self._storage, record)
-            assert isinstance(self._storage, LocalFolder)
-            descriptor = os.open(self._storage.path(record.name), os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = self.cache.open(self._storage, record)
+            else:
+                assert isinstance(self._storage, LocalFolder)
+                descriptor = os.open(self._storage.path(record.name), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ShardError(f"{place} cannot be opened: {error.strerror}.") from error
-        size = os.fstat(descriptor).st_size
-        if size != record.bytes:
+        try:
+            size = os.fstat(descriptor).st_size
+            if size != record.bytes:
+                raise ShardError(f"{place} has {size} bytes, the manifest says {record.bytes}.")
+            # This mapping outlives the descriptor, so that a set may have more shards than a process may open files.
+            return torch.from_file(f"/proc/self/fd/{descriptor}", size=size, dtype=torch.uint8).numpy()
+        finally:
             os.close(descriptor)
-            raise ShardError(f"{place} has {size} bytes, the manifest says {record.bytes}.")
-        return descriptor
 
     def fetch(self, shard: int, stop: Event) -> None:
         """Brings a shard into the cache, unless it is stopped."""
@@ -124,16 +144,6 @@ class SampleReader:
         key = read_index(self._storage.uri, ["key"])["key"][row].as_py()
         shard = self.shards[self._shard[row]].name
         return ShardError(f"{self._storage.uri}/{shard}, sample {key}: {what}.")
-
-
-class _ShardFile:
-    """An open shard; closed when it is forgotten."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-
-    def __del__(self) -> None:
-        os.close(self.descriptor)
 
 
 class WindowFetcher:

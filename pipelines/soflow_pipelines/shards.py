@@ -40,6 +40,7 @@ MANIFEST_NAME = "manifest.parquet"
 INDEX_NAME = "index.parquet"
 SHARD_BYTES = 256 * 2**20
 UNLABELLED = -1
+WRITE_BYTES = 8 * 2**20  # large writes are cached in large pages, which are faster to read again
 BLOCK = 512
 
 INDEX_SCHEMA = pa.schema(
@@ -173,7 +174,7 @@ def write_shard(path: Path, number: int, samples: Iterable[Sample], info: Datase
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with aside.open("wb") as file:
+        with aside.open("wb", buffering=WRITE_BYTES) as file:
             writer = ShardWriter(file, number, info)
             for sample in samples:
                 writer.add(sample)

@@ -1,0 +1,102 @@
+"""ImageNet's images to latents to shards to a trained network to images again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from soflow_core.networks import DiT, dit_config
+from soflow_core.objectives import SoFlow
+from soflow_core.objectives.base import Batch
+from soflow_core.samplers.noise import sample_noise
+from soflow_core.training import OptimizerConfig, TrainStep
+from soflow_pipelines.autoencoders import load_autoencoder
+from soflow_pipelines.images import to_uint8
+from soflow_pipelines.inspection import sample_images
+from soflow_pipelines.loader import ShardLoader
+from soflow_pipelines.preparation import Preparation, PrepareSettings
+from soflow_pipelines.sources import open_source
+from soflow_pipelines.verification import verify
+from soflow_pipelines.writers import encode_png, image_grid, write_file
+from soflow_platform.jobs.prepare import PrepareRequest, prepare
+
+ROOT = Path(__file__).parents[2]
+SHARED = Path(os.environ.get("SOFLOW_TEST_DATA") or ROOT.parent / "shared")
+IMAGES = SHARED / "data" / "imagenet-sample.zip"
+AUTOENCODER = SHARED / "models" / "kl-f8-mini"
+STEPS = 50
+BATCH = 8
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not IMAGES.is_file() or not AUTOENCODER.is_dir(),
+        reason=f"the sample images and the autoencoder are not in {SHARED} (set SOFLOW_TEST_DATA)",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("latents") / "set"
+    request = PrepareRequest(source=str(IMAGES), out=str(out), autoencoder=str(AUTOENCODER), resolution=256)
+    done = prepare(request)
+    assert done.info.samples == 200
+    return out
+
+
+def test_the_latents_are_those_of_the_images(latents: Path) -> None:
+    assert verify(latents) == []
+    autoencoder = load_autoencoder(str(AUTOENCODER))
+    decoded, labels = sample_images(latents, 16, decoder=autoencoder)
+    source = open_source(str(IMAGES))
+    assert source.labels is not None
+    assert labels is not None
+    plan = Preparation(source, PrepareSettings(256), autoencoder.facts)
+    of_label = {
+        int(source.labels[plan.place(number)[0]]): plan.pixels(number) for number in range(plan.samples)
+    }
+    errors = [
+        np.square(image.astype(float) - of_label[int(label)]).mean()
+        for image, label in zip(decoded, labels, strict=True)
+    ]
+    assert 10 * np.log10(255**2 / np.mean(errors)) > 22
+
+
+def test_a_network_learns_from_the_latents_and_its_samples_decode_to_a_grid(
+    latents: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    objective = SoFlow()
+    with ShardLoader(latents, BATCH, seed=0) as loader:
+        channels, height, width = loader.info.shape
+        loader.info.check_fits((4, 32, 32), classes=1000, autoencoder="kl-f8-mini", scaling=0.77679)
+        network = DiT(
+            dit_config("S/4", channels, height, width, classes=1000, null_label=objective.needs_null_label)
+        )
+        train = TrainStep(network, objective, OptimizerConfig(lr=3e-4), STEPS, ema_decays=(0.9,))
+        generator = torch.Generator().manual_seed(0)
+        losses = []
+        for _ in range(STEPS):
+            batch = next(loader)
+            draws = objective.draw(generator, BATCH, loader.info.shape, conditional=True)
+            record = train(Batch(batch.x0, batch.labels), draws)
+            assert record.finite
+            losses.append(float(record.terms["velocity_mse"]))
+    assert train.step == STEPS
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+    network.load_state_dict(train.ema_state())
+    network.eval()
+    noise = sample_noise(0, range(4), (channels, height, width))
+    with torch.no_grad():
+        samples = objective.sample(network, noise, torch.tensor([2, 8, 10, 16]), 1, [])
+    images = to_uint8(load_autoencoder(str(AUTOENCODER)).decode(samples))
+    assert images.shape == (4, 3, 256, 256)
+    assert images.float().std() > 5
+    write_file(tmp_path / "grid.png", encode_png(image_grid(images, columns=2)))
+    assert Image.open(tmp_path / "grid.png").size == (2 * 258 + 2, 2 * 258 + 2)
