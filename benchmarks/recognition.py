@@ -1,9 +1,10 @@
 """How often a judge that took no part in training recognises one-step samples as the digit asked for.
 
-    python benchmarks/recognition.py --storage soflow-runs --num 1000
+python benchmarks/recognition.py --storage soflow-runs --num 1000
 
-The judge is a support vector machine on raw pixels, fitted to scikit-learn's real digits; the sweep's own classifier is a small
-convolutional network. Beside its score on samples stands its score on real digits it was not fitted to, by five-fold cross-validation.
+The judge is a support vector machine on raw pixels, fitted to scikit-learn's real digits; the sweep's own
+classifier is a small convolutional network. Beside its score on samples stands its score on real digits it
+was not fitted to, by five-fold cross-validation.
 """
 
 from __future__ import annotations

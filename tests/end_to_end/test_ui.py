@@ -37,8 +37,10 @@ def page(tmp_path: Path) -> Iterator[tuple[int, str, str]]:
         assert process.stdout.readline().startswith("MLflow on http://127.0.0.1:")
         yield process.pid, process.stdout.readline().strip(), parent
     finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=30)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 143
+        assert psutil.wait_procs(family, timeout=10)[1] == []
 
 
 def post(url: str, content: dict[str, object]) -> dict[str, object]:

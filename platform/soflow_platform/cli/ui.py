@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -29,6 +30,8 @@ def ui_command(storage_option: str | None, port: int, browser: bool) -> None:
     server = subprocess.Popen(
         _command(storage, port), env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
+    # A plain SIGTERM would end this command and leave the server behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         _wait(server, address)
         page = _newest_page(storage, address)

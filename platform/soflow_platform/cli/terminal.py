@@ -1,0 +1,31 @@
+"""How soflowctl prints: whole names where the output is no terminal, tables without lines."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from soflow_platform.storage import Storage, find_storage
+
+FILE_WIDTH = 200
+"""Columns where the output is no terminal, so that a log or a pipe gets whole names."""
+
+
+def console() -> Console:
+    """The terminal; or a log, which is not wrapped."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=FILE_WIDTH)
+
+
+def plain_table(name: str, *columns: str) -> Table:
+    """A table without lines, whose first column is never shortened: it holds what the next command needs."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(name, no_wrap=True, overflow="fold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def storage_flag(storage: Storage) -> str:
+    """The option that finds this project folder again, where it is not the default one."""
+    return "" if find_storage(None) == storage else f" --storage {storage.root}"
