@@ -200,7 +200,8 @@ def report(options: argparse.Namespace, size: str) -> bool:
     forwards = {row: eager.forwards(row) for row in seconds}
     memory = {} if options.no_memory else {row: peak_memory(options, size, row) for row in seconds}
     print(
-        f"\n{size}, batch {options.batch}, {options.device}, {options.precision}, {torch.get_num_threads()} threads, {options.clock} clock"
+        f"\n{size}, batch {options.batch}, {options.device}, {options.precision},"
+        f" {torch.get_num_threads()} threads, {options.clock} clock"
     )
     print("| step | s | of plain | F | peak GiB |\n|---|---|---|---|---|")
     for row, value in seconds.items():
