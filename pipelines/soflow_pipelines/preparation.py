@@ -301,12 +301,19 @@ def start(plan: Preparation, storage: Storage) -> list[int] | None:
 
 
 def _check_same(wanted: dict[str, Any], found: dict[str, Any], what: str) -> None:
-    if found != json.loads(json.dumps(wanted)):
-        differing = [name for name in wanted if found.get(name) != wanted[name]]
-        said = ", ".join(f"{name} {found.get(name)!r} instead of {wanted[name]!r}" for name in differing)
-        raise ShardError(
-            f"{what} of other settings ({said or 'of another version'}); name another place or remove it."
-        )
+    if found == json.loads(json.dumps(wanted)):
+        return
+    differing = [name for name in wanted if found.get(name) != wanted[name]]
+    said = ", ".join(
+        f"{name} {_short(found.get(name))} instead of {_short(wanted[name])}" for name in differing
+    )
+    raise ShardError(
+        f"{what} of other settings ({said or 'of another version'}); name another place or remove it."
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 40 else repr(value)
 
 
 def finish(plan: Preparation, storage: Storage) -> DatasetInfo:

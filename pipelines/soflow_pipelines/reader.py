@@ -7,9 +7,10 @@ import sys
 import threading
 import zlib
 from collections import OrderedDict, deque
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from threading import Event, Lock
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
 from typing import Any
 
 import numpy as np
@@ -149,13 +150,14 @@ class SampleReader:
 class WindowFetcher:
     """Fetches the shards of the window being read, and of the next one, in the background.
 
-    A fetch that fails is not reported here: the read that needs the shard tries again and says so.
+    A fetch that fails is not reported here: the read that needs the shard tries again and says so. The threads
+    do not keep a process that ends.
     """
 
     def __init__(self, reader: SampleReader, order: SampleOrder) -> None:
         self._reader = reader
         self._order = order
-        self._pool = ThreadPoolExecutor(FETCHES, "shard-fetch")
+        self._wanted: SimpleQueue[int] = SimpleQueue()
         self._asked: deque[tuple[int, int]] = deque(maxlen=4)
         self._lock = Lock()
         self._stop = Event()
@@ -168,6 +170,9 @@ class WindowFetcher:
                 f"over {window / 1e9:.2f} GB: set {LIMIT_VARIABLE} to at least {2 * window / 1e9:.1f}."
             )
         self._ahead = 2 * window <= reader.cache.limit
+        self._threads = [Thread(target=self._work, name="shard-fetch", daemon=True) for _ in range(FETCHES)]
+        for thread in self._threads:
+            thread.start()
 
     def reach(self, position: int) -> None:
         """Reading has come to this position."""
@@ -183,8 +188,20 @@ class WindowFetcher:
                 return
             self._asked.append((epoch, window))
         for shard in self._order.windows(epoch)[window]:
-            self._pool.submit(self._reader.fetch, shard, self._stop)
+            self._wanted.put(shard)
+
+    def _work(self) -> None:
+        while True:
+            shard = self._wanted.get()
+            if self._stop.is_set():
+                return
+            with suppress(StorageError):
+                self._reader.fetch(shard, self._stop)
 
     def close(self) -> None:
+        """Ends the fetches and waits for the threads."""
         self._stop.set()
-        self._pool.shutdown(cancel_futures=True)
+        for _ in self._threads:
+            self._wanted.put(0)
+        for thread in self._threads:
+            thread.join()

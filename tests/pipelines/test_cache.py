@@ -1,5 +1,6 @@
 """The shard cache: bounded at every moment, safe for processes that race and that die."""
 
+import fcntl
 import functools
 import http.server
 import multiprocessing
@@ -34,12 +35,15 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def held(folder: Path) -> int:
-    """Bytes of all files; one that is dropped while we look counts as nothing."""
-    total = 0
-    for path in folder.iterdir():
-        with suppress(FileNotFoundError):
-            total += path.stat().st_size
-    return total
+    """Bytes of all files at one moment: room is made and taken under the lock, and a file may be renamed meanwhile."""
+    sizes: dict[int, int] = {}
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for path in folder.iterdir():
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                sizes[status.st_ino] = status.st_size
+    return sum(sizes.values())
 
 
 def test_what_is_fetched_is_kept_by_content(origin: Path, tmp_path: Path) -> None:
