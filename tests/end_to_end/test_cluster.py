@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import REDUCED, Run
+from commands import REDUCED, Run
 from soflow_platform.storage import Storage
 from soflow_platform.sweep_record import all_records
 from soflow_platform.tracking import Tracking, client_for

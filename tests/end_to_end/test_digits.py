@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import REDUCED, Run
+from commands import REDUCED, Run
 from soflow_platform.storage import Storage
 from soflow_platform.sweep_record import SweepRecord, all_records
 from soflow_platform.tracking import Tracking, client_for

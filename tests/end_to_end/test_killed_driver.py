@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import REDUCED, ROOT, Run, command, environment
+from commands import REDUCED, ROOT, Run, command, environment
 from soflow_platform.checkpoints import published
 from soflow_platform.storage import Storage
 from soflow_platform.sweep_record import SweepRecord, all_records

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from conftest import command, environment
+from commands import command, environment
 from soflow_platform.storage import Storage
 from soflow_platform.sweep_record import SweepRecord
 from soflow_platform.tracking import Tracking, prepare_store

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import Run
+from commands import Run
 from soflow_core.checkpoints import load_weights
 from soflow_pipelines.shards import DatasetInfo, Sample, write_shards
 from soflow_platform.storage import Storage
