@@ -49,6 +49,11 @@ class SampleReader:
         self._checked = np.zeros(len(self._shard), np.bool_)
         self._local = threading.local()
         self._check_index(index["bytes"].to_numpy())
+        if local:
+            # All at once: mapped one by one between batches they would scatter small blocks over the heap,
+            # and memory would grow with their number. It also finds a missing or cut shard at the start.
+            for shard in range(len(self.shards)):
+                self._map(shard)
 
     def _check_index(self, sizes: NDArray[Any]) -> None:
         uri, listed = self._storage.uri, sum(shard.samples for shard in self.shards)

@@ -207,14 +207,11 @@ def test_a_shard_of_another_size_and_a_missing_one_are_named(numbered: Path, tmp
     folder = shutil.copytree(numbered, tmp_path / "set")
     shard = folder / "shard-000002.tar"
     shard.write_bytes(shard.read_bytes()[:-600])
-    with (
-        ShardLoader(folder, 53) as loader,
-        pytest.raises(ShardError, match=r"shard-000002\.tar has .* bytes"),
-    ):
-        next(loader)
+    with pytest.raises(ShardError, match=r"shard-000002\.tar has \d+ bytes, the manifest says \d+"):
+        ShardLoader(folder, 53)
     shard.unlink()
-    with ShardLoader(folder, 53) as loader, pytest.raises(ShardError, match=r"shard-000002\.tar cannot"):
-        next(loader)
+    with pytest.raises(ShardError, match=r"shard-000002\.tar cannot be opened"):
+        ShardLoader(folder, 53)
 
 
 def test_tables_that_disagree_are_refused_at_once(numbered: Path, tmp_path: Path) -> None:
