@@ -62,7 +62,7 @@ class TrainingConfig(Section):
     ema: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.9999,)
     """Decays of the exponential moving averages of the weights; the first is evaluated and registered."""
     precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
-    """`auto`: float32 on a CPU, mixed on a GPU."""
+    """`auto`: mixed on a GPU and on a CPU with bfloat16 matrix units, float32 elsewhere."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Gradient norm limit; the paper's recipe has none."""
     compile: bool = False
