@@ -235,7 +235,7 @@ def _encoded(
 def _decoded(
     plan: Preparation, shard: int, threads: int
 ) -> Iterator[tuple[range, list[NDArray[np.uint8] | ImageError]]]:
-    """Batches of decoded images, up to LOOKAHEAD of them ahead of what is taken."""
+    """Batches of decoded images; each thread has one in hand and LOOKAHEAD more are ahead of what is taken."""
 
     def decode(number: int) -> NDArray[np.uint8] | ImageError:
         try:
@@ -243,18 +243,21 @@ def _decoded(
         except ImageError as error:
             return error
 
+    def decode_all(batch: range) -> list[NDArray[np.uint8] | ImageError]:
+        return [decode(number) for number in batch]
+
     numbers, size = plan.shard_samples(shard), plan.settings.batch
-    waiting: deque[tuple[range, list[Future[NDArray[np.uint8] | ImageError]]]] = deque()
+    waiting: deque[tuple[range, Future[list[NDArray[np.uint8] | ImageError]]]] = deque()
     with ThreadPoolExecutor(threads, "decode") as pool:
         for start in range(0, len(numbers), size):
             batch = numbers[start : start + size]
-            waiting.append((batch, [pool.submit(decode, number) for number in batch]))
-            if len(waiting) > LOOKAHEAD:
-                ready, futures = waiting.popleft()
-                yield ready, [future.result() for future in futures]
+            waiting.append((batch, pool.submit(decode_all, batch)))
+            if len(waiting) >= threads + LOOKAHEAD:
+                ready, future = waiting.popleft()
+                yield ready, future.result()
         while waiting:
-            ready, futures = waiting.popleft()
-            yield ready, [future.result() for future in futures]
+            ready, future = waiting.popleft()
+            yield ready, future.result()
 
 
 def _note_name(shard: int) -> str:
