@@ -85,9 +85,15 @@ def network_config(experiment: Experiment, info: DatasetInfo) -> DiTConfig:
     """The DiT for this data. Raises UserError where data and configuration do not fit, naming both sides."""
     wanted = experiment.data
     try:
-        info.check_fits(wanted.shape or info.shape, wanted.classes, where=f"data.source {wanted.source}")
+        info.check_fits(
+            wanted.shape or info.shape,
+            wanted.classes,
+            autoencoder=wanted.autoencoder,
+            scaling=wanted.scaling,
+            where=f"data.source {wanted.source}",
+        )
     except DataMismatch as error:
-        raise UserError(f"{error} Name other data, or change data.shape and data.classes.") from None
+        raise UserError(f"{error} Name other data, or change what the section data expects.") from None
     if wanted.conditional and info.classes is None:
         raise UserError(f"data.source {wanted.source} holds no labels: set data.conditional to false.")
     return describe_network(experiment, Expected(tuple(info.shape), info.classes))

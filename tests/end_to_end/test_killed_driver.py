@@ -16,7 +16,10 @@ from soflow_platform.sweep_record import SweepRecord, all_records
 from soflow_platform.tracking import Tracking, client_for
 
 ARGUMENTS = ["run", "sweeps/digits.yaml", *REDUCED]
-ONE_AT_A_TIME = ["--set", "resources.concurrent_trials=1"]
+ONE_AT_A_TIME = [
+    *("--set", "resources.concurrent_trials=1"),
+    *("--set", "search.space={objective.weight_power: [0.5, 1.0]}"),
+]
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 150) -> None:

@@ -17,6 +17,7 @@ from soflow_platform.tracking import client_for
 SMALL = {
     "network.size": "S/4",
     "data.classes": "10",
+    "data.autoencoder": "test",
     "training.steps": "20",
     "training.batch": "4",
     "training.log_every": "10",
@@ -80,6 +81,23 @@ def test_latents_of_other_classes_are_refused_with_both_numbers(
     done = soflowctl("run", "xl2", "--storage", str(tmp_path / "runs"), *arguments)
     assert done.returncode == 2
     assert "holds 10 classes, the network is conditioned on 1000 classes" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("data.autoencoder", "other", "holds latents of test, the configuration names the autoencoder other"),
+        ("data.scaling", "0.13025", "is scaled by 0.18215, the configuration says a scaling of 0.13025"),
+    ],
+)
+def test_latents_of_another_autoencoder_or_scaling_are_refused(
+    soflowctl: Run, latents: Path, tmp_path: Path, key: str, value: str, said: str
+) -> None:
+    arguments = overrides(latents, **{key: value})
+    done = soflowctl("run", "xl2", "--storage", str(tmp_path / "runs"), *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
     assert not (tmp_path / "runs").exists()
 
 

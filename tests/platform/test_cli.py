@@ -146,7 +146,7 @@ def test_validate_prints_what_a_file_stands_for(tmp_path: Path) -> None:
     done = soflowctl(tmp_path, "validate", DIGITS)
     assert done.returncode == 0
     assert (
-        "is valid: 4 trial(s) of soflow, 800 steps of 128 samples, compared by eval/fd_nfe1 (min)"
+        "is valid: 4 trial(s) of soflow, 600 steps of 128 samples, compared by eval/fd_nfe1 (min)"
         in done.stdout
     )
 

@@ -27,6 +27,10 @@ class DataConfig(Section):
     """(C, H, W) the network is built for; None takes it from the data."""
     classes: Positive | None = None
     """Number of classes; None takes it from the data."""
+    autoencoder: str | None = None
+    """Whose latents are expected: an id, or the digest of the weights; None does not check."""
+    scaling: Annotated[float, Field(gt=0)] | None = None
+    """What latents are expected to be multiplied by; None does not check."""
     conditional: bool = True
     """False trains without labels."""
 
