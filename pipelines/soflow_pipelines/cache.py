@@ -55,7 +55,8 @@ class ShardCache:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 continue  # another process made room in between
-            os.utime(path)
+            # By descriptor: the name may be gone by now, and the content is still here.
+            os.utime(descriptor)
             return descriptor
 
     def fetch(self, storage: Storage, record: ShardRecord, stop: Event | None = None) -> Path:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from soflow_platform.errors import UserError
 
 PROBE_SECONDS = 5.0
-HEALTH_SECONDS = 20.0
+HEALTH_SECONDS = 10.0
 DRIVER_CPUS = 0.1
 """What Tune holds for the function that drives one trial; the work is done by the trial's workers."""
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from soflow_platform.cli.main import main
+
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "sweeps" / "digits.yaml")
 COMMANDS = ["run", "ui", "runs", "promote", "generate", "validate", "version"]
@@ -96,12 +98,27 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_sentence_with_exit_code_2_and_creates_nothing(tmp_path: Path, mistake: str) -> None:
+def test_a_mistake_is_one_sentence_with_exit_code_2_and_creates_nothing(
+    tmp_path: Path, mistake: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, through the console entry point: importing the networks anew for each would take minutes."""
     arguments, said = MISTAKES[mistake]
-    done = soflowctl(tmp_path, *arguments)
-    assert done.returncode == 2, done.stderr
-    assert said in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SOFLOW_STORAGE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["soflowctl", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capfd.readouterr().err
+    assert ended.value.code == 2, printed
+    assert said in printed
+    assert len(printed.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_ends_the_process_with_code_2_and_no_traceback(tmp_path: Path) -> None:
+    done = soflowctl(tmp_path, "run", DIGITS, "--set", "training.bacth=4")
+    assert done.returncode == 2
+    assert done.stderr.startswith("soflowctl: error: --set training.bacth: unknown key `bacth`")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
