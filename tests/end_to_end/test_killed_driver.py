@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from commands import REDUCED, ROOT, Run, command, environment
 from soflow_platform.checkpoints import published
 from soflow_platform.storage import Storage
@@ -74,6 +76,7 @@ def test_finished_trials_are_kept_and_the_cut_one_goes_on_from_its_checkpoint(
     assert len(client.search_model_versions("name = 'digits'")) == 1
 
 
+@pytest.mark.faults
 def test_a_running_sweep_is_not_started_twice_and_a_terminated_one_closes_its_runs(
     soflowctl: Run, tmp_path: Path
 ) -> None:

@@ -55,6 +55,7 @@ def overrides(latents: Path, **changes: str) -> list[str]:
     return [argument for key, value in settings.items() for argument in ("--set", f"{key}={value}")]
 
 
+@pytest.mark.slow
 def test_twenty_steps_of_the_recipe_on_latents_reach_the_registry(
     soflowctl: Run, latents: Path, tmp_path: Path
 ) -> None:

@@ -44,6 +44,7 @@ def _identity(cache: Path) -> str:
     return digits_classifier(cache).id
 
 
+@pytest.mark.slow
 def test_processes_that_train_it_at_once_get_the_same_weights(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         identities = pool.map(_identity, [tmp_path] * 2)

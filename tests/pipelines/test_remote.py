@@ -147,6 +147,7 @@ def test_a_connection_that_is_cut_now_and_then_loses_nothing(
     assert wire.cuts == 6
 
 
+@pytest.mark.slow
 def test_a_connection_that_is_always_cut_is_named_with_the_shard(
     wire: Wire, uploaded: str, tmp_path: Path
 ) -> None:

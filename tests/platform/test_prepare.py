@@ -49,6 +49,7 @@ def expected(request: PrepareRequest, folder: Path) -> dict[str, bytes]:
     return contents(folder)
 
 
+@pytest.mark.slow
 def test_the_cluster_writes_the_bytes_of_one_process_and_does_nothing_again(tmp_path: Path) -> None:
     request = request_for(write_images(tmp_path / "images", 80), tmp_path / "out")
     seen: list[Progress] = []
