@@ -82,7 +82,7 @@ class Evaluator:
             for indices in self._batches(rank, world):
                 labels = self._labels(indices)
                 samples = generate(network, objective, self.config.seed, indices, labels, nfe, device)
-                found = self.features(self._seen(samples))
+                found = self.features(as_seen(self.features, samples))
                 statistics.update(found.features)
                 if found.logits is not None and labels is not None:
                     recognised += int((found.logits.argmax(1).cpu() == labels).sum())
@@ -135,9 +135,6 @@ class Evaluator:
             return None
         balanced = self.config.labels == "balanced"
         return sample_labels(self.config.seed, indices, self.classes, balanced)
-
-    def _seen(self, samples: Tensor) -> Tensor:
-        return as_seen(self.features, samples)
 
 
 @torch.inference_mode()

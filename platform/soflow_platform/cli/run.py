@@ -15,7 +15,6 @@ from rich.console import Console
 from soflow_platform import sweeps_folder
 from soflow_platform.cli.display import SweepDisplay, show_result
 from soflow_platform.cli.terminal import console, plain_table
-from soflow_platform.config.document import Document
 from soflow_platform.config.experiment import Experiment, read_experiment
 from soflow_platform.config.trials import Trial, trials
 from soflow_platform.errors import JobError, UserError
@@ -42,12 +41,8 @@ def find_sweep(name: str) -> Path:
 def read(name: str, overrides: tuple[str, ...]) -> tuple[Path, Experiment, list[Trial]]:
     """A sweep file, checked, with its trials."""
     path = find_sweep(name)
-    experiment, document = _checked(path, overrides)
+    experiment, document = read_experiment(path, overrides)
     return path, experiment, trials(document, experiment)
-
-
-def _checked(path: Path, overrides: tuple[str, ...]) -> tuple[Experiment, Document]:
-    return read_experiment(path, overrides)
 
 
 def validate_command(name: str, overrides: tuple[str, ...]) -> None:

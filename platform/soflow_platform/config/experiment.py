@@ -31,8 +31,6 @@ from soflow_platform.errors import UserError
 
 if typing.TYPE_CHECKING:
     ObjectiveConfig = Any
-elif len(OBJECTIVES) == 1:
-    ObjectiveConfig = next(iter(OBJECTIVES.values()))
 else:
     ObjectiveConfig = Annotated[Union[tuple(OBJECTIVES.values())], Field(discriminator="method")]  # noqa: UP007
 
