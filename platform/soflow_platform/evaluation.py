@@ -25,7 +25,7 @@ from soflow_pipelines.metrics import FeatureStatistics, frechet_distance
 from soflow_pipelines.pooling import PooledFeatures
 from soflow_pipelines.shards import DatasetInfo
 from soflow_pipelines.writers import image_grid
-from soflow_platform.config.sections import EvaluationConfig
+from soflow_platform.config.evaluation import EvaluationConfig
 from soflow_platform.storage import Storage
 
 REFERENCE_LIMIT = 50_000

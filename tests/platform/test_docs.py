@@ -9,8 +9,8 @@ import pytest
 from pydantic import BaseModel
 
 from soflow_platform.cli.main import app
-from soflow_platform.config import sections
 from soflow_platform.config.experiment import Experiment
+from soflow_platform.config.search import AshaConfig
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = {
@@ -38,7 +38,7 @@ def test_every_section_is_documented() -> None:
         "tracking",
         "registry",
     } == set(SECTIONS)
-    assert issubclass(sections.AshaConfig, BaseModel)
+    assert issubclass(AshaConfig, BaseModel)
 
 
 def test_the_readme_shows_only_commands_that_exist() -> None:

@@ -16,17 +16,16 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from soflow_core.objectives import OBJECTIVES
 from soflow_core.training import OptimizerConfig
 from soflow_platform.config.document import Document, KeyPath, read_document
+from soflow_platform.config.evaluation import EvaluationConfig
+from soflow_platform.config.search import SearchConfig
 from soflow_platform.config.sections import (
     DataConfig,
-    EvaluationConfig,
     NetworkConfig,
     RegistryConfig,
-    ResourcesConfig,
-    SearchConfig,
     Section,
     TrackingConfig,
-    TrainingConfig,
 )
+from soflow_platform.config.training import ResourcesConfig, TrainingConfig
 from soflow_platform.errors import UserError
 
 if typing.TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 
 from soflow_platform.config.document import Document, Origin
 from soflow_platform.config.experiment import Experiment, validate
-from soflow_platform.config.sections import Range, SearchConfig
+from soflow_platform.config.search import Range, SearchConfig
 from soflow_platform.errors import UserError
 
 
