@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from soflow_core.networks import DiTConfig
-from soflow_core.objectives import Objective, SoFlow
 from soflow_platform.config.experiment import Experiment
+from soflow_platform.network_evaluations import training_evaluations
 
 BYTES_PER_FLOAT = 4
 
@@ -18,11 +18,11 @@ class Cost:
     parameters: int
     forward_gmac: float
     """Multiply-accumulates of one forward pass of one sample, in 1e9."""
-    evaluations_per_sample: float | None
-    """Forward passes that a training sample is worth, a backward pass counting two; None where not known."""
+    evaluations_per_sample: float
+    """Forward passes that a training sample is worth, a backward pass counting two."""
     state_gigabytes: float
     """Weights, gradients, two Adam moments and the EMAs of one worker, in float32; activations come on top."""
-    total_petaflops: float | None
+    total_petaflops: float
     """FLOPs of the whole trial, in 1e15."""
 
 
@@ -30,10 +30,10 @@ def cost(experiment: Experiment, network: DiTConfig) -> Cost:
     """Count one trial's cost."""
     parameters = count_parameters(network)
     gmac = forward_gmac(network)
-    passes = evaluations_per_sample(experiment.objective)
     training = experiment.training
+    passes = training_evaluations(experiment.objective, training.batch, experiment.data.conditional)
     copies = 4 + len(training.ema)
-    total = None if passes is None else 2 * gmac * 1e9 * passes * training.batch * training.steps / 1e15
+    total = 2 * gmac * 1e9 * passes * training.batch * training.steps / 1e15
     return Cost(parameters, gmac, passes, copies * parameters * BYTES_PER_FLOAT / 1e9, total)
 
 
@@ -56,17 +56,6 @@ def forward_gmac(network: DiTConfig) -> float:
     patch = network.channels * network.patch**2 * d * tokens
     embeddings = 2 * (256 * d + d * d) + 2 * d * d
     return (network.depth * per_block + 2 * patch + embeddings) / 1e9
-
-
-def evaluations_per_sample(objective: Objective) -> float | None:
-    """Forward-pass equivalents per training sample (forward and backward 3, each no-grad pass 1)."""
-    if not isinstance(objective, SoFlow):
-        return None
-    consistency = 1 - objective.flow_matching_share
-    guidance = 0.0
-    if objective.guidance.active:
-        guidance = 1 + (consistency if objective.guidance.mix != 1 else 0)
-    return 3 + consistency + guidance
 
 
 def request(experiment: Experiment) -> str:

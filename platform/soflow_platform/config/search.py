@@ -35,6 +35,10 @@ class AshaConfig(Section):
     reduction: Annotated[int, Field(ge=2)] = 3
 
 
+Budget = Literal["steps", "evaluations"]
+"""What trials have in common: optimizer steps, or evaluations of the network."""
+
+
 class SearchConfig(Section):
     """Which settings vary, and what decides between trials."""
 
@@ -43,6 +47,9 @@ class SearchConfig(Section):
     algorithm: Literal["grid", "random"] = "grid"
     trials: Positive | None = None
     """Number of trials that `random` draws; `grid` tries every combination."""
+    budgets: Annotated[tuple[Budget, ...], Field(min_length=1)] = ("steps",)
+    """`steps`: every trial trains for `training.steps`. `evaluations`: for as many steps as make the network evaluations that the
+    file's own settings make in `training.steps`. With both, every point is trained once for each."""
     metric: str = "eval/fd_nfe1"
     mode: Literal["min", "max"] | None = None
     """None: the metric's own direction."""
@@ -59,6 +66,10 @@ class SearchConfig(Section):
             raise ValueError("`trials` is for algorithm: random; a grid tries every combination")
         if self.algorithm == "random" and self.trials is None:
             raise ValueError("algorithm: random needs `trials`, the number of trials to draw")
+        if len(set(self.budgets)) < len(self.budgets):
+            raise ValueError("`budgets` names one twice; keep one")
+        if self.asha is not None and self.budgets != ("steps",):
+            raise ValueError("`asha` compares trials at equal steps: leave `budgets` out")
         empty = [key for key, values in self.space.items() if isinstance(values, list) and not values]
         if empty:
             raise ValueError(f"`{empty[0]}` lists no values")

@@ -12,8 +12,9 @@ from typing import Any
 
 from soflow_platform.config.document import Document, Origin
 from soflow_platform.config.experiment import Experiment, validate
-from soflow_platform.config.search import Range, SearchConfig
+from soflow_platform.config.search import Budget, Range, SearchConfig
 from soflow_platform.errors import UserError
+from soflow_platform.network_evaluations import training_evaluations
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ def trials(document: Document, experiment: Experiment) -> list[Trial]:
 
     Raises UserError where a point of the space is not a valid experiment.
     """
-    points = _points(experiment.search, experiment.seed)
-    return [_trial(document, index, point) for index, point in enumerate(points)]
+    search = experiment.search
+    pairs = [(budget, point) for budget in search.budgets for point in _points(search, experiment.seed)]
+    return [_trial(document, experiment, i, point, budget) for i, (budget, point) in enumerate(pairs)]
 
 
 def _points(search: SearchConfig, seed: int) -> list[dict[str, Any]]:
@@ -56,7 +58,7 @@ def _draw(values: list[Any] | Range, generator: random.Random) -> Any:
     return math.exp(generator.uniform(math.log(low), math.log(high)))
 
 
-def _trial(document: Document, index: int, point: dict[str, Any]) -> Trial:
+def _trial(document: Document, base: Experiment, index: int, point: dict[str, Any], budget: Budget) -> Trial:
     own = Document(copy.deepcopy(document.data), dict(document.origins))
     for key, value in point.items():
         if key.split(".")[0] in ("search", "resources", "tracking", "registry", "name", "data"):
@@ -66,14 +68,33 @@ def _trial(document: Document, index: int, point: dict[str, Any]) -> Trial:
             )
         where = document.origin(("search", "space", key))
         own.put(tuple(key.split(".")), value, Origin(f"{where.source} (search.space {key})", where.line))
-    return Trial(index, _name(index, point), point, validate(own))
+    experiment = validate(own)
+    if budget == "evaluations":
+        where = document.origin(("search", "budgets"))
+        origin = Origin(f"{where.source} (search.budgets {budget})", where.line)
+        own.put(("training", "steps"), equal_evaluations(base, experiment), origin)
+        experiment = validate(own)
+    parts = [_said(key, value) for key, value in point.items()]
+    if len(base.search.budgets) > 1:
+        parts.append(f"equal-{budget}")
+        point = {**point, "budget": budget}
+    name = re.sub(r"[^\w.=+-]+", "_", "-".join([f"trial-{index:02d}", *parts]))[:120]
+    return Trial(index, name, point, experiment)
 
 
-def _name(index: int, point: dict[str, Any]) -> str:
-    """`trial-02-weight_power=1.0-initial=0.1`, safe as a folder and as a run name."""
-    parts = [f"{key.rsplit('.', 1)[-1]}={_short(value)}" for key, value in point.items()]
-    return re.sub(r"[^\w.=+-]+", "_", "-".join([f"trial-{index:02d}", *parts]))[:120]
+def equal_evaluations(base: Experiment, experiment: Experiment) -> int:
+    """Steps in which `experiment` evaluates its network as often as `base` does in its own."""
+    spent = base.training.steps * _evaluations_of_a_step(base)
+    return max(1, round(spent / _evaluations_of_a_step(experiment)))
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _evaluations_of_a_step(experiment: Experiment) -> float:
+    batch = experiment.training.batch
+    return batch * training_evaluations(experiment.objective, batch, experiment.data.conditional)
+
+
+def _said(key: str, value: Any) -> str:
+    """`weight_power=1`; of a whole section its method, or what it sets: part of a trial's name."""
+    if isinstance(value, dict):
+        return str(value.get("method") or "-".join(_said(k, v) for k, v in value.items()))
+    return f"{key.rsplit('.', 1)[-1]}={f'{value:.4g}' if isinstance(value, float) else value}"

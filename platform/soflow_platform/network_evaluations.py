@@ -1,0 +1,68 @@
+"""How often a method runs its network, for each sample of a training step and for each image, counted on the method itself.
+
+Training is counted in forward passes of one sample: a backward pass counts two more, the tangent of a Jacobian-vector product one
+more. Rows that a CPU leaves out because they are multiplied by 0 count like the others, so that the number is the same everywhere.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from soflow_core.objectives import Batch, Objective
+from soflow_core.passes import PassPolicy
+
+SCHEDULE_POINTS = 64
+"""Places of training at which a step is counted: schedules change what a step does."""
+
+_SAMPLE = (1, 1, 1)
+
+
+class _Counter:
+    """Stands for a network F(x, t, s, labels) and counts the rows it is given."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.passes = 0
+        self._scale = torch.zeros((), requires_grad=True)
+
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        del t, s, labels
+        self.rows += len(x)
+        self.passes += len(x) * ((3 if torch.is_grad_enabled() else 1) + _has_tangent(x))
+        return x * self._scale
+
+
+def _has_tangent(x: Tensor) -> bool:
+    try:
+        return forward_ad.unpack_dual(x).tangent is not None
+    except RuntimeError:
+        # No forward-mode derivative is being taken.
+        return False
+
+
+def training_evaluations(objective: Objective, batch: int, conditional: bool = True) -> float:
+    """Forward passes that one sample of a training step is worth, on average over training (METHODS of the papers: F)."""
+    generator = torch.Generator().manual_seed(0)
+    counts = []
+    for step in range(SCHEDULE_POINTS):
+        counter = _Counter()
+        draws = objective.draw(generator, batch, _SAMPLE, conditional)
+        labels = torch.zeros(batch, dtype=torch.int64) if conditional else None
+        data = Batch(torch.ones(batch, *_SAMPLE), labels)
+        objective.loss(counter, data, draws, step, SCHEDULE_POINTS, PassPolicy(skip_unused=False))
+        counts.append(counter.passes / batch)
+    return statistics.mean(counts)
+
+
+@torch.inference_mode()
+def sampling_evaluations(objective: Objective, steps: int, conditional: bool = True) -> int:
+    """Function evaluations (NFE) of one image in `steps` steps; an evaluation guided at sampling counts two."""
+    counter = _Counter()
+    noise = torch.zeros(1, *_SAMPLE)
+    labels = torch.zeros(1, dtype=torch.int64) if conditional else None
+    objective.sample(counter, noise, labels, steps, [noise] * (steps - 1))
+    return counter.rows
