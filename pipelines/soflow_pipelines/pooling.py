@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional
 
-from soflow_pipelines.features import Features
+from soflow_pipelines.features.network import DISTANCES, Features
 
 SIDE = 8
 """Blocks along each side, at most."""
@@ -20,6 +21,10 @@ class PooledFeatures:
     network is at hand, and is no FID.
     """
 
+    metrics = DISTANCES
+    warnings: tuple[str, ...] = ()
+    space: Literal["images", "training"] = "training"
+
     def __init__(self, shape: Sequence[int]) -> None:
         channels, height, width = shape
         self._blocks = min(height, SIDE), min(width, SIDE)
@@ -27,4 +32,4 @@ class PooledFeatures:
         self.id = f"pooled-{channels}x{self._blocks[0]}x{self._blocks[1]}-1"
 
     def __call__(self, samples: Tensor) -> Features:
-        return Features(functional.adaptive_avg_pool2d(samples.float(), self._blocks).flatten(1), None)
+        return Features(functional.adaptive_avg_pool2d(samples.float(), self._blocks).flatten(1))

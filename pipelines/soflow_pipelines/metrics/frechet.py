@@ -1,14 +1,50 @@
-"""Scores of generated images: Fréchet distance on features, agreement with the labels asked for."""
+"""The Fréchet distance of two sets of features, from statistics gathered by batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 Float64Array = NDArray[np.float64]
+
+
+class Moments(Protocol):
+    """Mean (D,) and unbiased covariance (D, D) of a set of vectors."""
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def mean(self) -> Float64Array: ...
+
+    @property
+    def covariance(self) -> Float64Array: ...
+
+
+@dataclass(frozen=True)
+class GaussianMoments:
+    """Moments that were taken elsewhere."""
+
+    mean: Float64Array  # (D,)
+    covariance: Float64Array  # (D, D), unbiased
+    count: int | None = None  # of the vectors behind them, None where nobody wrote it down
+
+    def __post_init__(self) -> None:
+        if self.mean.ndim != 1 or self.covariance.shape != (self.dim, self.dim):
+            raise ValueError(
+                f"a mean {self.mean.shape} and a covariance {self.covariance.shape} do not fit together"
+            )
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
+            raise ValueError("a mean or covariance is not finite")
+
+    @property
+    def dim(self) -> int:
+        return len(self.mean)
 
 
 class FeatureStatistics:
@@ -48,15 +84,20 @@ class FeatureStatistics:
         if other.dim != self.dim:
             raise ValueError(f"statistics of {other.dim} features cannot join those of {self.dim}")
         if other.count:
-            self._combine(other.count, other.mean, other._scatter)
+            self._combine(other.count, other.mean, other._scatter.copy())
 
     def _combine(self, count: int, mean: Float64Array, scatter: Float64Array) -> None:
         # Chan et al. (1979): no sum of squares, so nothing cancels when the mean is large.
         total = self.count + count
         shift = mean - self.mean
-        self._scatter = self._scatter + scatter + np.outer(shift, shift) * (self.count * count / total)
-        self.mean = self.mean + shift * (count / total)
+        if self.count:
+            scatter += np.outer(shift, shift * (self.count * count / total))
+        self._scatter += scatter
+        self.mean += shift * (count / total)
         self.count = total
+
+    def moments(self) -> GaussianMoments:
+        return GaussianMoments(self.mean.copy(), self.covariance, self.count)
 
     def state(self) -> dict[str, NDArray]:
         """Arrays to keep in an .npz file."""
@@ -71,30 +112,24 @@ class FeatureStatistics:
         return statistics
 
 
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """|mean_a - mean_b|² + tr(A + B - 2 (A B)^½) for the Gaussians with these moments.
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """|mean_a - mean_b|² + tr(A + B - 2 (A B)^½) for the Gaussians with these moments (Heusel et al., 2017).
 
-    The trace of the root is taken from the singular values of A^½ B^½, so that it is real and no
-    jitter is needed where a covariance is singular.
+    With A = U a Uᵀ and B = V b Vᵀ, the trace of the root is the sum of the singular values of a^½ Uᵀ V b^½: real for every pair of
+    covariances, without jitter where one is singular, and of the size of their ranks alone.
     """
     if a.dim != b.dim:
         raise ValueError(f"the statistics have {a.dim} and {b.dim} features")
     cov_a, cov_b = a.covariance, b.covariance
-    root_trace = np.linalg.svd(_square_root(cov_a) @ _square_root(cov_b), compute_uv=False).sum()
+    roots_a, roots_b = _principal_axes(cov_a), _principal_axes(cov_b)
+    root_trace = np.linalg.svd(roots_a.T @ roots_b, compute_uv=False).sum()
     shift = a.mean - b.mean
     distance = shift @ shift + np.trace(cov_a) + np.trace(cov_b) - 2 * root_trace
     return float(max(distance, 0.0))
 
 
-def _square_root(covariance: Float64Array) -> Float64Array:
+def _principal_axes(covariance: Float64Array) -> Float64Array:
+    """(D, D) -> (D, R), the eigenvectors of positive variance, each scaled by its standard deviation."""
     values, vectors = np.linalg.eigh(covariance)
-    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-
-
-def label_agreement(logits: Tensor, labels: Tensor) -> float:
-    """The share of (B, K) logits whose largest entry is at the label (B,)."""
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit together")
-    if not len(labels):
-        raise ValueError("the agreement of no images is undefined")
-    return float((logits.argmax(1).cpu() == labels.cpu()).float().mean())
+    positive = values > 0
+    return vectors[:, positive] * np.sqrt(values[positive])

@@ -1,13 +1,12 @@
-"""Networks that describe an image by a vector, to compare sets of images by."""
+"""A classifier of the real digits: features for 8 x 8 images that need no downloaded weights."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal
 
 import torch
 from safetensors.torch import load, save
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from soflow_pipelines.datasets import LabelledImages, load_digits
+from soflow_pipelines.features.network import DISTANCES, Features
 from soflow_pipelines.images import to_unit_range
 from soflow_pipelines.writers import write_file
 
@@ -23,27 +23,13 @@ HELD_OUT_EVERY = 5
 EPOCHS = 12
 
 
-@dataclass(frozen=True)
-class Features:
-    """What a network says of a batch."""
-
-    features: Tensor  # (B, D) float32
-    logits: Tensor | None  # (B, K) where the network classifies
-
-
-class FeatureNetwork(Protocol):
-    """uint8 images (B, C, H, W) -> Features. Distances are comparable where `id` is the same."""
-
-    id: str
-    dim: int
-
-    def __call__(self, images: Tensor) -> Features: ...
-
-
 class DigitsClassifier(nn.Module):
     """A small convolutional classifier of 8 x 8 digits; its features are the layer before the logits."""
 
     dim = 64
+    metrics = DISTANCES | {"is", "label_agreement"}
+    warnings: tuple[str, ...] = ()
+    space: Literal["images", "training"] = "images"
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +52,7 @@ class DigitsClassifier(nn.Module):
     def forward(self, images: Tensor) -> Features:
         if images.shape[1:] != (1, 8, 8):
             raise ValueError(f"the digits classifier takes (B, 1, 8, 8), not {tuple(images.shape)}")
-        features = self.trunk(to_unit_range(images))
+        features = self.trunk(to_unit_range(images.to(self.head.weight.device)))
         return Features(features, self.head(features))
 
 
