@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from soflow_platform.config.experiment import Experiment
 
 RECORD = "sweep.json"
+GLANCE_SECONDS = 0.5
+"""Longer than `is_running` holds the lock in passing."""
 
 
 @dataclass
@@ -85,12 +87,17 @@ def exclusive(storage: Storage, sweep: str) -> Iterator[None]:
     folder = storage.sweep(sweep)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"sweep {sweep} is running in another process: wait for it, or see it with `soflowctl runs`."
-            ) from None
+        end = time.monotonic() + GLANCE_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise UserError(
+                        f"sweep {sweep} is running in another process: wait for it, or see it with `soflowctl status`."
+                    ) from None
+            time.sleep(0.05)
         yield
 
 
@@ -98,7 +105,8 @@ def is_running(storage: Storage, sweep: str) -> bool:
     """Whether some process holds the sweep."""
     try:
         with (storage.sweep(sweep) / ".lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Shared, so that two who look at the same time do not take each other for the sweep.
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except FileNotFoundError:
