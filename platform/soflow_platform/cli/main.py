@@ -50,6 +50,10 @@ SweepArgument = Annotated[
         metavar="SWEEP", help="A sweep file, or the name of one that comes with soflow: digits, xl2."
     ),
 ]
+NameArgument = typer.Argument(
+    metavar="SWEEP|TRIAL",
+    help="Id of a sweep or its beginning, name of a trial of the newest sweep, or SWEEP/TRIAL.",
+)
 
 
 @app.callback()
@@ -104,6 +108,45 @@ def runs(
     from soflow_platform.cli.runs import runs_command
 
     runs_command(sweep, storage)
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, NameArgument] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A list of trials for other programs.")] = False,
+    storage: StorageOption = None,
+) -> None:
+    """Show where trials stand: of one sweep or trial, else of every running sweep, else of the newest."""
+    from soflow_platform.cli.operations import status_command
+
+    status_command(name, as_json, storage)
+
+
+@app.command()
+def logs(
+    name: Annotated[str, NameArgument],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on while the sweep runs.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many lines to begin with.")] = 20,
+    storage: StorageOption = None,
+) -> None:
+    """Print what a trial has logged; of a sweep, what all its trials have, in the order of time."""
+    from soflow_platform.cli.operations import logs_command
+
+    logs_command(name, follow, lines, storage)
+
+
+@app.command()
+def stop(
+    name: Annotated[str, NameArgument],
+    wait: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="How long to wait for it; 0 only asks.")
+    ] = 120,
+    storage: StorageOption = None,
+) -> None:
+    """Stop a running sweep or trial after the step it is at, with a checkpoint; `soflowctl run` goes on with it."""
+    from soflow_platform.cli.operations import stop_command
+
+    stop_command(name, wait, storage)
 
 
 @app.command()
