@@ -14,7 +14,7 @@ from soflow_platform.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "sweeps" / "digits.yaml")
-COMMANDS = ["run", "ui", "runs", "promote", "generate", "validate", "version"]
+COMMANDS = ["run", "ui", "runs", "promote", "generate", "validate", "version", "status", "logs", "stop"]
 
 
 def soflowctl(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
