@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from soflow_core.sharding import local, split_like
+
 
 @dataclass(frozen=True)
 class Exponential:
@@ -73,7 +75,7 @@ def _relative_width(gamma: float) -> float:
 
 
 class EMA:
-    """Several averages of one set of named parameters, in float32."""
+    """Several averages of one set of named parameters, in float32, and split over ranks where those are."""
 
     def __init__(
         self,
@@ -95,9 +97,10 @@ class EMA:
         """Takes the parameters after the step-th step (counted from 1), in the order they were first
         given.
         """
-        now = [p.detach().float() for p in parameters]
+        now = [local(p).float() for p in parameters]
         for kind in self.kinds:
-            torch._foreach_lerp_(list(self.averages[kind.name].values()), now, 1 - kind.keep(step))
+            averages = [local(average) for average in self.averages[kind.name].values()]
+            torch._foreach_lerp_(averages, now, 1 - kind.keep(step))
 
     def average(self, name: str | None = None) -> dict[str, Tensor]:
         """The average of this name, by default the first."""
@@ -120,7 +123,7 @@ class EMA:
             )
         for name, average in self.averages.items():
             for key, tensor in average.items():
-                tensor.copy_(state[name][key])
+                local(tensor).copy_(local(split_like(state[name][key], tensor)))
 
 
 def posthoc_weights(snapshots: Sequence[tuple[int, float]], target: tuple[int, float]) -> Tensor:

@@ -34,6 +34,10 @@ class PassPolicy:
     skip_unused: bool = True
     teacher: Network | None = None
     """Gives the targets of a method with a teacher; None is the network itself."""
+    uniform: bool = False
+    """Whether every rank makes the same passes, of no rows where it needs none: each pass of a sharded network
+    is an exchange that all ranks take part in.
+    """
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Passes:
         if len(rows) == len(x):
             return run(x, t, s, labels)
         result = torch.zeros_like(x)
-        if len(rows):
+        if len(rows) or self.policy.uniform:
             result[rows] = run(x[rows], t[rows], s[rows], None if labels is None else labels[rows])
         return result
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,42 +14,24 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from soflow_core.agreement import Gather, first_difference
 from soflow_core.ema import EMA, Exponential
-from soflow_core.objectives.base import Batch, Draws, Loss, Objective
+from soflow_core.objectives.base import Batch, Draws, Objective
+from soflow_core.optimizer import OptimizerConfig
 from soflow_core.passes import Network, PassPolicy, Precision
+from soflow_core.sharding import (
+    compile_blocks,
+    is_first,
+    local,
+    on_every_rank,
+    sharding_mesh,
+    split_like,
+    substituted,
+    whole,
+)
+from soflow_core.states import HostCopy, map_tensors
 
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """An Adam and its settings; the defaults are SoFlow's on ImageNet."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    name: Literal["adamw", "radam", "adam"] = "adamw"
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"optimizer.lr is {self.lr}; a learning rate above 0 is needed")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas are {self.betas}; each must be from 0 to below 1")
-
-    def build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer, in its fused form where there is one for this device."""
-        settings: dict[str, Any] = {
-            "lr": self.lr,
-            "betas": self.betas,
-            "weight_decay": self.weight_decay,
-            "eps": self.eps,
-        }
-        if self.name == "radam":
-            return torch.optim.RAdam(parameters, **settings, foreach=True)
-        kind = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
-        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-        return kind(parameters, **settings, fused=fused, foreach=None if fused else True)
+__all__ = ["OptimizerConfig", "StepRecord", "TrainStep"]
 
 
 @dataclass(frozen=True)
@@ -61,9 +43,13 @@ class StepRecord:
     step: int
     """Finished steps, this one included if it was taken."""
     loss: float
+    """Mean over this rank's rows."""
     terms: dict[str, float]
+    """Each the mean over the pieces that have it."""
     grad_norm: float
     """Of all gradients together, before clipping."""
+    learning_rate: float
+    """Of this step."""
     finite: bool = True
     culprit: str | None = None
 
@@ -72,8 +58,18 @@ class TrainStep:
     """Owns network, optimizer, EMAs and step count; a call makes one step.
 
     `precision` "auto" is mixed where bfloat16 is fast, on a GPU or a CPU with matrix units, and else float32.
-    `network` may be wrapped in DistributedDataParallel, or `reduce_gradients` averages the gradients over the
-    ranks in place; objectives with a Jacobian-vector product need the latter.
+
+    Many ranks: `network` is wrapped in DistributedDataParallel, or sharded (`soflow_core.sharding.shard`), or
+    `reduce_gradients` averages the gradients over the ranks in place, which objectives with a Jacobian-vector
+    product need on a network that is not sharded. With `gather`, the first step compares parameters and
+    gradients of all ranks and raises RuntimeError where they differ. A call, `state_dict`, `ema_state`,
+    `host_state` and `host_ema_state` of a sharded network are for all ranks at once.
+
+    `accumulate` takes the rows in so many strided pieces, one backward pass each, for less memory.
+
+    `deterministic` lets a step use deterministic kernels alone (`torch.use_deterministic_algorithms`, also in
+    the backward pass) and puts the setting back. On a GPU cuBLAS asks for the environment variable
+    CUBLAS_WORKSPACE_CONFIG=:4096:8, set before the process first uses the GPU.
     """
 
     def __init__(
@@ -89,8 +85,11 @@ class TrainStep:
         reduce_gradients: Callable[[list[Tensor]], None] | None = None,
         power_ema_widths: Sequence[float] = (),
         deterministic: bool = False,
+        accumulate: int = 1,
+        gather: Gather | None = None,
     ) -> None:
         wrapped = isinstance(network, DistributedDataParallel)
+        self.mesh = sharding_mesh(network)
         if objective.uses_jvp and wrapped:
             raise ValueError(
                 f"{objective.method} takes a Jacobian-vector product, which DistributedDataParallel has not;"
@@ -100,13 +99,23 @@ class TrainStep:
             raise ValueError(
                 f"{objective.method} takes a Jacobian-vector product; train it with compile=False"
             )
+        if self.mesh is not None and (reduce_gradients is not None or gather is not None):
+            raise ValueError(
+                "a sharded network averages its own gradients, and its ranks hold different shares of them;"
+                " leave out reduce_gradients and gather"
+            )
+        if accumulate < 1:
+            raise ValueError(f"accumulate is {accumulate}; a step has at least 1 piece")
         self.network = network
         self.module = cast(nn.Module, network.module) if wrapped else network
         self.objective = objective
+        self.optimizer_config = optimizer
         self.total_steps = total_steps
         self.clip_norm = clip_norm
         self.reduce_gradients = reduce_gradients
         self.deterministic = deterministic
+        self.accumulate = accumulate
+        self.gather = gather
         self.step = 0
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.names, self.parameters = list(trained), list(trained.values())
@@ -124,54 +133,142 @@ class TrainStep:
             precision,
             skip_unused=self.device.type == "cpu" and not compile,
             teacher=None if teaches is None else self._averaged(teaches),
+            uniform=self.mesh is not None,
         )
-        if compile:
+        if compile and self.mesh is not None:
+            compile_blocks(self.module)
+        elif compile:
             self.module.compile(dynamic=False)
 
     def __call__(self, batch: Batch, draws: Draws) -> StepRecord:
         """One step on this rank's rows."""
-        batch, draws = batch.to(self.device), draws.to(self.device)
+        pieces = self._pieces(batch.to(self.device), draws.to(self.device))
+        rate = self.optimizer_config.learning_rate(self.step, self.total_steps)
         with _kernels(self.device, self.policy, self.deterministic):
             self.optimizer.zero_grad(set_to_none=True)
-            result = self.objective.loss(self.network, batch, draws, self.step, self.total_steps, self.policy)
-            values = torch.stack(
-                [result.loss.detach(), *(term.detach() for term in result.terms.values())]
-            ).float()
-            # A seed of NaN makes every gradient NaN, on this rank and, after the reduction, on all of them.
-            healthy = torch.isfinite(values).all()
-            result.loss.backward(torch.where(healthy, 1.0, math.nan).to(result.loss.dtype))
+            losses: dict[str, list[Tensor]] = {"loss": []}
+            for number, piece in enumerate(pieces, start=1):
+                with self._exchange(last=number == len(pieces)):
+                    self._backward(*piece, losses)
             gradients = [p.grad for p in self.parameters if p.grad is not None]
             if self.reduce_gradients is not None:
                 self.reduce_gradients(gradients)
-            norm = get_total_norm(gradients, foreach=True)
+            if self.gather is not None:
+                self._compare_ranks(self.gather)
+            values = {name: torch.stack(parts).mean() for name, parts in losses.items()}
+            norm = whole(get_total_norm(gradients, foreach=True))
             if not torch.isfinite(norm):
-                return self._refuse(result, values, norm)
+                return self._refuse(values, norm, rate)
             if self.clip_norm is not None:
                 clip_grads_with_norm_(self.parameters, self.clip_norm, norm, foreach=True)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
             self.optimizer.step()
             self.step += 1
             self.ema.update(self.parameters, self.step)
-        return self._record(result, values, norm)
+        return self._record(values, norm, rate)
 
     def ema_state(self, decay: float | str | None = None) -> dict[str, Tensor]:
         """The network's state with the averaged parameters: of this decay, of an EMA's name, or of the first
         EMA.
         """
-        name = Exponential(decay).name if isinstance(decay, float) else decay
-        state: dict[str, Tensor] = dict(self.module.state_dict())
-        return {**state, **self.ema.average(name)}
+        return {name: whole(tensor) for name, tensor in self._ema_shares(decay).items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a later TrainStep needs to go on as this one would, in whole tensors."""
+        state: dict[str, Any] = map_tensors(self._shares(), whole)
+        return state
+
+    def host_state(self, copy: HostCopy | None = None) -> dict[str, Any]:
+        """A copy of `state_dict()` in host memory, which later steps do not change, to be written meanwhile.
+
+        Of a sharded network the first rank gets it, tensor after tensor, and the others get {}. `copy` gives
+        the memory; its former state is written over.
+        """
+        return self._to_host(self._shares(), copy)
+
+    def host_ema_state(
+        self, decay: float | str | None = None, copy: HostCopy | None = None
+    ) -> dict[str, Tensor]:
+        """A copy of `ema_state(decay)` in host memory, as `host_state` is of `state_dict`."""
+        return self._to_host(self._ema_shares(decay), copy)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state, whatever number of ranks it was made on.
+
+        Its total_steps must be the same, because schedules depend on it. The optimizer's settings stay those
+        given here.
+        """
+        if state["total_steps"] != self.total_steps:
+            raise ValueError(
+                f"the state is of {state['total_steps']} total steps, this training of {self.total_steps};"
+                " schedules depend on the total, so resume with the same"
+            )
+        own = self.module.state_dict()
+        self.module.load_state_dict(
+            {name: split_like(t, own[name]) if name in own else t for name, t in state["network"].items()}
+        )
+        self.optimizer.load_state_dict(self._split_optimizer(state["optimizer"]))
+        self.ema.load_state_dict(state["ema"])
+        self.step = state["step"]
+
+    def _pieces(self, batch: Batch, draws: Draws) -> list[tuple[Batch, Draws]]:
+        """Piece j of n has rows j, j + n, j + 2 n, ..., as a rank's share of a batch has, so that each holds its
+        part of the velocity rows.
+        """
+        rows, count = len(batch.x0), self.accumulate
+        if rows % count:
+            raise ValueError(
+                f"{rows} rows do not divide into {count} equal pieces; give a rank a multiple of accumulate rows"
+            )
+        return [(batch.rows(j, count), draws.rows(j, count)) for j in range(count)]
+
+    def _exchange(self, last: bool) -> AbstractContextManager[None]:
+        """DistributedDataParallel sums over the ranks in the last piece alone. A sharded network sums in each: a
+        rank has no room for whole gradients between them.
+        """
+        if last or not isinstance(self.network, DistributedDataParallel):
+            return nullcontext()
+        return cast(AbstractContextManager[None], self.network.no_sync())
+
+    def _backward(self, batch: Batch, draws: Draws, values: dict[str, list[Tensor]]) -> None:
+        """Adds a piece's share of the mean to the gradients, and its loss and terms to `values`."""
+        result = self.objective.loss(self.network, batch, draws, self.step, self.total_steps, self.policy)
+        named = {"loss": result.loss, **result.terms}
+        for name, value in named.items():
+            values.setdefault(name, []).append(value.detach().float())
+        # A seed of NaN makes every gradient NaN, on this rank and, after the reduction, on all of them.
+        healthy = torch.isfinite(torch.stack([parts[-1] for parts in values.values()])).all()
+        result.loss.backward(torch.where(healthy, 1 / self.accumulate, math.nan).to(result.loss.dtype))
+
+    def _compare_ranks(self, gather: Gather) -> None:
+        """Raises on every rank where parameters, or gradients after the reduction, are not the same on all."""
+        self.gather = None
+        name = first_difference(self.names, self.parameters, gather)
+        if name is not None:
+            raise RuntimeError(f"{name} differs between ranks; start all with the same weights")
+        name = first_difference(self.names, [p.grad for p in self.parameters], gather)
+        if name is not None:
+            raise RuntimeError(
+                f"the gradient of {name} differs between ranks after the reduction, which must leave the same mean"
+                " on all of them"
+            )
 
     def _averaged(self, decay: float) -> Network:
         """The network with the parameters of an EMA, whatever they are when it is called."""
         average = self.ema.average(Exponential(decay).name)
 
         def network(x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-            return cast(Tensor, functional_call(self.module, average, (x, t, s, labels)))
+            if self.mesh is None:
+                return cast(Tensor, functional_call(self.module, average, (x, t, s, labels)))
+            # What a sharded network gathers is what its parameters hold, whatever a call hands in.
+            with substituted(self.parameters, list(average.values())):
+                return cast(Tensor, self.module(x, t, s, labels))
 
         return network
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a later TrainStep needs to go on as this one would."""
+    def _shares(self) -> dict[str, Any]:
+        """`state_dict()` in this rank's shares of tensors."""
         return {
             "step": self.step,
             "total_steps": self.total_steps,
@@ -180,37 +277,59 @@ class TrainStep:
             "ema": self.ema.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state. Its total_steps must be the same, because schedules depend on it."""
-        if state["total_steps"] != self.total_steps:
-            raise ValueError(
-                f"the state is of {state['total_steps']} total steps, this training of {self.total_steps};"
-                " schedules depend on the total, so resume with the same"
-            )
-        self.module.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema.load_state_dict(state["ema"])
-        self.step = state["step"]
+    def _ema_shares(self, decay: float | str | None) -> dict[str, Tensor]:
+        name = Exponential(decay).name if isinstance(decay, float) else decay
+        return {**self.module.state_dict(), **self.ema.average(name)}
 
-    def _record(self, result: Loss, values: Tensor, norm: Tensor, culprit: str | None = None) -> StepRecord:
-        loss, *terms = values.tolist()
-        named = dict(zip(result.terms, terms, strict=True))
-        return StepRecord(self.step, loss, named, float(norm), finite=culprit is None, culprit=culprit)
+    def _to_host(self, shares: dict[str, Any], copy: HostCopy | None) -> dict[str, Any]:
+        keep = self.mesh is None or is_first(self.mesh)
+        state: dict[str, Any] = (HostCopy() if copy is None else copy).take(shares, keep)
+        return state
 
-    def _refuse(self, result: Loss, values: Tensor, norm: Tensor) -> StepRecord:
+    def _split_optimizer(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """An optimizer's state with moments as this network's parameters are split, and this optimizer's
+        settings. Nothing in it shares memory with the state given.
+        """
+
+        def split(value: Any, parameter: Tensor) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return (split_like(value, parameter) if value.shape == parameter.shape else value).clone()
+
+        slots = {
+            index: {key: split(value, self.parameters[index]) for key, value in values.items()}
+            for index, values in state["state"].items()
+        }
+        return {"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]}
+
+    def _record(
+        self, values: dict[str, Tensor], norm: Tensor, rate: float, culprit: str | None = None
+    ) -> StepRecord:
+        named = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+        loss = named.pop("loss")
+        return StepRecord(self.step, loss, named, float(norm), rate, finite=culprit is None, culprit=culprit)
+
+    def _refuse(self, values: dict[str, Tensor], norm: Tensor, rate: float) -> StepRecord:
         """No update: the first non-finite term is the culprit, then the loss, then a parameter's gradient."""
-        loss, *terms = torch.isfinite(values).tolist()
-        broken = [name for name, finite in zip(result.terms, terms, strict=True) if not finite]
-        if broken or not loss:
-            culprit = broken[0] if broken else "loss"
+        finite = torch.isfinite(torch.stack(list(values.values()))).tolist()
+        broken = [name for name, good in zip(values, finite, strict=True) if not good]
+        gradients = [p.grad for p in self.parameters]
+        good = torch.stack(
+            [
+                torch.isfinite(local(g)).all() if g is not None else norm.new_ones((), dtype=torch.bool)
+                for g in gradients
+            ]
+        )
+        good = on_every_rank(good, self.mesh)
+        bad = [name for name, fine in zip(self.names, good.tolist(), strict=True) if not fine]
+        if broken:
+            culprit = next((name for name in broken if name != "loss"), "loss")
         else:
-            pairs = zip(self.names, self.parameters, strict=True)
-            bad = [name for name, p in pairs if p.grad is not None and not torch.isfinite(p.grad).all()]
             culprit = (
                 f"gradient of {bad[0]}" if 0 < len(bad) < len(self.names) else "gradients of all parameters"
             )
         self.optimizer.zero_grad(set_to_none=True)
-        return self._record(result, values, norm, culprit)
+        return self._record(values, norm, rate, culprit)
 
 
 def _fast_bfloat16_cpu(device: torch.device) -> bool:

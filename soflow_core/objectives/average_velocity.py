@@ -83,7 +83,7 @@ def differential_target(passes: Passes, start: Start, velocity: Tensor) -> Tenso
     The identity u = v - (t - s) du/dt is MeanFlow's (arXiv 2505.13447, Eq. 6).
     """
     first = start.first
-    if first == len(start.x):
+    if first == len(start.x) and not passes.policy.uniform:
         return velocity
     t, s = start.t[first:], start.s[first:]
     labels = None if start.labels is None else start.labels[first:]

@@ -29,6 +29,10 @@ class Batch:
         labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
         return Batch(self.x0.to(device, non_blocking=True), labels)
 
+    def rows(self, part: int, parts: int) -> Batch:
+        """Rows part, part + parts, part + 2 parts, ..."""
+        return Batch(self.x0[part::parts], None if self.labels is None else self.labels[part::parts])
+
 
 @dataclass(frozen=True)
 class Draws:

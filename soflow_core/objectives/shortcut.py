@@ -101,7 +101,7 @@ class Shortcut(Objective):
         x_t, v_c = path.state(batch.x0, draws.noise), path.velocity(batch.x0, draws.noise)
         labels = None if batch.labels is None else drop_labels(batch.labels, dropped_rows(draws))
         target = v_c
-        if first < len(x_t):
+        if first < len(x_t) or policy.uniform:
             rest = None if labels is None else labels[first:]
             steps = self._two_half_steps(passes, x_t[first:], draws.t[first:], draws.s[first:], rest)
             target = torch.cat([v_c[:first], steps])

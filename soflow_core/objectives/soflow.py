@@ -224,9 +224,10 @@ class SoFlow(Objective):
         """(B, C, H, W): F with gradient, in one pass, or in two where the branches have their own
         precision.
         """
-        if first == len(x):
+        uniform = passes.policy.uniform
+        if first == len(x) and not uniform:
             return passes.tolerant(x, t, s, labels)
-        if first == 0 or passes.policy.precision != "mixed":
+        if passes.policy.precision != "mixed" or (first == 0 and not uniform):
             return passes.exact(x, t, s, labels)
         head, tail = (None, None) if labels is None else (labels[:first], labels[first:])
         velocity = passes.tolerant(x[:first], t[:first], s[:first], head)

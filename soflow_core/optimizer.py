@@ -1,0 +1,73 @@
+"""An Adam's settings, and its learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An Adam and its settings; the defaults are SoFlow's on ImageNet."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    name: Literal["adamw", "radam", "adam"] = "adamw"
+    lr: float = 1e-4
+    """The learning rate; where it varies, the highest."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+    warmup_steps: int = 0
+    """Steps over which the learning rate grows linearly to `lr`; 0 is none."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls after the warm-up."""
+    final_lr: float = 0.0
+    """The learning rate of the last step under `linear` and `cosine`."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"optimizer.lr is {self.lr}; a learning rate above 0 is needed")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas are {self.betas}; each must be from 0 to below 1")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optimizer.warmup_steps is {self.warmup_steps}; give 0 or more")
+        if not 0 <= self.final_lr <= self.lr:
+            raise ValueError(f"optimizer.final_lr is {self.final_lr}; give 0 up to lr, which is {self.lr}")
+
+    def learning_rate(self, step: int, total_steps: int) -> float:
+        """The rate of the step after `step` finished steps of `total_steps`.
+
+        It is lr (k + 1) / W in the W steps of the warm-up, lr at its last step or, without one, at the first,
+        and final_lr at the last step of training.
+        """
+        if step < self.warmup_steps:
+            return self.lr * ((step + 1) / self.warmup_steps)
+        if self.decay == "constant":
+            return self.lr
+        peak, last = max(self.warmup_steps - 1, 0), total_steps - 1
+        if step >= last:
+            return self.final_lr
+        gone = (step - peak) / (last - peak)
+        if self.decay == "cosine":
+            gone = (1 - math.cos(math.pi * gone)) / 2
+        return max(self.final_lr, self.lr - (self.lr - self.final_lr) * gone)
+
+    def build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer, in its fused form where there is one for this device."""
+        settings: dict[str, Any] = {
+            "lr": self.lr,
+            "betas": self.betas,
+            "weight_decay": self.weight_decay,
+            "eps": self.eps,
+        }
+        if self.name == "radam":
+            return torch.optim.RAdam(parameters, **settings, foreach=True)
+        kind = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
+        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+        return kind(parameters, **settings, fused=fused, foreach=None if fused else True)
