@@ -96,7 +96,7 @@ def _trial_status(storage: Storage, record: SweepRecord, trial: str, running: bo
         # Said before the sweep was started again.
         told = {k: v for k, v in told.items() if k in ("step", "steps", "images", "attempt")}
     checkpoint = _checkpoint_step(storage, record, trial)
-    steps = told.get("steps") or _steps(record, trial)
+    steps = told.get("steps") or trial_steps(record, trial)
     begun = "state" in told or checkpoint is not None
     state = _state(told.get("state"), running, record, begun, checkpoint == steps)
     if running and state not in ENDED and stop_requested(storage, record.id, trial):
@@ -153,7 +153,7 @@ def _checkpoint_step(storage: Storage, record: SweepRecord, trial: str) -> int |
     return max((int(name.removeprefix("step-")) for name in found), default=None)
 
 
-def _steps(record: SweepRecord, trial: str) -> int:
+def trial_steps(record: SweepRecord, trial: str) -> int:
     """The trial's own number of steps, where the search varies it."""
     settings = next(t["settings"] for t in record.trials if t["name"] == trial)
     return int(settings.get("training.steps", record.experiment["training"]["steps"]))

@@ -43,7 +43,9 @@ def find(storage: Storage, name: str) -> Found:
     """
     records = all_records(storage)
     if not records:
-        raise UserError(f"there are no sweeps under {storage.root}: start one with `soflowctl run`.")
+        raise UserError(
+            f"there is no sweep {name!r} under {storage.root}, which holds none: start one with `soflowctl run`."
+        )
     sweep, slash, trial = name.partition("/")
     if slash:
         record = _sweep(records, sweep, storage)

@@ -8,9 +8,10 @@ from rich.table import Table
 
 from soflow_platform.checkpoints import best_evaluation, published
 from soflow_platform.cli.terminal import console, plain_table
-from soflow_platform.errors import UserError
+from soflow_platform.status import sweep_state, trial_steps
 from soflow_platform.storage import Storage, find_storage
-from soflow_platform.sweep_record import SweepRecord, all_records, is_running, load_record
+from soflow_platform.sweep_names import find
+from soflow_platform.sweep_record import SweepRecord, all_records
 
 
 def runs_command(sweep: str | None, storage_option: str | None) -> None:
@@ -18,10 +19,7 @@ def runs_command(sweep: str | None, storage_option: str | None) -> None:
     storage = find_storage(storage_option)
     screen = console()
     if sweep is not None:
-        record = load_record(storage, sweep)
-        if record is None:
-            raise UserError(f"there is no sweep {sweep!r} under {storage.root}; `soflowctl runs` lists them.")
-        screen.print(_trials_table(storage, record))
+        screen.print(_trials_table(storage, find(storage, sweep).record))
         return
     records = all_records(storage)
     if not records:
@@ -36,11 +34,10 @@ def _sweeps_table(storage: Storage, records: list[SweepRecord]) -> Table:
         metric = record.metric
         best = record.best or {}
         score = best.get("metrics", {}).get(metric)
-        state = "finished" if record.finished else "running" if is_running(storage, record.id) else "cut"
         table.add_row(
             record.id,
             time.strftime("%Y-%m-%d %H:%M", time.localtime(record.created)),
-            state,
+            sweep_state(storage, record),
             str(len(record.trials)),
             best.get("trial", "-"),
             "-" if score is None else f"{metric} {score:.4g}",
@@ -50,7 +47,7 @@ def _sweeps_table(storage: Storage, records: list[SweepRecord]) -> Table:
 
 
 def _trials_table(storage: Storage, record: SweepRecord) -> Table:
-    metric, steps = record.metric, record.experiment["training"]["steps"]
+    metric = record.metric
     table = plain_table("trial", "step", "best step", metric, "checkpoints")
     for trial in record.trials:
         found = published(storage.trial(record.id, trial["name"]) / "checkpoints")
@@ -58,7 +55,7 @@ def _trials_table(storage: Storage, record: SweepRecord) -> Table:
         best = best_evaluation(position.evaluations, metric, record.mode) if position else None
         table.add_row(
             trial["name"],
-            f"{position.step if position else 0:,}/{steps:,}",
+            f"{position.step if position else 0:,}/{trial_steps(record, trial['name']):,}",
             f"{best['step']:,}" if best else "-",
             f"{best[metric]:.4g}" if best else "-",
             str(len(found)),
