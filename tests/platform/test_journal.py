@@ -107,7 +107,9 @@ def test_a_follower_gets_the_last_lines_then_each_new_one_and_ends_when_told(
     writer.join()
 
 
-def test_a_line_is_read_once_it_is_complete_and_a_log_that_was_replaced_from_its_start(tmp_path: Path) -> None:
+def test_a_line_is_read_once_it_is_complete_and_a_log_that_was_replaced_from_its_start(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "log.txt"
     reader = JournalReader(path)
     assert reader.new_lines() == []
