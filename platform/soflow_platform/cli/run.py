@@ -99,7 +99,9 @@ def run_command(
         name=experiment.name,
         file=str(path),
         experiment=experiment.resolved(),
-        trials=[{"name": trial.name, "settings": trial.settings} for trial in points],
+        trials=[
+            {"name": t.name, "settings": t.settings, "steps": t.experiment.training.steps} for t in points
+        ],
         metric=experiment.search.metric,
         mode=experiment.mode,
     )
