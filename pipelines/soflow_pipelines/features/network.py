@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -48,3 +51,30 @@ def as_rgb(images: Tensor, name: str) -> Tensor:
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype.is_floating_point:
         raise ValueError(f"{name} takes uint8 (B, 1 or 3, H, W), not {images.dtype} {tuple(images.shape)}")
     return images.expand(-1, 3, -1, -1)
+
+
+def normalized(images: Tensor, side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 (B, 3, side, side), resized as TensorFlow 1 does; `mean` and `std` are of pixels in [0, 1]."""
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    resized = interpolate_bilinear_2d_like_tensorflow1x(
+        images.float(), size=(side, side), align_corners=False
+    )
+    centre = torch.tensor(mean, device=images.device).mul(255)[:, None, None]
+    scale = torch.tensor(std, device=images.device).mul(255)[:, None, None]
+    return (resized - centre) / scale
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """No TF32, no autocast, no choice of kernels that differs from run to run: features are float32 wherever they are taken."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
+    torch.set_float32_matmul_precision("highest")
+    cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = False, False, True
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
+        torch.set_float32_matmul_precision(matmul)

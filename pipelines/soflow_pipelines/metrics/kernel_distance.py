@@ -37,9 +37,9 @@ def kernel_distance(
 
 def squared_mmd(x: Array, y: Array) -> float:
     """The unbiased estimate of MMD² with the kernel (xᵀy / D + 1)³, for (N, D) and (M, D) features."""
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    between = _kernel(x, y).mean()
-    return float(_mean_off_diagonal(_kernel(x, x)) + _mean_off_diagonal(_kernel(y, y)) - 2 * between)
+    ours, theirs = x.astype(np.float64), y.astype(np.float64)
+    within = _mean_off_diagonal(_kernel(ours, ours)) + _mean_off_diagonal(_kernel(theirs, theirs))
+    return within - 2 * float(_kernel(ours, theirs).mean())
 
 
 def _kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -77,7 +77,7 @@ class Reference:
                 count=_counted(arrays["count"]),
                 moments=_moments(arrays, "moments"),
                 spatial=_moments(arrays, "spatial"),
-                samples=arrays["samples"] if "samples" in arrays else None,
+                samples=arrays.get("samples"),
                 warnings=tuple(str(warning) for warning in arrays["warnings"]),
             )
 
