@@ -154,6 +154,6 @@ def _checkpoint_step(storage: Storage, record: SweepRecord, trial: str) -> int |
 
 
 def trial_steps(record: SweepRecord, trial: str) -> int:
-    """The trial's own number of steps, where the search varies it."""
-    settings = next(t["settings"] for t in record.trials if t["name"] == trial)
-    return int(settings.get("training.steps", record.experiment["training"]["steps"]))
+    """The trial's own number of optimizer steps, where it differs from the sweep's."""
+    own = next(t for t in record.trials if t["name"] == trial)
+    return int(own.get("steps", record.experiment["training"]["steps"]))

@@ -29,7 +29,7 @@ class SweepRecord:
     file: str
     experiment: dict[str, Any]
     trials: list[dict[str, Any]]
-    """Name and settings of each."""
+    """Name, settings and optimizer steps of each."""
     metric: str
     """What trials are compared by."""
     mode: str

@@ -258,7 +258,7 @@ def test_a_trial_heard_of_on_another_machine_runs_where_locks_do_not_reach(
 def test_a_trials_own_number_of_steps_and_checkpoint_folder_are_used(
     storage: Storage, soflowctl: Command, tmp_path: Path
 ) -> None:
-    varied = [{"name": trial, "settings": {"training.steps": 10}} for trial in TRIALS]
+    varied = [{"name": trial, "settings": {}, "steps": 10} for trial in TRIALS]
     training = {"steps": 400, "checkpoints": str(tmp_path / "elsewhere")}
     record = sweep(storage, "digits", "aa11", trials=varied, experiment={"training": training})
     write_json(tmp_path / "elsewhere" / record.id / TRIALS[0] / "step-00000010" / "checkpoint.json", {})
