@@ -31,5 +31,5 @@ class PooledFeatures:
         self.dim = channels * self._blocks[0] * self._blocks[1]
         self.id = f"pooled-{channels}x{self._blocks[0]}x{self._blocks[1]}-1"
 
-    def __call__(self, samples: Tensor) -> Features:
-        return Features(functional.adaptive_avg_pool2d(samples.float(), self._blocks).flatten(1))
+    def __call__(self, images: Tensor) -> Features:
+        return Features(functional.adaptive_avg_pool2d(images.float(), self._blocks).flatten(1))

@@ -6,9 +6,9 @@ and every evaluation of a sweep sees the same noise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,19 +17,19 @@ from torch import Tensor
 
 from soflow_core.networks import DiT
 from soflow_core.objectives import Objective
-from soflow_core.samplers.noise import sample_labels, sample_noise
-from soflow_pipelines.features import FeatureNetwork, digits_classifier
-from soflow_pipelines.images import to_uint8
-from soflow_pipelines.loader import ShardLoader
-from soflow_pipelines.metrics import FeatureStatistics, frechet_distance
+from soflow_core.samplers.noise import sample_labels
+from soflow_pipelines.autoencoders import KlAutoencoder
+from soflow_pipelines.dataset_info import DatasetInfo
+from soflow_pipelines.features import FeatureError, FeatureNetwork, open_features
+from soflow_pipelines.metrics import Reference, ScoreError, ScoreStatistics, scores
 from soflow_pipelines.pooling import PooledFeatures
-from soflow_pipelines.shards import DatasetInfo
 from soflow_pipelines.writers import image_grid
-from soflow_platform.config.evaluation import EvaluationConfig
+from soflow_platform.config.evaluation import POOLED, EvaluationConfig
+from soflow_platform.errors import UserError
+from soflow_platform.network_evaluations import steps_for
+from soflow_platform.real_images import reference_flags, short_digest, training_reference
+from soflow_platform.sampling import decoded, generate, open_decoder, viewable
 from soflow_platform.storage import Storage
-
-REFERENCE_LIMIT = 50_000
-"""Training samples that the reference statistics are taken of, at most."""
 
 VISIBLE_PIXELS = 48
 """Smallest side of an image in a grid."""
@@ -44,6 +44,8 @@ class Evaluation:
 
     metrics: dict[str, float]
     grids: dict[str, np.ndarray[Any, Any]]
+    flags: list[str] = field(default_factory=list)
+    """Sentences: why a number is refused, and then not a number, or not comparable with others of its name."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,29 @@ class Evaluator:
     info: DatasetInfo
     classes: int | None
     """Number of classes; None for unconditional training."""
-    features: FeatureNetwork | PooledFeatures
-    reference: FeatureStatistics
+    features: FeatureNetwork
+    reference: Reference
+    decoder: KlAutoencoder | None = None
+    """What turns latents into the images that `features` looks at."""
 
     @classmethod
     def open(
         cls, config: EvaluationConfig, info: DatasetInfo, data: str, conditional: bool, storage: Storage
     ) -> Evaluator:
-        """Load the feature network and the reference statistics, making and keeping both where they are missing."""
-        features = feature_network(config, info, storage)
-        reference = reference_statistics(features, info, data, storage)
-        return cls(config, info, info.classes if conditional else None, features, reference)
+        """Load the feature network and the reference statistics, making and keeping both where they are missing.
+
+        Raises UserError where the feature network or the autoencoder cannot be had.
+        """
+        features = feature_network(config.features, info.shape, storage)
+        decoder = None
+        if features.space == "images":
+            decoder = open_decoder(asdict(info), config.autoencoder, _device())
+        classes = info.classes if conditional else None
+        try:
+            reference = training_reference(features, [_kind(config)], info, data, decoder, storage.features)
+        except (ScoreError, ValueError) as error:
+            raise UserError(f"evaluation.features {config.features}: {error}") from error
+        return cls(config, info, classes, features, reference, decoder)
 
     def evaluate(
         self,
@@ -75,27 +89,46 @@ class Evaluator:
         world: int = 1,
         merge: Merge = list,
     ) -> Evaluation:
-        """Score `network`; each rank makes every world-th batch, and `merge` brings the parts together."""
+        """Score `network`; each rank makes every world-th batch, and `merge` brings the parts together.
+
+        A number that is refused, because a sample is not finite, is nan on every rank.
+        """
         metrics: dict[str, float] = {}
+        flags: list[str] = []
         for nfe in self.config.nfe:
-            statistics, recognised, total = FeatureStatistics(self.features.dim), 0, 0
+            part = self._part(network, objective, nfe, device, rank, world)
+            values, said = self._values(merge([part]))
+            flags += [f"{sentence} (nfe {nfe})" for sentence in said]
+            names = {self.config.distance: _kind(self.config), "label_agreement": "label_agreement"}
+            for name, kind in names.items():
+                if f"eval/{name}_nfe{nfe}" in self.config.metrics(self.classes is not None):
+                    metrics[f"eval/{name}_nfe{nfe}"] = values.get(kind, math.nan)
+        return Evaluation(metrics, self.grids(network, objective, device) if rank == 0 else {}, flags)
+
+    def _part(
+        self, network: DiT, objective: Objective, nfe: int, device: torch.device, rank: int, world: int
+    ) -> dict[str, Any]:
+        """What this rank gathers of its batches: the arrays of statistics, or the sentence that refuses a sample."""
+        statistics = ScoreStatistics(self.features, self._metrics(), samples=self.config.samples)
+        steps = steps_for(objective, nfe, self.classes is not None)
+        try:
             for indices in self._batches(rank, world):
                 labels = self._labels(indices)
-                samples = generate(network, objective, self.config.seed, indices, labels, nfe, device)
-                found = self.features(as_seen(self.features, samples))
-                statistics.update(found.features)
-                if found.logits is not None and labels is not None:
-                    recognised += int((found.logits.argmax(1).cpu() == labels).sum())
-                total += len(indices)
-            parts = merge([(statistics.state(), recognised, total)])
-            whole = FeatureStatistics(self.features.dim)
-            for state, _, _ in parts:
-                whole.merge(FeatureStatistics.from_state(state))
-            metrics[f"eval/fd_nfe{nfe}"] = frechet_distance(whole, self.reference)
-            name = f"eval/label_agreement_nfe{nfe}"
-            if name in self.config.metrics(self.classes is not None):
-                metrics[name] = sum(p[1] for p in parts) / sum(p[2] for p in parts)
-        return Evaluation(metrics, self.grids(network, objective, device) if rank == 0 else {})
+                samples = generate(network, objective, self.config.seed, indices, labels, steps, device)
+                statistics.update(indices, decoded(samples, self.decoder), labels)
+        except ScoreError as error:
+            return {"refused": str(error)}
+        return {"state": statistics.state()}
+
+    def _values(self, parts: list[dict[str, Any]]) -> tuple[dict[str, float], list[str]]:
+        refused = [part["refused"] for part in parts if "refused" in part]
+        if refused:
+            return {}, refused[:1]
+        whole = ScoreStatistics.from_state(parts[0]["state"])
+        for part in parts[1:]:
+            whole.merge(ScoreStatistics.from_state(part["state"]))
+        result = scores(whole, self.reference)
+        return result.values, result.flags
 
     def grids(
         self, network: DiT, objective: Objective, device: torch.device
@@ -112,12 +145,13 @@ class Evaluator:
         labels = None
         if self.classes is not None:
             labels = (torch.arange(side) * self.classes // side).repeat_interleave(side)
-        samples = generate(network, objective, self.config.seed, indices, labels, nfe, device)
-        return grid_image(viewable(samples), columns=side)
+        steps = steps_for(objective, nfe, self.classes is not None)
+        samples = generate(network, objective, self.config.seed, indices, labels, steps, device)
+        return grid_image(viewable(decoded(samples, self.decoder)), columns=side)
 
     def tags(self) -> dict[str, str]:
         """Everything besides the weights that can move the numbers."""
-        return {
+        tags = {
             "eval.features": self.features.id,
             "eval.reference": f"{short_digest(self.info)} ({self.reference.count} samples)",
             "eval.samples": str(self.config.samples),
@@ -125,6 +159,24 @@ class Evaluator:
             "eval.labels": self.config.labels if self.classes is not None else "none",
             "eval.seed": str(self.config.seed),
         }
+        if self.decoder is not None:
+            tags["eval.autoencoder"] = f"{self.decoder.facts.id} ({self.decoder.facts.digest})"
+        flags = self.flags()
+        return tags | ({"eval.flags": " ".join(flags)} if flags else {})
+
+    def flags(self) -> list[str]:
+        """What has to be said of every number of this evaluator, known before the first."""
+        flags = [*self.features.warnings, *reference_flags(asdict(self.info), self.features)]
+        if self.config.samples < self.features.dim:
+            flags.append(
+                f"{self.config.samples} samples in {self.features.dim} features: the covariance is singular, and the distance compares "
+                "with others of as many samples alone."
+            )
+        return flags
+
+    def _metrics(self) -> list[str]:
+        agrees = any("label_agreement" in name for name in self.config.metrics(self.classes is not None))
+        return [_kind(self.config), *(["label_agreement"] if agrees else [])]
 
     def _batches(self, rank: int, world: int) -> Iterator[Tensor]:
         everything = torch.arange(self.config.samples).split(self.config.batch)
@@ -137,76 +189,25 @@ class Evaluator:
         return sample_labels(self.config.seed, indices, self.classes, balanced)
 
 
-@torch.inference_mode()
-def generate(
-    network: DiT,
-    objective: Objective,
-    seed: int,
-    indices: Tensor,
-    labels: Tensor | None,
-    nfe: int,
-    device: torch.device,
-) -> Tensor:
-    """Samples (B, C, H, W) float32 on the CPU; sample i is a function of (weights, seed, i, label, nfe)."""
-    config = network.config
-    shape = (config.channels, config.height, config.width)
-    noise, *renoise = (sample_noise(seed, indices, shape, draw).to(device) for draw in range(nfe))
-    labels = None if labels is None else labels.to(device)
-    return objective.sample(network, noise, labels, nfe, renoise).float().cpu()
+def _kind(config: EvaluationConfig) -> str:
+    """The metric of soflow_pipelines that the distance is."""
+    return "fid" if config.distance == "fid" else "fd"
 
 
-def as_seen(features: FeatureNetwork | PooledFeatures, samples: Tensor) -> Tensor:
-    """What a feature network looks at: images (B, C, H, W) uint8, or the training space itself."""
-    return samples if isinstance(features, PooledFeatures) else to_uint8(samples)
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def viewable(samples: Tensor) -> Tensor:
-    """(B, C, H, W) in the training space -> uint8 images; of latents, their first three channels."""
-    if samples.shape[1] not in (1, 3):
-        samples = (samples[:, :3] / 3).clamp(-1, 1)
-    return to_uint8(samples)
+def feature_network(name: str, shape: tuple[int, ...], storage: Storage) -> FeatureNetwork:
+    """The feature network of this name for samples (C, H, W). Raises UserError where it cannot be had."""
+    if name == POOLED:
+        return PooledFeatures(shape)
+    try:
+        return open_features(name, storage.features, _device())
+    except FeatureError as error:
+        raise UserError(str(error)) from error
 
 
 def grid_image(images: Tensor, columns: int) -> np.ndarray[Any, Any]:
     """(N, C, H, W) uint8 -> one picture (H', W', 3); images too small to be seen are enlarged."""
     return image_grid(images, columns=columns, enlarge=max(1, VISIBLE_PIXELS // images.shape[2]))
-
-
-def feature_network(
-    config: EvaluationConfig, info: DatasetInfo, storage: Storage
-) -> FeatureNetwork | PooledFeatures:
-    """The feature network that `evaluation.features` names."""
-    if config.features == "digits-classifier":
-        return digits_classifier(storage.features)
-    return PooledFeatures(info.shape)
-
-
-def reference_statistics(
-    features: FeatureNetwork | PooledFeatures, info: DatasetInfo, data: str, storage: Storage
-) -> FeatureStatistics:
-    """Statistics of the training data's features, kept under the project folder by data digest and feature id."""
-    path = storage.features / f"reference-{short_digest(info)}-{features.id}.npz"
-    if path.exists():
-        with np.load(path) as arrays:
-            return FeatureStatistics.from_state(dict(arrays))
-    count = min(info.samples, REFERENCE_LIMIT)
-    batch = min(count, 256)
-    loader = ShardLoader(data, batch_size=batch)
-    statistics = FeatureStatistics(features.dim)
-    for start in range(0, count, batch):
-        x0 = next(loader).x0[: count - start]
-        statistics.update(features(as_seen(features, x0)).features)
-    _save_arrays(path, statistics.state())
-    return statistics
-
-
-def short_digest(info: DatasetInfo) -> str:
-    """Enough of the data's digest to tell sets apart in a file name or a tag."""
-    return info.digest.rsplit(":", 1)[-1][:16]
-
-
-def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".partial.npz")
-    np.savez(aside, **arrays)
-    aside.replace(path)

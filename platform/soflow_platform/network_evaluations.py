@@ -66,3 +66,15 @@ def sampling_evaluations(objective: Objective, steps: int, conditional: bool = T
     labels = torch.zeros(1, dtype=torch.int64) if conditional else None
     objective.sample(counter, noise, labels, steps, [noise] * (steps - 1))
     return counter.rows
+
+
+def steps_for(objective: Objective, evaluations: int, conditional: bool = True) -> int:
+    """Sampling steps that make `evaluations` evaluations. Raises ValueError where no number of steps does."""
+    each = sampling_evaluations(objective, 1, conditional)
+    steps, rest = divmod(evaluations, each)
+    if rest:
+        raise ValueError(
+            f"{evaluations} evaluations cannot be had, for {objective.method} makes {each} in a step as it is sampled"
+        )
+    sampling_evaluations(objective, steps, conditional)
+    return steps

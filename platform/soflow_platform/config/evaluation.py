@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from soflow_platform.config.sections import Positive, Section
+
+POOLED = "pooled"
+DIGITS = "digits-classifier"
+NAMED_FEATURES = ("inception", "dinov2", "clip", DIGITS, POOLED)
+FILE = "file:"
 
 
 class EvaluationConfig(Section):
@@ -17,9 +23,11 @@ class EvaluationConfig(Section):
     samples: Annotated[int, Field(ge=16)] = 2048
     nfe: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2)
     """Numbers of function evaluations to score."""
-    features: Literal["digits-classifier", "pooled"] = "pooled"
-    """`digits-classifier`: a small network trained on the real digits. `pooled`: block averages of the training
-    space itself, which needs no weights."""
+    features: str = POOLED
+    """What images are described by: `inception` (FID), `dinov2`, `clip`, `file:PATH` (an exported network), `digits-classifier` (a
+    small network trained on the real digits), or `pooled`: block averages of the training space itself, which needs no weights."""
+    autoencoder: str | None = None
+    """Folder or id of the autoencoder that decodes latents for features of images; None: the one the data were made with."""
     batch: Positive = 256
     labels: Literal["balanced", "uniform"] = "balanced"
     """Which labels samples get: every class equally often, or drawn (as the paper's FID is measured)."""
@@ -27,9 +35,26 @@ class EvaluationConfig(Section):
     """Rows and columns of the sample grid, drawn from the same noise at every evaluation."""
     seed: int = 0
 
+    @field_validator("features")
+    @classmethod
+    def _known_features(cls, name: str) -> str:
+        if name not in NAMED_FEATURES and not (name.startswith(FILE) and name != FILE):
+            raise ValueError(f"known are {', '.join(NAMED_FEATURES)} and {FILE}PATH")
+        if name.startswith(FILE):
+            # Workers have working folders of their own.
+            return FILE + str(Path(name.removeprefix(FILE)).expanduser().absolute())
+        return name
+
+    @property
+    def distance(self) -> str:
+        """Name of the Fréchet distance on these features: `fid` is Inception's alone."""
+        if self.features == "inception":
+            return "fid"
+        return f"fd_{self.features}" if self.features in ("dinov2", "clip") else "fd"
+
     def metrics(self, conditional: bool) -> dict[str, Literal["min", "max"]]:
         """Names of the metrics an evaluation reports, with the direction that is better."""
-        names: dict[str, Literal["min", "max"]] = {f"eval/fd_nfe{n}": "min" for n in self.nfe}
-        if self.features == "digits-classifier" and conditional:
+        names: dict[str, Literal["min", "max"]] = {f"eval/{self.distance}_nfe{n}": "min" for n in self.nfe}
+        if self.features == DIGITS and conditional:
             names |= {f"eval/label_agreement_nfe{n}": "max" for n in self.nfe}
         return names

@@ -14,7 +14,7 @@ from soflow_platform.config.document import Document, Origin
 from soflow_platform.config.experiment import Experiment, validate
 from soflow_platform.config.search import Budget, Range, SearchConfig
 from soflow_platform.errors import UserError
-from soflow_platform.network_evaluations import training_evaluations
+from soflow_platform.network_evaluations import steps_for, training_evaluations
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,11 @@ def _trial(document: Document, base: Experiment, index: int, point: dict[str, An
         origin = Origin(f"{where.source} (search.budgets {budget})", where.line)
         own.put(("training", "steps"), equal_evaluations(base, experiment), origin)
         experiment = validate(own)
+    try:
+        for nfe in experiment.evaluation.nfe:
+            steps_for(experiment.objective, nfe, experiment.data.conditional)
+    except ValueError as error:
+        raise UserError(f"{own.origin(('evaluation', 'nfe'))}: `evaluation.nfe`: {error}.") from None
     parts = [_said(key, value) for key, value in point.items()]
     if len(base.search.budgets) > 1:
         parts.append(f"equal-{budget}")
