@@ -76,4 +76,5 @@ def _tensors(weights: FoundWeights) -> dict[str, Tensor]:
     # The published file is a TorchScript program; only that very program is opened as one.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
         return dict(torch.jit.load(weights.path, map_location="cpu").state_dict())

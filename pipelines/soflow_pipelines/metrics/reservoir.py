@@ -34,10 +34,11 @@ class Reservoir:
 
     def update(self, indices: NDArray[np.int64], features: NDArray[np.float32]) -> None:
         """Offers (B,) samples with their features (B, D). ValueError for an index that is held already."""
-        held = self._indices[: self.count]
-        twice = np.intersect1d(held, indices)
-        if len(twice) or len(np.unique(indices)) < len(indices):
-            raise ValueError(f"sample {twice[0] if len(twice) else 'indices'} came twice")
+        everyone, times = np.unique(
+            np.concatenate([self._indices[: self.count], indices]), return_counts=True
+        )
+        if (times > 1).any():
+            raise ValueError(f"sample {everyone[times > 1][0]} came twice")
         keys = mixed(indices)
         everything = np.concatenate([self._keys[: self.count], keys])
         chosen = np.ones(len(everything), bool)
