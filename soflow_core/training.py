@@ -239,7 +239,8 @@ class TrainStep:
             values.setdefault(name, []).append(value.detach().float())
         # A seed of NaN makes every gradient NaN, on this rank and, after the reduction, on all of them.
         healthy = torch.isfinite(torch.stack([parts[-1] for parts in values.values()])).all()
-        result.loss.backward(torch.where(healthy, 1 / self.accumulate, math.nan).to(result.loss.dtype))
+        share = torch.full_like(result.loss, 1 / self.accumulate)
+        result.loss.backward(torch.where(healthy, share, math.nan))
 
     def _compare_ranks(self, gather: Gather) -> None:
         """Raises on every rank where parameters, or gradients after the reduction, are not the same on all."""

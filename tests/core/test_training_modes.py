@@ -1,21 +1,18 @@
 """Compiled, distributed, reduced-precision and deterministic training, and methods with a teacher."""
 
-import os
-import socket
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from random_networks import SHAPE, random_inputs, random_network
+from ranks import WORLD, average, gather, rank_rows, run_ranks
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from soflow_core.objectives import Batch, Draws, MeanFlow, Objective, Shortcut, SoFlow
+from soflow_core.states import map_tensors
 from soflow_core.training import OptimizerConfig, TrainStep
 
-WORLD = 2
 # The gradient of a key's bias is 0 but for rounding, which a smaller eps would turn into full steps.
 OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-4)
 
@@ -45,10 +42,34 @@ def test_compiled_training_gives_the_same_losses_and_does_not_compile_again():
     assert len(set(counts)) == 1, counts
 
 
-def test_float32_is_bit_for_bit_the_same_twice():
-    first, second = make(SoFlow(), deterministic=True), make(SoFlow(), deterministic=True)
-    losses = [[train(*inputs(train.objective, k)).loss for k in range(3)] for train in (first, second)]
-    assert losses[0] == losses[1]
+@pytest.mark.parametrize("precision", ["float32", "mixed"])
+def test_a_deterministic_run_is_bit_for_bit_the_same_twice(precision):
+    runs = [make(SoFlow(), deterministic=True, precision=precision, accumulate=2) for _ in range(2)]
+    records = [[train(*inputs(train.objective, k)) for k in range(3)] for train in runs]
+    assert records[0] == records[1]
+    states: list[list[torch.Tensor]] = [[], []]
+    for train, tensors in zip(runs, states, strict=True):
+        map_tensors(train.state_dict(), tensors.append)
+    assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("refused", [True, False])
+def test_deterministic_kernels_alone_run_from_the_first_pass_to_the_update_and_not_after(
+    deterministic, refused
+):
+    train = make(SoFlow(), deterministic=deterministic)
+    seen = []
+    train.module.register_forward_hook(lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
+    train.parameters[0].register_hook(lambda _: seen.append(torch.are_deterministic_algorithms_enabled()))
+    train.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(torch.are_deterministic_algorithms_enabled())
+    )
+    batch, draws = inputs(train.objective, 0)
+    batch.x0[0] *= float("nan") if refused else 1
+    assert train(batch, draws).finite is not refused
+    # Three passes, one gradient, and the update if there was one.
+    assert seen == [deterministic] * (4 if refused else 5)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -85,47 +106,40 @@ def test_what_a_jacobian_vector_product_does_not_go_with_is_refused():
         make(MeanFlow(), compile=True)
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+METHODS = ["ddp", "reduce", "meanflow", "ddp in pieces"]
 
 
-def _average(gradients):
-    for gradient in gradients:
-        dist.all_reduce(gradient)
-        gradient /= WORLD
-
-
-METHODS = ["ddp", "reduce", "meanflow"]
-
-
-def _rank(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+def _train_all_ways(rank: int, folder: str) -> None:
     for method in METHODS:
         objective: Objective = SoFlow() if method != "meanflow" else MeanFlow()
         network = random_network(torch.float32)
-        wrapped = DistributedDataParallel(network) if method == "ddp" else network
-        reduce = None if method == "ddp" else _average
-        train = TrainStep(wrapped, objective, OPTIMIZER, 10, (0.9,), reduce_gradients=reduce)
-        records = []
+        wrapped = DistributedDataParallel(network) if method.startswith("ddp") else network
+        exchange = {} if method.startswith("ddp") else {"reduce_gradients": average}
+        pieces = 2 if method.endswith("pieces") else 1
+        train = TrainStep(
+            wrapped, objective, OPTIMIZER, 10, (0.9,), accumulate=pieces, gather=gather, **exchange
+        )
+        records, messages = [], []
+        if method.startswith("ddp"):
+            wrapped.register_comm_hook(messages, _count)
         for step in range(4):
-            batch, draws = inputs(objective, step)
-            batch = Batch(batch.x0[rank::WORLD], batch.labels[rank::WORLD])
+            batch, draws = rank_rows(inputs(objective, step), rank)
             if step == 3 and rank == 1:
                 batch.x0[0] = float("nan")
-            records.append(vars(train(batch, draws.rows(rank, WORLD))))
-        torch.save([train.state_dict(), records], f"{folder}/{method}-{rank}.pt")
-    dist.destroy_process_group()
+            records.append(vars(train(batch, draws)))
+        torch.save([train.state_dict(), records, len(messages)], f"{folder}/{method}-{rank}.pt")
+
+
+def _count(messages: list[None], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    messages.append(None)
+    return allreduce_hook(dist.group.WORLD, bucket)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """A folder with what two processes made of every way to share a step."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (_free_port(), str(folder)), nprocs=WORLD)
+    run_ranks(_train_all_ways, str(folder))
     return folder
 
 
@@ -134,7 +148,8 @@ def two_ranks(tmp_path_factory):
 def test_two_ranks_train_as_one_worker_and_stop_together(method, two_ranks):
     alone = make(SoFlow() if method != "meanflow" else MeanFlow())
     losses = [alone(*inputs(alone.objective, step)).loss for step in range(3)]
-    states, records = zip(*(torch.load(two_ranks / f"{method}-{r}.pt") for r in range(WORLD)), strict=True)
+    saved = [torch.load(two_ranks / f"{method}-{r}.pt") for r in range(WORLD)]
+    states, records, _ = zip(*saved, strict=True)
     for step in range(3):
         assert sum(r[step]["loss"] for r in records) / WORLD == pytest.approx(losses[step], rel=1e-4)
     assert [r[3]["finite"] for r in records] == [False, False]
@@ -144,6 +159,11 @@ def test_two_ranks_train_as_one_worker_and_stop_together(method, two_ranks):
     for name, tensor in states[0]["network"].items():
         assert torch.equal(tensor, states[1]["network"][name])
         assert_close(tensor, alone.module.state_dict()[name], rtol=1e-3, atol=2e-5)
+
+
+def test_pieces_are_exchanged_once_a_step(two_ranks):
+    counts = [torch.load(two_ranks / f"{method}-0.pt")[2] for method in ("ddp", "ddp in pieces")]
+    assert counts[0] == counts[1] >= 4
 
 
 def test_ddp_does_not_carry_a_jacobian_vector_product():

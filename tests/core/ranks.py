@@ -1,0 +1,52 @@
+"""Real processes that train together on one machine, over gloo."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from soflow_core.objectives import Batch, Draws
+
+WORLD = 2
+
+
+def run_ranks(function: Callable[..., None], *arguments: object) -> None:
+    """`function(rank, *arguments)` in WORLD processes, which must all succeed."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = int(s.getsockname()[1])
+    mp.spawn(_joined, (port, function, arguments), nprocs=WORLD)
+
+
+def rank_rows(inputs: tuple[Batch, Draws], rank: int) -> tuple[Batch, Draws]:
+    """A rank's rows of the global batch."""
+    batch, draws = inputs
+    return batch.rows(rank, WORLD), draws.rows(rank, WORLD)
+
+
+def average(gradients: list[torch.Tensor]) -> None:
+    """The mean over ranks, in place."""
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+        gradient /= WORLD
+
+
+def gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Every rank's version of a tensor."""
+    parts = [torch.empty_like(tensor) for _ in range(WORLD)]
+    dist.all_gather(parts, tensor)
+    return parts
+
+
+def _joined(rank: int, port: int, function: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    function(rank, *arguments)
+    dist.destroy_process_group()
