@@ -16,6 +16,7 @@ from soflow_pipelines.features.network import (
     as_rgb,
     full_float32,
     normalized,
+    reason,
 )
 from soflow_pipelines.features.weights import FoundWeights, WeightFile, find_weights, read_tensors
 
@@ -50,7 +51,7 @@ class ClipFeatures:
             self._network: Any = build_model(tensors, torch.float32).visual.to(device)
         except (KeyError, RuntimeError, ValueError) as error:
             raise FeatureError(
-                f"{weights.path} does not hold the weights of CLIP: {str(error).splitlines()[-1].strip()}"
+                f"{weights.path} does not hold the weights of CLIP: {reason(error)}"
             ) from error
         self._side = int(self._network.input_resolution)
 

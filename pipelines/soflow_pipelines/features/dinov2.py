@@ -17,6 +17,7 @@ from soflow_pipelines.features.network import (
     as_rgb,
     full_float32,
     normalized,
+    reason,
 )
 from soflow_pipelines.features.weights import FoundWeights, WeightFile, find_weights, read_tensors
 
@@ -54,7 +55,7 @@ class DinoFeatures:
             self._network = vision_transformer(read_tensors(weights.path)).to(device)
         except (KeyError, RuntimeError) as error:
             raise FeatureError(
-                f"{weights.path} does not hold the weights of a DINOv2 ViT: {str(error).splitlines()[-1].strip()}"
+                f"{weights.path} does not hold the weights of a DINOv2 ViT: {reason(error)}"
             ) from error
         self.dim = int(self._network.num_features)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from soflow_pipelines.features.network import DISTANCES, FeatureError, Features, as_rgb, full_float32
+from soflow_pipelines.features.network import DISTANCES, FeatureError, Features, as_rgb, full_float32, reason
 
 RESIZINGS = ("bilinear", "bicubic", "none")
 LOGITS = ("none", "classes", "labels")
@@ -88,10 +88,9 @@ class ExportedFeatures:
         try:
             output = self._program(values)
         except (RuntimeError, AssertionError, ValueError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise FeatureError(
-                f"{self._path} cannot take {len(values)} images of {self._input.size} on {self._device}: {first} (export it with "
-                "a dynamic first dimension)"
+                f"{self._path} cannot take {len(values)} images of {self._input.size} on {self._device}: {reason(error)} (export "
+                "it with a dynamic first dimension)"
             ) from error
         wanted = 1 if self._input.logits == "none" else 2
         outputs = (output,) if isinstance(output, Tensor) else tuple(output)
@@ -114,8 +113,7 @@ def _load_program(path: Path, device: torch.device) -> Any:
         with _tensors_alone():
             program = torch.export.load(path)
     except Exception as error:  # the archive's reader raises whatever its parts raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FeatureError(f"{path} cannot be read as a torch.export program: {first}") from error
+        raise FeatureError(f"{path} cannot be read as a torch.export program: {reason(error)}") from error
     if device.type != "cpu":
         program = move_to_device_pass(program, device)
     return program.module()

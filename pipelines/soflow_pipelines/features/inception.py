@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from soflow_pipelines.features.network import DISTANCES, FeatureError, Features, as_rgb, full_float32
+from soflow_pipelines.features.network import DISTANCES, FeatureError, Features, as_rgb, full_float32, reason
 from soflow_pipelines.features.weights import FoundWeights, WeightFile, find_weights, read_tensors
 
 WEIGHTS = WeightFile(
@@ -75,5 +75,5 @@ def _network(path: Path) -> Any:
         return FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], tensors)
     except RuntimeError as error:
         raise FeatureError(
-            f"{path} does not hold the weights of torch-fidelity's Inception: {str(error).splitlines()[-1].strip()}"
+            f"{path} does not hold the weights of torch-fidelity's Inception: {reason(error)}"
         ) from error

@@ -42,6 +42,15 @@ class FeatureNetwork(Protocol):
     def __call__(self, images: Tensor) -> Features: ...
 
 
+REASON_CHARACTERS = 160
+
+
+def reason(error: BaseException) -> str:
+    """What an error of a library says, cut to what fits a sentence: torch lists every key of a state."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= REASON_CHARACTERS else f"{text[:REASON_CHARACTERS]} ..."
+
+
 DISTANCES = frozenset({"fd", "kid", "precision", "recall"})
 """What can be measured on any features."""
 

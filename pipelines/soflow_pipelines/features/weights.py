@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from soflow_pipelines.features.network import FeatureError
+from soflow_pipelines.features.network import FeatureError, reason
 
 REACH_SECONDS = 5.0
 """A server that does not answer by then is taken as out of reach."""
@@ -71,10 +71,10 @@ def find_weights(file: WeightFile, cache: Path, download: bool) -> FoundWeights:
         for name in file.names:
             if (folder / name).is_file():
                 return _examined(folder / name, file)
-    reason = _fetch(file, cache / file.names[0]) if download else "nothing is fetched"
-    if reason:
+    lacking = _fetch(file, cache / file.names[0]) if download else "nothing is fetched"
+    if lacking:
         raise FeatureError(
-            f"{file.network} needs the weights {file.names[0]}, which are neither in {cache} nor in {kept}, and {reason}: "
+            f"{file.network} needs the weights {file.names[0]}, which are neither in {cache} nor in {kept}, and {lacking}: "
             f"put the file from {file.url} into {cache}, or set {file.variable} to where it is."
         )
     return _examined(cache / file.names[0], file)
@@ -90,7 +90,7 @@ def _fetch(file: WeightFile, path: Path) -> str | None:
             file.url, str(path), hash_prefix=file.sha256, progress=sys.stderr.isatty()
         )
     except (OSError, HTTPException, RuntimeError) as error:
-        return f"they cannot be fetched ({str(error).strip() or type(error).__name__})"
+        return f"they cannot be fetched ({reason(error)})"
     return None
 
 
@@ -115,8 +115,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FeatureError(f"{path} cannot be read as a file of named tensors: {first}") from error
+        raise FeatureError(f"{path} cannot be read as a file of named tensors: {reason(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise FeatureError(f"{path} is no dictionary of named tensors.")
     return content
