@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from gloo_ranks import WORLD, average, gather, rank_rows, run_ranks
 from random_networks import random_inputs, random_network
-from ranks import WORLD, average, gather, rank_rows, run_ranks
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
@@ -19,7 +19,7 @@ from soflow_core.states import HostCopy
 from soflow_core.training import TrainStep
 
 GUIDED = SoFlow(guidance=Guidance(scale=3.0, mix=0.25, drop=0.3))
-TOTAL, HALF = 5, 3
+TOTAL, HALF = 4, 2
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,11 @@ class Case:
 
 CASES = {
     "guided": Case(),
-    "clipped, in pieces": Case(settings={"clip_norm": 0.1, "accumulate": 2, "power_ema_widths": (0.1,)}),
-    "blocks recomputed": Case(optimizer="radam", checkpoint_blocks=True),
+    "clipped, in pieces, blocks recomputed": Case(
+        settings={"clip_norm": 0.1, "accumulate": 2, "power_ema_widths": (0.1,)},
+        optimizer="radam",
+        checkpoint_blocks=True,
+    ),
     # In pieces that are the ranks' rows one process rounds to bfloat16 as the ranks do.
     "mixed, unlike branches": Case(rows=4, settings={"precision": "mixed"}, alone={"accumulate": WORLD}),
     "Jacobian-vector product, unlike branches": Case(MeanFlow(), rows=4),
@@ -144,7 +147,6 @@ def assert_same_state(found, expected, exact: bool = False) -> None:
         assert found == expected
 
 
-pytestmark = pytest.mark.timeout(120)
 every_case = pytest.mark.parametrize("name", CASES)
 
 

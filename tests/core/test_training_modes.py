@@ -1,10 +1,12 @@
 """Compiled, distributed, reduced-precision and deterministic training, and methods with a teacher."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
+from gloo_ranks import WORLD, average, gather, rank_rows, run_ranks
 from random_networks import SHAPE, random_inputs, random_network
-from ranks import WORLD, average, gather, rank_rows, run_ranks
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -109,6 +111,52 @@ def test_what_a_jacobian_vector_product_does_not_go_with_is_refused():
 METHODS = ["ddp", "reduce", "meanflow", "ddp in pieces"]
 
 
+def _forgets_one(gradients: list[torch.Tensor]) -> None:
+    average(gradients[:3] + gradients[4:])
+
+
+def _ends_one_bit_apart(gradients: list[torch.Tensor]) -> None:
+    average(gradients)
+    if dist.get_rank() == 1:
+        last = gradients[-1].view(-1)[-1:]
+        last.copy_(torch.nextafter(last, last + 1))
+
+
+def _swaps_two_elements(gradients: list[torch.Tensor]) -> None:
+    average(gradients)
+    if dist.get_rank() == 0:
+        gradients[0].view(-1)[:2] = gradients[0].view(-1)[:2].flip(0)
+
+
+BROKEN = {
+    "one forgotten": (_forgets_one, "the gradient of t_embedder.mlp.0.bias differs"),
+    "last bit": (_ends_one_bit_apart, "the gradient of final_layer.adaLN_modulation.1.bias differs"),
+    "order": (_swaps_two_elements, "the gradient of x_embedder.proj.weight differs"),
+    "other weights": (
+        average,
+        "^s_embedder.mlp.2.weight differs between ranks; start all with the same weights",
+    ),
+}
+
+
+def _two_ranks(rank: int, folder: str) -> None:
+    _train_all_ways(rank, folder)
+    torch.save(
+        {name: _told(rank, name, reduction) for name, (reduction, _) in BROKEN.items()},
+        f"{folder}/told-{rank}.pt",
+    )
+
+
+def _told(rank: int, name: str, reduction) -> str:
+    """What the first step of MeanFlow says of a reduction that is broken, or of ranks that start apart."""
+    train = make(MeanFlow(), reduce_gradients=reduction, gather=gather)
+    if name == "other weights" and rank == 1:
+        train.module.s_embedder.mlp[2].weight.data[0, 0] += 1e-6
+    with pytest.raises(RuntimeError) as told:
+        train(*rank_rows(inputs(train.objective, 0), rank))
+    return str(told.value)
+
+
 def _train_all_ways(rank: int, folder: str) -> None:
     for method in METHODS:
         objective: Objective = SoFlow() if method != "meanflow" else MeanFlow()
@@ -139,7 +187,7 @@ def _count(messages: list[None], bucket: dist.GradBucket) -> torch.futures.Futur
 def two_ranks(tmp_path_factory):
     """A folder with what two processes made of every way to share a step."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(_train_all_ways, str(folder))
+    run_ranks(_two_ranks, str(folder))
     return folder
 
 
@@ -159,6 +207,15 @@ def test_two_ranks_train_as_one_worker_and_stop_together(method, two_ranks):
     for name, tensor in states[0]["network"].items():
         assert torch.equal(tensor, states[1]["network"][name])
         assert_close(tensor, alone.module.state_dict()[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_reduction_is_told_on_every_rank_with_the_first_parameter(name, two_ranks):
+    """A right one passes: every way to share a step above was compared in its first step."""
+    told = [torch.load(two_ranks / f"told-{rank}.pt")[name] for rank in range(WORLD)]
+    assert told[0] == told[1]
+    assert re.search(BROKEN[name][1], told[0])
 
 
 def test_pieces_are_exchanged_once_a_step(two_ranks):
