@@ -1,0 +1,212 @@
+"""What ranks that train one network send each other, and how long it takes: the model behind docs/scaling.md.
+
+Times are in seconds, sizes in bytes, rates in bytes or FLOP per second. A ring all-reduce of S bytes over n ranks
+sends 2 (n - 1) / n S from each; an all-gather or a reduce-scatter half of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from soflow_core.networks import DiT, DiTConfig
+from soflow_core.objectives import Batch, Objective
+from soflow_core.passes import PassPolicy, Precision
+from soflow_platform.plan import forward_gmac
+
+FLOAT = 4
+BUCKET = 25 * 2**20
+"""Gradients that DistributedDataParallel sends in one message."""
+SAMPLE_BYTES = 2 * 4 * 32 * 32 * 2 + 4 * 512
+"""Of a latent in its shard: mean and std in float16, two headers for them, header and block of the label."""
+FORWARD, BACKWARD, UPDATE = 8, 16, 40
+"""Bytes of a parameter that move through memory whatever the batch: in a pass forwards (the weights and their bfloat16 copy),
+backwards (weights and gradients), and in norm, AdamW and one average."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One call of the network in a training step."""
+
+    rows: float
+    """Share of the batch; above 1 where rows are run for two targets at once."""
+    gradient: bool
+    bfloat16: bool
+
+    @property
+    def forwards(self) -> float:
+        """In forward passes of the batch: a backward pass counts two."""
+        return self.rows * (3 if self.gradient else 1)
+
+
+def passes(objective: Objective, precision: Precision, batch: int = 256) -> list[Pass]:
+    """The calls of a step, counted on the objective's own loss, no row left out, as on a GPU."""
+    seen: list[Pass] = []
+    scale = torch.zeros((), requires_grad=True)
+
+    def network(x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        del t, s, labels
+        seen.append(Pass(len(x) / batch, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return x * scale
+
+    draws = objective.draw(torch.Generator().manual_seed(0), batch, (1, 1, 1), True)
+    data = Batch(torch.ones(batch, 1, 1, 1), torch.zeros(batch, dtype=torch.int64))
+    objective.loss(network, data, draws, 0, 1000, PassPolicy(precision, skip_unused=False))
+    return seen
+
+
+@dataclass(frozen=True)
+class Work:
+    """A network and what a step of it is made of."""
+
+    parameters: int
+    """The trained ones."""
+    forward_flops: float
+    """Of one sample."""
+    passes: list[Pass]
+
+    @classmethod
+    def of(cls, network: DiTConfig, objective: Objective, precision: Precision) -> Work:
+        with torch.device("meta"):
+            trained = sum(p.numel() for p in DiT(network).parameters() if p.requires_grad)
+        return cls(trained, 2e9 * forward_gmac(network), passes(objective, precision))
+
+    @property
+    def forwards(self) -> float:
+        """Forward passes that a sample is worth."""
+        return sum(p.forwards for p in self.passes)
+
+    @property
+    def gradient_bytes(self) -> float:
+        return float(FLOAT * self.parameters)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU and the share of its peaks that a step reaches."""
+
+    bfloat16: float = 989e12
+    tf32: float = 495e12
+    memory: float = 3.35e12
+    utilization: float = 0.4
+    memory_share: float = 0.8
+
+    def forward(self, work: Work, p: Pass, rows: float) -> float:
+        """Arithmetic of a pass over its share of `rows` samples; a backward pass takes twice as long."""
+        peak = self.bfloat16 if p.bfloat16 else self.tf32
+        return work.forward_flops * rows * p.rows / (peak * self.utilization)
+
+    def arithmetic(self, work: Work, rows: float) -> float:
+        """Of all passes of a step."""
+        return sum(self.forward(work, p, rows) * (3 if p.gradient else 1) for p in work.passes)
+
+    def moving(self, work: Work, each: float) -> float:
+        """`each` bytes for every parameter through memory."""
+        return each * work.parameters / (self.memory * self.memory_share)
+
+
+@dataclass(frozen=True)
+class Fabric:
+    """What joins GPUs: inside a node, and each node to the others."""
+
+    name: str
+    inside: float = 450e9
+    """Of one GPU, in one direction."""
+    between: float = 400e9
+    """Of one node, in one direction."""
+    node: int = 8
+    share: float = 0.8
+    """Of the line rates that is reached."""
+    latency: float = 10e-6
+    """Of one hop between nodes."""
+
+    def gather(self, size: float, ranks: int) -> float:
+        """An all-gather, or a reduce-scatter, of `size` bytes in all: between nodes, then inside."""
+        local, nodes = min(ranks, self.node), -(-ranks // self.node)
+        inside = (local - 1) / local * size / (self.inside * self.share)
+        # Every GPU of a node fetches another share of what the other nodes hold.
+        between = (nodes - 1) / nodes * size / (self.between * self.share)
+        return inside + between + self._hops(nodes)
+
+    def all_reduce(self, size: float, ranks: int) -> float:
+        """Reduce-scatter inside a node, all-reduce of each share between nodes, all-gather inside."""
+        local = min(ranks, self.node)
+        inside = 2 * (local - 1) / local * size / (self.inside * self.share)
+        return inside + self.all_reduce_between(size, ranks)
+
+    def all_reduce_between(self, size: float, ranks: int) -> float:
+        """Of `size` bytes that the GPUs of each node hold together."""
+        nodes = -(-ranks // self.node)
+        return 2 * (nodes - 1) / nodes * size / (self.between * self.share) + 2 * self._hops(nodes)
+
+    def _hops(self, nodes: int) -> float:
+        """Of one message through a tree of nodes; messages follow one another, so that only one waits."""
+        return self.latency * math.ceil(math.log2(nodes)) if nodes > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one step of one rank."""
+
+    compute: float
+    weights: float
+    communication: float
+    exposed: float
+    """Of the communication, what nothing hides."""
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.weights + self.exposed
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the time that the step would also take without the others."""
+        return 1 - self.exposed / self.total
+
+
+def ddp_step(work: Work, device: Device, fabric: Fabric, ranks: int, batch: int) -> Step:
+    """Every rank holds the network; gradients are sent bucket by bucket while the rest of the backward pass runs.
+
+    Of several calls with gradient the first is the last to run backwards, and no parameter's gradient is complete before.
+    """
+    rows = batch / ranks
+    weights = device.moving(work, UPDATE + sum(FORWARD + BACKWARD * p.gradient for p in work.passes))
+    sending = fabric.all_reduce(work.gradient_bytes, ranks) if ranks > 1 else 0.0
+    buckets = max(1.0, work.gradient_bytes / BUCKET)
+    last = next(p for p in work.passes if p.gradient)
+    hiding = 2 * device.forward(work, last, rows) + device.moving(work, BACKWARD)
+    exposed = max(sending / buckets, sending - hiding * (1 - 1 / buckets))
+    return Step(device.arithmetic(work, rows), weights, sending, exposed)
+
+
+def fsdp_messages(work: Work) -> tuple[int, int]:
+    """(all-gathers, reduce-scatters) of the whole network in a step: a gather for each call and each backward pass, and one
+    reduce-scatter, for a gradient is complete after the last backward pass."""
+    return len(work.passes) + sum(p.gradient for p in work.passes), 1
+
+
+def fsdp_step(
+    work: Work, device: Device, fabric: Fabric, ranks: int, batch: int, shards: int | None = None
+) -> Step:
+    """Each rank of a group of `shards` (default all) holds a share of the network; groups then average their gradients.
+
+    While a block runs the next one is gathered, so that a pass takes as long as its work or its messages.
+    """
+    group, rows = shards or ranks, batch / ranks
+    gather = fabric.gather(work.gradient_bytes, group)
+    # The GPUs of a node each average their own share with their fellows of the other nodes.
+    scatter = gather + (fabric.all_reduce_between(work.gradient_bytes, ranks) if group < ranks else 0.0)
+    exposed = 0.0
+    for p in work.passes:
+        forward = device.forward(work, p, rows)
+        exposed += max(0.0, gather - forward - device.moving(work, FORWARD))
+        if p.gradient:
+            first = p is next(q for q in work.passes if q.gradient)
+            messages = gather + (scatter if first else 0.0)
+            exposed += max(0.0, messages - 2 * forward - device.moving(work, BACKWARD))
+    sent = fsdp_messages(work)[0] * gather + scatter
+    weights = device.moving(work, UPDATE / group + sum(FORWARD + BACKWARD * p.gradient for p in work.passes))
+    return Step(device.arithmetic(work, rows), weights, sent, exposed)
