@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -12,9 +13,12 @@ from torch import Tensor
 
 Float64Array = NDArray[np.float64]
 
+TAKEN_IN_AT_ONCE = 1024
+"""Vectors that wait to be taken into the covariance together: one by one, batches cost more than the network on a GPU."""
+
 
 class Moments(Protocol):
-    """Mean (D,) and unbiased covariance (D, D) of a set of vectors."""
+    """Mean (D,) and unbiased covariance (D, D) of a set of vectors; `principal_axes` (D, R) times its transpose is the covariance."""
 
     @property
     def dim(self) -> int: ...
@@ -24,6 +28,9 @@ class Moments(Protocol):
 
     @property
     def covariance(self) -> Float64Array: ...
+
+    @property
+    def principal_axes(self) -> Float64Array: ...
 
 
 @dataclass(frozen=True)
@@ -46,68 +53,106 @@ class GaussianMoments:
     def dim(self) -> int:
         return len(self.mean)
 
+    @cached_property
+    def principal_axes(self) -> Float64Array:
+        """(D, R); kept, for a reference is compared with many times."""
+        return _principal_axes(self.covariance)
+
 
 class FeatureStatistics:
     """Count, mean and scatter of feature vectors in float64, gathered by batch and merged over workers."""
 
     def __init__(self, dim: int) -> None:
-        self.count = 0
-        self.mean: Float64Array = np.zeros(dim)
+        self._count = 0
+        self._mean: Float64Array = np.zeros(dim)
         self._scatter: Float64Array = np.zeros((dim, dim))
+        self._waiting: list[Float64Array] = []
 
     @property
     def dim(self) -> int:
-        return len(self.mean)
+        return len(self._mean)
+
+    @property
+    def count(self) -> int:
+        return self._count + sum(len(batch) for batch in self._waiting)
+
+    @property
+    def mean(self) -> Float64Array:
+        """(D,)"""
+        self._take_in()
+        return self._mean
 
     @property
     def covariance(self) -> Float64Array:
         """(D, D), unbiased. ValueError for fewer than two vectors."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 feature vectors, there are {self.count}")
-        return self._scatter / (self.count - 1)
+        self._take_in()
+        if self._count < 2:
+            raise ValueError(f"a covariance needs at least 2 feature vectors, there are {self._count}")
+        return self._scatter / (self._count - 1)
+
+    @property
+    def principal_axes(self) -> Float64Array:
+        """(D, R)"""
+        return _principal_axes(self.covariance)
 
     def update(self, features: Tensor | ArrayLike) -> None:
         """Adds (B, D) features. ValueError where D differs or a value is not finite."""
         values = features.detach().cpu().numpy() if isinstance(features, Tensor) else features
-        batch: Float64Array = np.asarray(values, dtype=np.float64)
+        batch: Float64Array = np.array(values, dtype=np.float64)
         if batch.ndim != 2 or batch.shape[1] != self.dim:
             raise ValueError(f"features have shape {batch.shape}, the statistics take (B, {self.dim})")
         if not np.isfinite(batch).all():
             raise ValueError("a feature is not finite")
-        if len(batch):
-            mean = batch.mean(0)
-            centred = batch - mean
-            self._combine(len(batch), mean, centred.T @ centred)
+        self._waiting.append(batch)
+        if self.count - self._count >= TAKEN_IN_AT_ONCE:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        if self._waiting:
+            batch = np.concatenate(self._waiting)
+            self._waiting.clear()
+            if len(batch):
+                mean = batch.mean(0)
+                centred = batch - mean
+                self._combine(len(batch), mean, centred.T @ centred)
 
     def merge(self, other: FeatureStatistics) -> None:
         """Adds what another worker gathered."""
         if other.dim != self.dim:
             raise ValueError(f"statistics of {other.dim} features cannot join those of {self.dim}")
-        if other.count:
-            self._combine(other.count, other.mean, other._scatter.copy())
+        self._take_in()
+        other._take_in()
+        if other._count:
+            self._combine(other._count, other._mean, other._scatter.copy())
 
     def _combine(self, count: int, mean: Float64Array, scatter: Float64Array) -> None:
         # Chan et al. (1979): no sum of squares, so nothing cancels when the mean is large.
-        total = self.count + count
-        shift = mean - self.mean
-        if self.count:
-            scatter += np.outer(shift, shift * (self.count * count / total))
+        total = self._count + count
+        shift = mean - self._mean
+        if self._count:
+            scatter += np.outer(shift, shift * (self._count * count / total))
         self._scatter += scatter
-        self.mean += shift * (count / total)
-        self.count = total
+        self._mean = self._mean + shift * (count / total)
+        self._count = total
 
     def moments(self) -> GaussianMoments:
+        """These statistics as they are now."""
         return GaussianMoments(self.mean.copy(), self.covariance, self.count)
 
     def state(self) -> dict[str, NDArray]:
         """Arrays to keep in an .npz file."""
-        return {"count": np.asarray(self.count), "mean": self.mean.copy(), "scatter": self._scatter.copy()}
+        self._take_in()
+        return {
+            "count": np.asarray(self._count),
+            "mean": self._mean.copy(),
+            "scatter": self._scatter.copy(),
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, NDArray]) -> FeatureStatistics:
         statistics = cls(len(state["mean"]))
-        statistics.count = int(state["count"])
-        statistics.mean = np.asarray(state["mean"], dtype=np.float64).copy()
+        statistics._count = int(state["count"])
+        statistics._mean = np.asarray(state["mean"], dtype=np.float64).copy()
         statistics._scatter = np.asarray(state["scatter"], dtype=np.float64).copy()
         return statistics
 
@@ -121,8 +166,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     if a.dim != b.dim:
         raise ValueError(f"the statistics have {a.dim} and {b.dim} features")
     cov_a, cov_b = a.covariance, b.covariance
-    roots_a, roots_b = _principal_axes(cov_a), _principal_axes(cov_b)
-    root_trace = np.linalg.svd(roots_a.T @ roots_b, compute_uv=False).sum()
+    root_trace = np.linalg.svd(a.principal_axes.T @ b.principal_axes, compute_uv=False).sum()
     shift = a.mean - b.mean
     distance = shift @ shift + np.trace(cov_a) + np.trace(cov_b) - 2 * root_trace
     return float(max(distance, 0.0))
