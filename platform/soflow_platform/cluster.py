@@ -28,6 +28,8 @@ _QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # A trial that may run with fewer workers does not wait a minute for the lost one.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # Ctrl-C ends the sweep where it stands; Tune's own handler would go on as if the trials had been stopped.
@@ -62,7 +64,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
 
     # Ray places trial drivers on logical CPUs; one more than the cores keeps every core for the workers.
     local = {"num_cpus": (os.cpu_count() or 1) + 1, "include_dashboard": True, "dashboard_host": "127.0.0.1"}
-    on_termination = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         ray.init(
             address="local" if address is None else address,
@@ -76,7 +78,8 @@ def connected(address: str | None) -> Iterator[Cluster]:
         raise UserError(f"Ray at {address or 'this machine'} refused the connection: {first}") from None
     if threading.current_thread() is threading.main_thread():
         # Ray answers SIGTERM by aborting the process; the caller's own answer closes its runs first.
-        signal.signal(signal.SIGTERM, on_termination)
+        for number, answer in before.items():
+            signal.signal(number, answer)
     try:
         resources = ray.cluster_resources()
         alive = [node for node in ray.nodes() if node["Alive"]]

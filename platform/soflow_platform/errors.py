@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class JobError(Exception):
     """A job that started and did not finish. The text says what is lost, what is kept and how to go on."""
+
+
+class Stopped(Exception):
+    """The work was asked to stop and did, with everything saved: exit code 143."""

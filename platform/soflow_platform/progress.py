@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +15,10 @@ class TrialProgress:
     images_per_second: float = 0.0
     loss: float | None = None
     state: str = "waiting"
+    since: float = 0.0
+    """When this state began, in seconds since 1970."""
+    lost: str | None = None
+    """The workers that were lost last."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The latest evaluation."""
     scored_step: int = 0
@@ -31,7 +36,10 @@ class ProgressBoard:
 
     def update(self, trial: str, changes: dict[str, Any]) -> None:
         """Set fields of one trial's progress."""
-        self._progress[trial] = replace(self._progress.get(trial, TrialProgress()), **changes)
+        before = self._progress.get(trial, TrialProgress())
+        if changes.get("state", before.state) != before.state:
+            changes = {**changes, "since": time.time()}
+        self._progress[trial] = replace(before, **changes)
 
     def add_evaluation(self, trial: str, step: int, metrics: dict[str, float]) -> None:
         """Record an evaluation; one of a step that is already there is the same one again after a restart."""

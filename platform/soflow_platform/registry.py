@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from soflow_platform import registered_model_path
-from soflow_platform.checkpoints import Checkpoint
+from soflow_platform.checkpoints import EMA, Checkpoint
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import UserError
 from soflow_platform.sweep_record import SweepRecord
@@ -74,13 +74,13 @@ def _log_model(tracking: Tracking, name: str, checkpoint: Checkpoint, run: str |
     )
     mlflow.set_tracking_uri(tracking.uri)
     mlflow.set_registry_uri(tracking.uri)
-    with mlflow.start_run(run_id=run), warnings.catch_warnings():
+    with mlflow.start_run(run_id=run), warnings.catch_warnings(), checkpoint.opened(EMA) as weights:
         # The signature above is exact; MLflow would rather infer one from an example.
         warnings.filterwarnings("ignore", message=".*input example.*")
         info = mlflow.pyfunc.log_model(
             name=name,
             python_model=str(registered_model_path()),
-            artifacts={"weights": str(checkpoint.ema)},
+            artifacts={"weights": str(weights)},
             signature=signature,
             pip_requirements=[f"soflow=={soflow_platform.version()}"],
             step=step,

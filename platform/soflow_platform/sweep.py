@@ -16,20 +16,20 @@ from soflow_platform.cluster import DRIVER_CPUS, Cluster, connected
 from soflow_platform.config.experiment import Experiment, flatten
 from soflow_platform.config.trials import Trial
 from soflow_platform.data import open_data
-from soflow_platform.errors import JobError, UserError
+from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.evaluation import Evaluator
 from soflow_platform.progress import start_board
 from soflow_platform.registry import register
+from soflow_platform.stops import clear_stops, stop_requested
 from soflow_platform.storage import Storage
 from soflow_platform.sweep_record import SweepRecord
 from soflow_platform.tracking import Tracking, host_tags, prepare_store, tracked_dataset
-from soflow_platform.training import latest_position, scored_checkpoint
 from soflow_platform.trial import TrialTask, run_trial
 
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """How one trial ended. `state`: finished, stopped (by the scheduler) or failed."""
+    """How one trial ended. `state`: finished, stopped (by the scheduler), asked to stop, or failed."""
 
     name: str
     state: str
@@ -62,7 +62,7 @@ def run_sweep(
 ) -> list[TrialOutcome]:
     """Run what is missing of a sweep, choose the best trial, register it, and note both in the record.
 
-    Raises JobError where no trial could be scored.
+    Raises JobError where no trial could be scored, and Stopped where the sweep was asked to stop.
     """
     uri = experiment.tracking.uri or storage.tracking_uri
     with connected(address) as cluster:
@@ -72,6 +72,7 @@ def run_sweep(
                 f"this cluster has {cluster.machines} machines and SQLite serves one: start a tracking server "
                 "(`mlflow server`) and set tracking.uri to its address."
             )
+        clear_stops(storage, record.id)
         display.say("preparing data and reference statistics")
         location, info = open_data(experiment, storage)
         evaluator = Evaluator.open(
@@ -91,6 +92,10 @@ def run_sweep(
                 failures = _run_trials(record, tasks, experiment, storage, concurrent)
             finally:
                 display.stop()
+            if stop_requested(storage, record.id):
+                raise Stopped(
+                    "the sweep was asked to stop and its trials are saved: run the same command to go on."
+                )
             outcomes = [_outcome(storage, record, experiment, trial, failures) for trial in trials]
             _close_trials(tracking, record, outcomes)
             _conclude(record, experiment, storage, tracking, outcomes, display)
@@ -142,7 +147,7 @@ def _sweep_run(
     try:
         yield
     except BaseException as error:
-        state = "FAILED" if isinstance(error, Exception) else "KILLED"
+        state = "FAILED" if isinstance(error, Exception) and not isinstance(error, Stopped) else "KILLED"
         for run in tracking.children(record.run):
             if run.info.status == "RUNNING":
                 tracking.finish(run.info.run_id, state)
@@ -231,19 +236,29 @@ def _scheduler(experiment: Experiment) -> Any:
 def _outcome(
     storage: Storage, record: SweepRecord, experiment: Experiment, trial: Trial, failures: dict[str, str]
 ) -> TrialOutcome:
-    position = latest_position(storage, record.id, trial.name)
+    complete = checkpoints.published(_checkpoint_root(storage, record, experiment, trial.name))
+    position = complete[-1].position if complete else None
     step = position.step if position else 0
     best = None
     if position:
-        best = checkpoints.best_evaluation(position.evaluations, experiment.search.metric, experiment.mode)
+        kept = {checkpoint.position.step for checkpoint in complete}
+        scored = [e for e in position.evaluations if e["step"] in kept]
+        best = checkpoints.best_evaluation(scored, experiment.search.metric, experiment.mode)
     if trial.name in failures:
         return TrialOutcome(trial.name, "failed", step, best, failures[trial.name])
-    state = "finished" if step == trial.experiment.training.steps else "stopped"
-    return TrialOutcome(trial.name, state, step, best)
+    if step == trial.experiment.training.steps:
+        return TrialOutcome(trial.name, "finished", step, best)
+    asked = stop_requested(storage, record.id, trial.name)
+    return TrialOutcome(trial.name, "asked to stop" if asked else "stopped", step, best)
+
+
+def _checkpoint_root(storage: Storage, record: SweepRecord, experiment: Experiment, trial: str) -> str:
+    return checkpoints.trial_root(experiment.training.checkpoints, storage, record.id, trial)
 
 
 def _close_trials(tracking: Tracking, record: SweepRecord, outcomes: list[TrialOutcome]) -> None:
-    states = {o.name: "FAILED" if o.state == "failed" else "FINISHED" for o in outcomes}
+    ends = {"failed": "FAILED", "asked to stop": "KILLED"}
+    states = {o.name: ends.get(o.state, "FINISHED") for o in outcomes}
     for run in tracking.children(record.run or ""):
         state = states.get(run.data.tags.get("soflow.trial", ""))
         if state and run.info.status != state:
@@ -267,25 +282,24 @@ def _conclude(
     sign: Callable[[float], float] = (lambda v: v) if experiment.mode == "min" else (lambda v: -v)
     best = min(scored, key=lambda o: sign((o.best or {})[metric]))
     step = (best.best or {})["step"]
-    checkpoint = scored_checkpoint(storage, record.id, best.name, step)
+    root = _checkpoint_root(storage, record, experiment, best.name)
+    checkpoint = next((c for c in checkpoints.published(root) if c.position.step == step), None)
     if checkpoint is None:
-        raise JobError(
-            f"the best checkpoint, step {step} of {best.name}, is gone from {storage.sweep(record.id)}."
-        )
+        raise JobError(f"the best checkpoint, step {step} of {best.name}, is gone from {root}.")
     samples = storage.trial(record.id, best.name) / "samples"
     record.best = {
         "trial": best.name,
         "step": step,
         "metrics": {k: v for k, v in (best.best or {}).items() if k != "step"},
         "grids": [str(path) for path in sorted(samples.glob(f"*-step-{step:08d}.png"))],
-        "checkpoint": str(checkpoint.folder),
+        "checkpoint": checkpoint.location,
     }
     if experiment.registry.enabled:
         display.say("registering the best trial")
         version = register(tracking, experiment, record, checkpoint)
         record.best["model"], record.best["version"] = experiment.model_name, version
     failed = [o for o in outcomes if o.state == "failed"]
-    record.finished = not failed
+    record.finished = not failed and all(o.state != "asked to stop" for o in outcomes)
     record.save(storage)
     run = record.run or ""
     tracking.log_result(run, record.best)

@@ -1,7 +1,6 @@
 """Runs in MLflow: one parent for a sweep, a child for each trial, found again after any restart.
 
-Metrics are named `train/...`, `eval/...` and `system/...`, and their step is the optimizer step. A step is logged once: a run
-that is resumed skips what its earlier life had logged.
+Metrics are named `train/...`, `eval/...` and `system/...`, and their step is the optimizer step.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import subprocess
 import time
 import urllib.parse
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,6 @@ from soflow_platform.errors import UserError
 from soflow_platform.storage import Storage
 
 if TYPE_CHECKING:
-    import numpy as np
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
@@ -40,11 +38,23 @@ def client_for(uri: str) -> MlflowClient:
     """A client that sends no telemetry and keeps its own chatter out of the terminal."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # A server that is away is waited for by `retry`, which says so; MLflow's own attempts would be silent for minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether the tracking store was away, and not asked for something wrong."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+    return isinstance(error, OSError)
 
 
 def prepare_store(uri: str) -> None:
@@ -165,13 +175,16 @@ class Tracking:
 
     def log_result(self, run: str, best: Mapping[str, Any]) -> None:
         """What a sweep came to, on its own run: the best trial, its numbers, its registered version."""
+        from mlflow.entities import Metric
+
         client = self.client
         for key in ("trial", "step", "model", "version"):
             if key in best:
                 client.set_tag(run, f"best.{key}", str(best[key]))
-        record = RunLog.resume(self.uri, run)
-        record.metrics(best["step"], best["metrics"])
-        record.flush()
+        now = int(time.time() * 1000)
+        values = [Metric(key, float(value), now, best["step"]) for key, value in best["metrics"].items()]
+        known = client.get_run(run).data.metrics
+        client.log_batch(run, metrics=[m for m in values if m.key not in known])
 
     def link(self, parent: str, metric: str, address: str = "http://127.0.0.1:5000") -> str:
         """The page with the trials of one sweep, best first, their curves laid over each other."""
@@ -185,55 +198,6 @@ class Tracking:
             }
         )
         return f"{address}/#/experiments/{self.experiment_id}/runs?{query}"
-
-
-@dataclass
-class RunLog:
-    """The growing record of one run; metrics are gathered and sent in batches."""
-
-    uri: str
-    run: str
-    _pending: list[Any] = field(default_factory=list)
-    _last_step: dict[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def resume(cls, uri: str, run: str) -> RunLog:
-        """Open a run's record, and note how far each of its curves goes."""
-        client = client_for(uri)
-        latest = client.get_run(run).data.metrics
-        ends = {key: max(m.step for m in client.get_metric_history(run, key)) for key in latest}
-        return cls(uri, run, _last_step=ends)
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Note values at an optimizer step; those that the run already has are left out."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        for key, value in values.items():
-            if step > self._last_step.get(key, -1):
-                self._pending.append(Metric(key, float(value), now, step))
-                self._last_step[key] = step
-
-    def flush(self) -> None:
-        """Send what was noted."""
-        if self._pending:
-            client_for(self.uri).log_batch(self.run, metrics=self._pending)
-            self._pending = []
-
-    def grid(self, step: int, key: str, image: np.ndarray[Any, Any]) -> None:
-        """A sample grid (H, W, 3) uint8, with a step slider on the run's page; once for each step."""
-        client = client_for(self.uri)
-        # MLflow names the file "samples~nfe1+step+200+timestamp+...".
-        marker = f"{key.replace('/', '~')}+step+{step}+"
-        if any(marker in Path(item.path).name for item in client.list_artifacts(self.run, "images")):
-            return
-        client.log_image(self.run, image, key=key, step=step, synchronous=True)
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        """Set tags on the run."""
-        client = client_for(self.uri)
-        for key, value in values.items():
-            client.set_tag(self.run, key, value)
 
 
 def host_tags() -> dict[str, str]:

@@ -7,36 +7,42 @@ and then split over ranks, so that one worker and N workers train the same netwo
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from soflow_core.checkpoints import save_weights
-from soflow_core.networks import DiT, DiTConfig
-from soflow_core.objectives import Batch, Objective
-from soflow_core.training import StepRecord, TrainStep
+from soflow_core.networks import DiT
+from soflow_core.objectives import Batch
+from soflow_core.states import HostCopy
+from soflow_core.training import StepRecord
 from soflow_pipelines.loader import ShardLoader
 from soflow_pipelines.shards import DatasetInfo
 from soflow_pipelines.writers import encode_png, write_file
-from soflow_platform import checkpoints
-from soflow_platform.checkpoints import Checkpoint, Position
+from soflow_platform import checkpoints, parallel
+from soflow_platform.checkpoints import Position
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.data import network_config
 from soflow_platform.errors import JobError
-from soflow_platform.evaluation import Evaluation, Evaluator
+from soflow_platform.evaluation import Evaluator
+from soflow_platform.network_evaluations import training_evaluations
+from soflow_platform.plan import forward_gmac
+from soflow_platform.retries import retry
+from soflow_platform.run_log import RunLog
+from soflow_platform.saving import CheckpointSaver
+from soflow_platform.stops import stop_requested
 from soflow_platform.storage import Storage
-from soflow_platform.tracking import RunLog
+from soflow_platform.throughput import Throughput
+from soflow_platform.trial_report import TrialReport
 
-PROGRESS_SECONDS = 0.5
-"""How often a worker tells the terminal where it is."""
-LOG_SECONDS = 20.0
+SEND_SECONDS = 20.0
 """How often gathered metrics are sent between evaluations."""
+STOP_SECONDS = 0.5
+"""How often rank 0 looks whether it was asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class TrialJob:
     storage: str
     tracking_uri: str
     run: str
+    attempt: int = 1
 
     def settings(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,37 +72,6 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def build_train_step(
-    experiment: Experiment, config: DiTConfig, device: torch.device, world: int
-) -> TrainStep:
-    """Network with weights drawn from the seed, optimizer and EMAs; wrapped for several ranks."""
-    torch.manual_seed(experiment.seed)
-    network: nn.Module = DiT(config).to(device)
-    if world > 1 and not experiment.objective.uses_jvp:
-        network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
-    training = experiment.training
-    return TrainStep(
-        network,
-        experiment.objective,
-        experiment.optimizer,
-        total_steps=training.steps,
-        ema_decays=training.ema,
-        precision=training.precision,
-        clip_norm=training.clip_norm,
-        compile=training.compile,
-        reduce_gradients=average_gradients if world > 1 and experiment.objective.uses_jvp else None,
-    )
-
-
-def average_gradients(gradients: list[torch.Tensor]) -> None:
-    """Mean over ranks, in place, in one message."""
-    flat = torch._utils._flatten_dense_tensors(gradients)
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for gradient, mean in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
-        gradient.copy_(mean)
-
-
 def train_worker(settings: dict[str, Any]) -> None:
     """Ray Train's entry point on every worker: train one trial from its newest checkpoint to its last step."""
     import ray
@@ -106,35 +82,41 @@ def train_worker(settings: dict[str, Any]) -> None:
     # Ray gives a worker one OpenMP thread; the CPUs it was granted are the threads it may use.
     granted = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
     torch.set_num_threads(max(1, int(granted)))
+    job = TrialJob(**settings)
     worker = TrialWorker(
-        TrialJob(**settings),
+        job,
         device=ray.train.torch.get_device(),
         rank=context.get_world_rank(),
         world=context.get_world_size(),
+        board=ray.get_actor(f"progress-{job.sweep}"),
     )
-    worker.board = ray.get_actor(f"progress-{worker.job.sweep}")
     try:
         worker.run()
-    except NonFiniteError as error:
-        # Training again from the checkpoint would only meet the same numbers: tell, and do not ask for a restart.
-        ray.get(worker.board.update.remote(worker.job.trial, {"failure": str(error)}))
+    except JobError as error:
+        # Training again from the checkpoint would only meet the same: tell, and do not ask for a restart.
+        logging.getLogger(__name__).error("%s", error)
+        if worker.report is not None:
+            worker.report.failure(str(error))
 
 
 class TrialWorker:
     """One rank of one trial. Rank 0 logs, saves and reports."""
 
-    def __init__(self, job: TrialJob, device: torch.device, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, job: TrialJob, device: torch.device, rank: int = 0, world: int = 1, board: Any = None
+    ) -> None:
         self.job, self.device, self.rank, self.world = job, device, rank, world
-        self.board: Any = None
         self.experiment = Experiment(**job.experiment)
         self.storage = Storage(Path(job.storage))
-        self.root = self.storage.trial(job.sweep, job.trial) / "checkpoints"
+        self.folder = self.storage.trial(job.sweep, job.trial)
         training = self.experiment.training
+        self.root = checkpoints.trial_root(training.checkpoints, self.storage, job.sweep, job.trial)
         self.loader = ShardLoader(
             job.data, batch_size=training.batch, rank=rank, world=world, seed=self.experiment.seed
         )
         self.config = network_config(self.experiment, self.loader.info)
-        self.train_step = build_train_step(self.experiment, self.config, device, world)
+        self.train_step = parallel.build_train_step(self.experiment, self.config, device, world)
+        self.forward_timer = parallel.ForwardTimer(self.train_step.network, device) if world > 1 else None
         self.evaluator = Evaluator.open(
             self.experiment.evaluation,
             self.loader.info,
@@ -143,154 +125,220 @@ class TrialWorker:
             self.storage,
         )
         self.evaluations: list[dict[str, Any]] = []
-        self.log = RunLog.resume(job.tracking_uri, job.run) if rank == 0 else None
-        self._last_progress = self._last_log = time.monotonic()
+        passes = training_evaluations(
+            self.experiment.objective, training.batch, self.experiment.data.conditional
+        )
+        flops = 2e9 * passes * forward_gmac(self.config)
+        self.throughput = Throughput(training.batch, training.steps, flops, device, world)
+        self.report: TrialReport | None = None
+        self.log: RunLog | None = None
+        if rank == 0:
+            patience = 60 * training.patience_minutes
+            self.report = TrialReport(self.folder, job.trial, training.steps, job.attempt, board)
+            self.log = RunLog.resume(job.tracking_uri, job.run, self.report.say, patience)
+            self.saver = CheckpointSaver(self.root, training.keep_checkpoints, patience, self.report.say)
+        self._state_copy, self._ema_copy = HostCopy(), HostCopy()
+        self._looked = 0.0
 
-    def run(self) -> None:
-        """Train to the last step."""
-        self._resume()
-        objective: Objective = self.experiment.objective
-        training, evaluation = self.experiment.training, self.experiment.evaluation
-        shape, conditional = tuple(self.loader.info.shape), self.experiment.data.conditional
-        save_every = training.checkpoint_every or evaluation.every
-        started = time.monotonic()
-        for step in range(self.train_step.step + 1, training.steps + 1):
-            loaded = next(self.loader)
-            waited = time.monotonic() - started
-            draws = objective.draw(
-                step_generator(self.experiment.seed, step), training.batch, shape, conditional
-            )
-            batch = Batch(loaded.x0, loaded.labels if conditional else None)
-            record = self.train_step(batch, draws.rows(self.rank, self.world))
-            if not record.finite:
-                raise NonFiniteError(
-                    f"{record.culprit} is not finite at step {step} on rank {self.rank}: the update was not made and the "
-                    f"checkpoints before it are kept in {self.root}."
+    def run(self) -> bool:
+        """Train to the last step, or to the step after which a stop was asked for. Returns whether it was the last."""
+        training, every = self.experiment.training, self.experiment.evaluation.every
+        save_every = training.checkpoint_every or every
+        try:
+            self._resume()
+            stopping = False
+            while self.train_step.step < training.steps and not stopping:
+                step = self.train_step.step + 1
+                record = self._step(step)
+                self._note(record)
+                scored = step % every == 0 or step == training.steps
+                if scored:
+                    self._evaluate(step)
+                stopping = self._stop_asked() and step < training.steps
+                if scored or stopping or step % save_every == 0:
+                    self._save(step)
+        except BaseException:
+            self._abandon()
+            raise
+        self._close()
+        if self.report is not None:
+            self.report.state("stopped" if stopping else "finished", step=self.train_step.step)
+        return not stopping
+
+    def _step(self, step: int) -> StepRecord:
+        """One optimizer step. Raises NonFiniteError on every rank where some rank's loss or gradient is not finite."""
+        logs = self._logs_at(step)
+        if self.forward_timer is not None:
+            self.forward_timer.measuring = logs
+        self.throughput.begin()
+        loaded = next(self.loader)
+        self.throughput.loaded()
+        objective, conditional = self.experiment.objective, self.experiment.data.conditional
+        draws = objective.draw(
+            step_generator(self.experiment.seed, step),
+            self.experiment.training.batch,
+            tuple(self.loader.info.shape),
+            conditional,
+        )
+        batch = Batch(loaded.x0, loaded.labels if conditional else None)
+        record = self.train_step(batch, draws.rows(self.rank, self.world))
+        if not record.finite:
+            self._refuse(step, record)
+        self.throughput.end(step)
+        return record
+
+    def _refuse(self, step: int, record: StepRecord) -> None:
+        told = [(self.rank, str(record.culprit))]
+        told = parallel.gather(told) if self.world > 1 else told
+        # The rank whose own loss broke names a term; the others see only what reached them through the gradients.
+        rank, culprit = min(told, key=lambda pair: pair[1].startswith("gradient"))
+        raise NonFiniteError(
+            f"{culprit} is not finite at step {step} on rank {rank}: the update was not made and the "
+            f"checkpoints before it are kept in {self.root}."
+        )
+
+    def _logs_at(self, step: int) -> bool:
+        return step % self.experiment.training.log_every == 0 or step == 1
+
+    def _note(self, record: StepRecord) -> None:
+        """Curves and progress of one step; the curves are means over the ranks."""
+        step, logs = record.step, self._logs_at(record.step)
+        values = {"train/loss": record.loss, **{f"train/{name}": v for name, v in record.terms.items()}}
+        if logs and self.world > 1:
+            values = parallel.mean_over_ranks(values)
+            slow = self.forward_timer.slow_rank() if self.forward_timer is not None else None
+            if slow is not None and self.report is not None:
+                self.report.say(
+                    f"rank {slow[0]} takes {slow[1]:.1f} times as long as the others for a forward pass", step
                 )
-            self._note(record, time.monotonic() - started, waited)
-            last = step == training.steps
-            scored = step % evaluation.every == 0 or last
-            if scored:
-                self._evaluate(step)
-            if scored or step % save_every == 0:
-                self._save(step)
-            started = time.monotonic()
+        if self.report is None or self.log is None:
+            return
+        rate = self.throughput.images_per_second
+        eta = self.throughput.eta_seconds(step)
+        self.report.progress(step, self.loader.consumed, rate, values["train/loss"], eta)
+        if logs:
+            own = {"train/grad_norm": record.grad_norm, "train/learning_rate": record.learning_rate}
+            self.log.metrics(step, values | own | self.throughput.take(step))
+            self.log.send(every=SEND_SECONDS)
 
     def _resume(self) -> None:
-        """Go on from the newest sound checkpoint; every rank reads the same one."""
-        found, damaged = checkpoints.newest(self.root)
-        for sentence in damaged:
-            self._tell(state=sentence)
-        if found is not None:
-            self.train_step.load_state_dict(
-                torch.load(found.state, map_location=self.device, weights_only=True)
+        """Go on from the newest sound checkpoint, or begin; every rank takes the one that rank 0 found."""
+        found, step = None, 0
+        patience = 60 * self.experiment.training.patience_minutes
+        if self.report is not None:
+            report = self.report
+            found, damaged = retry(
+                lambda: checkpoints.newest(self.root), f"reading {self.root}", patience, report.say
             )
+            for sentence in damaged:
+                report.say(sentence)
+            step = found.position.step if found else 0
+        if self.world > 1:
+            found = parallel.from_first(found)
+        if found is not None:
+            with found.opened(checkpoints.STATE) as path:
+                state = torch.load(path, map_location=self.device, weights_only=True)
+            self.train_step.load_state_dict(state)
             self.loader.consumed = found.position.images
             self.evaluations = found.position.evaluations
-        elif self.log is not None:
-            self._show(0, self.evaluator.grids(self._ema_network(), self.experiment.objective, self.device))
-        self._tell(step=self.train_step.step, state="running")
-
-    def _note(self, record: StepRecord, seconds: float, waited: float) -> None:
-        """Curves and progress of one step."""
-        if self.log is None:
-            return
-        rate = self.experiment.training.batch / seconds
-        now = time.monotonic()
-        if record.step % self.experiment.training.log_every == 0 or record.step == 1:
-            terms = {f"train/{name}": value for name, value in record.terms.items()}
-            own = {"train/loss": record.loss, "train/grad_norm": record.grad_norm}
-            system = {
-                "system/images_per_second": rate,
-                "system/data_wait_share": waited / seconds,
-                "system/images_seen": float(self.loader.consumed),
-            }
-            self.log.metrics(record.step, terms | own | system)
-        if now - self._last_log > LOG_SECONDS:
-            self._last_log = now
-            self.log.flush()
-        if now - self._last_progress > PROGRESS_SECONDS:
-            self._last_progress = now
-            self._tell(step=record.step, images_per_second=rate, loss=record.loss, state="running")
+            if self.log is not None:
+                self.log.restore(found.position.unsent)
+        else:
+            network = self._ema_network()
+            if self.log is not None:
+                self._show(0, self.evaluator.grids(network, self.experiment.objective, self.device))
+        if self.report is not None:
+            self.report.say(
+                f"{'going on' if step else 'starting'} with {self.world} worker(s) on {self.device}", step
+            )
+            self.report.state("running", step=step)
 
     def _evaluate(self, step: int) -> None:
         """Score the first EMA. All ranks take part, rank 0 records."""
-        self._tell(step=step, state="evaluating")
-        result = self._scores()
-        if self.log is None:
+        if self.report is not None:
+            self.report.state("evaluating", step=step)
+        merge = parallel.gather if self.world > 1 else list
+        result = self.evaluator.evaluate(
+            self._ema_network(), self.experiment.objective, self.device, self.rank, self.world, merge
+        )
+        if self.report is None or self.log is None:
             return
         self.evaluations.append({"step": step, **result.metrics})
         self.log.metrics(step, result.metrics)
-        self.log.flush()
+        self.log.send()
         self._show(step, result.grids)
-        if self.board is not None:
-            self.board.add_evaluation.remote(self.job.trial, step, result.metrics)
-
-    def _scores(self) -> Evaluation:
-        merge = gather if self.world > 1 else list
-        objective = self.experiment.objective
-        return self.evaluator.evaluate(
-            self._ema_network(), objective, self.device, self.rank, self.world, merge
-        )
+        self.report.evaluation(step, result.metrics)
 
     def _ema_network(self) -> DiT:
+        """The network with the first EMA's weights; the ranks make it together where each holds a share."""
         network = DiT(self.config).to(self.device).eval()
         network.load_state_dict(self.train_step.ema_state())
         return network
 
     def _show(self, step: int, grids: dict[str, Any]) -> None:
         """Sample grids to the run's page and to the trial's folder."""
-        folder = self.root.parent / "samples"
         for key, image in grids.items():
             if self.log is not None:
                 self.log.grid(step, key, image)
-            write_file(folder / f"{key.rsplit('/', 1)[-1]}-step-{step:08d}.png", encode_png(image))
+            path = self.folder / "samples" / f"{key.rsplit('/', 1)[-1]}-step-{step:08d}.png"
+            try:
+                write_file(path, encode_png(image))
+            except OSError as error:
+                # A picture is not worth a trial; the run's page has it too.
+                if self.report is not None:
+                    self.report.say(f"{path} cannot be written: {error.strerror}", step)
 
     def _save(self, step: int) -> None:
+        """Copy the state to host memory; rank 0 publishes it while training goes on."""
+        started = time.perf_counter()
         if self.rank == 0:
-            position = Position(step, self.loader.consumed, self.job.run, self.evaluations)
-            checkpoints.publish(self.root, position, self._write)
-            search = self.experiment.search
-            best = checkpoints.best_evaluation(self.evaluations, search.metric, self.experiment.mode)
-            keep = self.experiment.training.keep_checkpoints
-            checkpoints.prune(self.root, keep, best["step"] if best else None)
-        if self.world > 1:
-            dist.barrier()
+            self.saver.wait()
+        state = self.train_step.host_state(self._state_copy)
+        ema = self.train_step.host_ema_state(copy=self._ema_copy)
+        if self.log is None:
+            return
+        self.log.metrics(step, {"system/checkpoint_stall_seconds": time.perf_counter() - started})
+        objective, facts = self.experiment.objective, data_facts(self.loader.info, self.experiment)
 
-    def _write(self, folder: Path) -> None:
-        torch.save(self.train_step.state_dict(), folder / checkpoints.STATE)
-        save_weights(
-            folder / checkpoints.EMA,
-            self.train_step.ema_state(),
-            self.config,
-            self.experiment.objective,
-            data_facts(self.loader.info, self.experiment),
+        def write(folder: Path) -> None:
+            torch.save(state, folder / checkpoints.STATE)
+            save_weights(folder / checkpoints.EMA, ema, self.config, objective, facts)
+
+        position = Position(
+            step, self.loader.consumed, self.job.run, list(self.evaluations), self.log.unsent()
         )
+        best = checkpoints.best_evaluation(
+            self.evaluations, self.experiment.search.metric, self.experiment.mode
+        )
+        self.saver.submit(position, best["step"] if best else None, write)
 
-    def _tell(self, **changes: Any) -> None:
-        if self.rank == 0 and self.board is not None:
-            self.board.update.remote(self.job.trial, changes)
+    def _stop_asked(self) -> bool:
+        """Whether a stop was asked for; all ranks hear the same answer after the same step."""
+        asked = self.rank == 0 and self._sees_stop()
+        return parallel.any_rank(asked, self.device) if self.world > 1 else asked
+
+    def _sees_stop(self) -> bool:
+        now = time.monotonic()
+        if now - self._looked < STOP_SECONDS:
+            return False
+        self._looked = now
+        return stop_requested(self.storage, self.job.sweep, self.job.trial)
+
+    def _close(self) -> None:
+        """Wait until everything is saved and sent. Raises JobError where something cannot be."""
+        self.loader.close()
+        if self.log is not None:
+            self.saver.close()
+            self.log.flush()
+
+    def _abandon(self) -> None:
+        """After a failure: let what is being saved and sent come to its end, without trying again."""
+        self.loader.close()
+        if self.report is not None and self.log is not None:
+            self.saver.abandon()
+            self.log.abandon()
 
 
 def data_facts(info: DatasetInfo, experiment: Experiment) -> dict[str, Any]:
     """What a user of the weights must know of the data they were trained on."""
     return {**asdict(info), "conditional": experiment.data.conditional}
-
-
-def gather(items: list[Any]) -> list[Any]:
-    """Every rank's items, in rank order, on every rank."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
-def latest_position(storage: Storage, sweep: str, trial: str) -> Position | None:
-    """Where a trial stands on disk; None before its first checkpoint."""
-    found, _ = checkpoints.newest(storage.trial(sweep, trial) / "checkpoints")
-    return found.position if found else None
-
-
-def scored_checkpoint(storage: Storage, sweep: str, trial: str, step: int) -> Checkpoint | None:
-    """The checkpoint of one step of a trial."""
-    root = storage.trial(sweep, trial) / "checkpoints"
-    return next((c for c in checkpoints.published(root) if c.position.step == step), None)

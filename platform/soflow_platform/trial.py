@@ -12,13 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soflow_platform.checkpoints import published, trial_root
 from soflow_platform.config.experiment import Experiment, trial_params
 from soflow_platform.errors import JobError
+from soflow_platform.retries import retry
+from soflow_platform.stops import stop_requested
 from soflow_platform.storage import Storage
-from soflow_platform.tracking import Tracking, tracked_dataset
-from soflow_platform.training import TrialJob, latest_position, train_worker
+from soflow_platform.tracking import Tracking, is_outage, tracked_dataset
+from soflow_platform.training import TrialJob, train_worker
+from soflow_platform.trial_report import TrialReport
 
 POLL_SECONDS = 0.5
+WAITING = ("starting", "restarting")
+"""States in which a trial has no workers yet."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,13 @@ def run_trial(config: dict[str, Any]) -> None:
     storage = Storage(Path(task.storage))
     experiment = Experiment(**task.experiment)
     board = ray.get_actor(f"progress-{task.sweep}")
-    position = latest_position(storage, task.sweep, task.trial)
+    patience = 60 * experiment.training.patience_minutes
+    journal = TrialReport(
+        storage.trial(task.sweep, task.trial), task.trial, experiment.training.steps, task.attempt, board
+    )
+    root = trial_root(experiment.training.checkpoints, storage, task.sweep, task.trial)
+    complete = retry(lambda: published(root), f"reading {root}", patience, journal.say)
+    position = complete[-1].position if complete else None
     reported = 0
     for evaluation in position.evaluations if position else []:
         reported = evaluation["step"]
@@ -58,20 +70,36 @@ def run_trial(config: dict[str, Any]) -> None:
     if position is not None and position.step == experiment.training.steps:
         board.update.remote(task.trial, {"step": position.step, "state": "finished"})
         return
-    board.update.remote(task.trial, {"state": "starting"})
-    tracking, run = _open_run(task, experiment)
+    if stop_requested(storage, task.sweep, task.trial):
+        return
+    journal.state("starting")
+    tracking = Tracking(task.tracking_uri, task.tracking_experiment, task.tracking_experiment_id)
+    run = retry(
+        lambda: _open_run(tracking, task, experiment), "opening the run", patience, journal.say, is_outage
+    )
     fit = _Fit(task, experiment, run)
     fit.start()
+    limit = 60 * experiment.resources.wait_minutes
     while True:
         running = fit.is_alive()
         for evaluation in ray.get(board.evaluations.remote(task.trial, reported)):
             reported = evaluation["step"]
             tune.report(evaluation)
-        if not running:
+        now = ray.get(board.snapshot.remote())[task.trial]
+        waiting = now.state in WAITING and time.time() - now.since > limit
+        if not running or waiting:
             break
         time.sleep(POLL_SECONDS)
-    failure = ray.get(board.snapshot.remote())[task.trial].failure or fit.failure
-    tracking.finish(run, "FAILED" if failure else "FINISHED")
+    failure = now.failure or fit.failure
+    if waiting:
+        failure = (
+            f"no machine for its {experiment.resources.workers} worker(s) came within "
+            f"{experiment.resources.wait_minutes:g} min (resources.wait_minutes): add a node, lower resources.workers or set "
+            "resources.min_workers; the same command goes on"
+        )
+        journal.failure(failure)
+    state = "FAILED" if failure else "KILLED" if now.state == "stopped" else "FINISHED"
+    retry(lambda: tracking.finish(run, state), "closing the run", patience, journal.say, is_outage)
     if failure:
         raise JobError(failure)
 
@@ -108,12 +136,15 @@ class _Fit(threading.Thread):
             storage=task.storage,
             tracking_uri=task.tracking_uri,
             run=self.run_id,
+            attempt=task.attempt,
         )
         return TorchTrainer(
             train_worker,
             train_loop_config=job.settings(),
             scaling_config=ScalingConfig(
-                num_workers=resources.workers,
+                num_workers=resources.workers
+                if resources.min_workers is None
+                else (resources.min_workers, resources.workers),
                 use_gpu=resources.gpus_per_worker > 0,
                 resources_per_worker=each,
             ),
@@ -121,14 +152,14 @@ class _Fit(threading.Thread):
                 name=f"{task.trial}-attempt-{task.attempt}",
                 storage_path=str(Storage(Path(task.storage)).sweep(task.sweep) / "train"),
                 failure_config=FailureConfig(max_failures=resources.max_failures),
+                callbacks=[_on_lost_workers(task.sweep, task.trial)],
                 logging_config=LoggingConfig("ERROR"),
             ),
         )
 
 
-def _open_run(task: TrialTask, experiment: Experiment) -> tuple[Tracking, str]:
-    tracking = Tracking(task.tracking_uri, task.tracking_experiment, task.tracking_experiment_id)
-    run = tracking.open_run(
+def _open_run(tracking: Tracking, task: TrialTask, experiment: Experiment) -> str:
+    return tracking.open_run(
         task.sweep,
         task.trial,
         params=trial_params(experiment),
@@ -137,4 +168,18 @@ def _open_run(task: TrialTask, experiment: Experiment) -> tuple[Tracking, str]:
         parent=task.parent,
         dataset=tracked_dataset(task.tags),
     )
-    return tracking, run
+
+
+def _on_lost_workers(sweep: str, trial: str) -> Any:
+    """Ray Train's controller calls this where workers end with an exception or are lost."""
+    import ray
+    from ray.train import UserCallback
+
+    class LostWorkers(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            del run_context
+            ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
+            board = ray.get_actor(f"progress-{sweep}", namespace="soflow")
+            board.update.remote(trial, {"state": "restarting", "lost": f"worker(s) {ranks}"})
+
+    return LostWorkers()

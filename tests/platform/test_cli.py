@@ -55,7 +55,7 @@ MISTAKES = {
     ),
     "a batch that does not divide": (
         ["run", DIGITS, "--set", "resources.workers=3"],
-        "training.batch (128) does not divide by resources.workers (3): take a multiple.",
+        "training.batch (128) does not divide over 3 worker(s) (resources.workers, training.accumulate): take a multiple.",
     ),
     "a metric that is never reported": (
         ["run", DIGITS, "--set", "search.metric=eval/fid"],

@@ -107,7 +107,7 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, old: str, new: st
 
 def test_a_batch_that_does_not_divide_names_both_numbers(tmp_path: Path) -> None:
     sentence = refusal(write(tmp_path, MINIMAL), "resources.workers=3")
-    assert "training.batch (16) does not divide by resources.workers (3)" in sentence
+    assert "training.batch (16) does not divide over 3 worker(s)" in sentence
 
 
 def test_a_metric_that_is_never_reported_is_refused_with_those_that_are(tmp_path: Path) -> None:

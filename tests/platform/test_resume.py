@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from trained_state import differing_tensors, final_state
 
 from soflow_core.checkpoints import load_weights
 from soflow_core.objectives import OBJECTIVES
@@ -43,20 +44,6 @@ def run_until(worker: TrialWorker, step: int) -> None:
         worker.run()
 
 
-def final_state(worker: TrialWorker) -> dict[str, Any]:
-    found, damaged = checkpoints.newest(worker.root)
-    assert found is not None
-    assert damaged == []
-    state: dict[str, Any] = torch.load(found.state, weights_only=True)
-    return state
-
-
-def flat(state: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(state, dict):
-        return {k: v for key, below in state.items() for k, v in flat(below, f"{prefix}{key}.").items()}
-    return {prefix: state}
-
-
 def curve(worker: TrialWorker, metric: str) -> list[tuple[int, float]]:
     history = client_for(worker.job.tracking_uri).get_metric_history(worker.job.run, metric)
     return [(m.step, m.value) for m in history]
@@ -71,11 +58,7 @@ def test_weights_and_curves_after_a_kill_are_those_of_the_run_never_killed(
     run_until(worker("cut"), killed_at)
     again = worker("cut")
     again.run()
-    expected, found = flat(final_state(whole)), flat(final_state(again))
-    assert expected.keys() == found.keys()
-    tensors = [key for key, value in expected.items() if isinstance(value, torch.Tensor)]
-    assert len(tensors) > 50
-    assert [key for key in tensors if not torch.equal(expected[key], found[key])] == []
+    assert differing_tensors(final_state(whole.root), final_state(again.root)) == []
     for metric in ("train/loss", "train/velocity_mse", "eval/fd_nfe1", "eval/fd_nfe2"):
         assert curve(whole, metric) == curve(again, metric)
         assert len(curve(again, metric)) == len({step for step, _ in curve(again, metric)})
@@ -85,47 +68,7 @@ def test_evaluating_changes_no_random_number_of_the_training(worker: Make) -> No
     often, once = worker("often", "evaluation.every=1"), worker("once", "evaluation.every=6")
     often.run()
     once.run()
-    a, b = flat(final_state(often)["network"]), flat(final_state(once)["network"])
-    assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(worker: Make) -> None:
-    whole = worker("whole")
-    whole.run()
-    newest = checkpoints.published(whole.root)[-1]
-    content = bytearray(newest.state.read_bytes())
-    content[len(content) // 2] ^= 1
-    newest.state.write_bytes(content)
-    found, damaged = checkpoints.newest(whole.root)
-    assert found is not None
-    assert found.position.step == 4
-    assert damaged == ["step-00000006 is damaged (state.pt): going back to the one before it."]
-
-
-def test_a_checkpoint_being_written_when_the_process_dies_does_not_exist(tmp_path: Path) -> None:
-    def dies(folder: Path) -> None:
-        (folder / checkpoints.STATE).write_bytes(b"half")
-        raise Killed
-
-    with pytest.raises(Killed):
-        checkpoints.publish(tmp_path, checkpoints.Position(5, 40, "run"), dies)
-    assert checkpoints.published(tmp_path) == []
-    assert checkpoints.newest(tmp_path) == (None, [])
-
-
-def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
-    for step in range(1, 7):
-        position = checkpoints.Position(step, 8 * step, "run")
-        checkpoints.publish(tmp_path, position, lambda folder: (folder / "state.pt").touch())
-        checkpoints.prune(tmp_path, keep=2, best_step=2)
-    assert [c.position.step for c in checkpoints.published(tmp_path)] == [2, 5, 6]
-
-
-def test_nan_is_never_the_best_evaluation() -> None:
-    evaluations = [{"step": 1, "fd": float("nan")}, {"step": 2, "fd": 3.0}, {"step": 3, "fd": 4.0}]
-    assert checkpoints.best_evaluation(evaluations, "fd", "min") == evaluations[1]
-    assert checkpoints.best_evaluation(evaluations, "fd", "max") == evaluations[2]
-    assert checkpoints.best_evaluation(evaluations[:1], "fd", "min") is None
+    assert differing_tensors(final_state(often.root), final_state(once.root)) == []
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_term_and_step(worker: Make) -> None:
@@ -148,7 +91,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_term_and_st
 def test_the_registered_weights_are_the_first_ema_and_say_what_they_are(worker: Make) -> None:
     whole = worker("whole")
     whole.run()
-    weights = load_weights(checkpoints.published(whole.root)[-1].ema)
+    with checkpoints.published(whole.root)[-1].opened(checkpoints.EMA) as path:
+        weights = load_weights(path)
     average = whole.train_step.ema.average()
     assert all(torch.equal(weights.tensors[name], tensor) for name, tensor in average.items())
     assert weights.objective == whole.experiment.objective
@@ -162,6 +106,7 @@ def test_grids_are_kept_once_for_each_step(worker: Make, tracking: Tracking) -> 
     assert whole.log is not None
     image = np.zeros((4, 4, 3), np.uint8)
     whole.log.grid(2, "samples/nfe1", image)
+    whole.log.flush()
     names = [Path(item.path).name for item in tracking.client.list_artifacts(whole.job.run, "images")]
     assert len([n for n in names if n.startswith("samples~nfe1+step+2+") and n.endswith(".png")]) == 1
     assert len([n for n in names if n.endswith(".png")]) == 4 * 2
@@ -184,6 +129,7 @@ def test_every_method_trains_and_is_scored_by_the_same_loop(worker: Make, method
     (evaluation,) = trained.evaluations
     assert evaluation["step"] == 2
     assert np.isfinite(evaluation["eval/fd_nfe1"])
-    weights = load_weights(checkpoints.published(trained.root)[-1].ema)
+    with checkpoints.published(trained.root)[-1].opened(checkpoints.EMA) as path:
+        weights = load_weights(path)
     assert weights.objective is not None
     assert weights.objective.method == method

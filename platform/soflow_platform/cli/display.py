@@ -28,6 +28,8 @@ class SweepDisplay(Display):
 
     def __init__(self, console: Console, experiment: Experiment, trials: list[Trial]) -> None:
         self.console, self.experiment, self.trials = console, experiment, trials
+        self.training = False
+        """Whether trials are under way."""
         self._told: dict[str, dict[str, float]] = {}
         self._started = time.monotonic()
         self._stopped = threading.Event()
@@ -42,10 +44,12 @@ class SweepDisplay(Display):
             f"{going_on} sweep {record.id} on {cluster.cpus:g} CPU, {cluster.gpus:g} GPU, {cluster.nodes} node(s)"
         )
         self.say("see it live: soflowctl ui")
+        self.training = True
         self._thread = threading.Thread(target=self._watch, args=(board,), daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
+        self.training = False
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from soflow_platform.cli import data
-from soflow_platform.errors import JobError, UserError
+from soflow_platform.errors import JobError, Stopped, UserError
 
 UsageError: type[BaseException] = typer.BadParameter.__mro__[1]
 """What a wrong option raises; typer brings its own click or uses the installed one, by version."""
@@ -54,6 +55,13 @@ NameArgument = typer.Argument(
     metavar="SWEEP|TRIAL",
     help="Id of a sweep or its beginning, name of a trial of the newest sweep, or SWEEP/TRIAL.",
 )
+
+
+class LabelMode(str, Enum):
+    """How the labels of scored images are chosen."""
+
+    uniform = "uniform"
+    balanced = "balanced"
 
 
 @app.callback()
@@ -206,6 +214,81 @@ def generate(
 
 
 @app.command()
+def evaluate(
+    subject: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|RUN|CHECKPOINT|FOLDER|NPZ",
+            help="models:/NAME@ALIAS, a sweep, SWEEP/TRIAL or MLflow run, a checkpoint folder or .safetensors file, "
+            "a folder of images, or an .npz file of samples.",
+        ),
+    ],
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="fid, sfid, is, kid, precision, recall, fd, label_agreement; several with commas."),
+    ] = None,
+    num: Annotated[
+        int | None, typer.Option(min=2, help="Images; default 50,000, or all that are there.")
+    ] = None,
+    steps: Annotated[str, typer.Option(help="Numbers of sampling steps to score, such as 1,2,4.")] = "1",
+    labels: Annotated[
+        LabelMode, typer.Option(help="Drawn for each image, or every class in turn.")
+    ] = LabelMode.uniform,
+    seed: Annotated[int, typer.Option(help="Image i is a function of the seed, i and its label.")] = 0,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="inception, dinov2, clip, digits-classifier, pooled or file:PATH; default inception, for digits their classifier.",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI",
+            help="Real images: a shard set, a folder, or ADM's .npz; default: the data of the training.",
+        ),
+    ] = None,
+    autoencoder: Annotated[
+        str | None,
+        typer.Option(metavar="ID|PATH", help="Decodes latents; default is the one they were made with."),
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="Of methods that have several: euler, heun, ddim, ddpm.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale at sampling, of methods that have one.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores for other programs.")] = False,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="A running Ray cluster; default is a local Ray.")
+    ] = None,
+    storage: StorageOption = None,
+    tracking: TrackingOption = None,
+) -> None:
+    """Score images that a network makes, or that are there: FID and the like, with all settings that move them.
+
+    A command that was cut goes on with the same command.
+    """
+    from soflow_platform.cli.evaluate import evaluate_command, parse_list, parse_steps
+
+    sampling = {"sampler": sampler, "sampling_scale": guidance}
+    request = {
+        "subject": subject,
+        "metrics": parse_list("--metrics", metrics) if metrics is not None else (),
+        "num": num,
+        "steps": parse_steps(steps),
+        "labels": labels.value,
+        "seed": seed,
+        "features": features,
+        "reference": reference,
+        "autoencoder": autoencoder,
+        "sampling": {name: value for name, value in sampling.items() if value is not None},
+    }
+    evaluate_command(request, address, storage, tracking, as_json)
+
+
+@app.command()
 def version() -> None:
     """Print the installed version."""
     from soflow_platform import version as installed
@@ -227,6 +310,9 @@ def main() -> None:
     except JobError as error:
         _report(error, "failed")
         sys.exit(1)
+    except Stopped as error:
+        _report(error, "stopped")
+        sys.exit(143)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted: run the same command to go on.", file=sys.stderr)
         sys.exit(130)

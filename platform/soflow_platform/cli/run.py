@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,13 @@ from soflow_platform.cli.display import SweepDisplay, show_result
 from soflow_platform.cli.terminal import console, plain_table
 from soflow_platform.config.experiment import Experiment, read_experiment
 from soflow_platform.config.trials import Trial, trials
-from soflow_platform.errors import JobError, UserError
-from soflow_platform.storage import find_storage, require_writable
+from soflow_platform.errors import JobError, Stopped, UserError
+from soflow_platform.stops import request_stop
+from soflow_platform.storage import Storage, find_storage, require_writable
 from soflow_platform.sweep_record import SweepRecord, exclusive, load_record, sweep_id
 
-TERMINATED = 128 + signal.SIGTERM
+GRACE_SECONDS = 25
+"""How long trials may take to save after SIGTERM; what sends it usually sends SIGKILL half a minute later."""
 
 
 def find_sweep(name: str) -> Path:
@@ -105,8 +106,8 @@ def run_command(
         metric=experiment.search.metric,
         mode=experiment.mode,
     )
-    with _termination(), exclusive(storage, sweep):
-        display = SweepDisplay(screen, experiment, points)
+    display = SweepDisplay(screen, experiment, points)
+    with _ending(storage, sweep, display), exclusive(storage, sweep):
         outcomes = run_sweep(record, experiment, points, storage, address, display)
     show_result(screen, record, storage, outcomes)
     failed = [o for o in outcomes if o.state == "failed"]
@@ -118,23 +119,41 @@ def run_command(
 
 
 @contextlib.contextmanager
-def _termination() -> Iterator[None]:
-    """SIGTERM ends the block like an exception: what is open is closed, and the exit code says why."""
-    asked = threading.Event()
+def _ending(storage: Storage, sweep: str, display: SweepDisplay) -> Iterator[None]:
+    """SIGTERM and Ctrl-C ask the trials to save and stop; the second one, or a grace period gone by, ends the block at once.
 
-    def terminate(*_: Any) -> None:
-        asked.set()
-        print("terminated: run the same command to go on.", file=sys.stderr)
-        raise SystemExit(TERMINATED)
+    Either way what is open is closed, and the exit code says why: 143, or 130 for Ctrl-C.
+    """
+    code = 0
 
-    signal.signal(signal.SIGTERM, terminate)
+    def end(*_: Any) -> None:
+        raise SystemExit(code)
+
+    def ask(number: int, _: Any) -> None:
+        nonlocal code
+        if code or not display.training:
+            code = code or 128 + number
+            print("ended at once: run the same command to go on.", file=sys.stderr)
+            end()
+        code = 128 + number
+        print("asked to stop: trials finish their step and save; once more ends at once.", file=sys.stderr)
+        request_stop(storage, sweep)
+        signal.signal(signal.SIGALRM, end)
+        signal.alarm(GRACE_SECONDS)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask)
     try:
         yield
-    except SystemExit:
+    except (SystemExit, Stopped) as error:
         # An exit inside one of Ray's calls comes out of it with Ray's own code.
-        if asked.is_set():
-            raise SystemExit(TERMINATED) from None
+        if code:
+            if isinstance(error, Stopped):
+                print(f"soflowctl: stopped: {error}", file=sys.stderr)
+            raise SystemExit(code) from None
         raise
+    finally:
+        signal.alarm(0)
 
 
 def _print_plan(screen: Console, experiment: Experiment, points: list[Trial], root: Path) -> None:

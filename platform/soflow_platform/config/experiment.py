@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from soflow_core.objectives import OBJECTIVES
 from soflow_core.training import OptimizerConfig
+from soflow_platform.config.comparison import USUAL_COMPARISON, SamplingConfig
 from soflow_platform.config.document import Document, KeyPath, read_document
 from soflow_platform.config.evaluation import EvaluationConfig
 from soflow_platform.config.search import SearchConfig
@@ -46,6 +47,7 @@ class Experiment(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig
+    comparison: tuple[SamplingConfig, ...] = USUAL_COMPARISON
     search: SearchConfig = SearchConfig()
     resources: ResourcesConfig = ResourcesConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -54,10 +56,16 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _fields_agree(self) -> Experiment:
         training, resources = self.training, self.resources
-        if training.batch % resources.workers:
+        for workers in resources.possible_workers:
+            if training.batch % (workers * training.accumulate):
+                pieces = f" in {training.accumulate} pieces each" if training.accumulate > 1 else ""
+                raise ValueError(
+                    f"training.batch ({training.batch}) does not divide over {workers} worker(s){pieces} "
+                    "(resources.workers, training.accumulate): take a multiple"
+                )
+        if training.parallel == "fsdp" and self.objective.uses_jvp:
             raise ValueError(
-                f"training.batch ({training.batch}) does not divide by resources.workers ({resources.workers}): "
-                "take a multiple"
+                f"training.parallel fsdp cannot train {self.objective.method}, which takes a Jacobian-vector product: use ddp"
             )
         if self.evaluation.every > training.steps:
             raise ValueError(
@@ -90,8 +98,10 @@ class Experiment(Section):
         return data
 
     def digest(self) -> str:
-        """Eight characters that change with any setting: a sweep is the same sweep when its digest is."""
-        return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()[:8]
+        """Eight characters that change with any setting of the training: a sweep is the same sweep when its digest is."""
+        # How trained networks are compared is no part of their training.
+        settings = {key: value for key, value in self.resolved().items() if key != "comparison"}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> tuple[Experiment, Document]:
@@ -111,7 +121,7 @@ def validate(document: Document) -> Experiment:
 
 def trial_params(experiment: Experiment) -> dict[str, Any]:
     """What decides a trial's numbers, flat and without what is not set: the params of its run."""
-    around = {"name", "description", "search", "resources", "tracking", "registry"}
+    around = {"name", "description", "comparison", "search", "resources", "tracking", "registry"}
     own = {key: value for key, value in experiment.resolved().items() if key not in around}
     return {key: value for key, value in flatten(own).items() if value is not None}
 

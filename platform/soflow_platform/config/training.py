@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from soflow_platform.config.sections import Positive, Section
 
@@ -22,22 +22,49 @@ class TrainingConfig(Section):
     """`auto`: mixed on a GPU and on a CPU with bfloat16 matrix units, float32 elsewhere."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Gradient norm limit; the paper's recipe has none."""
+    accumulate: Positive = 1
+    """Pieces that each worker takes its samples of a step in, one after the other: less memory, the same gradients."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """`ddp`: every worker holds the whole network. `fsdp`: each holds a share of it and of its optimizer state."""
     compile: bool = False
+    deterministic: bool = False
+    """Deterministic kernels alone, so that a GPU repeats a run bit for bit; slower. CPUs do so anyway."""
     log_every: Positive = 50
     """Steps between two points of the training curves."""
     checkpoint_every: Positive | None = None
     """Steps between checkpoints; None: at each evaluation."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints kept for each trial; the best one is kept besides."""
+    checkpoints: str | None = None
+    """Folder or `s3://bucket/prefix` that checkpoints go to, below it by sweep and trial; None: the project folder."""
+    patience_minutes: Annotated[float, Field(gt=0)] = 10
+    """How long a checkpoint storage or a tracking server may be away before a trial fails."""
 
 
 class ResourcesConfig(Section):
     """What one trial asks the cluster for."""
 
     workers: Positive = 1
+    min_workers: Positive | None = None
+    """With fewer workers than `workers` a trial goes on as long as it has this many; None: it waits for all."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     concurrent_trials: Positive | None = None
     """Trials that run at the same time; None: as many as fit."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Lost workers or nodes that one trial survives."""
+    wait_minutes: Annotated[float, Field(gt=0)] = 30
+    """How long a trial waits for machines to start or to start again on before it fails."""
+
+    @model_validator(mode="after")
+    def _range_of_workers(self) -> ResourcesConfig:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(
+                f"`min_workers` ({self.min_workers}) is above `workers` ({self.workers}): lower it"
+            )
+        return self
+
+    @property
+    def possible_workers(self) -> range:
+        """Every number of workers a trial may run with."""
+        return range(self.min_workers or self.workers, self.workers + 1)

