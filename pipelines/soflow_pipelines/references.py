@@ -119,7 +119,7 @@ def open_reference(
     if str(place).endswith(".npz"):
         path = Path(place).expanduser()
         if not path.is_file():
-            raise SourceError(f"there is no file {path}.")
+            raise SourceError(f"there is no file {place} on this machine, where .npz files are read from.")
         if limit is not None:
             raise ScoreError(
                 f"{path.name} is taken as a whole: a limit does not fit statistics that stand in the file."

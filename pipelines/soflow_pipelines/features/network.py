@@ -57,7 +57,7 @@ DISTANCES = frozenset({"fd", "kid", "precision", "recall"})
 
 def as_rgb(images: Tensor, name: str) -> Tensor:
     """uint8 (B, 1 or 3, H, W) -> (B, 3, H, W), grey repeated. ValueError for anything else."""
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype.is_floating_point:
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != torch.uint8:
         raise ValueError(f"{name} takes uint8 (B, 1 or 3, H, W), not {images.dtype} {tuple(images.shape)}")
     return images.expand(-1, 3, -1, -1)
 
