@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from soflow_pipelines.metrics import FeatureStatistics, GaussianMoments, frechet_distance, label_agreement
 
@@ -106,6 +107,19 @@ def test_the_distance_is_that_of_scipys_matrix_root() -> None:
     expected = shift @ shift + np.trace(a.covariance + b.covariance - 2 * root)
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-12)
+
+
+def test_the_distance_is_torch_fidelitys() -> None:
+    rng = np.random.default_rng(8)
+    mix = rng.normal(size=(48, 48))
+    a, b = rng.normal(size=(400, 48)) @ mix, rng.normal(size=(300, 48)) @ mix * 1.3 + 0.2
+    theirs = fid_statistics_to_metric(
+        fid_features_to_statistics(torch.from_numpy(a)),
+        fid_features_to_statistics(torch.from_numpy(b)),
+        False,
+    )
+    ours = frechet_distance(gathered(a, [7, 300]), gathered(b, []))
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-10)
 
 
 def test_a_shift_alone_gives_its_squared_length() -> None:
