@@ -28,7 +28,7 @@ from soflow_platform.config.evaluation import POOLED, EvaluationConfig
 from soflow_platform.errors import UserError
 from soflow_platform.network_evaluations import steps_for
 from soflow_platform.real_images import reference_flags, short_digest, training_reference
-from soflow_platform.sampling import decoded, generate, open_decoder, viewable
+from soflow_platform.sampling import autoencoder_tag, decoded, generate, open_decoder, viewable
 from soflow_platform.storage import Storage
 
 VISIBLE_PIXELS = 48
@@ -76,7 +76,7 @@ class Evaluator:
         classes = info.classes if conditional else None
         try:
             reference = training_reference(features, [_kind(config)], info, data, decoder, storage.features)
-        except (ScoreError, ValueError) as error:
+        except ScoreError as error:
             raise UserError(f"evaluation.features {config.features}: {error}") from error
         return cls(config, info, classes, features, reference, decoder)
 
@@ -160,7 +160,7 @@ class Evaluator:
             "eval.seed": str(self.config.seed),
         }
         if self.decoder is not None:
-            tags["eval.autoencoder"] = f"{self.decoder.facts.id} ({self.decoder.facts.digest})"
+            tags["eval.autoencoder"] = autoencoder_tag(self.decoder.facts)
         flags = self.flags()
         return tags | ({"eval.flags": " ".join(flags)} if flags else {})
 

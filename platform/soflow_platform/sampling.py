@@ -12,7 +12,7 @@ from torch import Tensor
 from soflow_core.networks import DiT
 from soflow_core.objectives import Objective
 from soflow_core.samplers.noise import sample_noise
-from soflow_pipelines.autoencoders import AutoencoderError, KlAutoencoder, load_autoencoder
+from soflow_pipelines.autoencoders import AutoencoderError, AutoencoderFacts, KlAutoencoder, load_autoencoder
 from soflow_pipelines.images import to_uint8
 from soflow_platform.errors import UserError
 
@@ -109,6 +109,11 @@ def open_decoder(
             f"{decoder.facts.id} ({decoder.facts.digest}): name the one that made them."
         )
     return decoder
+
+
+def autoencoder_tag(facts: AutoencoderFacts) -> str:
+    """An autoencoder as the tags of a number name it."""
+    return f"{facts.id} ({facts.digest})"
 
 
 def decoded(samples: Tensor, decoder: KlAutoencoder | None) -> Tensor:

@@ -22,7 +22,8 @@ from soflow_pipelines.verification import verify
 from soflow_platform.cli.data import app
 from soflow_platform.cluster import Cluster
 from soflow_platform.errors import JobError, UserError
-from soflow_platform.jobs.prepare import PrepareRequest, Progress, make_plan, prepare, share_cluster
+from soflow_platform.jobs.prepare import PrepareRequest, Progress, make_plan, prepare
+from soflow_platform.jobs.spread import share_cluster
 
 SECONDS = 120
 
@@ -159,11 +160,11 @@ def test_what_cannot_be_made_is_refused_in_a_sentence(
 
 def test_a_builder_gets_a_gpu_and_its_share_of_the_cores_where_there_are_gpus() -> None:
     machines = Cluster(address="x", local=False, cpus=32, gpus=4, nodes=2, machines=2)
-    share = share_cluster(machines, shards=100, encodes=True)
-    assert (share.builders, share.cpus, share.gpus, share.threads) == (4, 8, 1, 8)
-    pixels = share_cluster(machines, shards=100, encodes=False)
-    assert (pixels.builders, pixels.cpus, pixels.gpus) == (32, 1, 0)
-    assert share_cluster(machines, shards=3, encodes=False).builders == 3
+    share = share_cluster(machines, tasks=100, uses_gpu=True)
+    assert (share.actors, share.cpus, share.gpus, share.threads) == (4, 8, 1, 8)
+    pixels = share_cluster(machines, tasks=100, uses_gpu=False)
+    assert (pixels.actors, pixels.cpus, pixels.gpus) == (32, 1, 0)
+    assert share_cluster(machines, tasks=3, uses_gpu=False).actors == 3
 
 
 def test_inspect_and_verify_tell_what_is_there(tmp_path: Path) -> None:

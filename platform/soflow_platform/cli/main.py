@@ -289,6 +289,32 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    sweep: Annotated[
+        str,
+        typer.Argument(
+            metavar="SWEEP",
+            help="Id or name of a sweep that ran, or its file, whose `comparison` is then taken.",
+        ),
+    ],
+    overrides: SetOption = None,
+    costs: Annotated[
+        bool, typer.Option("--costs/--no-costs", help="Measure seconds and memory of each method, here.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows for other programs.")] = False,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="A running Ray cluster; default is a local Ray.")
+    ] = None,
+    storage: StorageOption = None,
+    tracking: TrackingOption = None,
+) -> None:
+    """Compare the methods of a sweep: distance at each number of evaluations, cost of a step, time of an image."""
+    from soflow_platform.cli.compare import compare_command
+
+    compare_command(sweep, tuple(overrides or ()), address, storage, tracking, costs, as_json)
+
+
+@app.command()
 def version() -> None:
     """Print the installed version."""
     from soflow_platform import version as installed

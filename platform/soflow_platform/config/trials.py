@@ -14,7 +14,8 @@ from soflow_platform.config.document import Document, Origin
 from soflow_platform.config.experiment import Experiment, validate
 from soflow_platform.config.search import Budget, Range, SearchConfig
 from soflow_platform.errors import UserError
-from soflow_platform.network_evaluations import steps_for, training_evaluations
+from soflow_platform.network_evaluations import sampling_evaluations, steps_for, training_evaluations
+from soflow_platform.sampling import with_sampling
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,32 @@ def _trial(document: Document, base: Experiment, index: int, point: dict[str, An
         origin = Origin(f"{where.source} (search.budgets {budget})", where.line)
         own.put(("training", "steps"), equal_evaluations(base, experiment), origin)
         experiment = validate(own)
-    try:
-        for nfe in experiment.evaluation.nfe:
-            steps_for(experiment.objective, nfe, experiment.data.conditional)
-    except ValueError as error:
-        raise UserError(f"{own.origin(('evaluation', 'nfe'))}: `evaluation.nfe`: {error}.") from None
+    _check_sampling(own, experiment)
     parts = [_said(key, value) for key, value in point.items()]
     if len(base.search.budgets) > 1:
         parts.append(f"equal-{budget}")
         point = {**point, "budget": budget}
     name = re.sub(r"[^\w.=+-]+", "_", "-".join([f"trial-{index:02d}", *parts]))[:120]
     return Trial(index, name, point, experiment)
+
+
+def _check_sampling(document: Document, experiment: Experiment) -> None:
+    """Raises UserError where the trained network could not be sampled as evaluation and comparison ask."""
+    objective, conditional = experiment.objective, experiment.data.conditional
+    try:
+        for nfe in experiment.evaluation.nfe:
+            steps_for(objective, nfe, conditional)
+    except ValueError as error:
+        raise UserError(f"{document.origin(('evaluation', 'nfe'))}: `evaluation.nfe`: {error}.") from None
+    try:
+        for row in experiment.comparison:
+            if row.covers(objective.method):
+                sampled = with_sampling(objective, row.settings)
+                for steps in row.steps:
+                    sampling_evaluations(sampled, steps, conditional)
+    except (UserError, ValueError) as error:
+        said = str(error).rstrip(".")
+        raise UserError(f"{document.origin(('comparison',))}: `comparison`: {said}.") from None
 
 
 def equal_evaluations(base: Experiment, experiment: Experiment) -> int:

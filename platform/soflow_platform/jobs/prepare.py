@@ -8,7 +8,7 @@ that makes a run exact (what each shard holds, complete-or-absent files, notes) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +28,8 @@ from soflow_pipelines.sources import SourceError, open_source
 from soflow_pipelines.storage import Storage, StorageError, open_storage
 from soflow_platform.cluster import Cluster, connected
 from soflow_platform.errors import JobError, UserError
+from soflow_platform.jobs.spread import Counter, Spread, TaskError, first_line, share_cluster
 
-ATTEMPTS = 3
-DECODE_THREADS_PER_GPU = 8
-POLL_SECONDS = 0.5
 NAMED_DAMAGES = 20
 
 
@@ -145,37 +143,6 @@ class Builder:
         self._counter.add.remote(images)
 
 
-class Counter:
-    """An actor that adds up the images of all builders."""
-
-    def __init__(self) -> None:
-        self._images = 0
-
-    def add(self, images: int) -> None:
-        self._images += images
-
-    def images(self) -> int:
-        return self._images
-
-
-@dataclass(frozen=True)
-class Share:
-    """What each builder gets of the cluster."""
-
-    builders: int
-    cpus: float
-    gpus: float
-    threads: int
-
-
-def share_cluster(cluster: Cluster, shards: int, encodes: bool) -> Share:
-    """A GPU for each builder where there is something to encode and GPUs are there; else a CPU."""
-    if encodes and cluster.gpus >= 1:
-        threads = int(max(1, min(DECODE_THREADS_PER_GPU, cluster.cpus // cluster.gpus)))
-        return Share(min(shards, int(cluster.gpus)), threads, 1, threads)
-    return Share(max(1, min(shards, int(cluster.cpus))), 1, 0, 1)
-
-
 def _build(
     plan: Preparation, request: PrepareRequest, todo: list[int], cluster: Cluster, report: Report
 ) -> None:
@@ -191,52 +158,24 @@ def _build(
 
     done = plan.samples - sum(len(plan.shard_samples(shard)) for shard in todo)
     damages: list[str] = []
-    for found in _spread(ray, new_builder, todo, share.builders):
-        if found is not None:
-            damages += found
-        report(Progress(done + max(0, ray.get(counter.images.remote())), plan.samples))
+    spread: Spread[int] = Spread(
+        new_builder,
+        start=lambda builder, shard: builder.build.remote(shard),
+        named=lambda shard: f"shard {shard}",
+        kept="Finished shards are kept",
+    )
+    try:
+        for finished in spread.run(todo, share.actors):
+            if finished is not None:
+                damages += finished[1]
+            report(Progress(done + max(0, ray.get(counter.images.remote())), plan.samples))
+    except TaskError as error:
+        raise JobError(
+            f"shard {error.task} failed: {first_line(error.cause)}. Finished shards are kept: the same command goes on."
+        ) from error
     if damages:
         raise JobError(_damage_sentence(damages))
     report(Progress(plan.samples, plan.samples))
-
-
-def _spread(
-    ray: Any, new_builder: Callable[[], Any], todo: list[int], builders: int
-) -> Iterator[list[str] | None]:
-    """Has every shard built; yields each one's damaged images as it is done, and None now and then while waiting."""
-    waiting = list(reversed(todo))
-    lost = dict.fromkeys(todo, 0)
-    working: dict[Any, tuple[Any, int]] = {}
-    idle = [new_builder() for _ in range(builders)]
-    while waiting or working:
-        while idle and waiting:
-            builder, shard = idle.pop(), waiting.pop()
-            working[builder.build.remote(shard)] = (builder, shard)
-        ready, _ = ray.wait(list(working), timeout=POLL_SECONDS)
-        for reference in ready:
-            builder, shard = working.pop(reference)
-            try:
-                yield ray.get(reference)
-                idle.append(builder)
-            except ray.exceptions.RayActorError as error:
-                lost[shard] += 1
-                if lost[shard] >= ATTEMPTS:
-                    raise JobError(
-                        f"shard {shard} was lost with its worker {ATTEMPTS} times ({_first_line(error)}). Finished "
-                        "shards are kept: the same command goes on."
-                    ) from error
-                waiting.append(shard)
-                idle.append(new_builder())
-            except ray.exceptions.RayTaskError as error:
-                raise JobError(
-                    f"shard {shard} failed: {_first_line(error.cause)}. Finished shards are kept: the same command goes on."
-                ) from error
-        yield None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return (text.splitlines()[0] if text else type(error).__name__).rstrip(".")
 
 
 def _damage_sentence(damages: list[str]) -> str:

@@ -1,0 +1,119 @@
+"""soflowctl compare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from soflow_platform.cli.evaluate import progress_bar
+from soflow_platform.cli.terminal import console, plain_table
+from soflow_platform.errors import UserError
+from soflow_platform.storage import Storage, find_storage, require_writable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from soflow_platform.comparison import Comparison
+    from soflow_platform.config.comparison import SamplingConfig
+    from soflow_platform.sweep_record import SweepRecord
+
+
+def compare_command(
+    name: str,
+    overrides: tuple[str, ...],
+    address: str | None,
+    storage_option: str | None,
+    tracking: str | None,
+    costs: bool,
+    as_json: bool,
+) -> None:
+    """Compare the methods of a sweep, print the table, keep it beside the sweep and on its run."""
+    storage = find_storage(storage_option)
+    record, protocol = find_protocol(name, overrides, storage)
+    require_writable(storage)
+    from rich.console import Console
+
+    from soflow_platform.cluster import require_answer
+    from soflow_platform.comparison import compare
+    from soflow_platform.comparison_report import save
+
+    require_answer(address)
+    errors = Console(stderr=True)
+    uri = tracking or record.tracking_uri or storage.tracking_uri
+
+    def say(text: str) -> None:
+        errors.print(f"[dim]{text}[/dim]", highlight=False)
+
+    bar, show = progress_bar("images")
+    with bar:
+        found = compare(record, protocol, storage, uri, address, show, costs, say)
+    paths = save(found, storage.sweep(record.id) / "comparison")
+    _log(record, uri, paths, found)
+    if as_json:
+        print(json.dumps(found.as_record(), indent=1))
+        return
+    _print(console(), found, paths)
+
+
+def find_protocol(
+    name: str, overrides: tuple[str, ...], storage: Storage
+) -> tuple[SweepRecord, tuple[SamplingConfig, ...]]:
+    """The sweep meant, and how it is to be sampled: as its file says now where a file is named, else as it said when it ran.
+
+    Raises UserError where no such sweep ran.
+    """
+    from soflow_platform.config.experiment import Experiment
+    from soflow_platform.sweep_names import find
+    from soflow_platform.sweep_record import load_record
+
+    if Path(name).is_file() or overrides:
+        from soflow_platform.cli.run import read
+        from soflow_platform.sweep_record import sweep_id
+
+        _, experiment, _ = read(name, overrides)
+        record = load_record(storage, sweep_id(storage, experiment, again=False))
+        if record is None:
+            raise UserError(
+                f"{name} as it stands has not run under {storage.root}: start it with `soflowctl run {name}`, or name a sweep that "
+                "`soflowctl runs` lists."
+            )
+        return record, experiment.comparison
+    found = find(storage, name)
+    if found.trial is not None:
+        raise UserError(f"{found} is one trial: name its sweep, {found.record.id}.")
+    return found.record, Experiment(**found.record.experiment).comparison
+
+
+def _log(record: SweepRecord, uri: str, paths: list[Path], comparison: Comparison) -> None:
+    """The files on the sweep's run."""
+    from soflow_platform.tracking import client_for
+
+    if record.run is None:
+        return
+    client = client_for(uri)
+    for path in paths:
+        client.log_artifact(record.run, str(path), "comparison")
+    client.set_tag(record.run, "comparison.conclusions", " ".join(comparison.conclusions()))
+
+
+def _print(screen: Console, comparison: Comparison, paths: list[Path]) -> None:
+    from soflow_platform.comparison_report import COLUMNS, TITLES, cells, shown
+
+    for budget in comparison.budgets:
+        rows = comparison.of(budget)
+        screen.print(f"\n[bold]{TITLES.get(budget, budget)}[/bold]")
+        first, *rest = (title.format(distance=comparison.distance) for title in COLUMNS)
+        table = plain_table(first, *rest)
+        for row in rows:
+            table.add_row(*cells(row, shown(row, rows)))
+        screen.print(table)
+    screen.print()
+    for sentence in comparison.conclusions():
+        screen.print(sentence, highlight=False)
+    for flag in dict.fromkeys(flag for row in comparison.rows for flag in row.flags):
+        screen.print(f"[yellow]*[/yellow] {flag}", highlight=False)
+    for sentence in comparison.left_out:
+        screen.print(f"[yellow]left out[/yellow] {sentence}", highlight=False)
+    for path in paths:
+        screen.print(f"saved  {path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,46 @@
+"""How the methods of a sweep are sampled when they are compared."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from soflow_core.objectives import OBJECTIVES
+from soflow_platform.config.sections import Positive, Section
+
+
+class SamplingConfig(Section):
+    """One way of sampling, and the methods that are sampled in it."""
+
+    methods: tuple[str, ...] | None = None
+    """None: every method of the sweep."""
+    steps: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """Numbers of sampling steps, each scored."""
+    sampler: str | None = None
+    """Of methods that have several; None: the trial's own."""
+    sampling_scale: float | None = None
+    """Guidance at sampling, of methods that have it; None: the trial's own."""
+    samples: Positive | None = None
+    """Images that are scored; None: `evaluation.samples`."""
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, methods: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        unknown = [method for method in methods or () if method not in OBJECTIVES]
+        if unknown:
+            raise ValueError(f"there is no method {unknown[0]!r}; known are {', '.join(OBJECTIVES)}")
+        return methods
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is sampled in another way than the trial's own."""
+        given = {"sampler": self.sampler, "sampling_scale": self.sampling_scale}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def covers(self, method: str) -> bool:
+        """Whether this method is sampled so."""
+        return self.methods is None or method in self.methods
+
+
+USUAL_COMPARISON = (SamplingConfig(steps=(1, 2, 4)),)

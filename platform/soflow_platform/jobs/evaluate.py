@@ -1,0 +1,211 @@
+"""`soflowctl evaluate`: scores of a model, a run, a checkpoint, a folder of images or an .npz file.
+
+Images are made and described block by block on all machines of a cluster and kept, so that a command that was cut goes on; a number
+that is there is not taken again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from soflow_pipelines.image_sets import open_image_set
+from soflow_pipelines.metrics import ScoreStatistics
+from soflow_platform.errors import UserError
+from soflow_platform.jobs.gather import REFUSED, Gathering, Report, silent
+from soflow_platform.measurement import LabelMode, Measurement
+from soflow_platform.sampling import open_decoder
+from soflow_platform.scored_network import ScoredNetwork
+from soflow_platform.storage import Storage, read_json, write_json
+from soflow_platform.subjects import Subject, find_subject
+from soflow_platform.yardstick import (
+    RealImages,
+    Yardstick,
+    data_place,
+    given_images,
+    make_yardstick,
+    usual_features,
+)
+
+USUAL_NUMBER = 50_000
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """What `soflowctl evaluate` was asked for."""
+
+    subject: str
+    metrics: tuple[str, ...] = ()
+    """None: the usual ones of the features."""
+    num: int | None = None
+    """Images; None: 50,000 of a network, all of a folder or a file."""
+    steps: tuple[int, ...] = (1,)
+    labels: LabelMode = "uniform"
+    seed: int = 0
+    features: str | None = None
+    """None: inception; of networks trained on the digits, the digits classifier."""
+    reference: str | None = None
+    """None: the data the network was trained on."""
+    autoencoder: str | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """The numbers of one set of images, with all that moves them."""
+
+    subject: str
+    values: dict[str, float]
+    spread: dict[str, float]
+    """Standard deviation of `is` over its splits and of `kid` over its subsets."""
+    flags: list[str]
+    """Sentences: why a number is not comparable with others of its name."""
+    tags: dict[str, str]
+    """Every setting that can move the numbers."""
+
+    @property
+    def digest(self) -> str:
+        """Of those settings."""
+        return settings_digest(self.tags)
+
+
+def settings_digest(tags: dict[str, str]) -> str:
+    """The same for the same settings."""
+    return hashlib.sha256(json.dumps(tags, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def evaluate(
+    request: EvaluateRequest,
+    storage: Storage,
+    tracking_uri: str,
+    address: str | None = None,
+    report: Report = silent,
+) -> tuple[Subject, list[Score]]:
+    """Score what was asked for: one Score for each number of steps.
+
+    Raises UserError for what is refused, JobError for what failed.
+    """
+    subject = find_subject(request.subject, storage, tracking_uri)
+    try:
+        with Gathering(storage, address, report) as gathering:
+            score = _score_network if subject.weights is not None else _score_images
+            return subject, score(request, subject, storage, gathering)
+    except UserError:
+        raise
+    except REFUSED as error:
+        raise UserError(str(error)) from error
+
+
+def _score_network(
+    request: EvaluateRequest, subject: Subject, storage: Storage, gathering: Gathering
+) -> list[Score]:
+    assert subject.weights is not None
+    network = ScoredNetwork.open(subject.weights, request.sampling)
+    count = request.num or USUAL_NUMBER
+    facts = [network.facts(steps, request.labels, request.seed, count) for steps in request.steps]
+    yardstick = network_yardstick(request, subject, network, storage, gathering)
+    measurements = [
+        network.measurement(yardstick, steps, request.labels, request.seed, count, request.autoencoder)
+        for steps in request.steps
+    ]
+    subjects = [subject.name] * len(measurements)
+    return scored(subjects, yardstick, measurements, facts, storage, gathering)
+
+
+def network_yardstick(
+    request: EvaluateRequest,
+    subject: Subject,
+    network: ScoredNetwork,
+    storage: Storage,
+    gathering: Gathering,
+) -> Yardstick:
+    """What this network's images are scored by."""
+    decoder = open_decoder(network.data, request.autoencoder, "cpu")
+    real = None
+    if request.reference is not None:
+        real = RealImages(data_place(request.reference, {}, storage) or "", request.autoencoder)
+    elif place := data_place(subject.data, network.data, storage):
+        real = RealImages(place, request.autoencoder, expected=network.data.get("digest"))
+    return make_yardstick(
+        request.features or usual_features(network.data),
+        request.metrics,
+        network.conditional,
+        network.shape,
+        network.shape[1] * (decoder.facts.factor if decoder else 1),
+        real,
+        storage,
+        lambda measurement: gathering.statistics([measurement])[0],
+        decoder.facts if decoder else None,
+    )
+
+
+def _score_images(
+    request: EvaluateRequest, subject: Subject, storage: Storage, gathering: Gathering
+) -> list[Score]:
+    assert subject.images is not None
+    if request.sampling or request.steps != (1,):
+        raise UserError(f"{subject.name} holds images: steps and a sampler are of a network.")
+    given = given_images(subject.images, None, None)
+    count = request.num or given.count
+    if count > given.count:
+        raise UserError(f"{subject.name} holds {given.count} images, {count} were asked for with --num.")
+    first = open_image_set(subject.images).read(0, 1)
+    channels, height, width = first.shape[1:]
+    real = None
+    if request.reference is not None:
+        real = RealImages(data_place(request.reference, {}, storage) or "", request.autoencoder)
+    yardstick = make_yardstick(
+        request.features or "inception",
+        request.metrics,
+        False,
+        (1 if bool((first == first[:, :1]).all()) else channels, height, width),
+        min(height, width),
+        real,
+        storage,
+        lambda measurement: gathering.statistics([measurement])[0],
+    )
+    images = type(given)(given.place, given.digest, count, given.resolution)
+    measurement = Measurement(images, yardstick.name, yardstick.features.id, yardstick.metrics)
+    facts = {"images": given.digest.rsplit(":", 1)[-1], "samples": str(count)}
+    return scored([subject.name], yardstick, [measurement], [facts], storage, gathering)
+
+
+def scored(
+    subjects: Sequence[str],
+    yardstick: Yardstick,
+    measurements: Sequence[Measurement],
+    facts: Sequence[dict[str, str]],
+    storage: Storage,
+    gathering: Gathering,
+) -> list[Score]:
+    """A Score for each measurement, whose images the `facts` decide; those that were taken before are read."""
+    tags = [{**own, **yardstick.facts} for own in facts]
+    known = [_kept(storage, name, own, yardstick) for name, own in zip(subjects, tags, strict=True)]
+    missing = [m for m, score in zip(measurements, known, strict=True) if score is None]
+    made = iter(gathering.statistics(missing))
+    return [
+        score or _take(name, yardstick, next(made), own, storage)
+        for name, own, score in zip(subjects, tags, known, strict=True)
+    ]
+
+
+def _take(
+    subject: str, yardstick: Yardstick, statistics: ScoreStatistics, tags: dict[str, str], storage: Storage
+) -> Score:
+    result = yardstick.score(statistics)
+    score = Score(subject, result.values, result.spread, result.flags, tags)
+    write_json(_result_path(storage, tags, yardstick), asdict(score))
+    return score
+
+
+def _kept(storage: Storage, subject: str, tags: dict[str, str], yardstick: Yardstick) -> Score | None:
+    content = read_json(_result_path(storage, tags, yardstick))
+    return None if content is None else Score(**{**content, "subject": subject})
+
+
+def _result_path(storage: Storage, tags: dict[str, str], yardstick: Yardstick) -> Any:
+    key = settings_digest({**tags, "metrics": ",".join(yardstick.metrics)})
+    return storage.root / "evaluations" / "results" / f"{key}.json"

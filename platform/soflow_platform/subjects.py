@@ -1,0 +1,231 @@
+"""What a user names to have it scored: a registered model, a run, a checkpoint, weights, a folder of images, an .npz file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from soflow_pipelines.storage import LocalFolder, StorageError
+from soflow_platform import checkpoints
+from soflow_platform.checkpoints import EMA, Checkpoint
+from soflow_platform.errors import UserError
+from soflow_platform.storage import Storage, read_json
+from soflow_platform.sweep_names import find
+from soflow_platform.sweep_record import SweepRecord, load_record
+from soflow_platform.tracking import SWEEP_TAG, TRIAL_TAG, client_for
+
+RUN_ID = re.compile(r"[0-9a-f]{32}")
+BLOCK = 1 << 20
+NAMED = "models:/NAME@ALIAS, a run, SWEEP/TRIAL, a checkpoint folder, a .safetensors file, a folder of images, or an .npz file"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something whose images can be scored."""
+
+    name: str
+    """What tags and tables call it."""
+    weights: Path | None = None
+    """A file that the machines of the cluster see; None where the images are there already."""
+    images: str | None = None
+    """Where they are."""
+    step: int | None = None
+    """Optimizer steps of the weights, where known."""
+    run: str | None = None
+    """The MLflow run that the numbers belong to."""
+    version: tuple[str, str] | None = None
+    """Name and number of the registered version that the numbers belong to."""
+    data: str | None = None
+    """The data it was trained on, as the sweep named it; None where nobody wrote it down."""
+
+
+def find_subject(name: str, storage: Storage, tracking_uri: str) -> Subject:
+    """What `name` stands for. Raises UserError where it stands for nothing that can be scored."""
+    path = Path(name).expanduser()
+    if name.startswith("models:/"):
+        return _model(name, storage, tracking_uri)
+    if "://" in name:
+        return _remote_checkpoint(name, storage, tracking_uri)
+    if path.is_file():
+        return _file(path)
+    if path.is_dir():
+        if (path / EMA).is_file():
+            return _checkpoint_folder(path, tracking_uri)
+        return Subject(str(path), images=str(path.absolute()))
+    if RUN_ID.fullmatch(name):
+        return _run(name, storage, tracking_uri)
+    if name.startswith((".", "/", "~")):
+        raise UserError(f"{name}: there is no such file or folder; name {NAMED}.")
+    return _sweep_or_model(name, storage, tracking_uri)
+
+
+def _file(path: Path) -> Subject:
+    if path.suffix == ".npz":
+        return Subject(str(path), images=str(path.absolute()))
+    return Subject(str(path), weights=path.absolute())
+
+
+def _sweep_or_model(name: str, storage: Storage, tracking_uri: str) -> Subject:
+    """A sweep or trial by name; else a registered model."""
+    try:
+        found = find(storage, name)
+    except UserError as unknown:
+        if "/" in name and load_record(storage, name.partition("/")[0]) is not None:
+            raise
+        try:
+            return _model(name, storage, tracking_uri)
+        except UserError:
+            raise UserError(
+                f"{name!r} is nothing that can be scored: name {NAMED}. As a sweep: {unknown}"
+            ) from None
+    trial = found.trial or (found.record.best or {}).get("trial")
+    if trial is None:
+        raise UserError(f"{found} has no best trial yet: name one of its trials, as {found.record.id}/TRIAL.")
+    return trial_subject(storage, found.record, trial)
+
+
+def trial_subject(storage: Storage, record: SweepRecord, trial: str, newest: bool = False) -> Subject:
+    """A trial's best checkpoint by the sweep's metric, or its newest one."""
+    root = checkpoints.trial_root(record.experiment["training"].get("checkpoints"), storage, record.id, trial)
+    complete = checkpoints.published(root)
+    if not complete:
+        raise UserError(f"trial {trial} of sweep {record.id} has no checkpoint yet.")
+    chosen = complete[-1]
+    if not newest:
+        kept = {c.position.step: c for c in complete}
+        scored = [e for e in chosen.position.evaluations if e["step"] in kept]
+        best = checkpoints.best_evaluation(scored, record.metric, record.mode)
+        chosen = kept[best["step"]] if best else chosen
+    return Subject(
+        f"{record.id}/{trial} at step {chosen.position.step}",
+        weights=_weights_of(chosen, storage),
+        step=chosen.position.step,
+        run=chosen.position.run,
+        data=record.experiment["data"]["source"],
+    )
+
+
+def _weights_of(checkpoint: Checkpoint, storage: Storage) -> Path:
+    with checkpoint.opened(EMA) as path:
+        return path if isinstance(checkpoint.storage, LocalFolder) else kept_weights(path, storage)
+
+
+def kept_weights(path: Path, storage: Storage) -> Path:
+    """A copy in the project folder, by content, which every machine of a cluster sees and no temporary folder takes away."""
+    kept = storage.root / "evaluations" / "weights" / f"{file_digest(path)[:16]}.safetensors"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        aside = kept.with_name(f".{kept.name}.{os.getpid()}")
+        shutil.copyfile(path, aside)
+        aside.replace(kept)
+    return kept
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _checkpoint_folder(path: Path, tracking_uri: str) -> Subject:
+    record = read_json(path / checkpoints.RECORD) or {}
+    run = record.get("run")
+    return Subject(
+        str(path),
+        weights=(path / EMA).absolute(),
+        step=record.get("step"),
+        run=run if run and _tags(tracking_uri, run) is not None else None,
+        data=(_tags(tracking_uri, run) or {}).get("data.source") if run else None,
+    )
+
+
+def _remote_checkpoint(uri: str, storage: Storage, tracking_uri: str) -> Subject:
+    """`s3://.../step-00000600`: a checkpoint that lies elsewhere."""
+    place, mark, options = uri.partition("?")
+    base, _, name = place.rstrip("/").rpartition("/")
+    try:
+        found = {c.name: c for c in checkpoints.published(f"{base}{mark}{options}")}
+        if name not in found:
+            raise UserError(f"{uri} is no checkpoint; {base} has {', '.join(sorted(found)) or 'none'}.")
+        weights = _weights_of(found[name], storage)
+    except StorageError as error:
+        raise UserError(f"{uri}: {error}") from error
+    position = found[name].position
+    tags = _tags(tracking_uri, position.run)
+    return Subject(
+        uri,
+        weights=weights,
+        step=position.step,
+        run=None if tags is None else position.run,
+        data=(tags or {}).get("data.source"),
+    )
+
+
+def _run(run: str, storage: Storage, tracking_uri: str) -> Subject:
+    tags = _tags(tracking_uri, run)
+    if tags is None:
+        raise UserError(f"there is no run {run} in {tracking_uri}.")
+    record = load_record(storage, tags.get(SWEEP_TAG, ""))
+    if SWEEP_TAG not in tags or record is None:
+        raise UserError(f"run {run} belongs to no sweep under {storage.root}: its checkpoints are elsewhere.")
+    trial = tags.get(TRIAL_TAG) or (record.best or {}).get("trial")
+    if trial is None:
+        raise UserError(f"run {run} is that of sweep {record.id}, which has no best trial yet: name a trial.")
+    return trial_subject(storage, record, trial)
+
+
+def _model(name: str, storage: Storage, tracking_uri: str) -> Subject:
+    import mlflow
+
+    from soflow_platform.registry import find_version
+
+    _require_store(tracking_uri, storage)
+    version = find_version(tracking_uri, name)
+    mlflow.set_tracking_uri(tracking_uri)
+    uri = f"models:/{version.name}/{version.version}"
+    with tempfile.TemporaryDirectory(prefix="soflow-model-") as folder:
+        fetched = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder)) / "artifacts" / EMA
+        if not fetched.is_file():
+            raise UserError(f"{uri} was not registered by this platform: it holds no {EMA}.")
+        weights = kept_weights(fetched, storage)
+    tags = {**(_tags(tracking_uri, version.run_id) or {}), **version.tags}
+    step = tags.get("soflow.step")
+    return Subject(
+        uri,
+        weights=weights,
+        step=int(step) if step else None,
+        run=version.run_id,
+        version=(version.name, str(version.version)),
+        data=tags.get("data.source"),
+    )
+
+
+def _require_store(tracking_uri: str, storage: Storage) -> None:
+    if tracking_uri == storage.tracking_uri and not (storage.root / "mlflow.db").is_file():
+        raise UserError(
+            f"there is no model registry under {storage.root}: run a sweep first, or pass --storage or --tracking."
+        )
+
+
+def _tags(tracking_uri: str, run: str | None) -> dict[str, Any] | None:
+    """The tags of a run; None where there is no such run."""
+    from mlflow.exceptions import MlflowException
+
+    path = Path(tracking_uri.removeprefix("sqlite:///"))
+    if not run or (tracking_uri.startswith("sqlite:///") and not path.is_file()):
+        return None
+    try:
+        return dict(client_for(tracking_uri).get_run(run).data.tags)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
