@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soflow_platform import checkpoints
+from soflow_platform.checkpoints import RECORD, trial_root
 from soflow_platform.stops import stop_requested
 from soflow_platform.storage import Storage, read_json
 from soflow_platform.sweep_names import trial_names
 from soflow_platform.sweep_record import SweepRecord, is_running
+from soflow_platform.trial_report import STATUS
 
-STATUS = "status.json"
-"""In a trial's folder."""
 SILENT_SECONDS = 60.0
 """A status older than this is called silent; workers write theirs every few seconds."""
 ENDED = ("finished", "stopped", "failed")
@@ -145,11 +144,11 @@ def _age(status: dict[str, Any]) -> float:
 
 
 def _checkpoint_step(storage: Storage, record: SweepRecord, trial: str) -> int | None:
-    base = record.experiment["training"].get("checkpoints")
-    if base is not None and "://" in base:
+    root = trial_root(record.experiment["training"].get("checkpoints"), storage, record.id, trial)
+    if "://" in root:
+        # Listing a remote storage takes seconds, or minutes where it is away.
         return None
-    root = storage.trial(record.id, trial) / "checkpoints" if base is None else Path(base) / record.id / trial
-    found = [path.parent.name for path in root.glob(f"step-*/{checkpoints.RECORD}")]
+    found = [path.parent.name for path in Path(root).glob(f"step-*/{RECORD}")]
     return max((int(name.removeprefix("step-")) for name in found), default=None)
 
 

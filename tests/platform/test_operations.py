@@ -18,10 +18,10 @@ import pytest
 
 from soflow_platform.cli.main import main
 from soflow_platform.journal import LOG, Journal
-from soflow_platform.status import STATUS
 from soflow_platform.stops import clear_stops, request_stop, stop_requested
 from soflow_platform.storage import Storage, write_json
 from soflow_platform.sweep_record import GLANCE_SECONDS, SweepRecord, exclusive, is_running
+from soflow_platform.trial_report import STATUS
 
 TRIALS = ("trial-00-lr=0.1", "trial-01-lr=0.2")
 HERE = socket.gethostname()

@@ -6,7 +6,7 @@ import time
 
 from rich.table import Table
 
-from soflow_platform.checkpoints import best_evaluation, published
+from soflow_platform.checkpoints import best_evaluation, published, trial_root
 from soflow_platform.cli.terminal import console, plain_table
 from soflow_platform.status import sweep_state, trial_steps
 from soflow_platform.storage import Storage, find_storage
@@ -50,7 +50,8 @@ def _trials_table(storage: Storage, record: SweepRecord) -> Table:
     metric = record.metric
     table = plain_table("trial", "step", "best step", metric, "checkpoints")
     for trial in record.trials:
-        found = published(storage.trial(record.id, trial["name"]) / "checkpoints")
+        root = trial_root(record.experiment["training"].get("checkpoints"), storage, record.id, trial["name"])
+        found = published(root)
         position = found[-1].position if found else None
         best = best_evaluation(position.evaluations, metric, record.mode) if position else None
         table.add_row(
