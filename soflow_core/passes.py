@@ -10,6 +10,7 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
@@ -86,14 +87,11 @@ class Passes:
 
         Only the mathematical attention kernel has a forward-mode derivative, so it is chosen here.
         """
-
-        def at(x: Tensor, t: Tensor) -> Tensor:
-            return self.network(x, t, s, labels)
-
         try:
-            with sdpa_kernel(SDPBackend.MATH):
-                tangents: Tensor = torch.func.jvp(at, (x, t), (velocity, torch.ones_like(t)))[1]
-                return tangents
+            with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+                moving = forward_ad.make_dual(x, velocity), forward_ad.make_dual(t, torch.ones_like(t))
+                tangent: Tensor | None = forward_ad.unpack_dual(self.network(*moving, s, labels)).tangent
+                return torch.zeros_like(x) if tangent is None else tangent
         except NotImplementedError as error:
             raise NotImplementedError(
                 f"an operation of the network lacks the forward-mode derivative this method needs ({error})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,9 @@ def shard(network: DiT, mesh: DeviceMesh | None = None) -> DiT:
         p.data = p.data.to(mesh.device_type)
     for part in (*network.blocks, network):
         fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=frozen)
+        if mesh.device_type != "cuda":
+            # gloo takes a mean for a sum in torch 2.8; a sum, divided afterwards, is the same everywhere.
+            cast(FSDPModule, part).set_force_sum_reduction_for_comms(True)
     return network
 
 
