@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from soflow_core.networks import DiT
@@ -77,10 +78,17 @@ def with_sampling(objective: Objective, settings: Mapping[str, Any]) -> Objectiv
         if name not in known:
             has = f"it has {', '.join(sorted(known))}" if known else "it has one way of sampling"
             raise UserError(f"{objective.method} has no sampling setting `{name}`: {has}.")
+    if not settings:
+        return objective
     try:
-        return dataclasses.replace(objective, **settings)  # type: ignore[type-var]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{objective.method}: {error}.") from None
+        kind = TypeAdapter(type(objective))
+        return kind.validate_python({**dataclasses.asdict(objective), **settings})  # type: ignore[call-overload]
+    except ValidationError as error:
+        first = error.errors()[0]
+        said = first["msg"].removeprefix("Value error, ")
+        name = ".".join(str(part) for part in first["loc"])
+        what = f"`{name}` is {first['input']!r}: " if name else ""
+        raise UserError(f"{objective.method}: {what}{said[:1].lower()}{said[1:]}.") from None
 
 
 def sampling_facts(objective: Objective) -> dict[str, str]:

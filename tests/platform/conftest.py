@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scored_sweep import trained_sweep
 
 from soflow_platform.config.document import apply_override, read_document
 from soflow_platform.config.experiment import Experiment, validate
@@ -49,6 +50,19 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     prepare_store(f"sqlite:///{path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def scored_once(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Storage:
+    """A finished sweep of two methods. Tests read it; those that score take a copy."""
+    return trained_sweep(tmp_path_factory.mktemp("scored") / "runs", empty_store)
+
+
+@pytest.fixture
+def scored(scored_once: Storage, tmp_path: Path) -> Storage:
+    """A copy of the finished sweep, to score in."""
+    shutil.copytree(scored_once.root, tmp_path / "scored")
+    return Storage(tmp_path / "scored")
 
 
 @pytest.fixture

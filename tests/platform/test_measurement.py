@@ -1,0 +1,161 @@
+"""Statistics gathered in blocks are those of the images taken at once, whoever made the blocks and however often it was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scored_sweep import SWEEP
+
+from soflow_core.samplers.noise import sample_labels
+from soflow_pipelines.metrics import ScoreError, ScoreStatistics
+from soflow_platform.errors import UserError
+from soflow_platform.evaluation import feature_network
+from soflow_platform.generator import BATCH, Generator
+from soflow_platform.measurement import (
+    LARGEST_BLOCK,
+    GeneratedImages,
+    GivenImages,
+    Measurement,
+    MeasurementFolder,
+    measure_block,
+)
+from soflow_platform.storage import Storage
+from soflow_platform.subjects import find_subject
+
+
+@pytest.fixture
+def weights(scored_once: Storage) -> Path:
+    found = find_subject(f"{SWEEP}/trial-00-soflow", scored_once, scored_once.tracking_uri).weights
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def measurement(weights: Path, scored_once: Storage) -> Measurement:
+    images = GeneratedImages(str(weights), "digest", steps=2, seed=3, labels="uniform", count=200)
+    network = feature_network("digits-classifier", (1, 8, 8), scored_once)
+    return Measurement(images, "digits-classifier", network.id, ("fd", "kid", "is", "label_agreement"))
+
+
+def make(
+    measurement: Measurement, scored_once: Storage, folder: MeasurementFolder, blocks: list[int]
+) -> None:
+    network = feature_network(measurement.features, (1, 8, 8), scored_once)
+    for block in blocks:
+        opened = measurement.images.open("cpu")
+        folder.publish(block, measure_block(measurement, block, opened, network))
+
+
+def test_a_sample_is_the_same_in_whichever_block_it_is_made(measurement: Measurement, weights: Path) -> None:
+    opened = measurement.images.open("cpu")
+    whole = torch.cat([opened.read(start, start + BATCH)[0] for start in (0, 64, 128)])
+    alone, labels = opened.read(70, 71)
+    assert torch.equal(alone[0], whole[70])
+    generator = Generator.open(weights)
+    (again,) = generator.samples([70], sample_labels(3, torch.tensor([70]), 10), seed=3, steps=2)
+    assert torch.equal(again, alone)
+    assert labels is not None
+    assert torch.equal(labels, sample_labels(3, torch.tensor([70]), 10))
+
+
+def test_blocks_made_in_any_order_by_anyone_give_the_same_statistics_to_the_last_bit(
+    measurement: Measurement, scored_once: Storage, tmp_path: Path
+) -> None:
+    folders = [MeasurementFolder.of(measurement, tmp_path / name) for name in ("one", "two")]
+    assert folders[0].missing() == [0, 1, 2, 3]
+    make(measurement, scored_once, folders[0], [0, 1, 2, 3])
+    make(measurement, scored_once, folders[1], [3, 1])
+    assert folders[1].missing() == [0, 2]
+    make(measurement, scored_once, folders[1], folders[1].missing())
+    states = [folder.whole().state() for folder in folders]
+    for key in states[0]:
+        assert np.array_equal(states[0][key], states[1][key]), key
+    assert [path.name for path in folders[0].folder.iterdir()] == ["statistics.npz"]
+    assert folders[0].missing() == []
+    again = folders[0].whole().state()
+    assert all(np.array_equal(again[key], states[0][key]) for key in again)
+
+
+def test_merged_blocks_are_the_statistics_of_all_images_at_once(
+    measurement: Measurement, scored_once: Storage, tmp_path: Path
+) -> None:
+    folder = MeasurementFolder.of(measurement, tmp_path)
+    make(measurement, scored_once, folder, folder.missing())
+    merged = folder.whole()
+    opened = measurement.images.open("cpu")
+    parts = [opened.read(start, min(start + BATCH, 200)) for start in range(0, 200, BATCH)]
+    network = feature_network(measurement.features, (1, 8, 8), scored_once)
+    whole = ScoreStatistics(network, measurement.metrics, samples=200)
+    whole.update(
+        torch.arange(200),
+        torch.cat([part[0] for part in parts]),
+        torch.cat([p[1] for p in parts if p[1] is not None]),
+    )
+    assert merged.count == whole.count == 200
+    assert merged.agreed == whole.agreed
+    assert merged.moments is not None
+    assert whole.moments is not None
+    np.testing.assert_allclose(merged.moments.mean, whole.moments.mean, rtol=1e-6)
+    np.testing.assert_allclose(merged.moments.covariance, whole.moments.covariance, rtol=1e-5, atol=1e-7)
+    merged.check_complete()
+
+
+def test_the_weights_of_a_sample_that_is_not_finite_are_refused(
+    measurement: Measurement, scored_once: Storage
+) -> None:
+    opened: Any = measurement.images.open("cpu")
+    with torch.no_grad():
+        next(iter(opened._generator.network.parameters())).fill_(float("nan"))
+    network = feature_network(measurement.features, (1, 8, 8), scored_once)
+    with pytest.raises(ScoreError, match="sample 64 has values that are not finite"):
+        measure_block(measurement, 1, opened, network)
+
+
+CHANGES: dict[str, Callable[[Measurement], Measurement]] = {
+    "weights": lambda m: replace(m, images=replace(m.images, digest="other")),
+    "steps": lambda m: replace(m, images=replace(m.images, steps=1)),
+    "seed": lambda m: replace(m, images=replace(m.images, seed=4)),
+    "labels": lambda m: replace(m, images=replace(m.images, labels="balanced")),
+    "count": lambda m: replace(m, images=replace(m.images, count=201)),
+    "sampler": lambda m: replace(m, images=replace(m.images, sampling={"sampler": "heun"})),
+    "features": lambda m: replace(m, features_id="digits-cnn-1-00000000"),
+    "metrics": lambda m: replace(m, metrics=("fd",)),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_every_setting_that_moves_the_statistics_changes_the_key(measurement: Measurement, what: str) -> None:
+    assert CHANGES[what](measurement).key != measurement.key
+
+
+def test_where_the_weights_lie_does_not_change_the_key(measurement: Measurement) -> None:
+    assert (
+        replace(measurement, images=replace(measurement.images, weights="/elsewhere")).key == measurement.key
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "block", "blocks"),
+    [(2, 64, 1), (64, 64, 1), (200, 64, 4), (2000, 128, 16), (10_000, 640, 16), (50_000, LARGEST_BLOCK, 49)],
+)
+def test_blocks_are_whole_batches_and_hold_every_image_once(count: int, block: int, blocks: int) -> None:
+    cut = Measurement(GivenImages("place", "digest", count), "inception", "id", ("fid",))
+    assert (cut.block, cut.blocks) == (block, blocks)
+    assert cut.block % BATCH == 0
+    assert sum(cut.size(number) for number in range(cut.blocks)) == count
+
+
+def test_a_machine_with_other_feature_weights_refuses_the_work(
+    measurement: Measurement, scored_once: Storage, tmp_path: Path
+) -> None:
+    from soflow_platform.jobs.gather import Scorer
+
+    scorer = Scorer(str(scored_once.root), str(tmp_path), 1, None)
+    with pytest.raises(UserError, match=r"this machine has digits-cnn-1-\w+ where the command found other"):
+        scorer.make(replace(measurement, features_id="other"), 0)
