@@ -34,6 +34,8 @@ _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # Ctrl-C ends the sweep where it stands; Tune's own handler would go on as if the trials had been stopped.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # A trial that was stopped before its first evaluation ends without the metric.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 

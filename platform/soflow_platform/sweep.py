@@ -6,6 +6,7 @@ Everything found here can be interrupted at any point; the same settings go on w
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -64,6 +65,8 @@ def run_sweep(
 
     Raises JobError where no trial could be scored, and Stopped where the sweep was asked to stop.
     """
+    # Before anything that takes time: a stop that is asked for from here on is meant for this attempt.
+    clear_stops(storage, record.id)
     uri = experiment.tracking.uri or storage.tracking_uri
     with connected(address) as cluster:
         concurrent = concurrent_trials(experiment, cluster)
@@ -72,7 +75,6 @@ def run_sweep(
                 f"this cluster has {cluster.machines} machines and SQLite serves one: start a tracking server "
                 "(`mlflow server`) and set tracking.uri to its address."
             )
-        clear_stops(storage, record.id)
         display.say("preparing data and reference statistics")
         location, info = open_data(experiment, storage)
         evaluator = Evaluator.open(
@@ -89,7 +91,7 @@ def run_sweep(
             board = start_board(f"progress-{record.id}")
             display.start(record, cluster, board)
             try:
-                failures = _run_trials(record, tasks, experiment, storage, concurrent)
+                failures = _run_trials(record, tasks, experiment, storage, concurrent, board)
             finally:
                 display.stop()
             if stop_requested(storage, record.id):
@@ -188,9 +190,14 @@ def _run_trials(
     experiment: Experiment,
     storage: Storage,
     concurrent: int,
+    board: Any,
 ) -> dict[str, str]:
     """Run the trials under Ray Tune. Returns what failed: trial name -> sentence."""
+    import ray
     from ray import tune
+
+    # What fails is told in a sentence each; Tune's tracebacks are in its files.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
     def name(trial: Any) -> str:
         return str(trial.config["task"]["trial"])
@@ -207,15 +214,20 @@ def _run_trials(
             trial_dirname_creator=name,
         ),
         run_config=tune.RunConfig(
-            name=f"tune-{record.attempts}", storage_path=str(storage.sweep(record.id)), verbose=0
+            name=f"tune-{record.attempts}",
+            storage_path=str(storage.sweep(record.id)),
+            # The function that drives a trial may be on the node that is lost.
+            failure_config=tune.FailureConfig(max_failures=experiment.resources.max_failures),
+            verbose=0,
         ),
     )
-    failures = {}
     results = tuner.fit()
+    told = ray.get(board.snapshot.remote())
+    failures = {name: progress.failure for name, progress in told.items() if progress.failure}
     for index, task in enumerate(tasks):
         error = results[index].error
         if error is not None:
-            failures[task["trial"]] = str(error).strip().splitlines()[-1]
+            failures.setdefault(task["trial"], str(error).strip().splitlines()[-1])
     return failures
 
 

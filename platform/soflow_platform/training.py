@@ -322,7 +322,10 @@ class TrialWorker:
         if now - self._looked < STOP_SECONDS:
             return False
         self._looked = now
-        return stop_requested(self.storage, self.job.sweep, self.job.trial)
+        asked = stop_requested(self.storage, self.job.sweep, self.job.trial)
+        if asked and self.report is not None:
+            self.report.say("asked to stop", self.train_step.step)
+        return asked
 
     def _close(self) -> None:
         """Wait until everything is saved and sent. Raises JobError where something cannot be."""

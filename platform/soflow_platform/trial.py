@@ -6,6 +6,7 @@ start anew know what they knew.
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from typing import Any
 
 from soflow_platform.checkpoints import published, trial_root
 from soflow_platform.config.experiment import Experiment, trial_params
-from soflow_platform.errors import JobError
 from soflow_platform.retries import retry
 from soflow_platform.stops import stop_requested
 from soflow_platform.storage import Storage
@@ -45,7 +45,7 @@ class TrialTask:
 
 
 def run_trial(config: dict[str, Any]) -> None:
-    """Tune's entry point. Raises JobError where the trial cannot reach its last step."""
+    """Tune's entry point. Why a trial cannot reach its last step is told to the board."""
     import ray
     from ray import tune
 
@@ -71,6 +71,7 @@ def run_trial(config: dict[str, Any]) -> None:
         board.update.remote(task.trial, {"step": position.step, "state": "finished"})
         return
     if stop_requested(storage, task.sweep, task.trial):
+        journal.state("stopped", step=position.step if position else 0)
         return
     journal.state("starting")
     tracking = Tracking(task.tracking_uri, task.tracking_experiment, task.tracking_experiment_id)
@@ -101,7 +102,8 @@ def run_trial(config: dict[str, Any]) -> None:
     state = "FAILED" if failure else "KILLED" if now.state == "stopped" else "FINISHED"
     retry(lambda: tracking.finish(run, state), "closing the run", patience, journal.say, is_outage)
     if failure:
-        raise JobError(failure)
+        # Told and not raised: Tune would start the trial again, which is for lost machines alone.
+        ray.get(board.update.remote(task.trial, {"state": "failed", "failure": failure}))
 
 
 class _Fit(threading.Thread):
@@ -149,7 +151,8 @@ class _Fit(threading.Thread):
                 resources_per_worker=each,
             ),
             run_config=RunConfig(
-                name=f"{task.trial}-attempt-{task.attempt}",
+                # Ray Train would go on with a run of the same name, and with what it remembers of its workers.
+                name=f"{task.trial}-{secrets.token_hex(4)}",
                 storage_path=str(Storage(Path(task.storage)).sweep(task.sweep) / "train"),
                 failure_config=FailureConfig(max_failures=resources.max_failures),
                 callbacks=[_on_lost_workers(task.sweep, task.trial)],
