@@ -1,0 +1,70 @@
+"""How long a copy of a training's state in host memory stops the training, beside a step of it.
+
+    python benchmarks/host_copy.py --size S/4
+    python benchmarks/host_copy.py --size XL/2 --device cuda --batch 64
+
+`anew` takes memory for every copy, `again` writes over the copy before. On a GPU that memory is pinned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from soflow_core.networks import DiT, dit_config
+from soflow_core.objectives import Batch, SoFlow
+from soflow_core.states import HostCopy, map_tensors
+from soflow_core.training import OptimizerConfig, TrainStep
+
+
+def median_seconds(run: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """Of `rounds` runs by the wall clock, after one that is not counted."""
+    taken = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", default="S/4")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    device, objective = torch.device(options.device), SoFlow()
+    config = dit_config(options.size, channels=4, height=32, width=32, classes=1000, null_label=True)
+    train = TrainStep(DiT(config).to(device), objective, OptimizerConfig(), total_steps=1000)
+    batch = Batch(torch.randn(options.batch, 4, 32, 32), torch.randint(1000, (options.batch,)))
+
+    def step() -> None:
+        assert train(batch, objective.draw(None, options.batch, (4, 32, 32), conditional=True)).finite
+
+    copy, sizes = HostCopy(), []
+    seconds = {
+        "a step": median_seconds(step, device, options.rounds),
+        "anew": median_seconds(train.host_state, device, options.rounds),
+        "again": median_seconds(lambda: train.host_state(copy), device, options.rounds),
+    }
+    map_tensors(train.state_dict(), lambda tensor: sizes.append(tensor.nbytes))
+    print(f"{options.size}, state of {sum(sizes) / 2**30:.2f} GiB, step of batch {options.batch}, {device}")
+    print("| | s | of a step |\n|---|---|---|")
+    for name, value in seconds.items():
+        print(f"| {name} | {value:.3f} | {value / seconds['a step']:.3f} |")
+    print(f"again / anew = {seconds['again'] / seconds['anew']:.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
