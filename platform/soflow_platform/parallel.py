@@ -17,7 +17,9 @@ from soflow_core.training import TrainStep
 from soflow_platform.config.experiment import Experiment
 
 SLOW = 1.5
-"""A rank whose forward passes take this many times the median is called slow."""
+"""A rank whose forward passes take this many times the median is called slow..."""
+SLOW_IN_ROW = 3
+"""...where they did so this many times, one after the other."""
 
 
 def build_train_step(
@@ -107,6 +109,7 @@ class ForwardTimer:
         self._wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         self._started = 0.0
         self.measuring = False
+        self._slow: list[int] = []
         network.register_forward_pre_hook(self._begin)
         network.register_forward_hook(self._end)
 
@@ -121,9 +124,11 @@ class ForwardTimer:
             self.seconds += time.perf_counter() - self._started
 
     def slow_rank(self) -> tuple[int, float] | None:
-        """(rank, how many times the median) of the slowest rank where it is slow. All ranks take part."""
+        """(rank, how many times the median) of the slowest rank where it stays slow. All ranks take part."""
         seconds = gather([self.seconds])
         self.seconds = 0.0
         median = statistics.median_low(seconds)
         ratio = max(seconds) / median if median else 1.0
-        return (seconds.index(max(seconds)), ratio) if ratio > SLOW else None
+        rank = seconds.index(max(seconds))
+        self._slow = [*self._slow, rank][-SLOW_IN_ROW:] if ratio > SLOW else []
+        return (rank, ratio) if self._slow == [rank] * SLOW_IN_ROW else None

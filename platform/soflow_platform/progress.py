@@ -14,6 +14,8 @@ class TrialProgress:
     step: int = 0
     images_per_second: float = 0.0
     loss: float | None = None
+    eta_seconds: float | None = None
+    """To the last step, at the pace so far."""
     state: str = "waiting"
     since: float = 0.0
     """When this state began, in seconds since 1970."""

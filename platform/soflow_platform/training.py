@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,6 +83,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     # Ray gives a worker one OpenMP thread; the CPUs it was granted are the threads it may use.
     granted = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
     torch.set_num_threads(max(1, int(granted)))
+    # cuBLAS is deterministic only with this, and reads it when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     job = TrialJob(**settings)
     worker = TrialWorker(
         job,

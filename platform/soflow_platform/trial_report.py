@@ -65,7 +65,15 @@ class TrialReport:
         now = time.monotonic()
         if now - self._told > PROGRESS_SECONDS:
             self._told = now
-            self._to_board({"state": "running", "step": step, "images_per_second": rate, "loss": loss})
+            self._to_board(
+                {
+                    "state": "running",
+                    "step": step,
+                    "images_per_second": rate,
+                    "loss": loss,
+                    "eta_seconds": eta_seconds,
+                }
+            )
         if now - self._written > STATUS_SECONDS:
             self._write_status()
         if now - self._line > LINE_SECONDS:

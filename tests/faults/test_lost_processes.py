@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+from object_store import free_port
 
 from soflow_platform.storage import Storage
 from watched import Outcome, Watched
@@ -26,9 +27,9 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
     sweep.trains()
     victims = sweep.workers
     assert len(victims) == count
-    before, since = sweep.status["step"], time.monotonic()
+    since = time.monotonic()
     victims[-1].send_signal(signal.SIGKILL)
-    seconds, lost = sweep.recovery(before, since)
+    seconds, lost = sweep.recovery(since)
     code, printed, said = sweep.end()
     assert code == 0, said
     assert sweep.record.attempts == 1
@@ -45,19 +46,18 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
 def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path, outcome: Note) -> None:
     sweep = Watched(Storage(tmp_path / "runs"), steps=600)
     sweep.trains()
-    before = sweep.status["step"]
     everyone = psutil.Process(sweep.process.pid).children(recursive=True)
     sweep.process.send_signal(signal.SIGKILL)
     psutil.wait_procs(everyone, timeout=60)
     sweep.process.communicate()
     since = time.monotonic()
     again = Watched(sweep.storage, steps=600)
-    seconds, lost = again.recovery(before, since)
+    seconds, lost = again.recovery(since)
     code, printed, said = again.end()
     assert code == 0, said
     assert "going on with sweep" in printed
     again.expect_whole_curves()
-    assert lost <= sweep.every + 5
+    assert lost <= sweep.every
     outcome(
         Outcome(
             "kill -9 of the driver, same command again", '"going on with sweep ..."; exit 0', seconds, lost
@@ -66,7 +66,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path, outcome: 
 
 
 def test_a_sweep_told_to_terminate_saves_marks_its_runs_and_exits_143(tmp_path: Path, outcome: Note) -> None:
-    sweep = Watched(Storage(tmp_path / "runs"), steps=5000, every=100)
+    sweep = Watched(Storage(tmp_path / "runs"), steps=3000, every=100)
     sweep.trains()
     sweep.process.send_signal(signal.SIGTERM)
     since = time.monotonic()
@@ -78,9 +78,9 @@ def test_a_sweep_told_to_terminate_saves_marks_its_runs_and_exits_143(tmp_path: 
     assert sweep.status["state"] == "stopped"
     assert saved == sweep.status["step"]
     assert saved % sweep.every
-    again = Watched(sweep.storage, steps=5000, every=100)
+    again = Watched(sweep.storage, steps=3000, every=100)
     since = time.monotonic()
-    _, lost = again.recovery(saved, since)
+    _, lost = again.recovery(since)
     assert lost == 0
     again.process.send_signal(signal.SIGTERM)
     assert again.end(60)[0] == 143
@@ -101,27 +101,29 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": free_port()}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         yield cluster
     finally:
         cluster.shutdown()
 
 
-WORKERS_ON_NODES = "resources={workers: 2, cpus_per_worker: 1, max_failures: 3, concurrent_trials: 1}"
+# Nodes of 2 CPU have room for one such worker each, and for the function that drives the trial.
+WORKERS_ON_NODES = "resources={workers: 2, cpus_per_worker: 1.5, max_failures: 3, concurrent_trials: 1}"
 
 
 def test_a_removed_node_is_replaced_by_a_spare_one(cluster: Any, tmp_path: Path, outcome: Note) -> None:
-    nodes = [cluster.add_node(num_cpus=1, resources={"pool": 1}) for _ in range(3)]
+    nodes = [cluster.add_node(num_cpus=2) for _ in range(3)]
     sweep = Watched(Storage(tmp_path / "runs"), WORKERS_ON_NODES, steps=1500, address=str(cluster.address))
     sweep.trains()
-    before, since = sweep.status["step"], time.monotonic()
+    since = time.monotonic()
     cluster.remove_node(_busy(nodes), allow_graceful=False)
-    seconds, lost = sweep.recovery(before, since)
+    seconds, lost = sweep.recovery(since)
     code, _, said = sweep.end()
     assert code == 0, said
     sweep.expect_whole_curves()
-    assert lost <= sweep.every + 10
+    assert lost <= sweep.every
     outcome(
         Outcome("node removed, another one free", "state `restarting`, then `running`; exit 0", seconds, lost)
     )
@@ -130,15 +132,15 @@ def test_a_removed_node_is_replaced_by_a_spare_one(cluster: Any, tmp_path: Path,
 def test_with_fewer_nodes_an_elastic_trial_goes_on_at_the_same_batch(
     cluster: Any, tmp_path: Path, outcome: Note
 ) -> None:
-    nodes = [cluster.add_node(num_cpus=1, resources={"pool": 1}) for _ in range(2)]
+    nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
     elastic = WORKERS_ON_NODES.replace("workers: 2", "workers: 2, min_workers: 1").replace(
         "num_cpus: 1", "num_cpus: 0"
     )
     sweep = Watched(Storage(tmp_path / "runs"), elastic, steps=1500, address=str(cluster.address))
     sweep.trains()
-    before, since = sweep.status["step"], time.monotonic()
+    since = time.monotonic()
     cluster.remove_node(_busy(nodes), allow_graceful=False)
-    seconds, lost = sweep.recovery(before, since)
+    seconds, lost = sweep.recovery(since)
     code, _, said = sweep.end()
     assert code == 0, said
     sweep.expect_whole_curves()
@@ -154,10 +156,12 @@ def test_with_fewer_nodes_an_elastic_trial_goes_on_at_the_same_batch(
 
 
 def _busy(nodes: list[Any]) -> Any:
-    """A node on which a worker trains."""
+    """A node on which a worker trains, and that is not the one the command is connected to."""
     for node in nodes:
         raylet = node.all_processes["raylet"][0].process
-        for child in psutil.Process(raylet.pid).children(recursive=True):
-            if any("RayTrainWorker" in part for part in child.cmdline()):
-                return node
+        held = " ".join(
+            part for child in psutil.Process(raylet.pid).children(recursive=True) for part in child.cmdline()
+        )
+        if "RayTrainWorker" in held and "ProgressBoard" not in held:
+            return node
     raise AssertionError("no node trains")

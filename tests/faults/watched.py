@@ -88,8 +88,8 @@ class Watched:
     @property
     def status(self) -> dict[str, Any]:
         if not all_records(self.storage):
-            return {"step": 0}
-        return read_json(self.folder / "status.json") or {"step": 0}
+            return {"step": 0, "state": "starting"}
+        return read_json(self.folder / "status.json") or {"step": 0, "state": "starting"}
 
     @property
     def log(self) -> str:
@@ -110,17 +110,29 @@ class Watched:
             assert time.monotonic() < deadline, f"it did not come: {self.status}\n{self.log}"
             time.sleep(0.05)
 
-    def trains(self, checkpoints: int = 2) -> None:
-        """Wait until it trains and has saved a few times."""
+    def trains(self, checkpoints: int = 2) -> int:
+        """Wait until it has saved a few times and is some steps beyond the last checkpoint. Returns its step."""
         self.wait_for(lambda: len(self.checkpoint_steps) >= checkpoints)
+        self.wait_for(lambda: self.status["step"] > self.checkpoint_steps[-1] + 5)
+        return int(self.status["step"])
 
-    def recovery(self, before: int, since: float, again: int = 1) -> tuple[float, int]:
-        """(seconds since a fault until training went on, steps lost), from the log's `again`-th "going on" line."""
+    def recovery(self, since: float) -> tuple[float, int]:
+        """(seconds since a fault until training went on, steps trained twice), from the log's line of the new life."""
+        reached = 0
         pattern = r"step (\d+)  going on"
-        self.wait_for(lambda: len(re.findall(pattern, self.log)) >= again)
+
+        def goes_on() -> bool:
+            nonlocal reached
+            status = self.status
+            if status["state"] != "starting":
+                reached = max(reached, status["step"])
+            return re.search(pattern, self.log) is not None
+
+        reached = self.status["step"]
+        self.wait_for(goes_on)
         from_step = int(re.findall(pattern, self.log)[-1])
         self.wait_for(lambda: self.status["step"] > from_step or self.process.poll() is not None)
-        return time.monotonic() - since, max(0, before - from_step)
+        return time.monotonic() - since, max(0, reached - from_step)
 
     def end(self, seconds: float = 240) -> tuple[int, str, str]:
         """(exit code, stdout, stderr)"""

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from soflow_platform.cli.terminal import storage_flag
+from soflow_platform.cli.terminal import duration, storage_flag
 from soflow_platform.cluster import Cluster
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.trials import Trial
@@ -79,7 +79,7 @@ class SweepDisplay(Display):
         """One row for each trial: state, progress, speed, loss, and the latest score."""
         metric, steps = self.experiment.search.metric, self.experiment.training.steps
         table = Table(
-            "trial", "state", "progress", "step", "images/s", "loss", metric, box=None, pad_edge=False
+            "trial", "state", "progress", "step", "left", "images/s", "loss", metric, box=None, pad_edge=False
         )
         for trial in self.trials:
             now = progress.get(trial.name, TrialProgress())
@@ -96,6 +96,7 @@ class SweepDisplay(Display):
                 state,
                 ProgressBar(total=steps, completed=now.step, width=20),
                 f"{now.step:,}/{steps:,}",
+                "-" if now.eta_seconds is None else duration(now.eta_seconds),
                 f"{now.images_per_second:,.0f}" if now.images_per_second else "-",
                 f"{now.loss:.3f}" if now.loss is not None else "-",
                 f"{score:.4g}" if score is not None else "-",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from soflow_platform.cli.terminal import console, plain_table, storage_flag
+from soflow_platform.cli.terminal import console, duration, plain_table, storage_flag
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.journal import LOG, JournalReader, read_tail
 from soflow_platform.status import ENDED, TrialStatus, sweep_runs, sweep_state, trial_statuses
@@ -172,15 +172,3 @@ def _table(statuses: list[TrialStatus]) -> Table:
             str(status.restarts),
         )
     return table
-
-
-def duration(seconds: float) -> str:
-    """Two units at most: `45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -29,3 +29,15 @@ def plain_table(name: str, *columns: str) -> Table:
 def storage_flag(storage: Storage) -> str:
     """The option that finds this project folder again, where it is not the default one."""
     return "" if find_storage(None) == storage else f" --storage {storage.root}"
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: `45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
