@@ -14,7 +14,20 @@ from soflow_platform.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "sweeps" / "digits.yaml")
-COMMANDS = ["run", "ui", "runs", "promote", "generate", "validate", "version", "status", "logs", "stop"]
+COMMANDS = [
+    "run",
+    "ui",
+    "runs",
+    "promote",
+    "generate",
+    "validate",
+    "version",
+    "status",
+    "logs",
+    "stop",
+    "evaluate",
+    "compare",
+]
 
 
 def soflowctl(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -93,6 +106,41 @@ MISTAKES = {
     "a weights file that is not there": (
         ["generate", "--model", "some/weights.safetensors", "--out", "images"],
         "there is no such file; registered models are named models:/NAME@ALIAS",
+    ),
+    "images that are not there": (
+        ["evaluate", "./images"],
+        "./images: there is no such file or folder; name",
+    ),
+    "a number of steps that is none": (
+        ["evaluate", "digits", "--steps", "1,two"],
+        "--steps '1,two': 'two' is no number of steps; give numbers such as 1,2,4.",
+    ),
+    "a model to score that is not registered": (
+        ["evaluate", "models:/digits@champion"],
+        "there is no model registry under",
+    ),
+    "a sweep to compare that is not there": (
+        ["compare", "methods-digits"],
+        "there is no sweep 'methods-digits' under",
+    ),
+    "a way of sampling that a method does not have": (
+        ["validate", "methods-digits", "--set", "comparison=[{steps: [1], sampler: ddim}]"],
+        "--set comparison: `comparison`: soflow has no sampling setting `sampler`: it has one way of sampling.",
+    ),
+    "a number of evaluations that cannot be had": (
+        [
+            "validate",
+            DIGITS,
+            "--set",
+            "objective={method: flow_matching, sampler: heun}",
+            "--set",
+            "search.space={}",
+        ],
+        "`evaluation.nfe`: 1 evaluations cannot be had, for flow_matching makes 2 in a step as it is sampled.",
+    ),
+    "features that are not known": (
+        ["validate", DIGITS, "--set", "evaluation.features=inceptoin"],
+        "`evaluation.features`: known are inception, dinov2, clip, digits-classifier, pooled and file:PATH.",
     ),
 }
 

@@ -1,0 +1,122 @@
+"""An evaluation that is killed goes on with the same command, and its numbers are those of one that was not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from scored_sweep import SWEEP, trained_sweep
+
+from soflow_platform.storage import Storage
+from soflow_platform.tracking import prepare_store
+
+pytestmark = pytest.mark.faults
+SECONDS = 240
+# 16 blocks, each a few seconds long.
+COMMAND = [
+    "evaluate",
+    f"{SWEEP}/trial-00",
+    "--num",
+    "2000",
+    "--steps",
+    "400",
+    "--metrics",
+    "fd,kid,label_agreement",
+]
+
+
+def start(storage: Storage, log: Path) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "soflow_platform.cli.main",
+        *COMMAND,
+        "--json",
+        "--storage",
+        str(storage.root),
+    ]
+    with log.open("w") as file:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True, cwd=storage.root)
+
+
+def finished(process: subprocess.Popen[str], log: Path) -> Any:
+    printed, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, log.read_text()[-2000:]
+    return json.loads(printed)
+
+
+def blocks(storage: Storage) -> list[Path]:
+    return sorted((storage.root / "evaluations").glob("*/block-*.npz"))
+
+
+def until_some_blocks(storage: Storage, process: subprocess.Popen[str], log: Path) -> None:
+    end = time.monotonic() + SECONDS
+    while len(blocks(storage)) < 3:
+        assert process.poll() is None, log.read_text()[-2000:]
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    folder = tmp_path_factory.mktemp("swept")
+    prepare_store(f"sqlite:///{folder / 'mlflow.db'}")
+    return trained_sweep(folder / "runs", folder / "mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def uncut(swept: Storage, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The numbers of a command that was left alone."""
+    root = tmp_path_factory.mktemp("uncut")
+    shutil.copytree(swept.root, root / "runs")
+    return numbers(finished(start(Storage(root / "runs"), root / "log"), root / "log"))
+
+
+def numbers(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is printed, without where it lies."""
+    return [
+        {**record, "settings": {k: v for k, v in record["settings"].items() if k != "reference"}}
+        for record in records
+    ]
+
+
+def test_a_killed_driver_goes_on_and_gives_the_same_numbers(
+    swept: Storage, uncut: Any, tmp_path: Path
+) -> None:
+    storage, log = Storage(tmp_path / "runs"), tmp_path / "log"
+    shutil.copytree(swept.root, storage.root)
+    cut = start(storage, log)
+    until_some_blocks(storage, cut, log)
+    everyone = psutil.Process(cut.pid).children(recursive=True)
+    cut.send_signal(signal.SIGKILL)
+    psutil.wait_procs(everyone, timeout=60)
+    cut.communicate()
+    made = {path: path.stat().st_mtime_ns for path in blocks(storage)}
+    assert 3 <= len(made) < 16
+    again = start(storage, log)
+    while len(blocks(storage)) == len(made):
+        assert again.poll() is None, log.read_text()[-2000:]
+        time.sleep(0.05)
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert numbers(finished(again, log)) == uncut
+    assert blocks(storage) == []
+
+
+def test_a_killed_worker_costs_its_block_alone(swept: Storage, uncut: Any, tmp_path: Path) -> None:
+    storage, log = Storage(tmp_path / "runs"), tmp_path / "log"
+    shutil.copytree(swept.root, storage.root)
+    driver = start(storage, log)
+    until_some_blocks(storage, driver, log)
+    everyone = psutil.Process(driver.pid).children(recursive=True)
+    scorers = [child for child in everyone if "Scorer" in " ".join(child.cmdline())]
+    assert scorers
+    scorers[0].kill()
+    assert numbers(finished(driver, log)) == uncut
