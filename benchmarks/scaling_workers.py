@@ -25,7 +25,7 @@ from loader import INFO, latents
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from soflow_core.networks import DiT, dit_config
+from soflow_core.networks import DiT, DiTConfig, dit_config
 from soflow_core.objectives import Batch, SoFlow
 from soflow_core.training import OptimizerConfig, TrainStep
 from soflow_pipelines.loader import ShardLoader
@@ -63,7 +63,7 @@ def make_step(size: str, distributed: bool) -> TrainStep:
     return TrainStep(wrapped, objective, OptimizerConfig(), total_steps=1000)
 
 
-def network_config(size: str):
+def network_config(size: str) -> DiTConfig:
     return dit_config(size, channels=4, height=32, width=32, classes=1000, null_label=True)
 
 
