@@ -31,6 +31,11 @@ from soflow_core.sharding import (
 )
 from soflow_core.states import HostCopy, map_tensors
 
+MOST_GRAPHS = 32
+"""Compiled versions of a network: one for each pass, size of branch, precision and gradient mode. Torch's own
+limit is 8, after which it goes on uncompiled.
+"""
+
 __all__ = ["OptimizerConfig", "StepRecord", "TrainStep"]
 
 
@@ -116,6 +121,7 @@ class TrainStep:
         self.deterministic = deterministic
         self.accumulate = accumulate
         self.gather = gather
+        self.compile = compile
         self.step = 0
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.names, self.parameters = list(trained), list(trained.values())
@@ -144,7 +150,7 @@ class TrainStep:
         """One step on this rank's rows."""
         pieces = self._pieces(batch.to(self.device), draws.to(self.device))
         rate = self.optimizer_config.learning_rate(self.step, self.total_steps)
-        with _kernels(self.device, self.policy, self.deterministic):
+        with self._compiler(), _kernels(self.device, self.policy, self.deterministic):
             self.optimizer.zero_grad(set_to_none=True)
             losses: dict[str, list[Tensor]] = {"loss": []}
             for number, piece in enumerate(pieces, start=1):
@@ -211,6 +217,9 @@ class TrainStep:
         self.optimizer.load_state_dict(self._split_optimizer(state["optimizer"]))
         self.ema.load_state_dict(state["ema"])
         self.step = state["step"]
+
+    def _compiler(self) -> AbstractContextManager[object]:
+        return torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS) if self.compile else nullcontext()
 
     def _pieces(self, batch: Batch, draws: Draws) -> list[tuple[Batch, Draws]]:
         """Piece j of n has rows j, j + n, j + 2 n, ..., as a rank's share of a batch has, so that each holds its
@@ -356,5 +365,7 @@ def _kernels(device: torch.device, policy: PassPolicy, deterministic: bool) -> I
             torch.use_deterministic_algorithms(True)
         yield
     finally:
-        torch.set_float32_matmul_precision(matmul)
+        # Setting even the same precision again is a change to the compiler, which would compile all anew.
+        if tf32:
+            torch.set_float32_matmul_precision(matmul)
         torch.use_deterministic_algorithms(before, warn_only=warn_only)

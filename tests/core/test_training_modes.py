@@ -44,6 +44,28 @@ def test_compiled_training_gives_the_same_losses_and_does_not_compile_again():
     assert len(set(counts)) == 1, counts
 
 
+@pytest.mark.slow
+def test_every_pass_of_every_piece_is_compiled_in_the_first_step_and_only_there(monkeypatch):
+    """Two trainings of one process, whose pieces of 9 and 3 or 21 and 7 rows are in part bfloat16, make more
+    versions than torch compiles by default. A compiler that changes nothing will do here.
+    """
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: whole(self, backend="eager", **kw))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    settings = {"precision": "mixed", "accumulate": 2}
+    graphs = []
+    for size in (12, 28):
+        plain, compiled = make(SoFlow(), **settings), make(SoFlow(), **settings, compile=True)
+        for step in range(3):
+            batch = random_inputs(plain.objective, size, torch.float32, seed=step)
+            assert compiled(*batch).loss == pytest.approx(plain(*batch).loss, rel=1e-3)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    # Guidance, velocity, consistency and F_l, each of two sizes.
+    assert graphs == [8, 8, 8, 16, 16, 16]
+    assert torch._dynamo.config.recompile_limit == 8
+
+
 @pytest.mark.parametrize("precision", ["float32", "mixed"])
 def test_a_deterministic_run_is_bit_for_bit_the_same_twice(precision):
     runs = [make(SoFlow(), deterministic=True, precision=precision, accumulate=2) for _ in range(2)]
