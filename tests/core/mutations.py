@@ -100,14 +100,14 @@ MUTATIONS = [
     Mutation(
         "MeanFlow: tangent of t left out",
         PASSES,
-        "(velocity, torch.ones_like(t))",
-        "(velocity, torch.zeros_like(t))",
+        "make_dual(t, torch.ones_like(t))",
+        "make_dual(t, torch.zeros_like(t))",
     ),
     Mutation(
         "MeanFlow: tangent of x left out",
         PASSES,
-        "(velocity, torch.ones_like(t))",
-        "(torch.zeros_like(velocity), torch.ones_like(t))",
+        "make_dual(x, velocity)",
+        "make_dual(x, torch.zeros_like(velocity))",
     ),
     Mutation(
         "MeanFlow: derivative along the sample velocity",
