@@ -261,6 +261,12 @@ def _row(entry: Entry, score: Score, measured: MeasuredCosts | None, number: int
     flags = list(score.flags)
     if done < planned:
         flags.append(f"{entry.trial.name} is at step {done} of {planned}: it has not had its budget.")
+    usual = entry.trial.experiment.evaluation.samples
+    if entry.samples != usual:
+        way = f"{entry.network.objective.method} ({_sampling(score.tags)})"
+        flags.append(
+            f"{way} is scored on {entry.samples} samples, where {usual} are usual: fewer give a larger distance."
+        )
     kinds = [name for name in score.values if name != "label_agreement"]
     row = Row(
         budget=entry.trial.settings.get("budget", "steps"),

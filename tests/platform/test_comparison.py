@@ -82,6 +82,9 @@ def test_every_method_is_sampled_in_every_way_that_covers_it(scored: Storage, re
         ("flow_matching", "euler, guidance 2", 2, 4, 80),
     ]
     assert {(r.budget, r.trained_steps, r.uses_jvp) for r in rows} == {("steps", 6, False)}
+    assert [r.flags for r in rows[:4]] == [()] * 4
+    (flag,) = rows[4].flags
+    assert "is scored on 80 samples, where 100 are usual" in flag
 
 
 def test_a_row_is_the_score_of_the_newest_checkpoint_by_itself(scored: Storage, record: SweepRecord) -> None:
