@@ -95,20 +95,8 @@ class TrainStep:
     ) -> None:
         wrapped = isinstance(network, DistributedDataParallel)
         self.mesh = sharding_mesh(network)
-        if objective.uses_jvp and wrapped:
-            raise ValueError(
-                f"{objective.method} takes a Jacobian-vector product, which DistributedDataParallel has not;"
-                " pass the plain network and reduce_gradients"
-            )
-        if objective.uses_jvp and compile:
-            raise ValueError(
-                f"{objective.method} takes a Jacobian-vector product; train it with compile=False"
-            )
-        if self.mesh is not None and (reduce_gradients is not None or gather is not None):
-            raise ValueError(
-                "a sharded network averages its own gradients, and its ranks hold different shares of them;"
-                " leave out reduce_gradients and gather"
-            )
+        exchanged = reduce_gradients is not None or gather is not None
+        _check_combination(objective, wrapped, self.mesh is not None, compile, exchanged)
         if accumulate < 1:
             raise ValueError(f"accumulate is {accumulate}; a step has at least 1 piece")
         self.network = network
@@ -340,6 +328,26 @@ class TrainStep:
             )
         self.optimizer.zero_grad(set_to_none=True)
         return self._record(values, norm, rate, culprit)
+
+
+def _check_combination(
+    objective: Objective, wrapped: bool, sharded: bool, compile: bool, exchanged: bool
+) -> None:
+    """Refuses what does not go together: of a method, a wrapped or sharded network, and a caller's own exchange
+    between ranks.
+    """
+    if objective.uses_jvp and wrapped:
+        raise ValueError(
+            f"{objective.method} takes a Jacobian-vector product, which DistributedDataParallel has not;"
+            " pass the plain network and reduce_gradients"
+        )
+    if objective.uses_jvp and compile:
+        raise ValueError(f"{objective.method} takes a Jacobian-vector product; train it with compile=False")
+    if sharded and exchanged:
+        raise ValueError(
+            "a sharded network averages its own gradients, and its ranks hold different shares of them;"
+            " leave out reduce_gradients and gather"
+        )
 
 
 def _fast_bfloat16_cpu(device: torch.device) -> bool:
