@@ -38,7 +38,7 @@ def retry(
         except Exception as error:
             if not passing(error):
                 raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             waited = time.monotonic() - started
             if waited >= seconds or cancelled.is_set():
                 raise JobError(f"{what} failed for {waited:.0f} s: {reason}") from error

@@ -76,6 +76,6 @@ class CheckpointSaver:
             )
         except JobError as error:
             self._failure = error
-            self.say(f"{error}. Training goes on; what is older is kept.")
+            self.say(f"{error}; the checkpoints before it are kept.")
         else:
             self.say(f"checkpoint of step {position.step:,} saved in {time.monotonic() - started:.1f} s")

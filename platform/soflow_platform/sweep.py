@@ -290,7 +290,9 @@ def _conclude(
     scored = [o for o in outcomes if o.best is not None and o.state != "failed"]
     if not scored:
         reasons = "; ".join(f"{o.name}: {o.failure or 'not scored'}" for o in outcomes)
-        raise JobError(f"no trial of sweep {record.id} could be scored ({reasons}).")
+        raise JobError(
+            f"no trial of sweep {record.id} could be scored ({reasons}); the same command tries again."
+        )
     sign: Callable[[float], float] = (lambda v: v) if experiment.mode == "min" else (lambda v: -v)
     best = min(scored, key=lambda o: sign((o.best or {})[metric]))
     step = (best.best or {})["step"]

@@ -119,7 +119,9 @@ class TrialWorker:
         )
         self.config = network_config(self.experiment, self.loader.info)
         self.train_step = parallel.build_train_step(self.experiment, self.config, device, world)
-        self.forward_timer = parallel.ForwardTimer(self.train_step.network, device) if world > 1 else None
+        # Shares are gathered inside a sharded network's forward pass, so its time says nothing of a rank.
+        timed = world > 1 and training.parallel == "ddp"
+        self.forward_timer = parallel.ForwardTimer(self.train_step.network, device) if timed else None
         self.evaluator = Evaluator.open(
             self.experiment.evaluation,
             self.loader.info,

@@ -120,7 +120,7 @@ def test_s3_gone_for_a_minute_costs_no_step(
         assert code == 0, said
         sweep.expect_whole_curves()
         assert during > before
-        assert "going on" not in sweep.log.split("starting with", 1)[1].replace("Training goes on", "")
+        assert "going on" not in sweep.log
     finally:
         wire.close()
         server.stop()

@@ -63,10 +63,6 @@ class Experiment(Section):
                     f"training.batch ({training.batch}) does not divide over {workers} worker(s){pieces} "
                     "(resources.workers, training.accumulate): take a multiple"
                 )
-        if training.parallel == "fsdp" and self.objective.uses_jvp:
-            raise ValueError(
-                f"training.parallel fsdp cannot train {self.objective.method}, which takes a Jacobian-vector product: use ddp"
-            )
         if self.evaluation.every > training.steps:
             raise ValueError(
                 f"evaluation.every ({self.evaluation.every}) is beyond training.steps ({training.steps}): lower it"
