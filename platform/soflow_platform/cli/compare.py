@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from soflow_platform.cli.evaluate import progress_bar
+from soflow_platform.cli.evaluate import progress_bar, work_on_stderr
 from soflow_platform.cli.terminal import console, plain_table
 from soflow_platform.errors import UserError
 from soflow_platform.storage import Storage, find_storage, require_writable
@@ -46,7 +46,7 @@ def compare_command(
         errors.print(f"[dim]{text}[/dim]", highlight=False)
 
     bar, show = progress_bar("images")
-    with bar:
+    with bar, work_on_stderr():
         found = compare(record, protocol, storage, uri, address, show, costs, say)
     paths = save(found, storage.sweep(record.id) / "comparison")
     _log(record, uri, paths, found)

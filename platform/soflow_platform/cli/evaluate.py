@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -99,13 +101,18 @@ def progress_bar(what: str) -> tuple[Any, Report]:
     return bar, show
 
 
+def work_on_stderr() -> contextlib.redirect_stdout[Any]:
+    """Standard output is for results: what Ray prints of a lost worker goes where errors go."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
 def _with_progress(
     request: EvaluateRequest, storage: Storage, uri: str, address: str | None
 ) -> tuple[Subject, list[Score]]:
     from soflow_platform.jobs.evaluate import evaluate
 
     bar, show = progress_bar("images")
-    with bar:
+    with bar, work_on_stderr():
         return evaluate(request, storage, uri, address, show)
 
 
