@@ -77,12 +77,12 @@ class SweepDisplay(Display):
 
     def table(self, progress: dict[str, TrialProgress]) -> Table:
         """One row for each trial: state, progress, speed, loss, and the latest score."""
-        metric, steps = self.experiment.search.metric, self.experiment.training.steps
+        metric = self.experiment.search.metric
         table = Table(
             "trial", "state", "progress", "step", "left", "images/s", "loss", metric, box=None, pad_edge=False
         )
         for trial in self.trials:
-            now = progress.get(trial.name, TrialProgress())
+            now, steps = progress.get(trial.name, TrialProgress()), trial.experiment.training.steps
             score = now.metrics.get(metric)
             state = (
                 "failed"

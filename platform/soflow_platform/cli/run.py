@@ -51,9 +51,19 @@ def validate_command(name: str, overrides: tuple[str, ...]) -> None:
     path, experiment, points = read(name, overrides)
     _check_networks(points)
     print(
-        f"{path} is valid: {len(points)} trial(s) of {experiment.objective.method}, {experiment.training.steps:,} steps "
+        f"{path} is valid: {len(points)} trial(s) of {_methods(points)}, {_steps(points)} steps "
         f"of {experiment.training.batch} samples, compared by {experiment.search.metric} ({experiment.mode})."
     )
+
+
+def _methods(points: list[Trial]) -> str:
+    return ", ".join(dict.fromkeys(trial.experiment.objective.method for trial in points))
+
+
+def _steps(points: list[Trial]) -> str:
+    """`600`, or `492 to 900`."""
+    steps = [trial.experiment.training.steps for trial in points]
+    return f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
 
 
 def _check_networks(points: list[Trial]) -> None:
@@ -161,24 +171,26 @@ def _print_plan(screen: Console, experiment: Experiment, points: list[Trial], ro
     from soflow_platform.plan import cost, request
 
     screen.print(f"[bold]{experiment.name}[/bold]: {experiment.description}")
-    table = plain_table("trial", "parameters", "GMAC/forward", "passes/sample", "PFLOP")
+    table = plain_table("trial", "steps", "parameters", "GMAC/forward", "passes/sample", "PFLOP")
     for trial in points:
         data = expected(trial.experiment)
         if data is None:
-            table.add_row(trial.name, "-", "-", "-", "-")
+            table.add_row(trial.name, f"{trial.experiment.training.steps:,}", "-", "-", "-", "-")
             continue
         spent = cost(trial.experiment, describe_network(trial.experiment, data))
         table.add_row(
             trial.name,
+            f"{trial.experiment.training.steps:,}",
             f"{spent.parameters / 1e6:.1f} M",
             f"{spent.forward_gmac:.4g}",
-            "-" if spent.evaluations_per_sample is None else f"{spent.evaluations_per_sample:g}",
-            "-" if spent.total_petaflops is None else f"{spent.total_petaflops:,.4g}",
+            f"{spent.evaluations_per_sample:.4g}",
+            f"{spent.total_petaflops:,.4g}",
         )
         state = spent.state_gigabytes
     screen.print(table)
-    training = experiment.training
-    screen.print(f"{len(points)} trials of {training.steps:,} steps, {training.batch} samples in each step")
+    screen.print(
+        f"{len(points)} trials of {_steps(points)} steps, {experiment.training.batch} samples in each step"
+    )
     screen.print(f"compared by {experiment.search.metric} ({experiment.mode})")
     screen.print(f"asks Ray for {request(experiment)}")
     if data is not None:
