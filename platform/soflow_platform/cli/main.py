@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -48,7 +49,8 @@ TrackingOption = Annotated[
 SweepArgument = Annotated[
     str,
     typer.Argument(
-        metavar="SWEEP", help="A sweep file, or the name of one that comes with soflow: digits, xl2."
+        metavar="SWEEP",
+        help="A sweep file, or the name of one that comes with soflow: digits, methods-digits, xl2.",
     ),
 ]
 NameArgument = typer.Argument(
@@ -325,6 +327,8 @@ def version() -> None:
 def main() -> None:
     """Console entry point: a user's mistake exits with 2, a failed job with 1, each with one sentence on stderr."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # Torch's own forward-mode derivatives use what it warns of, when the first one is taken.
+    warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
     try:
         code = app(standalone_mode=False)
     except UserError as error:
