@@ -79,7 +79,7 @@ def test_the_methods_sweep_trains_every_method_for_equal_steps_and_for_equal_eva
     experiment, document = read_experiment(METHODS)
     points = trials(document, experiment)
     for budget in ("steps", "evaluations"):
-        trained = [p.experiment for p in points if p.settings["budget"] == budget]
+        trained = [p.experiment for p in points if budget in p.budgets]
         assert {e.objective.method for e in trained} == set(OBJECTIVES)
         steps = [e.training.steps for e in trained]
         each = [training_evaluations(e.objective, e.training.batch) for e in trained]
@@ -89,8 +89,27 @@ def test_the_methods_sweep_trains_every_method_for_equal_steps_and_for_equal_eva
             # As near to 600 steps of SoFlow as whole steps are.
             for count, evaluations in zip(steps, each, strict=True):
                 assert abs(count * evaluations - 600 * 4.5) <= evaluations / 2
-    assert points[6].name == "trial-06-meanflow-equal-steps"
-    assert points[10].name == "trial-10-flow_matching-equal-evaluations"
+    by_name = {p.name: p.budgets for p in points}
+    assert by_name["trial-06-meanflow-equal-steps"] == ("steps",)
+    assert by_name["trial-10-flow_matching-equal-evaluations"] == ("evaluations",)
+
+
+def test_what_two_budgets_train_for_the_same_steps_is_trained_once() -> None:
+    experiment, document = read_experiment(METHODS)
+    points = trials(document, experiment)
+    shared = [p for p in points if len(p.budgets) > 1]
+    assert [(p.name, p.budgets, p.settings["budget"]) for p in shared] == [
+        ("trial-00-soflow-equal-steps", ("steps", "evaluations"), "steps, evaluations")
+    ]
+    assert len(points) == 2 * len(OBJECTIVES) - 1
+
+
+@pytest.mark.parametrize("budget", ["steps", "evaluations"])
+def test_a_trial_knows_the_only_budget_of_its_sweep(budget: str) -> None:
+    experiment, document = read_experiment(METHODS, (f"search.budgets=[{budget}]",))
+    points = trials(document, experiment)
+    assert {p.budgets for p in points} == {(budget,)}
+    assert points[1].name == "trial-01-flow_matching"
 
 
 def test_all_methods_of_the_sweep_share_everything_but_the_objective() -> None:

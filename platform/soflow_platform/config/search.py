@@ -49,7 +49,8 @@ class SearchConfig(Section):
     """Number of trials that `random` draws; `grid` tries every combination."""
     budgets: Annotated[tuple[Budget, ...], Field(min_length=1)] = ("steps",)
     """`steps`: every trial trains for `training.steps`. `evaluations`: for as many steps as make the network evaluations that the
-    file's own settings make in `training.steps`. With both, every point is trained once for each."""
+    file's own settings make in `training.steps`. With both, every point is trained once for each, and once for both where they come to
+    the same steps."""
     metric: str = "eval/fd_nfe1"
     mode: Literal["min", "max"] | None = None
     """None: the metric's own direction."""

@@ -7,7 +7,7 @@ import itertools
 import math
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from soflow_platform.config.document import Document, Origin
@@ -26,16 +26,30 @@ class Trial:
     name: str
     settings: dict[str, Any]
     experiment: Experiment
+    budgets: tuple[Budget, ...]
+    """What it has in common with the other trials of each; several where they give it the same steps."""
 
 
 def trials(document: Document, experiment: Experiment) -> list[Trial]:
     """Every trial of a sweep, in order; the same document always gives the same list.
 
-    Raises UserError where a point of the space is not a valid experiment.
+    A point that two budgets give the same steps is one trial, of both. Raises UserError where a point of the space is not a valid
+    experiment.
     """
     search = experiment.search
-    pairs = [(budget, point) for budget in search.budgets for point in _points(search, experiment.seed)]
-    return [_trial(document, experiment, i, point, budget) for i, (budget, point) in enumerate(pairs)]
+    points = _points(search, experiment.seed)
+    found: list[Trial] = []
+    for index, (budget, (place, point)) in enumerate(itertools.product(search.budgets, enumerate(points))):
+        trial = _trial(document, experiment, index, point, budget)
+        first = found[place] if index >= len(points) else None
+        if first is not None and first.experiment == trial.experiment:
+            both = (*first.budgets, budget)
+            found[place] = replace(
+                first, settings={**first.settings, "budget": ", ".join(both)}, budgets=both
+            )
+        else:
+            found.append(trial)
+    return found
 
 
 def _points(search: SearchConfig, seed: int) -> list[dict[str, Any]]:
@@ -81,7 +95,7 @@ def _trial(document: Document, base: Experiment, index: int, point: dict[str, An
         parts.append(f"equal-{budget}")
         point = {**point, "budget": budget}
     name = re.sub(r"[^\w.=+-]+", "_", "-".join([f"trial-{index:02d}", *parts]))[:120]
-    return Trial(index, name, point, experiment)
+    return Trial(index, name, point, experiment, (budget,))
 
 
 def _check_sampling(document: Document, experiment: Experiment) -> None:
