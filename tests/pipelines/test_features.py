@@ -32,6 +32,17 @@ def test_features_have_the_stated_width_and_carry_no_gradient(cache: Path) -> No
     assert not seen.features.requires_grad
 
 
+def test_features_are_float32_under_autocast_too(cache: Path) -> None:
+    network, images = digits_classifier(cache), torch.from_numpy(load_digits().images[:8])
+    plain = network(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = network(images)
+    assert torch.equal(cast.features, plain.features)
+    assert cast.logits is not None
+    assert plain.logits is not None
+    assert torch.equal(cast.logits, plain.logits)
+
+
 def test_the_global_generator_is_left_alone(tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from soflow_pipelines.datasets import LabelledImages, load_digits
-from soflow_pipelines.features.network import DISTANCES, Features
+from soflow_pipelines.features.network import DISTANCES, Features, full_float32
 from soflow_pipelines.images import to_unit_range
 from soflow_pipelines.writers import write_file
 
@@ -52,8 +52,10 @@ class DigitsClassifier(nn.Module):
     def forward(self, images: Tensor) -> Features:
         if images.shape[1:] != (1, 8, 8):
             raise ValueError(f"the digits classifier takes (B, 1, 8, 8), not {tuple(images.shape)}")
-        features = self.trunk(to_unit_range(images.to(self.head.weight.device)))
-        return Features(features, self.head(features))
+        device = self.head.weight.device
+        with full_float32(device):
+            features = self.trunk(to_unit_range(images.to(device)))
+            return Features(features, self.head(features))
 
 
 def held_out(data: LabelledImages) -> tuple[Tensor, Tensor]:
