@@ -23,7 +23,8 @@ def score(logits: np.ndarray) -> tuple[float, float]:
 
 
 def test_certain_predictions_of_all_classes_alike_score_the_number_of_classes() -> None:
-    logits = np.tile(np.eye(8) * 1000.0, (10, 1))
+    logits = np.empty((80, 8))
+    logits[permuted(80)] = np.tile(np.eye(8) * 1000.0, (10, 1))
     assert score(logits) == (pytest.approx(8, rel=1e-14), pytest.approx(0, abs=1e-14))
 
 
@@ -32,10 +33,15 @@ def test_predictions_that_are_all_the_same_score_one() -> None:
     assert score(logits)[0] == pytest.approx(1, rel=1e-14)
 
 
+def permuted(count: int) -> np.ndarray:
+    """The numbers 0 .. count - 1 in the fixed permutation."""
+    return np.argsort(mixed(np.arange(count)))
+
+
 @pytest.mark.parametrize("count", [10, 97, 250])
-def test_the_inception_score_is_torch_fidelitys_in_the_order_of_the_indices(count: int) -> None:
+def test_the_inception_score_is_torch_fidelitys_in_the_order_of_the_fixed_permutation(count: int) -> None:
     logits = np.random.default_rng(1).normal(size=(count, 7)) * 3
-    theirs = isc_features_to_metric(torch.from_numpy(logits), splits=10, shuffle=False)
+    theirs = isc_features_to_metric(torch.from_numpy(logits[permuted(count)]), splits=10, shuffle=False)
     mean, spread = score(logits)
     assert mean == pytest.approx(theirs["inception_score_mean"], rel=1e-12)
     assert spread == pytest.approx(theirs["inception_score_std"], rel=1e-10)
@@ -45,11 +51,20 @@ def test_the_inception_score_is_that_of_the_adm_evaluator_for_splits_of_equal_si
     logits = np.random.default_rng(2).normal(size=(200, 6))
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     values = []
-    for start in range(0, 200, 20):
-        part = shares[start : start + 20]
+    for rows in permuted(200).reshape(10, 20):
+        part = shares[rows]
         divergence = (part * (np.log(part) - np.log(part.mean(0)))).sum(1)
         values.append(np.exp(divergence.mean()))
     assert score(logits)[0] == pytest.approx(np.mean(values), rel=1e-12)
+
+
+def test_images_that_are_sorted_by_class_score_what_they_score_in_any_order() -> None:
+    rng = np.random.default_rng(11)
+    classes = np.arange(2000) * 10 // 2000
+    logits = np.eye(10)[classes] * 6 + rng.normal(size=(2000, 10))
+    mixture, _ = score(logits[rng.permutation(2000)])
+    assert mixture > 7
+    assert score(logits)[0] == pytest.approx(mixture, rel=0.02)
 
 
 def test_sums_of_parts_in_any_order_give_the_whole_inception_score() -> None:

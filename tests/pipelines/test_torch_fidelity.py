@@ -4,6 +4,7 @@ The weights are random, for the published ones cannot be shipped: what is compar
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch_fidelity import calculate_metrics
 from soflow_pipelines.features import open_features
 from soflow_pipelines.image_sets import batches, open_image_set
 from soflow_pipelines.metrics import ScoreStatistics, scores
+from soflow_pipelines.metrics.reservoir import mixed
 from soflow_pipelines.references import reference_from_set
 from soflow_pipelines.writers import write_folder
 
@@ -35,22 +37,21 @@ def test_scores_are_torch_fidelitys_on_the_same_files(
     write_folder(pictures(26, 60, 1), generated)
     write_folder(pictures(20, 50, 2), real)
     weights = save_inception(tmp_path / "inception.pth")
+    usual: dict[str, Any] = {
+        "feature_extractor": "inception-v3-compat",
+        "samples_shuffle": False,
+        "feature_extractor_weights_path": str(weights),
+        "cuda": False,
+        "cache": False,
+        "save_cpu_ram": True,
+        "verbose": False,
+    }
     theirs = calculate_metrics(
-        input1=str(generated),
-        input2=str(real),
-        isc=True,
-        fid=True,
-        kid=True,
-        prc=True,
-        feature_extractor="inception-v3-compat",
-        kid_subset_size=20,
-        samples_shuffle=False,
-        feature_extractor_weights_path=str(weights),
-        cuda=False,
-        cache=False,
-        save_cpu_ram=True,
-        verbose=False,
+        input1=str(generated), input2=str(real), fid=True, kid=True, prc=True, kid_subset_size=20, **usual
     )
+    # Splits of the Inception Score are made in the order of the fixed permutation; theirs in that of the files.
+    write_folder(pictures(26, 60, 1)[np.argsort(mixed(np.arange(26)))], tmp_path / "permuted")
+    theirs |= calculate_metrics(input1=str(tmp_path / "permuted"), isc=True, **usual)
 
     monkeypatch.setenv("SOFLOW_INCEPTION_WEIGHTS", str(weights))
     network = open_features("inception", tmp_path)

@@ -9,19 +9,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from soflow_pipelines.metrics.reservoir import mixed
+
 SPLITS = 10
 
 
 class InceptionScoreSums:
-    """For each tenth of the samples, by index: their number, the sum of p(y|x), and that of p log p.
+    """For each tenth of the samples: their number, the sum of p(y|x), and that of p log p.
 
     exp(mean KL(p(y|x) || p(y))) of a split follows from these three, so neither the order nor the split over workers matters. Tenth
-    s of N samples are the indices from s N // 10 up to (s + 1) N // 10.
+    s of N samples are those from place s N // 10 up to (s + 1) N // 10 in a fixed permutation of the indices: images that are sorted
+    by class would give splits of one class each.
     """
 
     def __init__(self, classes: int, samples: int) -> None:
         self.classes, self.samples = classes, samples
-        self._starts = np.arange(1, SPLITS) * samples // SPLITS
+        starts = np.arange(1, SPLITS) * samples // SPLITS
+        self._split = np.empty(samples, np.int64)
+        self._split[np.argsort(mixed(np.arange(samples)))] = np.searchsorted(
+            starts, np.arange(samples), side="right"
+        )
         self.counts = np.zeros(SPLITS, np.int64)
         self._probabilities = np.zeros((SPLITS, classes))
         self._negentropy = np.zeros(SPLITS)
@@ -38,7 +45,7 @@ class InceptionScoreSums:
         if not np.isfinite(logs).all():
             raise ValueError("a logit is not finite")
         probabilities = np.exp(logs)
-        split = np.searchsorted(self._starts, indices, side="right")
+        split = self._split[indices]
         np.add.at(self.counts, split, 1)
         np.add.at(self._probabilities, split, probabilities)
         np.add.at(self._negentropy, split, (probabilities * logs).sum(1))
