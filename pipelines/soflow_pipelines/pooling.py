@@ -32,4 +32,8 @@ class PooledFeatures:
         self.id = f"pooled-{channels}x{self._blocks[0]}x{self._blocks[1]}-1"
 
     def __call__(self, images: Tensor) -> Features:
+        if not images.dtype.is_floating_point:
+            raise ValueError(
+                f"pooled features are of samples in the training space, not of {images.dtype} images"
+            )
         return Features(functional.adaptive_avg_pool2d(images.float(), self._blocks).flatten(1))

@@ -26,6 +26,7 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 )
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10 = "cifar10:"
 SYNSET = re.compile(r"n\d{8}")
 
 
@@ -242,6 +243,18 @@ def split_prefix(archive: Path, split: str) -> str:
     return ""
 
 
+def source_path(text: str) -> Path:
+    """The file or folder that a source is in."""
+    return Path(text.removeprefix(CIFAR10)).expanduser()
+
+
+def absolute_source(text: str) -> str:
+    """The same source for a process with another working folder."""
+    if text == "digits":
+        return text
+    return (CIFAR10 if text.startswith(CIFAR10) else "") + str(source_path(text).absolute())
+
+
 def open_source(
     text: str, split: str = "train", image_column: str | None = None, label_column: str | None = None
 ) -> Source:
@@ -250,9 +263,7 @@ def open_source(
 
     if text == "digits":
         return ArraySource("digits", load_digits())
-    kind, separator, rest = text.partition(":")
-    cifar10 = bool(separator) and kind == "cifar10"
-    path = Path(rest if cifar10 else text).expanduser()
+    cifar10, path = text.startswith(CIFAR10), source_path(text)
     if not path.exists():
         raise SourceError(f"{path} does not exist; a source is a path, `digits` or `cifar10:PATH`.")
     classes = CIFAR10_CLASSES if cifar10 else None

@@ -13,7 +13,7 @@ from torch import Tensor
 from soflow_pipelines.datasets import load_digits
 from soflow_pipelines.features import DigitsClassifier, FeatureNetwork, Features
 from soflow_pipelines.images import to_uint8, to_unit_range
-from soflow_pipelines.metrics import METRICS, Reference, ScoreError, ScoreStatistics, scores
+from soflow_pipelines.metrics import EVALUATOR, METRICS, Reference, ScoreError, ScoreStatistics, scores
 from soflow_pipelines.pooling import PooledFeatures
 from soflow_pipelines.references import reference_from_images
 
@@ -160,6 +160,8 @@ def test_pooled_features_see_the_training_space_itself() -> None:
     assert real.moments is not None
     np.testing.assert_allclose(real.moments.mean, latents.flatten(1).double().mean(0), rtol=1e-12)
     assert scores(statistics, real).values["fd"] == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match=r"samples in the training space, not of torch\.uint8 images"):
+        statistics.update(torch.arange(40, 44), torch.zeros(4, 4, 4, 4, dtype=torch.uint8))
 
 
 def test_a_reference_comes_back_from_its_file(tmp_path: Path) -> None:
@@ -301,6 +303,7 @@ def test_the_warnings_of_a_network_go_with_every_number() -> None:
 def test_the_tags_say_what_the_numbers_are_of() -> None:
     result = scores(gathered(colours(20)), reference(colours(30)))
     assert result.tags == {
+        "evaluator": EVALUATOR,
         "features": "colours-1",
         "samples": "20",
         "reference": "paint",

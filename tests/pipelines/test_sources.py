@@ -15,7 +15,7 @@ from PIL import Image
 
 from soflow_pipelines.images import ImageError
 from soflow_pipelines.shards import ensure_builtin
-from soflow_pipelines.sources import CIFAR10_CLASSES, Source, SourceError, open_source
+from soflow_pipelines.sources import CIFAR10_CLASSES, Source, SourceError, absolute_source, open_source
 
 CLASSES = ("bear", "cat", "owl")
 
@@ -179,6 +179,17 @@ def test_the_binary_archive_of_cifar10_is_read(tmp_path: Path) -> None:
     assert source.class_names == CIFAR10_CLASSES
     np.testing.assert_array_equal(np.asarray(source.image(7)).transpose(2, 0, 1).ravel(), records[7, 1:])
     assert len(open_source(f"cifar10:{tmp_path / 'cifar-10-binary.tar.gz'}", "test")) == 5
+
+
+def test_a_source_is_the_same_from_another_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for text in ("images", "./images", "~/images"):
+        assert absolute_source(text) == str(tmp_path / "images")
+        assert absolute_source(f"cifar10:{text}") == f"cifar10:{tmp_path / 'images'}"
+    assert absolute_source("digits") == "digits"
 
 
 def test_cifar10_classes_keep_their_order_when_some_are_absent(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from soflow_pipelines.metrics.label_agreement import label_agreement
 from soflow_pipelines.metrics.reference import Reference
 from soflow_pipelines.metrics.score_statistics import METRICS, ScoreError, ScoreStatistics
 from soflow_pipelines.metrics.scores import ScoreResult, scores
+from soflow_pipelines.metrics.version import EVALUATOR
 
 __all__ = [
+    "EVALUATOR",
     "METRICS",
     "FeatureStatistics",
     "GaussianMoments",

@@ -15,6 +15,7 @@ from soflow_pipelines.metrics.kernel_distance import SUBSET_SIZE, kernel_distanc
 from soflow_pipelines.metrics.manifolds import NEIGHBOURS, precision_recall
 from soflow_pipelines.metrics.reference import Reference
 from soflow_pipelines.metrics.score_statistics import METRICS, ScoreError, ScoreStatistics, as_size
+from soflow_pipelines.metrics.version import EVALUATOR
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ScoreResult:
     spread: dict[str, float] = field(default_factory=dict)
     """Standard deviation of `is` over its splits and of `kid` over its subsets."""
     tags: dict[str, str] = field(default_factory=dict)
-    """What the numbers were taken of: feature network, samples, reference."""
+    """What the numbers were taken by and of: evaluator, feature network, samples, reference."""
 
 
 def scores(
@@ -61,7 +62,7 @@ def scores(
 
 
 def _tags(generated: ScoreStatistics, reference: Reference | None) -> dict[str, str]:
-    tags = {"features": generated.features, "samples": str(generated.count)}
+    tags = {"evaluator": EVALUATOR, "features": generated.features, "samples": str(generated.count)}
     if reference is not None:
         tags["reference"] = reference.name
         tags["reference_samples"] = "unknown" if reference.count is None else str(reference.count)
@@ -81,13 +82,18 @@ def _comparable(generated: ScoreStatistics, reference: Reference | None, result:
         result.flags.append(
             f"The reference {reference.name} does not say the size of its images; the samples are {as_size(generated.resolution)}."
         )
-    elif reference.resolution != generated.resolution:
-        raise ScoreError(
-            f"the images of the reference {reference.name} are {as_size(reference.resolution)}, the samples "
-            f"{as_size(generated.resolution)}: take a reference of the samples' size."
-        )
+    check_size(reference.name, reference.resolution, generated.resolution)
     result.flags.extend(warning for warning in reference.warnings if warning not in result.flags)
     return reference
+
+
+def check_size(reference: str, theirs: tuple[int, int] | None, samples: tuple[int, int] | None) -> None:
+    """ScoreError where the images of a reference are known to have another size than the samples."""
+    if theirs is not None and theirs != samples:
+        raise ScoreError(
+            f"the images of the reference {reference} are {as_size(theirs)}, the samples {as_size(samples)}: take a reference of "
+            "the samples' size."
+        )
 
 
 def _distances(
