@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -14,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from soflow_pipelines.dataset_info import DatasetInfo
 from soflow_pipelines.features.weights import file_digest
 from soflow_pipelines.images import centre_crop, to_array, to_uint8
 from soflow_pipelines.inspection import Decoder
+from soflow_pipelines.metrics.reservoir import mixed
 from soflow_pipelines.reader import SampleReader
 from soflow_pipelines.shards import INFO_NAME, read_index, read_info
 from soflow_pipelines.sources import Source, SourceError, open_source
@@ -40,11 +42,32 @@ class ImageSet(Protocol):
         """uint8 (stop - start, C, H, W)."""
 
 
-def batches(images: ImageSet, size: int = 64, limit: int | None = None) -> Iterator[Tensor]:
-    """The images in order, the first `limit` of them where it is given: uint8 (B, C, H, W)."""
-    count = len(images) if limit is None else min(limit, len(images))
-    for start in range(0, count, size):
-        yield images.read(start, min(start + size, count))
+def batches(images: ImageSet, size: int = 64) -> Iterator[Tensor]:
+    """The images in order: uint8 (B, C, H, W)."""
+    for start in range(0, len(images), size):
+        yield images.read(start, min(start + size, len(images)))
+
+
+def chosen(total: int, count: int) -> NDArray[np.int64]:
+    """(count,) of the numbers 0 .. total - 1, ascending: those that come first in a fixed permutation, for sets are sorted by class."""
+    return np.sort(np.argsort(mixed(np.arange(total)))[:count])
+
+
+class PartOfImages:
+    """`count` images of a set, chosen by a fixed permutation of their numbers, in the order of the set."""
+
+    def __init__(self, images: ImageSet, count: int) -> None:
+        self._images, self._rows = images, chosen(len(images), count)
+        self.name, self.digest = images.name, f"{images.digest}-{count}"
+        self.labels = None if images.labels is None else images.labels[self._rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        rows = self._rows[start:stop]
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+        return torch.cat([self._images.read(int(run[0]), int(run[-1]) + 1) for run in runs])
 
 
 def open_image_set(
@@ -83,12 +106,21 @@ class SourceImages:
     def __len__(self) -> int:
         return len(self._source)
 
+    def sizes(self, items: Iterable[int]) -> set[tuple[int, int]]:
+        """Heights and widths of some of the images, as they are stored."""
+        return {(image.height, image.width) for image in map(self._source.image, items)}
+
     def read(self, start: int, stop: int) -> Tensor:
         return torch.from_numpy(np.stack([self._image(item) for item in range(start, stop)]))
 
     def _image(self, item: int) -> NDArray[np.uint8]:
         image = self._source.image(item)
         if self._resolution is not None:
+            if min(image.size) < self._resolution:
+                raise SourceError(
+                    f"{self.name}: {self._source.item_name(item)} is {image.height} x {image.width}, smaller than the "
+                    f"{self._resolution} x {self._resolution} that is wanted: images are not enlarged, take larger ones."
+                )
             return to_array(centre_crop(image, self._resolution))
         array = to_array(image)
         if self._size is None:
@@ -96,7 +128,7 @@ class SourceImages:
         if array.shape != self._size:
             raise SourceError(
                 f"{self.name}: {self._source.item_name(item)} is {array.shape[1]} x {array.shape[2]}, the first image is "
-                f"{self._size[1]} x {self._size[2]}: give the resolution to crop them to."
+                f"{self._size[1]} x {self._size[2]}: give the resolution to crop them to, or a shard set made of them."
             )
         return array
 
@@ -154,7 +186,7 @@ class NpzImages:
             raise SourceError(f"{self._path}: arr_0 ends before image {stop}.")
         self._opened = (member, stop)
         pixels = np.frombuffer(content, np.uint8).reshape(-1, height, width, channels)
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+        return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
     def _at(self, start: int, each: int) -> IO[bytes]:
         """The pixels, opened at the image `start`."""
@@ -186,6 +218,11 @@ def _npy_header(member: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dtyp
     return shape, dtype
 
 
+def shard_images_digest(info: DatasetInfo) -> str:
+    """Of the images of a shard set."""
+    return f"{info.digest}-decoded" if info.kind == "latents" else info.digest
+
+
 class ShardImages:
     """The images of a shard set in the order of its index; latents are decoded from their posterior means."""
 
@@ -197,9 +234,8 @@ class ShardImages:
                 f"{uri} holds latents: images of them need the autoencoder {self._info.autoencoder}."
             )
         self._samples = SampleReader(uri, self._info)
-        self.name, self.digest = str(uri), self._info.digest
-        if self._info.kind == "latents":
-            self.name, self.digest = f"{uri}, decoded", f"{self.digest}-decoded"
+        self.name = f"{uri}, decoded" if self._info.kind == "latents" else str(uri)
+        self.digest = shard_images_digest(self._info)
         self.labels: NDArray[np.int64] | None = None
         if self._info.classes is not None:
             self.labels = read_index(uri, ["label"])["label"].to_numpy().astype(np.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from soflow_pipelines.inspection import Decoder
 from soflow_pipelines.metrics.frechet import GaussianMoments
 from soflow_pipelines.metrics.reference import Reference
 from soflow_pipelines.metrics.score_statistics import METRICS, RESERVOIR, ScoreError, ScoreStatistics
+from soflow_pipelines.metrics.version import EVALUATOR
 from soflow_pipelines.sources import SourceError
 
 INCEPTION = "inception-"
@@ -51,29 +52,22 @@ def reference_from_images(
     return Reference.of(statistics, name)
 
 
-def reference_from_set(
-    images: ImageSet,
-    network: FeatureNetwork,
-    metrics: Iterable[str],
-    limit: int | None = None,
-    reservoir: int = RESERVOIR,
-    batch: int = 64,
-) -> Reference:
-    """Statistics of a set of images, or of its first `limit`: a folder, an archive, an .npz file, a shard set."""
-    return reference_from_images(batches(images, batch, limit), network, metrics, images.name, reservoir)
+def reference_from_set(images: ImageSet, network: FeatureNetwork, metrics: Iterable[str]) -> Reference:
+    """Statistics of a set of images: a folder, an archive, an .npz file, a shard set."""
+    return reference_from_images(batches(images), network, metrics, images.name)
 
 
 def reference_from_adm(
     path: Path,
     network: FeatureNetwork,
     metrics: Iterable[str],
-    reservoir: int = RESERVOIR,
-    batch: int = 64,
+    describe: Callable[[NpzImages, list[str]], Reference] | None = None,
 ) -> Reference:
     """ADM's reference batch: the statistics mu, sigma, mu_s, sigma_s as they stand in the file, the rest from its images `arr_0`.
 
     The statistics are those of the published Inception. For another network they are left out, and everything is taken of the
-    images. ScoreError where neither gives what the metrics need.
+    images. `describe` takes the statistics of all images for some metrics; without it they are taken in this process. ScoreError
+    where neither gives what the metrics need.
     """
     compared = _compared(metrics)
     arrays = _adm_arrays(path)
@@ -91,7 +85,7 @@ def reference_from_adm(
         raise ScoreError(
             f"{path.name} has neither images nor statistics of {network.id} for {rest[0]}; it holds {', '.join(arrays)}."
         )
-    seen = reference_from_set(images, network, rest, reservoir=reservoir, batch=batch)
+    seen = describe(images, rest) if describe is not None else reference_from_set(images, network, rest)
     parts: dict[str, Any] = {"moments": seen.moments, "spatial": seen.spatial} | stated
     count = None if stated else seen.count
     return Reference(path.name, network.id, seen.resolution, count, samples=seen.samples, **parts)
@@ -105,46 +99,45 @@ def open_reference(
     *,
     resolution: int | None = None,
     decoder: Decoder | None = None,
-    limit: int | None = None,
-    reservoir: int = RESERVOIR,
-    batch: int = 64,
 ) -> Reference:
     """The reference at a place: an ADM batch (.npz), a folder or archive of images, a shard set; kept in `folder`.
 
-    `resolution` crops the images of a folder or archive, `decoder` makes images of latents, `limit` takes the first so many. Raises
-    ScoreError, SourceError, ShardError or StorageError.
+    `resolution` crops the images of a folder or archive, `decoder` makes images of latents. Raises ScoreError, SourceError,
+    ShardError or StorageError.
     """
     compared = sorted(set(_compared(metrics)))
-    done = {"metrics": compared, "limit": limit, "reservoir": reservoir}
     if str(place).endswith(".npz"):
-        path = Path(place).expanduser()
-        if not path.is_file():
-            raise SourceError(f"there is no file {place} on this machine, where .npz files are read from.")
-        if limit is not None:
-            raise ScoreError(
-                f"{path.name} is taken as a whole: a limit does not fit statistics that stand in the file."
-            )
-
-        def make() -> Reference:
-            return reference_from_adm(path, network, compared, reservoir, batch)
-
-        return cached_reference(folder, file_digest(path), network.id, done, make)
+        path = npz_path(place)
+        return cached_reference(
+            folder,
+            file_digest(path),
+            network.id,
+            compared,
+            lambda: reference_from_adm(path, network, compared),
+        )
     images = open_image_set(place, resolution, decoder)
+    return cached_reference(
+        folder, images.digest, network.id, compared, lambda: reference_from_set(images, network, compared)
+    )
 
-    def make_from_set() -> Reference:
-        return reference_from_set(images, network, compared, limit, reservoir, batch)
 
-    return cached_reference(folder, images.digest, network.id, done, make_from_set)
+def npz_path(place: str | Path) -> Path:
+    """The .npz file at a place. SourceError where there is none."""
+    path = Path(place).expanduser()
+    if not path.is_file():
+        raise SourceError(f"there is no file {place} on this machine, where .npz files are read from.")
+    return path
 
 
 def cached_reference(
-    folder: Path, digest: str, features: str, done: Mapping[str, Any], make: Callable[[], Reference]
+    folder: Path, digest: str, features: str, metrics: Iterable[str], make: Callable[[], Reference]
 ) -> Reference:
-    """The reference of the data with this digest, from `folder`; made and kept there where it is missing.
+    """The reference of the data with this digest for these metrics, from `folder`; made and kept there where it is missing.
 
-    `done` is all else that it depends on, as plain values: the metrics, a crop, a limit.
+    The digest is of the data and of what was done to them, as a crop; the key also holds all else that the statistics depend on.
     """
-    described = json.dumps([digest, features, done], sort_keys=True)
+    kept = [EVALUATOR, RESERVOIR, sorted(set(metrics))]
+    described = json.dumps([digest, features, kept])
     key = hashlib.sha256(described.encode()).hexdigest()[:8]
     path = Path(folder) / f"reference-{digest.rsplit(':', 1)[-1][:16]}-{features}-{key}.npz"
     if not path.exists():

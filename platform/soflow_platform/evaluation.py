@@ -21,15 +21,17 @@ from soflow_core.samplers.noise import sample_labels
 from soflow_pipelines.autoencoders import KlAutoencoder
 from soflow_pipelines.dataset_info import DatasetInfo
 from soflow_pipelines.features import FeatureError, FeatureNetwork, open_features
-from soflow_pipelines.metrics import Reference, ScoreError, ScoreStatistics, scores
+from soflow_pipelines.metrics import EVALUATOR, Reference, ScoreError, ScoreStatistics, scores
 from soflow_pipelines.pooling import PooledFeatures
 from soflow_pipelines.writers import image_grid
-from soflow_platform.config.evaluation import POOLED, EvaluationConfig
+from soflow_platform.config.evaluation import DIGITS, POOLED, EvaluationConfig
 from soflow_platform.errors import UserError
+from soflow_platform.measurement import Measurement, measure
 from soflow_platform.network_evaluations import steps_for
-from soflow_platform.real_images import reference_flags, short_digest, training_reference
+from soflow_platform.real_images import Gather, reference_flags, short_digest, training_reference
 from soflow_platform.sampling import autoencoder_tag, decoded, generate, open_decoder, viewable
 from soflow_platform.storage import Storage
+from soflow_platform.tracking import FLAGS_TAG
 
 VISIBLE_PIXELS = 48
 """Smallest side of an image in a grid."""
@@ -63,19 +65,39 @@ class Evaluator:
 
     @classmethod
     def open(
-        cls, config: EvaluationConfig, info: DatasetInfo, data: str, conditional: bool, storage: Storage
+        cls,
+        config: EvaluationConfig,
+        info: DatasetInfo,
+        data: str,
+        conditional: bool,
+        storage: Storage,
+        gather: Gather | None = None,
     ) -> Evaluator:
         """Load the feature network and the reference statistics, making and keeping both where they are missing.
 
-        Raises UserError where the feature network or the autoencoder cannot be had.
+        `gather` spreads the description of images over a cluster; without it, and for the small network of the digits, this process
+        describes them. Raises UserError where the feature network or the autoencoder cannot be had.
         """
         features = feature_network(config.features, info.shape, storage)
         decoder = None
         if features.space == "images":
             decoder = open_decoder(asdict(info), config.autoencoder, _device())
         classes = info.classes if conditional else None
+
+        def here(measurement: Measurement) -> ScoreStatistics:
+            return measure(measurement, features, _device())
+
         try:
-            reference = training_reference(features, [_kind(config)], info, data, decoder, storage.features)
+            reference = training_reference(
+                config.features,
+                features,
+                [_kind(config)],
+                info,
+                data,
+                config.autoencoder,
+                storage.features,
+                here if gather is None or config.features == DIGITS else gather,
+            )
         except ScoreError as error:
             raise UserError(f"evaluation.features {config.features}: {error}") from error
         return cls(config, info, classes, features, reference, decoder)
@@ -98,12 +120,14 @@ class Evaluator:
         for nfe in self.config.nfe:
             part = self._part(network, objective, nfe, device, rank, world)
             values, said = self._values(merge([part]))
-            flags += [f"{sentence} (nfe {nfe})" for sentence in said]
+            # A refusal is of this number; the others are said of all.
+            flags += said if values else [f"{sentence} (nfe {nfe})" for sentence in said]
             names = {self.config.distance: _kind(self.config), "label_agreement": "label_agreement"}
             for name, kind in names.items():
                 if f"eval/{name}_nfe{nfe}" in self.config.metrics(self.classes is not None):
                     metrics[f"eval/{name}_nfe{nfe}"] = values.get(kind, math.nan)
-        return Evaluation(metrics, self.grids(network, objective, device) if rank == 0 else {}, flags)
+        grids = self.grids(network, objective, device) if rank == 0 else {}
+        return Evaluation(metrics, grids, list(dict.fromkeys(flags)))
 
     def _part(
         self, network: DiT, objective: Objective, nfe: int, device: torch.device, rank: int, world: int
@@ -152,6 +176,7 @@ class Evaluator:
     def tags(self) -> dict[str, str]:
         """Everything besides the weights that can move the numbers."""
         tags = {
+            "eval.evaluator": EVALUATOR,
             "eval.features": self.features.id,
             "eval.reference": f"{short_digest(self.info)} ({self.reference.count} samples)",
             "eval.samples": str(self.config.samples),
@@ -162,7 +187,7 @@ class Evaluator:
         if self.decoder is not None:
             tags["eval.autoencoder"] = autoencoder_tag(self.decoder.facts)
         flags = self.flags()
-        return tags | ({"eval.flags": " ".join(flags)} if flags else {})
+        return tags | ({FLAGS_TAG: " ".join(flags)} if flags else {})
 
     def flags(self) -> list[str]:
         """What has to be said of every number of this evaluator, known before the first."""

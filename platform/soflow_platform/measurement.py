@@ -21,14 +21,12 @@ from torch import Tensor
 
 from soflow_core.samplers.noise import sample_labels
 from soflow_pipelines.features import FeatureNetwork
-from soflow_pipelines.image_sets import ImageSet, open_image_set
-from soflow_pipelines.metrics import ScoreStatistics
+from soflow_pipelines.image_sets import ImageSet, PartOfImages, open_image_set
+from soflow_pipelines.metrics import EVALUATOR, ScoreStatistics
 from soflow_pipelines.writers import write_file
 from soflow_platform.generator import BATCH, Generator
 from soflow_platform.sampling import decoded, open_decoder
 
-FORMAT = 1
-"""Of the key: another number where the same settings would give other statistics."""
 BLOCKS = 16
 """A small set is cut into about as many blocks."""
 LARGEST_BLOCK = 1024
@@ -90,7 +88,9 @@ class GivenImages:
 
     place: str
     digest: str
+    """Of all images there."""
     count: int
+    """How many are taken; where there are more, a fixed permutation chooses."""
     resolution: int | None = None
     """Side of the ADM centre crop; None takes them as they are."""
     autoencoder: str | None = None
@@ -105,7 +105,8 @@ class GivenImages:
     def open(self, device: str | torch.device) -> OpenedImages:
         """Open the place; UserError, SourceError or ShardError where it is none."""
         decoder = open_decoder(self.data, self.autoencoder, device)
-        return OpenedImages(open_image_set(self.place, self.resolution, decoder))
+        images = open_image_set(self.place, self.resolution, decoder)
+        return OpenedImages(images if len(images) == self.count else PartOfImages(images, self.count))
 
 
 class OpenedImages:
@@ -139,7 +140,7 @@ class Measurement:
     def key(self) -> str:
         """The same for the same statistics."""
         facts = {
-            "format": FORMAT,
+            "evaluator": EVALUATOR,
             "images": self.images.facts(),
             "features": self.features_id,
             "metrics": self.metrics,
@@ -188,14 +189,21 @@ class MeasurementFolder:
     def whole(self) -> ScoreStatistics:
         """The statistics of all blocks, merged in order; they are kept in place of the blocks."""
         path = self.folder / WHOLE
-        if path.exists():
-            return _load(path)
+        if not path.exists():
+            try:
+                _save(path, self._merged())
+            except FileNotFoundError:
+                # Another command may have merged the blocks and removed them meanwhile.
+                if not path.exists():
+                    raise
+        for block in range(self.measurement.blocks):
+            self._path(block).unlink(missing_ok=True)
+        return _load(path)
+
+    def _merged(self) -> ScoreStatistics:
         whole = _load(self._path(0))
         for block in range(1, self.measurement.blocks):
             whole.merge(_load(self._path(block)))
-        _save(path, whole)
-        for block in range(self.measurement.blocks):
-            self._path(block).unlink(missing_ok=True)
         return whole
 
     def _path(self, block: int) -> Path:
@@ -220,6 +228,15 @@ def measure_block(
         if count is not None:
             count(stop - start)
     return statistics
+
+
+def measure(measurement: Measurement, network: FeatureNetwork, device: str | torch.device) -> ScoreStatistics:
+    """The statistics of all blocks, made in this process and merged in order; nothing is kept."""
+    opened = measurement.images.open(device)
+    whole = measure_block(measurement, 0, opened, network)
+    for block in range(1, measurement.blocks):
+        whole.merge(measure_block(measurement, block, opened, network))
+    return whole
 
 
 def _save(path: Path, statistics: ScoreStatistics) -> None:

@@ -1,24 +1,35 @@
-"""The real images that samples are scored against: the data a network was trained on, described once and kept."""
+"""The real images that samples are scored against: where they are, described once and kept, and what has to be said of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from soflow_pipelines.autoencoders import KlAutoencoder
 from soflow_pipelines.dataset_info import DatasetInfo
 from soflow_pipelines.features import FeatureNetwork
+from soflow_pipelines.image_sets import NpzImages, SourceImages, chosen, shard_images_digest
 from soflow_pipelines.loader import ShardLoader
-from soflow_pipelines.metrics import Reference
-from soflow_pipelines.references import cached_reference, open_reference, reference_from_images
+from soflow_pipelines.metrics import Reference, ScoreStatistics
+from soflow_pipelines.metrics.score_statistics import as_size
+from soflow_pipelines.references import cached_reference, npz_path, reference_from_images
+from soflow_pipelines.shards import INFO_NAME, read_info
+from soflow_pipelines.sources import Source, SourceError, absolute_source, open_source, source_path
+from soflow_pipelines.storage import open_storage
+from soflow_platform.measurement import GivenImages, Measurement
+from soflow_platform.sampling import open_decoder
 
-REFERENCE_LIMIT = 50_000
-"""Samples of a data set that reference statistics are taken of, at most."""
+Gather = Callable[[Measurement], ScoreStatistics]
+"""Has the statistics of a set of images made where they are missing."""
 
 READ_AT_ONCE = 64
+PROBED = 16
+"""Images of a folder whose sizes are looked at before all are read."""
 
 DECODED_LATENTS = (
     "The reference is of images decoded from the training latents, not of the images themselves: the distance leaves out what the "
@@ -31,30 +42,26 @@ def short_digest(info: DatasetInfo) -> str:
     return info.digest.rsplit(":", 1)[-1][:16]
 
 
-def taken(samples: int) -> int | None:
-    """How many samples of a set are taken: the first so many, or None for all of them."""
-    return REFERENCE_LIMIT if samples > REFERENCE_LIMIT else None
-
-
 def training_reference(
+    name: str,
     features: FeatureNetwork,
     metrics: Iterable[str],
     info: DatasetInfo,
     data: str,
-    decoder: KlAutoencoder | None,
+    autoencoder: str | None,
     folder: Path,
+    gather: Gather,
 ) -> Reference:
-    """Statistics of the training data, from `folder` or made in this process and kept there."""
-    limit = taken(info.samples)
+    """Statistics of all training data, from `folder` or made and kept there: of images by `gather`, of samples as the network sees
+    them in this process.
+    """
     if features.space == "images":
-        return open_reference(data, features, metrics, folder, decoder=decoder, limit=limit)
-    wanted = sorted(set(metrics))
+        return images_reference(given_set(data, info, autoencoder), name, features, metrics, folder, gather)
 
     def make() -> Reference:
-        return reference_from_images(training_samples(data, limit or info.samples), features, wanted, data)
+        return reference_from_images(training_samples(data, info.samples), features, metrics, data)
 
-    done = {"metrics": wanted, "limit": limit, "space": features.space}
-    return cached_reference(folder, info.digest, features.id, done, make)
+    return cached_reference(folder, info.digest, features.id, metrics, make)
 
 
 def training_samples(data: str, count: int) -> Iterator[Tensor]:
@@ -62,6 +69,89 @@ def training_samples(data: str, count: int) -> Iterator[Tensor]:
     with ShardLoader(data, batch_size=min(count, READ_AT_ONCE), threads=0) as loader:
         for start in range(0, count, READ_AT_ONCE):
             yield next(loader).x0[: count - start]
+
+
+def images_reference(
+    given: GivenImages,
+    name: str,
+    features: FeatureNetwork,
+    metrics: Iterable[str],
+    folder: Path,
+    gather: Gather,
+) -> Reference:
+    """Statistics of images that are there, on the features of this name; from `folder`, or gathered and kept there."""
+    wanted = tuple(metrics)
+
+    def make() -> Reference:
+        return Reference.of(gather(Measurement(given, name, features.id, wanted)), given.place)
+
+    return cached_reference(folder, given.digest, features.id, wanted, make)
+
+
+def given_images(
+    place: str, autoencoder: str | None = None, size: tuple[int, int] | None = None
+) -> GivenImages:
+    """All images of a folder or archive, of an .npz file or of a shard set.
+
+    Images of a folder that are larger than `size` (H, W), where it is given, are cropped to it as ADM does. SourceError where they
+    are smaller, UserError where the autoencoder is not the one that made a set of latents.
+    """
+    if is_shard_set(place):
+        info = read_info(place)
+        open_decoder(asdict(info), autoencoder, "cpu")
+        return given_set(place, info, autoencoder)
+    if place.endswith(".npz"):
+        path = npz_path(place).absolute()
+        npz = NpzImages(path)
+        return GivenImages(str(path), npz.digest, len(npz))
+    where = absolute_source(place)
+    source = open_source(where)
+    crop = None if size is None else _crop(source, size)
+    listed = [SourceImages(source, crop).digest, _last_changed(source_path(where))]
+    return GivenImages(where, hashlib.sha256(repr(listed).encode()).hexdigest(), len(source), crop)
+
+
+def given_set(place: str, info: DatasetInfo, autoencoder: str | None) -> GivenImages:
+    """All images of a shard set; latents are decoded."""
+    return GivenImages(place, shard_images_digest(info), info.samples, None, autoencoder, asdict(info))
+
+
+def _crop(source: Source, size: tuple[int, int]) -> int | None:
+    """The side of the crop that gives images this size, None where they have it already."""
+    probed = chosen(len(source), PROBED).tolist()
+    found = SourceImages(source).sizes(probed)
+    height, width = size
+    if found == {size}:
+        return None
+    if height != width:
+        other = next(each for each in found if each != size)
+        raise SourceError(
+            f"{source.name} has images of {as_size(other)}, the samples are {as_size(size)}, and crops are square: take a reference of "
+            "the samples' size."
+        )
+    cropped = SourceImages(source, height)
+    for item in probed:
+        # One that is too small is refused here, before anything is made.
+        cropped.read(item, item + 1)
+    return height
+
+
+def _last_changed(root: Path) -> list[tuple[str, int]]:
+    """When each file of a folder, or an archive, was written: names and sizes say too little of the images."""
+    files = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names]
+    return [(str(path.relative_to(root)), path.stat().st_mtime_ns) for path in sorted(files or [root])]
+
+
+def is_shard_set(place: str) -> bool:
+    """Whether a shard set lies there. A remote place is one or nothing, and says itself what is wrong with it."""
+    if place.endswith(".npz"):
+        return False
+    return "://" in place or open_storage(place).size(INFO_NAME) is not None
+
+
+def holds_latents(place: str) -> bool:
+    """Whether a shard set of latents lies there."""
+    return is_shard_set(place) and read_info(place).kind == "latents"
 
 
 def reference_flags(data: Mapping[str, Any], features: FeatureNetwork) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soflow_pipelines.features.weights import file_digest
 from soflow_pipelines.storage import LocalFolder, StorageError
 from soflow_platform import checkpoints
 from soflow_platform.checkpoints import EMA, Checkpoint
@@ -21,7 +21,6 @@ from soflow_platform.sweep_record import SweepRecord, load_record
 from soflow_platform.tracking import SWEEP_TAG, TRIAL_TAG, client_for
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
-BLOCK = 1 << 20
 NAMED = "models:/NAME@ALIAS, a run, SWEEP/TRIAL, a checkpoint folder, a .safetensors file, a folder of images, or an .npz file"
 
 
@@ -125,15 +124,6 @@ def kept_weights(path: Path, storage: Storage) -> Path:
         shutil.copyfile(path, aside)
         aside.replace(kept)
     return kept
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _checkpoint_folder(path: Path, tracking_uri: str) -> Subject:

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from soflow_pipelines.autoencoders import AutoencoderFacts
 from soflow_pipelines.dataset_info import DatasetInfo
 from soflow_pipelines.features import FeatureNetwork
-from soflow_pipelines.image_sets import open_image_set
-from soflow_pipelines.metrics import METRICS, Reference, ScoreResult, ScoreStatistics, scores
-from soflow_pipelines.metrics.score_statistics import RESERVOIR, chosen_metrics
-from soflow_pipelines.references import cached_reference, open_reference
-from soflow_pipelines.shards import INFO_NAME, ensure_builtin, read_info
-from soflow_pipelines.storage import open_storage
+from soflow_pipelines.features.weights import file_digest
+from soflow_pipelines.image_sets import NpzImages
+from soflow_pipelines.metrics import EVALUATOR, METRICS, Reference, ScoreResult, ScoreStatistics, scores
+from soflow_pipelines.metrics.score_statistics import chosen_metrics
+from soflow_pipelines.metrics.scores import check_size
+from soflow_pipelines.references import cached_reference, npz_path, reference_from_adm
+from soflow_pipelines.shards import ensure_builtin, read_info
+from soflow_pipelines.sources import absolute_source
 from soflow_platform.config.evaluation import DIGITS
 from soflow_platform.data import BUILTIN
 from soflow_platform.errors import UserError
 from soflow_platform.evaluation import feature_network
 from soflow_platform.measurement import GivenImages, Measurement
-from soflow_platform.real_images import reference_flags, taken, training_reference
+from soflow_platform.real_images import (
+    Gather,
+    given_images,
+    images_reference,
+    is_shard_set,
+    reference_flags,
+    training_reference,
+)
 from soflow_platform.sampling import autoencoder_tag, open_decoder
 from soflow_platform.storage import Storage
-from soflow_platform.subjects import file_digest
-
-Gather = Callable[[Measurement], ScoreStatistics]
-"""Has the statistics of a set of images made where they are missing."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def data_place(source: str | None, data: Mapping[str, Any], storage: Storage) ->
     source = source or builtin_source(data)
     if source in BUILTIN:
         return str(ensure_builtin(source, storage.data / source))
-    return source if source is None or "://" in source else str(Path(source).absolute())
+    return source if source is None or "://" in source else absolute_source(source)
 
 
 def make_yardstick(
@@ -94,7 +98,7 @@ def make_yardstick(
     metrics: Iterable[str],
     labelled: bool,
     shape: tuple[int, int, int],
-    resolution: int,
+    size: tuple[int, int],
     real: RealImages | None,
     storage: Storage,
     gather: Gather,
@@ -102,8 +106,8 @@ def make_yardstick(
 ) -> Yardstick:
     """Open the features and have the reference's statistics made where they are missing.
 
-    `labelled` says whether the images have labels, `shape` (C, H, W) is that of samples in the training space, `resolution` the side
-    of the images, to which those of a folder are cropped, `decoder` what makes images of samples. Raises UserError, ScoreError,
+    `labelled` says whether the images have labels, `shape` (C, H, W) is that of samples in the training space, `size` (H, W) that of
+    the images, to which larger ones of a folder are cropped, `decoder` what makes images of samples. Raises UserError, ScoreError,
     SourceError or ShardError.
     """
     if name == DIGITS and shape != BUILTIN["digits"].shape:
@@ -112,7 +116,7 @@ def make_yardstick(
         )
     features = feature_network(name, shape, storage)
     wanted = chosen_metrics(tuple(metrics) or usual_metrics(features, labelled), features)
-    facts = {"features": features.id}
+    facts = {"evaluator": EVALUATOR, "features": features.id}
     if decoder is not None and features.space == "images":
         facts["autoencoder"] = autoencoder_tag(decoder)
     compared = [metric for metric in wanted if METRICS[metric].compares]
@@ -122,68 +126,90 @@ def make_yardstick(
         raise UserError(
             f"{compared[0]} compares with real images, and where those are is not known: name them with --reference."
         )
-    reference, about, flags = _reference(real, name, features, compared, resolution, storage, gather)
-    return Yardstick(name, features, wanted, reference, facts | about, flags)
+    seen = size if features.space == "images" else shape[1:]
+    found = _find_reference(real, name, features, compared, seen, storage.features, gather)
+    check_size(real.place, found.reference.resolution, seen)
+    return Yardstick(name, features, wanted, found.reference, facts | found.tags(real.place), found.flags)
 
 
-def _reference(
+@dataclass(frozen=True)
+class FoundReference:
+    """A reference, with what has to be said of it."""
+
+    reference: Reference
+    digest: str
+    """Of the images, and of what was done to them."""
+    flags: tuple[str, ...] = ()
+    crop: int | None = None
+    """Side of the ADM crop that was made."""
+
+    def tags(self, place: str) -> dict[str, str]:
+        """Everything in it that can move a number."""
+        count = self.reference.count
+        tags = {
+            "reference": place,
+            "reference_digest": self.digest.rsplit(":", 1)[-1][:16],
+            "reference_samples": "unknown" if count is None else str(count),
+        }
+        return tags if self.crop is None else {**tags, "reference_crop": f"adm{self.crop}"}
+
+
+def _find_reference(
     real: RealImages,
     name: str,
     features: FeatureNetwork,
     metrics: list[str],
-    resolution: int,
-    storage: Storage,
+    size: tuple[int, int],
+    folder: Path,
     gather: Gather,
-) -> tuple[Reference, dict[str, str], tuple[str, ...]]:
-    """The reference, its tags, and what has to be said of it."""
-    if real.place.endswith(".npz"):
-        reference = open_reference(real.place, features, metrics, storage.features)
-        digest = file_digest(Path(real.place).expanduser())
-        return reference, _about(real.place, digest, reference), ()
+) -> FoundReference:
+    """The statistics of the real images, from `folder` or made and kept there. `size` (H, W) is that of what is compared."""
     info = _shard_set(real)
-    if info is not None and features.space == "training":
-        reference = training_reference(features, metrics, info, real.place, None, storage.features)
-        return reference, _about(real.place, info.digest, reference), ()
-    if features.space == "training":
+    if info is None and features.space == "training":
         raise UserError(
             f"{name} looks at the training space: its reference is a shard set, not {real.place}."
         )
-    given = given_images(real.place, real.autoencoder, None if info is not None else resolution)
-    limit = taken(given.count)
-    measured = replace(given, count=limit or given.count)
+    if real.place.endswith(".npz"):
+        return _adm_reference(real.place, name, features, metrics, size, folder, gather)
+    if info is not None:
+        if info.kind == "pixels":
+            check_size(real.place, (info.shape[1], info.shape[2]), size)
+        open_decoder(asdict(info), real.autoencoder, "cpu")
+        reference = training_reference(
+            name, features, metrics, info, real.place, real.autoencoder, folder, gather
+        )
+        return FoundReference(reference, info.digest, tuple(reference_flags(asdict(info), features)))
+    given = given_images(real.place, size=size)
+    flags: tuple[str, ...] = ()
+    if given.resolution is not None:
+        side = f"{given.resolution} x {given.resolution}"
+        flags = (f"The images of the reference {real.place} were scaled and cropped to {side} as ADM does.",)
+    reference = images_reference(given, name, features, metrics, folder, gather)
+    return FoundReference(reference, given.digest, flags, given.resolution)
 
-    def make() -> Reference:
-        return Reference.of(gather(Measurement(measured, name, features.id, tuple(metrics))), real.place)
 
-    done = {"metrics": sorted(metrics), "limit": limit, "reservoir": RESERVOIR}
-    reference = cached_reference(storage.features, given.digest, features.id, done, make)
-    return (
-        reference,
-        _about(real.place, given.digest, reference),
-        tuple(reference_flags(given.data, features)),
+def _adm_reference(
+    place: str,
+    name: str,
+    features: FeatureNetwork,
+    metrics: list[str],
+    size: tuple[int, int],
+    folder: Path,
+    gather: Gather,
+) -> FoundReference:
+    """What stands in an .npz file, and what is gathered of the images in it."""
+    path = npz_path(place)
+    digest = file_digest(path)
+
+    def describe(images: NpzImages, wanted: list[str]) -> Reference:
+        check_size(place, images.resolution, size)
+        given = GivenImages(str(path.absolute()), digest, len(images))
+        return Reference.of(gather(Measurement(given, name, features.id, tuple(wanted))), place)
+
+    reference = cached_reference(
+        folder, digest, features.id, metrics, lambda: reference_from_adm(path, features, metrics, describe)
     )
-
-
-def given_images(place: str, autoencoder: str | None, resolution: int | None) -> GivenImages:
-    """All images of a folder or archive, cropped to `resolution` where it is given, of an .npz file or of a shard set."""
-    data = asdict(read_info(place)) if is_shard_set(place) else {}
-    images = open_image_set(place, resolution, open_decoder(data, autoencoder, "cpu"))
-    where = place if "://" in place else str(Path(place).expanduser().absolute())
-    digest = images.digest if data or where.endswith(".npz") else f"{images.digest}-{_last_changed(where)}"
-    return GivenImages(where, digest, len(images), resolution, autoencoder, data)
-
-
-def _last_changed(place: str) -> str:
-    """A digest of when each file of a folder, or an archive, was written: its names and sizes say too little of its images."""
-    root = Path(place)
-    files = sorted(root.rglob("*")) if root.is_dir() else [root]
-    listed = [(str(path), path.stat().st_mtime_ns) for path in files if path.is_file()]
-    return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
-
-
-def is_shard_set(place: str) -> bool:
-    """Whether a shard set lies there. A remote place is one or nothing, and says itself what is wrong with it."""
-    return "://" in place or open_storage(place).size(INFO_NAME) is not None
+    return FoundReference(reference, digest)
 
 
 def _shard_set(real: RealImages) -> DatasetInfo | None:
@@ -201,12 +227,3 @@ def _shard_set(real: RealImages) -> DatasetInfo | None:
             "reference with --reference."
         )
     return info
-
-
-def _about(place: str, digest: str, reference: Reference) -> dict[str, str]:
-    count = "unknown" if reference.count is None else str(reference.count)
-    return {
-        "reference": place,
-        "reference_digest": digest.rsplit(":", 1)[-1][:16],
-        "reference_samples": count,
-    }

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from soflow_pipelines import references
 from soflow_pipelines.features import Features
-from soflow_pipelines.image_sets import NpzImages, batches, open_image_set
+from soflow_pipelines.image_sets import NpzImages, PartOfImages, batches, chosen, open_image_set
 from soflow_pipelines.metrics import GaussianMoments, Reference, ScoreError, ScoreStatistics, scores
 from soflow_pipelines.references import (
     cached_reference,
@@ -104,12 +105,33 @@ def test_labels_come_with_the_images_that_have_them(tmp_path: Path) -> None:
     assert open_image_set(as_compressed_npz(tmp_path)).labels is None
 
 
-def test_the_first_images_can_be_taken_alone(tmp_path: Path) -> None:
-    found = reference_from_set(open_image_set(as_folder(tmp_path)), Painted(), ["fid"], limit=12)
-    assert found.count == 12
-    exact = pictures()[:12].mean((2, 3))
-    assert found.moments is not None
-    np.testing.assert_allclose(found.moments.mean[:3], exact.mean(0), rtol=1e-6)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_part_of_a_set_is_the_same_in_every_form_and_not_its_beginning(tmp_path: Path, form) -> None:
+    images = open_image_set(form(tmp_path))
+    part = PartOfImages(images, 12)
+    rows = chosen(COUNT, 12)
+    assert len(part) == 12
+    np.testing.assert_array_equal(torch.cat(list(batches(part, 5))).numpy(), pictures()[rows])
+    if images.labels is not None:
+        assert part.labels is not None
+        assert part.labels.tolist() == images.labels[rows].tolist()
+
+
+def test_a_part_of_images_that_are_sorted_by_class_holds_every_class_alike() -> None:
+    classes = np.arange(10_000) * 10 // 10_000
+    counts = np.bincount(classes[chosen(10_000, 1000)], minlength=10)
+    # The standard deviation of each is 9.
+    assert np.abs(counts - 100).max() < 40
+    assert set(chosen(10_000, 500)) < set(chosen(10_000, 1000))
+
+
+def test_images_are_cropped_but_never_enlarged(tmp_path: Path) -> None:
+    write_folder(pictures(count=2, side=16), tmp_path / "images", names=["a", "b"])
+    write_folder(pictures(count=1), tmp_path / "images", names=["c"])
+    images = open_image_set(tmp_path / "images", resolution=12)
+    assert images.read(0, 2).shape == (2, 3, 12, 12)
+    with pytest.raises(SourceError, match=r"c\.png is 8 x 8, smaller than the 12 x 12 that is wanted"):
+        images.read(0, 3)
 
 
 def test_images_of_several_sizes_need_a_resolution_to_be_cropped_to(tmp_path: Path) -> None:
@@ -243,13 +265,22 @@ def test_a_kept_reference_is_not_made_again_unless_something_else_is_asked(tmp_p
     assert again.moments is not None
     assert first.moments is not None
     np.testing.assert_array_equal(again.moments.covariance, first.moments.covariance)
-    for number, asked in enumerate(({"limit": 20}, {"resolution": 4}, {"reservoir": 5})):
-        open_reference(folder, network, ["fid"], tmp_path / "kept", **asked)
-        assert len(list((tmp_path / "kept").iterdir())) == number + 2
+    open_reference(folder, network, ["fid"], tmp_path / "kept", resolution=4)
+    assert len(list((tmp_path / "kept").iterdir())) == 2
     open_reference(folder, network, ["kid"], tmp_path / "kept")
     npz = open_reference(as_npz(tmp_path), network, ["fid"], tmp_path / "kept")
     assert npz.name == "samples.npz"
-    assert len(list((tmp_path / "kept").iterdir())) == 6
+    assert len(list((tmp_path / "kept").iterdir())) == 4
+
+
+def test_a_kept_reference_is_of_one_version_of_the_evaluator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, folder = Painted(), as_folder(tmp_path)
+    open_reference(folder, network, ["fid"], tmp_path / "kept")
+    monkeypatch.setattr(references, "EVALUATOR", "another")
+    open_reference(folder, network, ["fid"], tmp_path / "kept")
+    assert network.seen == 2 * COUNT
 
 
 def test_kept_references_are_told_apart_by_data_features_and_what_was_done(tmp_path: Path) -> None:
@@ -260,14 +291,14 @@ def test_kept_references_are_told_apart_by_data_features_and_what_was_done(tmp_p
         made.append(1)
         return real
 
-    for digest, features, done in (
-        ("sha256:aa", "x", {"limit": 1}),
-        ("sha256:bb", "x", {"limit": 1}),
-        ("sha256:aa", "y", {"limit": 1}),
-        ("sha256:aa", "x", {"limit": 2}),
-        ("sha256:aa", "x", {"limit": 1}),
+    for digest, features, metrics in (
+        ("sha256:aa", "x", ["fid"]),
+        ("sha256:bb", "x", ["fid"]),
+        ("sha256:aa", "y", ["fid"]),
+        ("sha256:aa", "x", ["fid", "kid"]),
+        ("sha256:aa", "x", ["kid", "fid"]),
     ):
-        assert cached_reference(tmp_path, digest, features, done, make).name == "paint"
+        assert cached_reference(tmp_path, digest, features, metrics, make).name == "paint"
     assert len(made) == 4
 
 
@@ -276,8 +307,6 @@ def test_places_that_hold_no_reference_are_named(tmp_path: Path) -> None:
         open_reference(tmp_path / "missing.npz", Painted(), ["fid"], tmp_path)
     with pytest.raises(SourceError, match=r"missing does not exist"):
         open_reference(tmp_path / "missing", Painted(), ["fid"], tmp_path)
-    with pytest.raises(ScoreError, match="a limit does not fit"):
-        open_reference(as_npz(tmp_path), Painted(), ["fid"], tmp_path, limit=5)
 
 
 class Doubling:

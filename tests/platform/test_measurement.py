@@ -14,6 +14,7 @@ from scored_sweep import SWEEP
 
 from soflow_core.samplers.noise import sample_labels
 from soflow_pipelines.metrics import ScoreError, ScoreStatistics
+from soflow_platform import measurement as measurements
 from soflow_platform.errors import UserError
 from soflow_platform.evaluation import feature_network
 from soflow_platform.generator import BATCH, Generator
@@ -134,6 +135,44 @@ def test_every_setting_that_moves_the_statistics_changes_the_key(measurement: Me
     assert CHANGES[what](measurement).key != measurement.key
 
 
+def test_another_version_of_the_evaluator_changes_the_key(
+    measurement: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = measurement.key
+    monkeypatch.setattr("soflow_platform.measurement.EVALUATOR", "another")
+    assert measurement.key != before
+
+
+def test_blocks_that_another_command_merges_meanwhile_are_found_as_the_whole(
+    measurement: Measurement, scored_once: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = MeasurementFolder.of(measurement, tmp_path)
+    make(measurement, scored_once, folder, folder.missing())
+    load = measurements._load
+    other: list[ScoreStatistics] = []
+
+    def overtaken(path: Path) -> ScoreStatistics:
+        if path.name == "block-000001.npz" and not other:
+            monkeypatch.setattr(measurements, "_load", load)
+            other.append(folder.whole())
+        return load(path)
+
+    monkeypatch.setattr(measurements, "_load", overtaken)
+    mine = folder.whole()
+    assert len(other) == 1
+    assert np.array_equal(mine.state()["moments.mean"], other[0].state()["moments.mean"])
+    assert [path.name for path in folder.folder.iterdir()] == ["statistics.npz"]
+
+
+def test_a_block_that_is_missing_is_no_whole(
+    measurement: Measurement, scored_once: Storage, tmp_path: Path
+) -> None:
+    folder = MeasurementFolder.of(measurement, tmp_path)
+    make(measurement, scored_once, folder, [0, 2, 3])
+    with pytest.raises(FileNotFoundError, match="block-000001"):
+        folder.whole()
+
+
 def test_where_the_weights_lie_does_not_change_the_key(measurement: Measurement) -> None:
     assert (
         replace(measurement, images=replace(measurement.images, weights="/elsewhere")).key == measurement.key
@@ -156,6 +195,9 @@ def test_a_machine_with_other_feature_weights_refuses_the_work(
 ) -> None:
     from soflow_platform.jobs.gather import Scorer
 
+    torch.backends.cudnn.allow_tf32 = True
     scorer = Scorer(str(scored_once.root), str(tmp_path), 1, None)
+    # Images are made and decoded in float32, as the features of them are.
+    assert not torch.backends.cudnn.allow_tf32
     with pytest.raises(UserError, match=r"this machine has digits-cnn-1-\w+ where the command found other"):
         scorer.make(replace(measurement, features_id="other"), 0)

@@ -13,7 +13,7 @@ from PIL import Image
 from scored_sweep import SWEEP, measure_here
 
 from soflow_pipelines.datasets import load_digits
-from soflow_pipelines.metrics import FeatureStatistics, frechet_distance
+from soflow_pipelines.metrics import EVALUATOR, FeatureStatistics, frechet_distance
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.evaluation import feature_network
 from soflow_platform.jobs.evaluate import EvaluateRequest, Score, evaluate
@@ -75,6 +75,7 @@ def test_a_score_says_every_setting_that_moves_it(scored: Storage) -> None:
         "labels": "uniform",
         "seed": "5",
         "samples": "100",
+        "evaluator": EVALUATOR,
         "features": "",
         "reference": str(scored.data / "digits"),
         "reference_digest": reference.split(":")[1][:16],
@@ -204,10 +205,8 @@ def test_a_method_is_sampled_by_its_own_settings_alone(scored: Storage) -> None:
         run(scored, f"{SWEEP}/trial-00", sampling={"sampler": "ddim"})
 
 
-def test_images_have_no_steps_and_need_a_reference(scored: Storage, tmp_path: Path) -> None:
+def test_images_need_a_reference_and_as_many_as_are_asked_for(scored: Storage, tmp_path: Path) -> None:
     folder = str(digits_folder(tmp_path / "images", 4))
-    with pytest.raises(UserError, match="holds images: steps and a sampler are of a network"):
-        run(scored, folder, steps=(2,))
     with pytest.raises(UserError, match="holds 4 images, 100 were asked for"):
         run(scored, folder)
     with pytest.raises(UserError, match="fd compares with real images, and where those are is not known"):

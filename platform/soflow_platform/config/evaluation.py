@@ -15,6 +15,19 @@ NAMED_FEATURES = ("inception", "dinov2", "clip", DIGITS, POOLED)
 FILE = "file:"
 
 
+def absolute_features(name: str) -> str:
+    """`file:PATH` as processes with other working folders find it; other names as they are."""
+    if not name.startswith(FILE):
+        return name
+    return FILE + str(Path(name.removeprefix(FILE)).expanduser().absolute())
+
+
+def absolute_autoencoder(name: str | None) -> str | None:
+    """The folder of an autoencoder as processes with other working folders find it; an id as it is."""
+    folder = Path(name or "").expanduser()
+    return str(folder.absolute()) if name and folder.is_dir() else name
+
+
 class EvaluationConfig(Section):
     """The numbers that trials are compared by: Fréchet distance on EMA samples against the training data."""
 
@@ -40,10 +53,12 @@ class EvaluationConfig(Section):
     def _known_features(cls, name: str) -> str:
         if name not in NAMED_FEATURES and not (name.startswith(FILE) and name != FILE):
             raise ValueError(f"known are {', '.join(NAMED_FEATURES)} and {FILE}PATH")
-        if name.startswith(FILE):
-            # Workers have working folders of their own.
-            return FILE + str(Path(name.removeprefix(FILE)).expanduser().absolute())
-        return name
+        return absolute_features(name)
+
+    @field_validator("autoencoder")
+    @classmethod
+    def _absolute_autoencoder(cls, name: str | None) -> str | None:
+        return absolute_autoencoder(name)
 
     @property
     def distance(self) -> str:

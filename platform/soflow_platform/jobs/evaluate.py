@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from soflow_pipelines.image_sets import open_image_set
 from soflow_pipelines.metrics import ScoreStatistics
+from soflow_platform.config.evaluation import POOLED, absolute_autoencoder, absolute_features
 from soflow_platform.errors import UserError
 from soflow_platform.jobs.gather import REFUSED, Gathering, Report, silent
 from soflow_platform.measurement import LabelMode, Measurement
+from soflow_platform.real_images import given_images, holds_latents
 from soflow_platform.sampling import open_decoder
 from soflow_platform.scored_network import ScoredNetwork
 from soflow_platform.storage import Storage, read_json, write_json
@@ -25,7 +26,6 @@ from soflow_platform.yardstick import (
     RealImages,
     Yardstick,
     data_place,
-    given_images,
     make_yardstick,
     usual_features,
 )
@@ -89,6 +89,12 @@ def evaluate(
     Raises UserError for what is refused, JobError for what failed.
     """
     subject = find_subject(request.subject, storage, tracking_uri)
+    # Actors have working folders of their own.
+    request = replace(
+        request,
+        features=request.features and absolute_features(request.features),
+        autoencoder=absolute_autoencoder(request.autoencoder),
+    )
     try:
         with Gathering(storage, address, report) as gathering:
             score = _score_network if subject.weights is not None else _score_images
@@ -124,53 +130,82 @@ def network_yardstick(
 ) -> Yardstick:
     """What this network's images are scored by."""
     decoder = open_decoder(network.data, request.autoencoder, "cpu")
-    real = None
-    if request.reference is not None:
-        real = RealImages(data_place(request.reference, {}, storage) or "", request.autoencoder)
-    elif place := data_place(subject.data, network.data, storage):
+    real = _named_reference(request, storage)
+    if real is None and (place := data_place(subject.data, network.data, storage)):
         real = RealImages(place, request.autoencoder, expected=network.data.get("digest"))
+    factor = decoder.facts.factor if decoder else 1
     return make_yardstick(
         request.features or usual_features(network.data),
         request.metrics,
         network.conditional,
         network.shape,
-        network.shape[1] * (decoder.facts.factor if decoder else 1),
+        (network.shape[1] * factor, network.shape[2] * factor),
         real,
         storage,
-        lambda measurement: gathering.statistics([measurement])[0],
+        gathering.one,
         decoder.facts if decoder else None,
     )
+
+
+def _named_reference(request: EvaluateRequest, storage: Storage) -> RealImages | None:
+    place = data_place(request.reference, {}, storage)
+    return None if place is None else RealImages(place, request.autoencoder)
 
 
 def _score_images(
     request: EvaluateRequest, subject: Subject, storage: Storage, gathering: Gathering
 ) -> list[Score]:
     assert subject.images is not None
-    if request.sampling or request.steps != (1,):
-        raise UserError(f"{subject.name} holds images: steps and a sampler are of a network.")
-    given = given_images(subject.images, None, None)
+    real = _named_reference(request, storage)
+    _refuse_unused(request, subject.name, [subject.images, *([real.place] if real else [])])
+    given = given_images(subject.images, request.autoencoder)
     count = request.num or given.count
     if count > given.count:
         raise UserError(f"{subject.name} holds {given.count} images, {count} were asked for with --num.")
-    first = open_image_set(subject.images).read(0, 1)
+    decoder = open_decoder(given.data, request.autoencoder, "cpu")
+    first, _ = given.open("cpu").read(0, 1)
     channels, height, width = first.shape[1:]
-    real = None
-    if request.reference is not None:
-        real = RealImages(data_place(request.reference, {}, storage) or "", request.autoencoder)
     yardstick = make_yardstick(
         request.features or "inception",
         request.metrics,
         False,
-        (1 if bool((first == first[:, :1]).all()) else channels, height, width),
-        min(height, width),
+        (channels, height, width),
+        (height, width),
         real,
         storage,
-        lambda measurement: gathering.statistics([measurement])[0],
+        gathering.one,
+        decoder.facts if decoder else None,
     )
-    images = type(given)(given.place, given.digest, count, given.resolution)
+    if count < given.count:
+        part = f"{count} of the {given.count} images of {subject.name} are scored, chosen by a fixed permutation of their numbers."
+        yardstick = replace(yardstick, flags=(*yardstick.flags, part))
+    images = replace(given, count=count)
     measurement = Measurement(images, yardstick.name, yardstick.features.id, yardstick.metrics)
     facts = {"images": given.digest.rsplit(":", 1)[-1], "samples": str(count)}
     return scored([subject.name], yardstick, [measurement], [facts], storage, gathering)
+
+
+def _refuse_unused(request: EvaluateRequest, name: str, places: Sequence[str]) -> None:
+    """Raises UserError for a setting that would change nothing, for the images are there already."""
+    if request.features == POOLED:
+        raise UserError(
+            f"{name} holds images and {POOLED} looks at the training space of a network: name other features, such as inception."
+        )
+    usual = EvaluateRequest(request.subject)
+    of_networks = {
+        "--steps": request.steps != usual.steps,
+        "--labels": request.labels != usual.labels,
+        "--seed": request.seed != usual.seed,
+        "--sampler": "sampler" in request.sampling,
+        "--guidance": "sampling_scale" in request.sampling,
+    }
+    for option, given in of_networks.items():
+        if given:
+            raise UserError(f"{name} holds images: {option} is for a network that makes them, leave it out.")
+    if request.autoencoder is not None and not any(holds_latents(place) for place in places):
+        raise UserError(
+            f"{name} holds images: --autoencoder is for latents, and there are none, leave it out."
+        )
 
 
 def scored(

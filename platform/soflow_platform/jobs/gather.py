@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter as Counted
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ class Scorer:
         torch.set_num_threads(threads if torch.cuda.is_available() else 1)
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
+        # Images are made and decoded in float32, as features are: TF32 moves them from one kind of GPU to another.
+        torch.backends.cudnn.allow_tf32 = False
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._storage, self._evaluations = Storage(Path(storage)), Path(evaluations)
         self._counter = counter
@@ -83,13 +86,22 @@ class Scorer:
 
 
 class Gathering:
-    """Makes what is missing of measurements; a Ray is connected to when there is something to make, and once."""
+    """Makes what is missing of measurements; a Ray is connected to when there is something to make, and once.
 
-    def __init__(self, storage: Storage, address: str | None = None, report: Report = silent) -> None:
+    A caller that is connected already gives its `cluster`.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        address: str | None = None,
+        report: Report = silent,
+        cluster: Cluster | None = None,
+    ) -> None:
         self._storage, self._address, self._report = storage, address, report
         self._root = storage.root / "evaluations"
         self._stack = contextlib.ExitStack()
-        self._cluster: Cluster | None = None
+        self._cluster = cluster
 
     def __enter__(self) -> Gathering:
         return self
@@ -102,6 +114,10 @@ class Gathering:
     def folder(self, measurement: Measurement) -> MeasurementFolder:
         """Where a measurement is kept."""
         return MeasurementFolder.of(measurement, self._root)
+
+    def one(self, measurement: Measurement) -> ScoreStatistics:
+        """The whole statistics of a single measurement."""
+        return self.statistics([measurement])[0]
 
     def statistics(self, measurements: Sequence[Measurement]) -> list[ScoreStatistics]:
         """The whole statistics of each. Raises UserError for what is refused, JobError for what failed."""
@@ -131,8 +147,15 @@ class Gathering:
             kept="Finished blocks are kept",
         )
         done = total - sum(folder.measurement.size(block) for folder, block in todo)
+        left = Counted(folder.folder for folder, _ in todo)
         try:
-            for _ in spread.run(todo, share.actors):
+            for finished in spread.run(todo, share.actors):
+                if finished is not None:
+                    folder = finished[0][0]
+                    left[folder.folder] -= 1
+                    if not left[folder.folder]:
+                        # At once: the blocks of a large measurement take gigabytes, the whole takes as much as one of them.
+                        folder.whole()
                 made = ray.get(counter.images.remote())
                 self._report(Progress(min(total, done + made), total))
         except TaskError as error:
