@@ -19,6 +19,7 @@ from soflow_platform.config.trials import Trial
 from soflow_platform.data import open_data
 from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.evaluation import Evaluator
+from soflow_platform.jobs.gather import Gathering, Report, silent
 from soflow_platform.progress import start_board
 from soflow_platform.registry import register
 from soflow_platform.stops import clear_stops, stop_requested
@@ -52,6 +53,11 @@ class Display:
     def say(self, text: str) -> None:
         """One line about what is being done."""
 
+    @contextlib.contextmanager
+    def describing(self) -> Iterator[Report]:
+        """The real images are described; the report says how many are."""
+        yield silent
+
 
 def run_sweep(
     record: SweepRecord,
@@ -77,9 +83,10 @@ def run_sweep(
             )
         display.say("preparing data and reference statistics")
         location, info = open_data(experiment, storage)
-        evaluator = Evaluator.open(
-            experiment.evaluation, info, location, experiment.data.conditional, storage
-        )
+        with display.describing() as report, Gathering(storage, report=report, cluster=cluster) as gathering:
+            evaluator = Evaluator.open(
+                experiment.evaluation, info, location, experiment.data.conditional, storage, gathering.one
+            )
         prepare_store(uri)
         tracking = Tracking.open(uri, experiment.tracking.experiment or experiment.name, storage)
         shared = {**host_tags(), **evaluator.tags()}

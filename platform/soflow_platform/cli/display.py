@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -11,10 +13,12 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from soflow_platform.cli.evaluate import progress_bar
 from soflow_platform.cli.terminal import duration, storage_flag
 from soflow_platform.cluster import Cluster
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.trials import Trial
+from soflow_platform.jobs.gather import Report
 from soflow_platform.progress import TrialProgress
 from soflow_platform.storage import Storage
 from soflow_platform.sweep import Display, TrialOutcome
@@ -37,6 +41,12 @@ class SweepDisplay(Display):
 
     def say(self, text: str) -> None:
         self.console.print(f"[dim]{time.monotonic() - self._started:5.0f} s[/dim]  {text}", highlight=False)
+
+    @contextlib.contextmanager
+    def describing(self) -> Iterator[Report]:
+        bar, show = progress_bar("real images")
+        with bar:
+            yield show
 
     def start(self, record: SweepRecord, cluster: Cluster, board: Any) -> None:
         going_on = "going on with" if record.attempts > 1 else "running"
