@@ -1,0 +1,85 @@
+"""Statistics gathered on a Ray: whole measurements as soon as their blocks are there, references of the training data too."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_networks import exported
+
+from soflow_pipelines.datasets import load_digits
+from soflow_pipelines.shards import ensure_builtin, read_info
+from soflow_platform.cluster import Cluster, connected
+from soflow_platform.config.evaluation import EvaluationConfig
+from soflow_platform.evaluation import Evaluator, feature_network
+from soflow_platform.jobs.gather import Gathering, Progress
+from soflow_platform.measurement import WHOLE, GivenImages, Measurement
+from soflow_platform.storage import Storage
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with connected(None) as found:
+        yield found
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(tmp_path / "runs")
+
+
+def digits_file(path: Path, start: int, stop: int) -> GivenImages:
+    np.savez(path, arr_0=load_digits().images[start:stop].transpose(0, 2, 3, 1))
+    return GivenImages(str(path), f"digits-{start}-{stop}", stop - start)
+
+
+def test_a_measurement_is_merged_as_soon_as_its_last_block_is_there(
+    cluster: Cluster, storage: Storage, tmp_path: Path
+) -> None:
+    network = feature_network("digits-classifier", (1, 8, 8), storage)
+    sets = [digits_file(tmp_path / f"{start}.npz", start, start + 800) for start in (0, 900)]
+    measurements = [Measurement(images, "digits-classifier", network.id, ("fd",)) for images in sets]
+    seen: list[tuple[bool, bool]] = []
+
+    def look(progress: Progress) -> None:
+        assert progress.done <= progress.total == 1600
+        first, second = (gathering.folder(measurement).folder / WHOLE for measurement in measurements)
+        seen.append((first.exists(), second.exists()))
+        if first.exists():
+            assert [path.name for path in first.parent.iterdir()] == [WHOLE]
+
+    gathering = Gathering(storage, report=look, cluster=cluster)
+    one, other = gathering.statistics(measurements)
+    assert (True, False) in seen
+    assert seen[-1] == (True, True)
+    assert (one.count, other.count) == (800, 800)
+    one.check_complete()
+
+
+def test_the_reference_of_the_training_data_is_described_on_the_cluster_once(
+    cluster: Cluster, storage: Storage, tmp_path: Path
+) -> None:
+    data = str(ensure_builtin("digits", storage.data / "digits"))
+    config = EvaluationConfig(every=1, samples=32, features=exported(tmp_path / "net", 1, 8))
+    seen: list[Progress] = []
+    gathering = Gathering(storage, report=seen.append, cluster=cluster)
+    spread = Evaluator.open(config, read_info(data), data, True, storage, gathering.one)
+    assert seen[-1] == Progress(1797, 1797)
+    assert len({progress.done for progress in seen}) > 1
+    assert spread.reference.count == 1797
+    (kept,) = storage.features.glob("reference-*")
+    written = os.stat(kept).st_mtime_ns
+    # A worker of a trial finds it.
+    found = Evaluator.open(config, read_info(data), data, True, storage)
+    assert os.stat(kept).st_mtime_ns == written
+    # And has the same numbers where it finds none.
+    kept.unlink()
+    alone = Evaluator.open(config, read_info(data), data, True, storage)
+    for evaluator in (found, alone):
+        assert evaluator.reference.moments is not None
+        assert spread.reference.moments is not None
+        assert np.array_equal(evaluator.reference.moments.mean, spread.reference.moments.mean)
+        assert np.array_equal(evaluator.reference.moments.covariance, spread.reference.moments.covariance)
