@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,8 @@ def save_weights(
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file(plain, aside, metadata={HEADER: json.dumps(header, sort_keys=True)})
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -106,15 +109,21 @@ def read_official(
     path: str | Path,
     which: Literal["ema_model", "model"] = "ema_model",
     heads: int | None = None,
-    null_label: bool = True,
+    null_label: bool | None = None,
 ) -> Weights:
     """Reads an official SoFlow checkpoint of the latent DiT, as tensors only; the architecture is told by the
     shapes.
 
-    `heads` is needed for a width and depth that are none of the named sizes. A label table has a null row in
-    guided models, and its shape cannot say so.
+    `heads` is needed for a width and depth that are none of the named sizes, `null_label` where there is a
+    label table: in guided models its last row is the null label, and its shape cannot say so. Raises
+    ValueError where one is missing or the file is another.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors, which only running its code would read; save its state dicts alone"
+        ) from error
     if not isinstance(state, dict) or which not in state:
         found = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path} has no {which}; it holds {found}")
@@ -130,7 +139,7 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _infer_config(tensors: Mapping[str, Tensor], heads: int | None, null_label: bool) -> DiTConfig:
+def _infer_config(tensors: Mapping[str, Tensor], heads: int | None, null_label: bool | None) -> DiTConfig:
     hidden, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
     side = math.isqrt(tensors["pos_embed"].shape[1]) * patch
@@ -139,6 +148,10 @@ def _infer_config(tensors: Mapping[str, Tensor], heads: int | None, null_label: 
         heads = next((h for width, layers, h in SIZES.values() if (width, layers) == (hidden, depth)), None)
     if heads is None:
         raise ValueError(f"no named size has width {hidden} and depth {depth}; say how many heads it has")
+    if table is not None and null_label is None:
+        raise ValueError(
+            f"the label table has {len(table)} rows; say whether the last one is the null label, as in guided models"
+        )
     return DiTConfig(
         channels=channels,
         height=side,
@@ -148,6 +161,6 @@ def _infer_config(tensors: Mapping[str, Tensor], heads: int | None, null_label: 
         depth=depth,
         heads=heads,
         mlp_ratio=tensors["blocks.0.mlp.fc1.weight"].shape[0] / hidden,
-        classes=None if table is None else len(table) - int(null_label),
-        null_label=table is not None and null_label,
+        classes=None if table is None else len(table) - bool(null_label),
+        null_label=table is not None and bool(null_label),
     )

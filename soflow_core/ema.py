@@ -114,13 +114,17 @@ class EMA:
         """Average name -> parameter name -> tensor."""
         return self.averages
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Takes the averages of a state that has the same ones."""
+    def check(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Raises ValueError where a state has other averages than these."""
         if set(state) != set(self.averages):
             raise ValueError(
                 f"the state has the EMAs {sorted(state)} and this training keeps {sorted(self.averages)};"
                 " resume with the decays it was started with"
             )
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Takes the averages of a state that has the same ones."""
+        self.check(state)
         for name, average in self.averages.items():
             for key, tensor in average.items():
                 local(tensor).copy_(local(split_like(state[name][key], tensor)))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from soflow_core.networks.dit import NULL_LABEL
 from soflow_core.rows import per_row
+from soflow_core.settings import check_drop
 
 DECAY_RATE = 0.025
 """kappa_d of the guidance decay (SoFlow's official code)."""
@@ -41,8 +42,7 @@ class Guidance:
             raise ValueError(
                 f"guidance.mix is {self.mix}; it must be above 0 and at most 1 (1 mixes nothing in)"
             )
-        if not 0 <= self.drop < 1:
-            raise ValueError(f"guidance.drop is {self.drop}; a probability from 0 to below 1 is needed")
+        check_drop("guidance.drop", self.drop)
         if not 0 < self.decay_from <= 1:
             raise ValueError(
                 f"guidance.decay_from is {self.decay_from}; a time above 0 and at most 1 is needed"
@@ -121,8 +121,7 @@ class VelocityGuidance:
             raise ValueError(
                 f"the guidance window {self.start} to {self.end} is empty; give 0 <= start <= end <= 1"
             )
-        if not 0 <= self.drop < 1:
-            raise ValueError(f"guidance.drop is {self.drop}; a probability from 0 to below 1 is needed")
+        check_drop("guidance.drop", self.drop)
 
     @property
     def active(self) -> bool:

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
+from soflow_core.settings import check_choices
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -31,6 +33,7 @@ class OptimizerConfig:
     """The learning rate of the last step under `linear` and `cosine`."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.lr <= 0:
             raise ValueError(f"optimizer.lr is {self.lr}; a learning rate above 0 is needed")
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -14,6 +14,8 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+from soflow_core.settings import check_choices
+
 Network = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """F(x, t, s, labels): (B, C, H, W), (B,), (B,), (B,) int64 or None -> (B, C, H, W)."""
 
@@ -40,6 +42,9 @@ class PassPolicy:
     is an exchange that all ranks take part in.
     """
 
+    def __post_init__(self) -> None:
+        check_choices(self)
+
 
 @dataclass(frozen=True)
 class Passes:
@@ -53,7 +58,9 @@ class Passes:
         return self._run(self.network, x, t, s, labels, self.policy.precision != "float32")
 
     def exact(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        """A pass that enters a difference quotient, which divides its rounding by r."""
+        """A pass that enters a difference quotient, which divides its rounding by r: never bfloat16 under
+        `mixed`. On a GPU its products are TF32 there, and float32 under `float32`.
+        """
         return self._run(self.network, x, t, s, labels, self.policy.precision == "bfloat16")
 
     @torch.no_grad()
@@ -82,16 +89,25 @@ class Passes:
     def total_derivative(
         self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, velocity: Tensor
     ) -> Tensor:
-        """-> dF/dt = v . dF/dx + dF/dt, with s held: one Jacobian-vector product along (v, 1, 0), in
-        float32.
+        """-> dF/dt = v . dF/dx + dF/dt, with s held: one Jacobian-vector product along (v, 1, 0), without
+        autocast.
 
-        Only the mathematical attention kernel has a forward-mode derivative, so it is chosen here.
+        Only the mathematical attention kernel has a forward-mode derivative, so it is chosen here; compiled
+        networks run as they were written. Raises ValueError where the network loses the derivative.
         """
         try:
-            with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            with (
+                sdpa_kernel(SDPBackend.MATH),
+                torch.compiler.set_stance("force_eager"),
+                forward_ad.dual_level(),
+            ):
                 moving = forward_ad.make_dual(x, velocity), forward_ad.make_dual(t, torch.ones_like(t))
                 tangent: Tensor | None = forward_ad.unpack_dual(self.network(*moving, s, labels)).tangent
-                return torch.zeros_like(x) if tangent is None else tangent
+                if tangent is None:
+                    raise ValueError(
+                        "the network's result does not depend on x and t, or was detached from them"
+                    )
+                return tangent
         except NotImplementedError as error:
             raise NotImplementedError(
                 f"an operation of the network lacks the forward-mode derivative this method needs ({error})"

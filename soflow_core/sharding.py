@@ -52,10 +52,12 @@ def sharding_mesh(module: nn.Module) -> DeviceMesh | None:
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Compiles what `shard` split, each block alone: the exchange between them cannot be compiled."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule) and part is not module:
-            part.compile(dynamic=False)
+    """Compiles a DiT block by block, which is traced once for all of them; another network as a whole.
+
+    What ranks exchange between the blocks of a sharded network cannot be compiled.
+    """
+    for part in module.blocks if isinstance(module, DiT) else [module]:
+        part.compile(dynamic=False)
 
 
 def local(tensor: Tensor) -> Tensor:

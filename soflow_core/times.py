@@ -11,6 +11,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from soflow_core.settings import check_choices
+
 MINIMAL_GAP = 1e-4
 """Smallest t, and smallest distance of s and of l from t, in the consistency branch (SoFlow)."""
 
@@ -66,6 +68,7 @@ class RatioSchedule:
     """r at step K."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name, value in (("initial", self.initial), ("final", self.final)):
             if not 0 < value <= 1:
                 raise ValueError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -16,6 +16,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from soflow_core.agreement import Gather, first_difference
 from soflow_core.ema import EMA, Exponential
+from soflow_core.kernels import fast_bfloat16, step_kernels
+from soflow_core.networks.dit import DiT
 from soflow_core.objectives.base import Batch, Draws, Objective
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.passes import Network, PassPolicy, Precision
@@ -84,7 +86,7 @@ class TrainStep:
         optimizer: OptimizerConfig,
         total_steps: int,
         ema_decays: Sequence[float] = (0.9999,),
-        precision: Precision | Literal["auto"] = "float32",
+        precision: Precision | Literal["auto"] = "auto",
         clip_norm: float | None = None,
         compile: bool = False,
         reduce_gradients: Callable[[list[Tensor]], None] | None = None,
@@ -96,11 +98,14 @@ class TrainStep:
         wrapped = isinstance(network, DistributedDataParallel)
         self.mesh = sharding_mesh(network)
         exchanged = reduce_gradients is not None or gather is not None
-        _check_combination(objective, wrapped, self.mesh is not None, compile, exchanged)
+        _check_combination(objective, wrapped, self.mesh is not None, exchanged)
         if accumulate < 1:
             raise ValueError(f"accumulate is {accumulate}; a step has at least 1 piece")
+        if total_steps < 1:
+            raise ValueError(f"total_steps is {total_steps}; a training has at least 1 step")
         self.network = network
         self.module = cast(nn.Module, network.module) if wrapped else network
+        _check_labels(objective, self.module)
         self.objective = objective
         self.optimizer_config = optimizer
         self.total_steps = total_steps
@@ -115,9 +120,7 @@ class TrainStep:
         self.names, self.parameters = list(trained), list(trained.values())
         self.device = self.parameters[0].device
         if precision == "auto":
-            precision = (
-                "mixed" if self.device.type == "cuda" or _fast_bfloat16_cpu(self.device) else "float32"
-            )
+            precision = "mixed" if fast_bfloat16(self.device) else "float32"
         self.optimizer = optimizer.build(self.parameters)
         teaches = objective.teacher_decay
         if teaches is not None and teaches not in ema_decays:
@@ -129,16 +132,20 @@ class TrainStep:
             teacher=None if teaches is None else self._averaged(teaches),
             uniform=self.mesh is not None,
         )
-        if compile and self.mesh is not None:
+        if compile:
             compile_blocks(self.module)
-        elif compile:
-            self.module.compile(dynamic=False)
 
     def __call__(self, batch: Batch, draws: Draws) -> StepRecord:
-        """One step on this rank's rows."""
+        """One step on this rank's rows. Raises ValueError after the last of `total_steps`."""
+        if self.step >= self.total_steps:
+            raise ValueError(
+                f"all {self.total_steps} steps are done, and schedules end there; give a larger total_steps"
+            )
+        self._check_batch(batch)
         pieces = self._pieces(batch.to(self.device), draws.to(self.device))
         rate = self.optimizer_config.learning_rate(self.step, self.total_steps)
-        with self._compiler(), _kernels(self.device, self.policy, self.deterministic):
+        tf32 = self.policy.precision != "float32"
+        with self._compiler(), step_kernels(self.device, tf32, self.deterministic):
             self.optimizer.zero_grad(set_to_none=True)
             losses: dict[str, list[Tensor]] = {"loss": []}
             for number, piece in enumerate(pieces, start=1):
@@ -151,8 +158,11 @@ class TrainStep:
                 self._compare_ranks(self.gather)
             values = {name: torch.stack(parts).mean() for name, parts in losses.items()}
             norm = whole(get_total_norm(gradients, foreach=True))
-            if not torch.isfinite(norm):
-                return self._refuse(values, norm, rate)
+            # The one wait for the device in a step: the update must know whether it may happen.
+            *told, grad_norm = torch.stack([*values.values(), norm]).tolist()
+            terms = dict(zip(values, told, strict=True))
+            if not math.isfinite(grad_norm):
+                return self._refuse(terms, grad_norm, rate)
             if self.clip_norm is not None:
                 clip_grads_with_norm_(self.parameters, self.clip_norm, norm, foreach=True)
             for group in self.optimizer.param_groups:
@@ -160,16 +170,19 @@ class TrainStep:
             self.optimizer.step()
             self.step += 1
             self.ema.update(self.parameters, self.step)
-        return self._record(values, norm, rate)
+        return self._record(terms, grad_norm, rate)
 
     def ema_state(self, decay: float | str | None = None) -> dict[str, Tensor]:
         """The network's state with the averaged parameters: of this decay, of an EMA's name, or of the first
-        EMA.
+        EMA. Later steps change its tensors; `host_ema_state` copies.
         """
         return {name: whole(tensor) for name, tensor in self._ema_shares(decay).items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a later TrainStep needs to go on as this one would, in whole tensors."""
+        """Everything that a later TrainStep needs to go on as this one would, in whole tensors.
+
+        Later steps change them; `host_state` copies.
+        """
         state: dict[str, Any] = map_tensors(self._shares(), whole)
         return state
 
@@ -190,18 +203,24 @@ class TrainStep:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state, whatever number of ranks it was made on.
 
-        Its total_steps must be the same, because schedules depend on it. The optimizer's settings stay those
-        given here.
+        Its method and total_steps must be the same, because its averages and schedules depend on them. The
+        optimizer's settings stay those given here. A state that is refused, with ValueError, changes nothing.
         """
+        method = state.get("method", self.objective.method)
+        if method != self.objective.method:
+            raise ValueError(
+                f"the state is of {method}, this training is {self.objective.method}; to start from its weights, load"
+                " them into the network"
+            )
         if state["total_steps"] != self.total_steps:
             raise ValueError(
                 f"the state is of {state['total_steps']} total steps, this training of {self.total_steps};"
                 " schedules depend on the total, so resume with the same"
             )
         own = self.module.state_dict()
-        self.module.load_state_dict(
-            {name: split_like(t, own[name]) if name in own else t for name, t in state["network"].items()}
-        )
+        _check_shapes(state["network"], own)
+        self.ema.check(state["ema"])
+        self.module.load_state_dict({name: split_like(t, own[name]) for name, t in state["network"].items()})
         self.optimizer.load_state_dict(self._split_optimizer(state["optimizer"]))
         self.ema.load_state_dict(state["ema"])
         self.step = state["step"]
@@ -270,6 +289,7 @@ class TrainStep:
         return {
             "step": self.step,
             "total_steps": self.total_steps,
+            "method": self.objective.method,
             "network": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
@@ -300,39 +320,65 @@ class TrainStep:
         }
         return {"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]}
 
-    def _record(
-        self, values: dict[str, Tensor], norm: Tensor, rate: float, culprit: str | None = None
-    ) -> StepRecord:
-        named = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
-        loss = named.pop("loss")
-        return StepRecord(self.step, loss, named, float(norm), rate, finite=culprit is None, culprit=culprit)
+    def _check_batch(self, batch: Batch) -> None:
+        """A network without classes would leave labels out, and its guidance would guide by nothing."""
+        unlabelled = isinstance(self.module, DiT) and self.module.config.classes is None
+        if unlabelled and batch.labels is not None:
+            raise ValueError("the batch has labels and the network has no classes; give Batch(x0) alone")
 
-    def _refuse(self, values: dict[str, Tensor], norm: Tensor, rate: float) -> StepRecord:
+    def _record(
+        self, terms: dict[str, float], grad_norm: float, rate: float, culprit: str | None = None
+    ) -> StepRecord:
+        others = {name: value for name, value in terms.items() if name != "loss"}
+        return StepRecord(
+            self.step, terms["loss"], others, grad_norm, rate, finite=culprit is None, culprit=culprit
+        )
+
+    def _refuse(self, terms: dict[str, float], grad_norm: float, rate: float) -> StepRecord:
         """No update: the first non-finite term is the culprit, then the loss, then a parameter's gradient."""
-        finite = torch.isfinite(torch.stack(list(values.values()))).tolist()
-        broken = [name for name, good in zip(values, finite, strict=True) if not good]
-        gradients = [p.grad for p in self.parameters]
+        broken = [name for name, value in terms.items() if not math.isfinite(value)]
         good = torch.stack(
             [
-                torch.isfinite(local(g)).all() if g is not None else norm.new_ones((), dtype=torch.bool)
-                for g in gradients
+                torch.isfinite(local(p.grad)).all()
+                if p.grad is not None
+                else torch.ones((), dtype=torch.bool, device=self.device)
+                for p in self.parameters
             ]
         )
         good = on_every_rank(good, self.mesh)
         bad = [name for name, fine in zip(self.names, good.tolist(), strict=True) if not fine]
         if broken:
             culprit = next((name for name in broken if name != "loss"), "loss")
+        elif not bad:
+            culprit = "gradient norm"
         else:
-            culprit = (
-                f"gradient of {bad[0]}" if 0 < len(bad) < len(self.names) else "gradients of all parameters"
-            )
+            culprit = f"gradient of {bad[0]}" if len(bad) < len(self.names) else "gradients of all parameters"
         self.optimizer.zero_grad(set_to_none=True)
-        return self._record(values, norm, rate, culprit)
+        return self._record(terms, grad_norm, rate, culprit)
 
 
-def _check_combination(
-    objective: Objective, wrapped: bool, sharded: bool, compile: bool, exchanged: bool
-) -> None:
+def _check_shapes(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Two states of one network."""
+    for name in sorted(given.keys() | own.keys()):
+        here, there = own.get(name), given.get(name)
+        if here is None or there is None or here.shape != there.shape:
+            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (there, here)]
+            raise ValueError(
+                f"{name} is {shapes[0]} in the state and {shapes[1]} in the network; build the same network"
+            )
+
+
+def _check_labels(objective: Objective, module: nn.Module) -> None:
+    """A dropped label needs its row in the network's table."""
+    if not isinstance(module, DiT) or module.config.classes is None or module.config.null_label:
+        return
+    if objective.needs_null_label:
+        raise ValueError(
+            f"{objective.method} drops labels or guides, and this network has no null label; build it with null_label=True"
+        )
+
+
+def _check_combination(objective: Objective, wrapped: bool, sharded: bool, exchanged: bool) -> None:
     """Refuses what does not go together: of a method, a wrapped or sharded network, and a caller's own exchange
     between ranks.
     """
@@ -341,39 +387,8 @@ def _check_combination(
             f"{objective.method} takes a Jacobian-vector product, which DistributedDataParallel has not;"
             " pass the plain network and reduce_gradients"
         )
-    if objective.uses_jvp and compile:
-        raise ValueError(f"{objective.method} takes a Jacobian-vector product; train it with compile=False")
     if sharded and exchanged:
         raise ValueError(
             "a sharded network averages its own gradients, and its ranks hold different shares of them;"
             " leave out reduce_gradients and gather"
         )
-
-
-def _fast_bfloat16_cpu(device: torch.device) -> bool:
-    """Whether this is a CPU with matrix units for bfloat16; others emulate it, slower than float32."""
-    return device.type == "cpu" and bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
-
-
-@contextmanager
-def _kernels(device: torch.device, policy: PassPolicy, deterministic: bool) -> Iterator[None]:
-    """TF32 for the float32 passes of a reduced precision on a GPU, and deterministic kernels if asked; put
-    back afterwards.
-    """
-    tf32 = device.type == "cuda" and policy.precision != "float32"
-    matmul = torch.get_float32_matmul_precision()
-    before, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    try:
-        if tf32:
-            torch.set_float32_matmul_precision("high")
-        if deterministic:
-            torch.use_deterministic_algorithms(True)
-        yield
-    finally:
-        # Setting even the same precision again is a change to the compiler, which would compile all anew.
-        if tf32:
-            torch.set_float32_matmul_precision(matmul)
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)

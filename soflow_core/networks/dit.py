@@ -75,9 +75,12 @@ class TimeEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         half, weight = FREQUENCIES // 2, cast(nn.Linear, self.mlp[0]).weight
-        exponents = torch.arange(half, dtype=weight.dtype, device=t.device) / half
+        # Of bfloat16 weights too: a time in bfloat16 has no more than three digits.
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        exponents = torch.arange(half, dtype=precise, device=t.device) / half
         angles = t[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
-        embedded: Tensor = self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=1))
+        sinusoids = torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
+        embedded: Tensor = self.mlp(sinusoids.to(weight.dtype))
         return embedded
 
 
@@ -198,8 +201,8 @@ class DiT(nn.Module):
         return self.unpatchify(self.final_layer(tokens, condition))
 
     def condition(self, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        """(B,), (B,), (B,) or None -> (B, hidden), in float32 even under autocast: it costs nothing and q
-        needs it.
+        """(B,), (B,), (B,) or None -> (B, hidden), in the weights' own precision even under autocast: it costs
+        nothing and q needs it.
         """
         with torch.autocast(t.device.type, enabled=False):
             condition: Tensor = self.t_embedder(t) + self.s_embedder(t - s)

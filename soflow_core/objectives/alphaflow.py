@@ -34,6 +34,7 @@ from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
 from soflow_core.rows import per_row, row_mean
 from soflow_core.samplers.solution import sample_by_steps
+from soflow_core.settings import check_choices, check_share, check_weight_eps
 from soflow_core.times import LogitNormal
 
 CLIP = 4.0
@@ -58,6 +59,7 @@ class AlphaSchedule:
     """alpha of the constant kind."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not 0 <= self.start < self.end:
             raise ValueError(f"an alpha schedule from {self.start} to {self.end}; give 0 <= start < end")
         if not 0 <= self.value <= 1:
@@ -99,14 +101,8 @@ class AlphaFlow(Objective):
     schedule: AlphaSchedule = field(default_factory=AlphaSchedule)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.flow_matching_share <= 1:
-            raise ValueError(
-                f"flow_matching_share is {self.flow_matching_share}; a share from 0 to 1 is needed"
-            )
-        if self.weight_eps <= 0:
-            raise ValueError(
-                f"weight_eps is {self.weight_eps}; it must be above 0, or a loss of 0 has no weight"
-            )
+        check_share("flow_matching_share", self.flow_matching_share)
+        check_weight_eps(self.weight_eps)
 
     @property
     def needs_null_label(self) -> bool:
@@ -156,7 +152,7 @@ class AlphaFlow(Objective):
         mse = row_mean((prediction - target).square())
         differential = (torch.arange(len(mse), device=mse.device) < start.first) | (alpha == 0)
         weight = torch.where(differential, 1.0, alpha) / (mse.detach() + self.weight_eps)
-        terms = {**branch_means(draws, mse), "alpha": torch.tensor(alpha, device=mse.device)}
+        terms = {**branch_means(draws, mse), "alpha": torch.full((), alpha, device=mse.device)}
         return Loss((weight * mse).mean(), terms)
 
     def sample(

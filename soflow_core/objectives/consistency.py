@@ -153,14 +153,14 @@ class ImprovedConsistency(ConsistencyModel):
         total_steps: int,
         policy: PassPolicy = DEFAULT_POLICY,
     ) -> Loss:
-        grid = self.grid(self.levels(step, total_steps)).to(draws.t.device)
+        grid = self.grid(self.levels(step, total_steps)).to(draws.t.device, non_blocking=True)
         sigma = draws.t / (1 - draws.t)
         upper = torch.searchsorted(grid, sigma, right=True).clamp(1, len(grid) - 1)
         huber = self.huber * math.sqrt(batch.x0[0].numel())
         result = discrete_loss(
             Passes(network, policy), batch, draws.noise, (grid[upper], grid[upper - 1]), huber
         )
-        result.terms["levels"] = torch.tensor(float(len(grid)), device=draws.t.device)
+        result.terms["levels"] = torch.full((), float(len(grid)), device=draws.t.device)
         return result
 
 
@@ -263,5 +263,5 @@ class ContinuousConsistency(ConsistencyModel):
         # The gradient of |F - sg F - g|^2 is that of -2 <F, g>: the value is the tangent's square.
         mse = row_mean((prediction - prediction.detach() - normalized).square()).mean()
         return Loss(
-            mse, {"tangent_mse": size.square().mean(), "warmup": torch.tensor(warmup, device=t.device)}
+            mse, {"tangent_mse": size.square().mean(), "warmup": torch.full((), warmup, device=t.device)}
         )

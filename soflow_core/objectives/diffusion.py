@@ -27,6 +27,7 @@ from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.rows import per_row, row_mean
 from soflow_core.samplers.diffusion import ddim, ddpm, linear_alpha_bar
 from soflow_core.samplers.ode import guided_prediction
+from soflow_core.settings import check_choices, check_drop
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ class Diffusion(Objective):
     """Guidance scale at sampling; 1 is none."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not 0 < self.beta_first <= self.beta_last < 1:
             raise ValueError(
                 f"betas from {self.beta_first} to {self.beta_last}; give 0 < beta_first <= beta_last < 1"
             )
-        if not 0 <= self.drop < 1:
-            raise ValueError(f"drop is {self.drop}; a probability from 0 to below 1 is needed")
+        check_drop("drop", self.drop)
         if self.sampling_scale != 1 and self.drop == 0:
             raise ValueError(
                 "sampling_scale needs an unconditional prediction; set drop above 0 or sampling_scale to 1"
@@ -91,7 +92,7 @@ class Diffusion(Objective):
         policy: PassPolicy = DEFAULT_POLICY,
     ) -> Loss:
         del step, total_steps
-        alpha_bar = self.alpha_bar.to(draws.t.device)[draws.t.long()]
+        alpha_bar = self.alpha_bar.to(draws.t.device, non_blocking=True)[draws.t.long()]
         signal, noise = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
         x = per_row(signal, batch.x0) * batch.x0 + per_row(noise, batch.x0) * draws.noise
         labels = None if batch.labels is None else drop_labels(batch.labels, dropped_rows(draws))

@@ -25,6 +25,7 @@ from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import PATHS, PathName
 from soflow_core.rows import row_mean
 from soflow_core.samplers.ode import euler, guided_prediction, heun
+from soflow_core.settings import check_choices, check_drop
 from soflow_core.times import LogitNormal
 
 
@@ -46,8 +47,8 @@ class FlowMatching(Objective):
     """Guidance scale at sampling; 1 is none."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop < 1:
-            raise ValueError(f"drop is {self.drop}; a probability from 0 to below 1 is needed")
+        check_choices(self)
+        check_drop("drop", self.drop)
         if self.sampling_scale != 1 and self.drop == 0:
             raise ValueError(
                 "sampling_scale needs an unconditional prediction; set drop above 0 or sampling_scale to 1"

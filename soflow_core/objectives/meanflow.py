@@ -34,6 +34,7 @@ from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
 from soflow_core.rows import row_mean, row_sum
 from soflow_core.samplers.solution import sample_by_steps
+from soflow_core.settings import check_share, check_weight_eps
 from soflow_core.times import LogitNormal
 
 
@@ -55,14 +56,8 @@ class MeanFlow(Objective):
     guidance: VelocityGuidance = field(default_factory=VelocityGuidance)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.flow_matching_share <= 1:
-            raise ValueError(
-                f"flow_matching_share is {self.flow_matching_share}; a share from 0 to 1 is needed"
-            )
-        if self.weight_eps <= 0:
-            raise ValueError(
-                f"weight_eps is {self.weight_eps}; it must be above 0, or a loss of 0 has no weight"
-            )
+        check_share("flow_matching_share", self.flow_matching_share)
+        check_weight_eps(self.weight_eps)
 
     @property
     def needs_null_label(self) -> bool:

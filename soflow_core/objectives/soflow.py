@@ -37,6 +37,7 @@ from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import PATHS, PathName
 from soflow_core.rows import choose_rows, per_row, row_mean
 from soflow_core.samplers.solution import sample_with_renoising
+from soflow_core.settings import check_choices, check_share, check_weight_eps
 from soflow_core.times import LogitNormal, RatioSchedule, consistency_times, middle_time
 
 
@@ -86,18 +87,13 @@ class SoFlow(Objective):
     """The middle-time ratio r(k, K)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.flow_matching_share <= 1:
-            raise ValueError(
-                f"flow_matching_share is {self.flow_matching_share}; a share from 0 to 1 is needed"
-            )
+        check_choices(self)
+        check_share("flow_matching_share", self.flow_matching_share)
         if self.weight_power < 0:
             raise ValueError(
                 f"weight_power is {self.weight_power}; give 0 for the plain squared error, or more"
             )
-        if self.weight_eps <= 0:
-            raise ValueError(
-                f"weight_eps is {self.weight_eps}; it must be above 0, or a loss of 0 has no weight"
-            )
+        check_weight_eps(self.weight_eps)
 
     @property
     def needs_null_label(self) -> bool:
@@ -174,7 +170,7 @@ class SoFlow(Objective):
             None if labels is None else labels[first:],
             ratio,
         )
-        terms = {"middle_ratio": torch.tensor(ratio, device=t.device)}
+        terms = {"middle_ratio": torch.full((), ratio, device=t.device)}
         for name, branch in (("velocity", velocity), ("consistency", consistency)):
             if len(branch.loss):
                 terms[f"{name}_loss"] = branch.loss.detach().mean()

@@ -33,6 +33,7 @@ def predicted_data(x: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
     return (x - (1 - alpha_bar) ** 0.5 * noise) / alpha_bar**0.5
 
 
+@torch.no_grad()
 def ddim(predict: PredictNoise, noise: Tensor, alpha_bar: Tensor, steps: int) -> Tensor:
     """(B, C, H, W) -> (B, C, H, W): x' = sqrt(abar') x0 + sqrt(1 - abar') eps (DDIM, Eq. 12 with sigma =
     0).
@@ -46,6 +47,7 @@ def ddim(predict: PredictNoise, noise: Tensor, alpha_bar: Tensor, steps: int) ->
     return x
 
 
+@torch.no_grad()
 def ddpm(
     predict: PredictNoise, noise: Tensor, alpha_bar: Tensor, steps: int, renoise: Sequence[Tensor]
 ) -> Tensor:

@@ -16,6 +16,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 """v(x, t): (B, C, H, W), (B,) -> (B, C, H, W)."""
 
 
+@torch.no_grad()
 def euler(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
     """(B, C, H, W) -> (B, C, H, W): x <- x - h v(x, t); first order, one evaluation a step."""
     zero = torch.zeros(len(noise), device=noise.device)
@@ -25,6 +26,7 @@ def euler(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
     return x
 
 
+@torch.no_grad()
 def heun(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
     """(B, C, H, W) -> (B, C, H, W): the trapezoid of an Euler step; second order, two evaluations a step."""
     zero = torch.zeros(len(noise), device=noise.device)

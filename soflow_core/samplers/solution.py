@@ -21,6 +21,7 @@ def uniform_times(steps: int) -> list[float]:
     return [1 - i / steps for i in range(steps)] + [0.0]
 
 
+@torch.no_grad()
 def sample_with_renoising(
     solve: Solve,
     noise: Tensor,
@@ -44,6 +45,7 @@ def sample_with_renoising(
     return x0
 
 
+@torch.no_grad()
 def sample_by_steps(solve: Solve, noise: Tensor, steps: int) -> Tensor:
     """(B, C, H, W) -> (B, C, H, W): `steps` jumps f(x, t_i, t_{i+1}) along the same trajectory, with no fresh
     noise.

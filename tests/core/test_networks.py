@@ -197,3 +197,13 @@ def test_impossible_architectures_are_refused(changes, message):
 def test_unknown_sizes_are_refused(name):
     with pytest.raises(ValueError, match="unknown network size"):
         dit_config(name, channels=4, height=32, width=32)
+
+
+def test_bfloat16_weights_see_times_in_float32():
+    network = random_network()
+    (x, t, s), labels = inputs(network), torch.tensor([0, 4, NULL_LABEL])
+    with torch.no_grad():
+        expected = network(x, t, s, labels)
+        result = network.bfloat16()(x.bfloat16(), t, s, labels)
+    assert result.dtype == torch.bfloat16
+    assert (result.float() - expected).square().mean() < 1e-3 * expected.square().mean()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from soflow_core.objectives import Diffusion, FlowMatching, MeanFlow, Shortcut, SoFlow
+from soflow_core.objectives import OBJECTIVES, Diffusion, FlowMatching, MeanFlow, Shortcut, SoFlow
 from soflow_core.paths import linear
 from soflow_core.samplers.diffusion import ddim, ddpm, linear_alpha_bar, respaced
 from soflow_core.samplers.noise import MASK, philox, sample_labels, sample_noise
@@ -71,6 +71,16 @@ def test_solvers_evaluate_as_often_as_they_say():
     calls.clear()
     heun(velocity, X, 2)
     assert calls == [1, 0.5, 0.5, 0]
+
+
+@pytest.mark.parametrize("objective", [kind() for kind in OBJECTIVES.values()], ids=lambda o: o.method)
+def test_sampling_keeps_no_graph_of_its_passes(objective):
+    def network(x, t, s, labels):
+        return x * (weight + 0 * t[:, None, None, None])
+
+    weight = torch.ones((), requires_grad=True)
+    noise = [torch.randn(2, 1, 2, 2) for _ in range(4)]
+    assert not objective.sample(network, noise[0], None, 4, noise[1:]).requires_grad
 
 
 def exact_noise(alpha_bar):

@@ -2,12 +2,14 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from soflow_core.ema import EMA
+from soflow_core.guidance import Guidance
 from soflow_core.networks import DiT, DiTConfig
 from soflow_core.objectives import Batch, SoFlow
 from soflow_core.training import OptimizerConfig, TrainStep
@@ -36,7 +38,7 @@ def step_inputs(objective, step: int, size: int = 8):
 
 
 def train_step(**settings) -> TrainStep:
-    settings = {"total_steps": 20, "ema_decays": (0.9, 0.99), **settings}
+    settings = {"total_steps": 20, "ema_decays": (0.9, 0.99), "precision": "float32", **settings}
     return TrainStep(network(), SoFlow(), OptimizerConfig(lr=1e-2), **settings)
 
 
@@ -96,6 +98,54 @@ def test_a_non_finite_gradient_names_its_parameter():
     parameter.register_hook(lambda g: g * math.nan)
     record = step(*step_inputs(step.objective, 0))
     assert (record.finite, record.culprit) == (False, "gradient of final_layer.linear.bias")
+
+
+def test_a_norm_beyond_float32_is_called_that():
+    step = train_step()
+    for parameter in step.parameters:
+        parameter.register_hook(lambda g: torch.full_like(g, 1e38))
+    record = step(*step_inputs(step.objective, 0))
+    assert (record.finite, record.culprit) == (False, "gradient norm")
+
+
+def test_the_last_step_is_the_last():
+    step = train_step(total_steps=2)
+    run(step, 0, 2)
+    with pytest.raises(ValueError, match="all 2 steps are done"):
+        run(step, 2, 3)
+    with pytest.raises(ValueError, match="total_steps is 0"):
+        train_step(total_steps=0)
+
+
+def test_a_network_that_does_not_fit_the_method_is_refused_before_it_trains():
+    plain = DiT(replace(CONFIG, null_label=False))
+    with pytest.raises(ValueError, match="soflow drops labels or guides, and this network has no null label"):
+        TrainStep(plain, SoFlow(), OptimizerConfig(), 20)
+    TrainStep(plain, SoFlow(guidance=Guidance(scale=1)), OptimizerConfig(), 20)
+    without = TrainStep(DiT(replace(CONFIG, classes=None, null_label=False)), SoFlow(), OptimizerConfig(), 20)
+    with pytest.raises(ValueError, match="the network has no classes"):
+        run(without, 0, 1)
+
+
+@pytest.mark.parametrize("part", ["method", "network", "ema"])
+def test_a_state_that_is_refused_changes_nothing(part):
+    step = train_step()
+    before = copy.deepcopy(step.state_dict())
+    other = train_step()
+    run(other, 0, 2)
+    state = other.state_dict()
+    broken = {
+        "method": {**state, "method": "meanflow"},
+        "network": {**state, "network": {**state["network"], "pos_embed": torch.zeros(1, 2, 3)}},
+        "ema": {**state, "ema": {"0.9": state["ema"]["0.9"]}},
+    }[part]
+    with pytest.raises(
+        ValueError, match={"method": "of meanflow", "network": "pos_embed", "ema": "EMAs"}[part]
+    ):
+        step.load_state_dict(broken)
+    after = step.state_dict()
+    assert after["step"] == 0
+    assert all(torch.equal(after["network"][k], before["network"][k]) for k in before["network"])
 
 
 def test_clipping_bounds_the_norm_and_reports_it_unclipped():

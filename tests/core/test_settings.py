@@ -1,0 +1,45 @@
+"""Settings that are not what they should be are refused where they are made, not met later as something else."""
+
+import pytest
+
+from soflow_core.guidance import Guidance, VelocityGuidance
+from soflow_core.objectives import AlphaFlow, AlphaSchedule, Diffusion, FlowMatching, MeanFlow, SoFlow
+from soflow_core.optimizer import OptimizerConfig
+from soflow_core.passes import PassPolicy
+from soflow_core.times import RatioSchedule
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        (SoFlow, {"path": "Trig"}),
+        (SoFlow, {"parameterization": "Triangular"}),
+        (RatioSchedule, {"kind": "Const"}),
+        (AlphaSchedule, {"kind": "linear"}),
+        (FlowMatching, {"path": "trig"}),
+        (FlowMatching, {"sampler": "dopri5"}),
+        (Diffusion, {"sampler": "DDIM"}),
+        (OptimizerConfig, {"name": "sgd"}),
+        (OptimizerConfig, {"decay": "exponential"}),
+        (PassPolicy, {"precision": "bf16"}),
+    ],
+)
+def test_a_name_that_is_not_known_is_refused_with_those_that_are(kind, setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\.{name} is '{value}'; it is one of '"):
+        kind(**setting)
+
+
+@pytest.mark.parametrize("kind", [SoFlow, MeanFlow, AlphaFlow])
+def test_shares_and_weights_out_of_their_range_are_refused(kind):
+    for share in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=f"flow_matching_share is {share}; a share from 0 to 1"):
+            kind(flow_matching_share=share)
+    with pytest.raises(ValueError, match="weight_eps is 0; it must be above 0"):
+        kind(weight_eps=0)
+
+
+@pytest.mark.parametrize("kind", [Guidance, VelocityGuidance, FlowMatching, Diffusion])
+def test_a_label_cannot_always_be_dropped(kind):
+    with pytest.raises(ValueError, match="drop is 1; a probability from 0 to below 1"):
+        kind(drop=1)
