@@ -81,7 +81,8 @@ def test_a_running_sweep_is_not_started_twice_and_a_terminated_one_closes_its_ru
     soflowctl: Run, tmp_path: Path
 ) -> None:
     storage = Storage(tmp_path / "runs")
-    arguments = [*ARGUMENTS, "--storage", str(storage.root)]
+    # More steps than the other commands take time.
+    arguments = [*ARGUMENTS, "--set", "training.steps=4000", "--storage", str(storage.root)]
     process = subprocess.Popen(
         command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
@@ -96,8 +97,11 @@ def test_a_running_sweep_is_not_started_twice_and_a_terminated_one_closes_its_ru
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert said.decode().strip() == "terminated: run the same command to go on."
+    assert [line for line in said.decode().splitlines() if line] == [
+        "asked to stop: trials finish their step and save; once more ends at once.",
+        "soflowctl: stopped: the sweep was asked to stop and its trials are saved: run the same command to go on.",
+    ]
     (record,) = all_records(storage)
     runs = client_for(storage.tracking_uri).search_runs([record.experiment_id or ""])
     assert {run.info.status for run in runs} == {"KILLED"}
-    assert " cut " in soflowctl("runs", "--storage", str(storage.root)).stdout
+    assert " stopped " in soflowctl("runs", "--storage", str(storage.root)).stdout
