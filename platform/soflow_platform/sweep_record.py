@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from soflow_platform.errors import UserError
@@ -14,6 +14,7 @@ from soflow_platform.storage import Storage, read_json, write_json
 
 if TYPE_CHECKING:
     from soflow_platform.config.experiment import Experiment
+    from soflow_platform.config.trials import Trial
 
 RECORD = "sweep.json"
 GLANCE_SECONDS = 0.5
@@ -76,6 +77,24 @@ def sweep_id(storage: Storage, experiment: Experiment, again: bool) -> str:
         count += 1
         chosen = f"{base}-{count}"
     return chosen
+
+
+def started_record(
+    known: SweepRecord | None, sweep: str, file: str, experiment: Experiment, points: Sequence[Trial]
+) -> SweepRecord:
+    """The record of a sweep that is to be started: what is known of it, with the settings of this start."""
+    settings: dict[str, Any] = {
+        "file": file,
+        "experiment": experiment.resolved(),
+        "trials": [
+            {"name": t.name, "settings": t.settings, "steps": t.experiment.training.steps} for t in points
+        ],
+        "metric": experiment.search.metric,
+        "mode": experiment.mode,
+    }
+    if known is not None:
+        return replace(known, **settings)
+    return SweepRecord(id=sweep, name=experiment.name, **settings)
 
 
 @contextlib.contextmanager

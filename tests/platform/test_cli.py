@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from soflow_platform.checkpoints import Position, publish, trial_root
 from soflow_platform.cli.main import main
+from soflow_platform.config.experiment import read_experiment
+from soflow_platform.config.trials import trials
+from soflow_platform.storage import Storage
+from soflow_platform.sweep_record import started_record, sweep_id
 
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "sweeps" / "digits.yaml")
@@ -230,3 +235,23 @@ def test_version_is_that_of_the_distribution(tmp_path: Path) -> None:
     from importlib.metadata import version
 
     assert soflowctl(tmp_path, "version").stdout == f"soflow {version('soflow')}\n"
+
+
+def test_a_sweep_is_not_begun_anew_because_its_checkpoints_were_left_in_another_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    storage = Storage(tmp_path)
+    experiment, document = read_experiment(Path(DIGITS))
+    sweep = sweep_id(storage, experiment, again=False)
+    record = started_record(None, sweep, DIGITS, experiment, trials(document, experiment))
+    record.save(storage)
+    root = trial_root(None, storage, sweep, record.trials[1]["name"])
+    publish(root, Position(150, 19_200, "a-run"), lambda _: None)
+    elsewhere = tmp_path / "elsewhere"
+    arguments = ["run", DIGITS, "--storage", str(tmp_path), "--set", f"training.checkpoints={elsewhere}"]
+    monkeypatch.setattr(sys, "argv", ["soflowctl", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert f"are in {root} and not in {elsewhere}" in capfd.readouterr().err
+    assert not elsewhere.exists()

@@ -9,6 +9,8 @@ import pytest
 from soflow_platform.config.experiment import Experiment, read_experiment
 from soflow_platform.config.trials import trials
 from soflow_platform.errors import UserError
+from soflow_platform.storage import Storage
+from soflow_platform.sweep_record import load_record, started_record, sweep_id
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "sweeps" / "digits.yaml"
@@ -189,7 +191,65 @@ def test_the_resolved_settings_read_back_to_the_same_experiment() -> None:
     assert again.digest() == experiment.digest()
 
 
-def test_any_setting_changes_the_digest() -> None:
-    one, _ = read_experiment(DIGITS)
-    other, _ = read_experiment(DIGITS, ("objective.guidance.scale=2.0",))
-    assert one.digest() != other.digest()
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "data.conditional=false",
+        "network.depth=2",
+        "objective.guidance.scale=2.0",
+        "optimizer.lr=2e-3",
+        "training.steps=601",
+        "training.batch=64",
+        "training.ema=[0.9]",
+        "training.precision=mixed",
+        "training.clip_norm=1.0",
+        "evaluation.samples=1000",
+        "search.space={objective.weight_power: [0.5]}",
+    ],
+)
+def test_what_decides_the_numbers_makes_another_sweep(override: str) -> None:
+    assert read_experiment(DIGITS, (override,))[0].digest() != read_experiment(DIGITS)[0].digest()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "resources={workers: 2, min_workers: 1, cpus_per_worker: 0.5, concurrent_trials: 1, max_failures: 9, wait_minutes: 1}",
+        "training.parallel=fsdp",
+        "training.accumulate=2",
+        "training.log_every=10",
+        "training.checkpoint_every=10",
+        "training.keep_checkpoints=5",
+        "training.checkpoints=/elsewhere",
+        "training.patience_minutes=60",
+        "tracking.uri=http://tracking:5000",
+        "registry.enabled=false",
+        "description=said otherwise",
+        "comparison=[{steps: [1]}]",
+    ],
+)
+def test_what_only_runs_a_sweep_may_change_while_it_stays_the_same(override: str) -> None:
+    overrides = ("resources.workers=2", override)
+    assert read_experiment(DIGITS, overrides)[0].digest() == read_experiment(DIGITS)[0].digest()
+
+
+def test_a_sweep_started_again_keeps_its_runs_and_has_the_settings_of_the_newest_start(
+    tmp_path: Path,
+) -> None:
+    storage = Storage(tmp_path)
+    first, document = read_experiment(DIGITS)
+    sweep = sweep_id(storage, first, again=False)
+    begun = started_record(None, sweep, "digits.yaml", first, trials(document, first))
+    begun.run, begun.attempts = "a-run", 1
+    begun.save(storage)
+    second, document = read_experiment(DIGITS, ("resources.workers=2",))
+    points = trials(document, second)
+    assert sweep_id(storage, second, again=False) == sweep
+    started_record(load_record(storage, sweep), sweep, "digits.yaml", second, points).save(storage)
+    kept = load_record(storage, sweep)
+    assert kept is not None
+    assert (kept.run, kept.attempts, kept.created) == ("a-run", 1, begun.created)
+    assert kept.experiment["resources"]["workers"] == 2
+    assert {point.experiment.resources.workers for point in points} == {2}
+    assert kept.trials == begun.trials

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from soflow_platform import sweeps_folder
+from soflow_platform.checkpoints import published, trial_root
 from soflow_platform.cli.display import SweepDisplay, show_result
 from soflow_platform.cli.terminal import console, plain_table
 from soflow_platform.config.experiment import Experiment, read_experiment
@@ -19,7 +20,7 @@ from soflow_platform.config.trials import Trial, trials
 from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.stops import request_stop
 from soflow_platform.storage import Storage, find_storage, require_writable
-from soflow_platform.sweep_record import SweepRecord, exclusive, load_record, sweep_id
+from soflow_platform.sweep_record import SweepRecord, exclusive, load_record, started_record, sweep_id
 
 GRACE_SECONDS = 25
 """How long trials may take to save after SIGTERM; what sends it usually sends SIGKILL half a minute later."""
@@ -105,17 +106,9 @@ def run_command(
         screen.print(f"sweep {sweep} is finished; --again runs it anew.")
         show_result(screen, record, storage)
         return
-    record = record or SweepRecord(
-        id=sweep,
-        name=experiment.name,
-        file=str(path),
-        experiment=experiment.resolved(),
-        trials=[
-            {"name": t.name, "settings": t.settings, "steps": t.experiment.training.steps} for t in points
-        ],
-        metric=experiment.search.metric,
-        mode=experiment.mode,
-    )
+    if record is not None:
+        _require_checkpoints(storage, record, experiment)
+    record = started_record(record, sweep, str(path), experiment, points)
     display = SweepDisplay(screen, experiment, points)
     with _ending(storage, sweep, display), exclusive(storage, sweep):
         outcomes = run_sweep(record, experiment, points, storage, address, display)
@@ -126,6 +119,20 @@ def run_command(
             f"{len(failed)} of {len(outcomes)} trials failed ({failed[0].name}: {failed[0].failure}); "
             "the same command tries them again."
         )
+
+
+def _require_checkpoints(storage: Storage, record: SweepRecord, experiment: Experiment) -> None:
+    """Raises UserError where trials have checkpoints in the place that was set before and none in the one that is set now."""
+    before, now = record.experiment["training"].get("checkpoints"), experiment.training.checkpoints
+    if before == now:
+        return
+    for trial in record.trials:
+        left, root = (trial_root(place, storage, record.id, trial["name"]) for place in (before, now))
+        if published(left) and not published(root):
+            raise UserError(
+                f"the checkpoints of sweep {record.id} are in {left} and not in {root}: move them there, or leave "
+                "training.checkpoints as it was."
+            )
 
 
 @contextlib.contextmanager

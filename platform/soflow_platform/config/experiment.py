@@ -35,6 +35,12 @@ else:
     ObjectiveConfig = Annotated[Union[tuple(OBJECTIVES.values())], Field(discriminator="method")]  # noqa: UP007
 
 
+DECIDING_SECTIONS = ("seed", "data", "network", "objective", "optimizer", "evaluation", "search")
+DECIDING_TRAINING = ("steps", "batch", "ema", "precision", "clip_norm")
+"""What decides a sweep's numbers and what they are compared by. The rest - machines, pace of logs and checkpoints, places, words - may
+differ each time that the sweep is started."""
+
+
 class Experiment(Section):
     """One trial's complete settings together with the search around it."""
 
@@ -94,9 +100,10 @@ class Experiment(Section):
         return data
 
     def digest(self) -> str:
-        """Eight characters that change with any setting of the training: a sweep is the same sweep when its digest is."""
-        # How trained networks are compared is no part of their training.
-        settings = {key: value for key, value in self.resolved().items() if key != "comparison"}
+        """Eight characters that change with what decides the numbers: a sweep is the same sweep when its digest is."""
+        resolved = self.resolved()
+        settings = {section: resolved[section] for section in DECIDING_SECTIONS}
+        settings["training"] = {key: resolved["training"][key] for key in DECIDING_TRAINING}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
