@@ -33,6 +33,8 @@ from soflow_platform.sampling import autoencoder_tag, decoded, generate, open_de
 from soflow_platform.storage import Storage
 from soflow_platform.tracking import FLAGS_TAG
 
+QUICKLY_POOLED = 50_000
+"""Samples that one process takes block averages of in seconds."""
 VISIBLE_PIXELS = 48
 """Smallest side of an image in a grid."""
 
@@ -75,7 +77,7 @@ class Evaluator:
     ) -> Evaluator:
         """Load the feature network and the reference statistics, making and keeping both where they are missing.
 
-        `gather` spreads the description of images over a cluster; without it, and for the small network of the digits, this process
+        `gather` spreads the description of the real images over a cluster; without it, and where it takes seconds, this process
         describes them. Raises UserError where the feature network or the autoencoder cannot be had.
         """
         features = feature_network(config.features, info.shape, storage)
@@ -83,6 +85,9 @@ class Evaluator:
         if features.space == "images":
             decoder = open_decoder(asdict(info), config.autoencoder, _device())
         classes = info.classes if conditional else None
+
+        pooled_quickly = config.features == POOLED and info.samples <= QUICKLY_POOLED
+        quick = config.features == DIGITS or pooled_quickly
 
         def here(measurement: Measurement) -> ScoreStatistics:
             return measure(measurement, features, _device())
@@ -96,7 +101,7 @@ class Evaluator:
                 data,
                 config.autoencoder,
                 storage.features,
-                here if gather is None or config.features == DIGITS else gather,
+                here if gather is None or quick else gather,
             )
         except ScoreError as error:
             raise UserError(f"evaluation.features {config.features}: {error}") from error

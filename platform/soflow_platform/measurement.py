@@ -7,6 +7,7 @@ that the result is the same whoever made them and however often it was cut.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -22,6 +23,7 @@ from torch import Tensor
 from soflow_core.samplers.noise import sample_labels
 from soflow_pipelines.features import FeatureNetwork
 from soflow_pipelines.image_sets import ImageSet, PartOfImages, open_image_set
+from soflow_pipelines.loader import ShardLoader
 from soflow_pipelines.metrics import EVALUATOR, ScoreStatistics
 from soflow_pipelines.writers import write_file
 from soflow_platform.generator import BATCH, Generator
@@ -97,13 +99,22 @@ class GivenImages:
     """What decodes a shard set of latents."""
     data: dict[str, Any] = field(default_factory=dict)
     """What is known of such a set."""
+    decodes: bool = True
+    """False leaves samples of a shard set in the training space, for features that look at it."""
 
     def facts(self) -> dict[str, Any]:
         """What decides the images; not where they lie."""
-        return {"digest": self.digest, "count": self.count, "resolution": self.resolution}
+        return {
+            "digest": self.digest,
+            "count": self.count,
+            "resolution": self.resolution,
+            "decodes": self.decodes,
+        }
 
-    def open(self, device: str | torch.device) -> OpenedImages:
+    def open(self, device: str | torch.device) -> OpenedImages | OpenedSamples:
         """Open the place; UserError, SourceError or ShardError where it is none."""
+        if not self.decodes:
+            return OpenedSamples(self.place)
         decoder = open_decoder(self.data, self.autoencoder, device)
         images = open_image_set(self.place, self.resolution, decoder)
         return OpenedImages(images if len(images) == self.count else PartOfImages(images, self.count))
@@ -122,6 +133,24 @@ class OpenedImages:
             images = images[:, :1]
         labels = self._images.labels
         return images, None if labels is None else torch.from_numpy(labels[start:stop])
+
+
+class OpenedSamples:
+    """A shard set as a network sees it in its first epoch."""
+
+    def __init__(self, place: str) -> None:
+        self._loader = ShardLoader(place, batch_size=BATCH, threads=0)
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Samples start to stop in the loader's order, float32, and their labels. At most BATCH at a time."""
+        self._loader.consumed = start
+        batch = next(self._loader)
+        labels = None if batch.labels is None else batch.labels[: stop - start]
+        return batch.x0[: stop - start], labels
+
+    def close(self) -> None:
+        """Stop what is fetched in the background."""
+        self._loader.close()
 
 
 @dataclass(frozen=True)
@@ -213,7 +242,7 @@ class MeasurementFolder:
 def measure_block(
     measurement: Measurement,
     block: int,
-    opened: OpenedGenerator | OpenedImages,
+    opened: OpenedGenerator | OpenedImages | OpenedSamples,
     network: FeatureNetwork,
     count: Callable[[int], None] | None = None,
 ) -> ScoreStatistics:
@@ -233,10 +262,11 @@ def measure_block(
 def measure(measurement: Measurement, network: FeatureNetwork, device: str | torch.device) -> ScoreStatistics:
     """The statistics of all blocks, made in this process and merged in order; nothing is kept."""
     opened = measurement.images.open(device)
-    whole = measure_block(measurement, 0, opened, network)
-    for block in range(1, measurement.blocks):
-        whole.merge(measure_block(measurement, block, opened, network))
-    return whole
+    with contextlib.closing(opened) if isinstance(opened, OpenedSamples) else contextlib.nullcontext():
+        whole = measure_block(measurement, 0, opened, network)
+        for block in range(1, measurement.blocks):
+            whole.merge(measure_block(measurement, block, opened, network))
+        return whole
 
 
 def _save(path: Path, statistics: ScoreStatistics) -> None:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from soflow_pipelines.dataset_info import DatasetInfo
 from soflow_pipelines.features import FeatureNetwork
 from soflow_pipelines.image_sets import NpzImages, SourceImages, chosen, shard_images_digest
-from soflow_pipelines.loader import ShardLoader
 from soflow_pipelines.metrics import Reference, ScoreStatistics
 from soflow_pipelines.metrics.score_statistics import as_size
-from soflow_pipelines.references import cached_reference, npz_path, reference_from_images
+from soflow_pipelines.references import cached_reference, npz_path
 from soflow_pipelines.shards import INFO_NAME, read_info
 from soflow_pipelines.sources import Source, SourceError, absolute_source, open_source, source_path
 from soflow_pipelines.storage import open_storage
@@ -27,7 +24,6 @@ from soflow_platform.sampling import open_decoder
 Gather = Callable[[Measurement], ScoreStatistics]
 """Has the statistics of a set of images made where they are missing."""
 
-READ_AT_ONCE = 64
 PROBED = 16
 """Images of a folder whose sizes are looked at before all are read."""
 
@@ -52,23 +48,9 @@ def training_reference(
     folder: Path,
     gather: Gather,
 ) -> Reference:
-    """Statistics of all training data, from `folder` or made and kept there: of images by `gather`, of samples as the network sees
-    them in this process.
-    """
-    if features.space == "images":
-        return images_reference(given_set(data, info, autoencoder), name, features, metrics, folder, gather)
-
-    def make() -> Reference:
-        return reference_from_images(training_samples(data, info.samples), features, metrics, data)
-
-    return cached_reference(folder, info.digest, features.id, metrics, make)
-
-
-def training_samples(data: str, count: int) -> Iterator[Tensor]:
-    """The first `count` samples of a set in the loader's order, as the network sees them: (B, C, H, W) float32."""
-    with ShardLoader(data, batch_size=min(count, READ_AT_ONCE), threads=0) as loader:
-        for start in range(0, count, READ_AT_ONCE):
-            yield next(loader).x0[: count - start]
+    """Statistics of all training data, as images or as the network sees them; from `folder`, or gathered and kept there."""
+    given = given_set(data, info, autoencoder, decodes=features.space == "images")
+    return images_reference(given, name, features, metrics, folder, gather)
 
 
 def images_reference(
@@ -80,12 +62,13 @@ def images_reference(
     gather: Gather,
 ) -> Reference:
     """Statistics of images that are there, on the features of this name; from `folder`, or gathered and kept there."""
-    wanted = tuple(metrics)
+    shape = tuple(given.data.get("shape", (0, 0, 0)))
+    measurement = Measurement(given, name, features.id, tuple(metrics), shape)
 
     def make() -> Reference:
-        return Reference.of(gather(Measurement(given, name, features.id, wanted)), given.place)
+        return Reference.of(gather(measurement), given.place)
 
-    return cached_reference(folder, given.digest, features.id, wanted, make)
+    return cached_reference(folder, given.digest, features.id, measurement.metrics, make)
 
 
 def given_images(
@@ -111,9 +94,10 @@ def given_images(
     return GivenImages(where, hashlib.sha256(repr(listed).encode()).hexdigest(), len(source), crop)
 
 
-def given_set(place: str, info: DatasetInfo, autoencoder: str | None) -> GivenImages:
-    """All images of a shard set; latents are decoded."""
-    return GivenImages(place, shard_images_digest(info), info.samples, None, autoencoder, asdict(info))
+def given_set(place: str, info: DatasetInfo, autoencoder: str | None, decodes: bool = True) -> GivenImages:
+    """All images of a shard set, latents decoded; or all samples as a network sees them, where `decodes` is False."""
+    digest = shard_images_digest(info) if decodes else info.digest
+    return GivenImages(place, digest, info.samples, None, autoencoder, asdict(info), decodes)
 
 
 def _crop(source: Source, size: tuple[int, int]) -> int | None:

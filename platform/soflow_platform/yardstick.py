@@ -172,9 +172,10 @@ def _find_reference(
     if real.place.endswith(".npz"):
         return _adm_reference(real.place, name, features, metrics, size, folder, gather)
     if info is not None:
-        if info.kind == "pixels":
+        if info.kind == "pixels" or features.space == "training":
             check_size(real.place, (info.shape[1], info.shape[2]), size)
-        open_decoder(asdict(info), real.autoencoder, "cpu")
+        if features.space == "images":
+            open_decoder(asdict(info), real.autoencoder, "cpu")
         reference = training_reference(
             name, features, metrics, info, real.place, real.autoencoder, folder, gather
         )

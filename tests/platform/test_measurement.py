@@ -13,7 +13,10 @@ import torch
 from scored_sweep import SWEEP
 
 from soflow_core.samplers.noise import sample_labels
+from soflow_pipelines.datasets import load_digits
+from soflow_pipelines.images import to_unit_range
 from soflow_pipelines.metrics import ScoreError, ScoreStatistics
+from soflow_pipelines.shards import read_info
 from soflow_platform import measurement as measurements
 from soflow_platform.errors import UserError
 from soflow_platform.evaluation import feature_network
@@ -24,8 +27,10 @@ from soflow_platform.measurement import (
     GivenImages,
     Measurement,
     MeasurementFolder,
+    measure,
     measure_block,
 )
+from soflow_platform.real_images import given_set
 from soflow_platform.storage import Storage
 from soflow_platform.subjects import find_subject
 
@@ -105,6 +110,25 @@ def test_merged_blocks_are_the_statistics_of_all_images_at_once(
     np.testing.assert_allclose(merged.moments.mean, whole.moments.mean, rtol=1e-6)
     np.testing.assert_allclose(merged.moments.covariance, whole.moments.covariance, rtol=1e-5, atol=1e-7)
     merged.check_complete()
+
+
+def test_samples_of_a_shard_set_are_seen_as_a_network_sees_them_and_each_once(
+    scored_once: Storage, tmp_path: Path
+) -> None:
+    place = str(scored_once.data / "digits")
+    given = given_set(place, read_info(place), None, decodes=False)
+    network = feature_network("pooled", (1, 8, 8), scored_once)
+    measurement = Measurement(given, "pooled", network.id, ("fd", "kid"), (1, 8, 8))
+    folder = MeasurementFolder.of(measurement, tmp_path)
+    make(measurement, scored_once, folder, folder.missing()[::-1])
+    whole = folder.whole()
+    whole.check_complete()
+    exact = to_unit_range(torch.from_numpy(load_digits().images)).flatten(1).double()
+    assert whole.moments is not None
+    np.testing.assert_allclose(whole.moments.mean, exact.mean(0), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(whole.moments.covariance, exact.T.cov(), rtol=1e-5, atol=1e-9)
+    here = measure(measurement, network, "cpu").state()
+    assert all(np.array_equal(here[key], value) for key, value in whole.state().items())
 
 
 def test_the_weights_of_a_sample_that_is_not_finite_are_refused(
