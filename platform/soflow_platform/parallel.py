@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from soflow_core.networks import DiT, DiTConfig
 from soflow_core.training import TrainStep
 from soflow_platform.config.experiment import Experiment
+from soflow_platform.errors import JobError
+
+T = TypeVar("T")
 
 SLOW = 1.5
 """A rank whose forward passes take this many times the median is called slow..."""
@@ -83,11 +86,26 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether some rank says so; the same answer on every rank."""
-    told = torch.tensor(float(flag), device=device)
+def told_by_first(action: Callable[[], T], rank: int, world: int) -> T:
+    """What `action` gives on rank 0, on every rank; where it raises JobError there, every rank does."""
+    answer: Any = None
+    if rank == 0:
+        try:
+            answer = action()
+        except JobError as error:
+            answer = error
+    if world > 1:
+        answer = from_first(answer)
+    if isinstance(answer, JobError):
+        raise answer
+    return cast(T, answer)
+
+
+def highest(number: int, device: torch.device) -> int:
+    """The highest of the ranks' numbers, on every rank."""
+    told = torch.tensor(number, device=device)
     dist.all_reduce(told, dist.ReduceOp.MAX)
-    return bool(told)
+    return int(told)
 
 
 def mean_over_ranks(values: Mapping[str, float]) -> dict[str, float]:

@@ -39,6 +39,9 @@ class ProgressBoard:
     def update(self, trial: str, changes: dict[str, Any]) -> None:
         """Set fields of one trial's progress."""
         before = self._progress.get(trial, TrialProgress())
+        if changes.get("state") == "running":
+            # It goes on, whatever was said before.
+            changes = {"failure": None, **changes}
         if changes.get("state", before.state) != before.state:
             changes = {**changes, "since": time.time()}
         self._progress[trial] = replace(before, **changes)

@@ -54,6 +54,11 @@ class RunLog:
             lambda: cls(uri, run, say, patience), "reading the run's curves", patience, say, is_outage
         )
 
+    @property
+    def failure(self) -> JobError | None:
+        """Why the record was given up; None while it is kept."""
+        return self._failure
+
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Note values at an optimizer step; those that the run already has are left out."""
         from mlflow.entities import Metric
@@ -84,12 +89,7 @@ class RunLog:
         self._later(lambda: self._send_grid(step, key, image))
 
     def send(self, every: float = 0.0) -> None:
-        """Send what was noted, in the background, if the last sending was `every` seconds ago.
-
-        Raises JobError where an earlier sending was given up.
-        """
-        if self._failure is not None:
-            raise self._failure
+        """Send what was noted, in the background, if the last sending was `every` seconds ago."""
         if self._pending and time.monotonic() - self._sent >= every:
             self._sent = time.monotonic()
             with self._lock:
@@ -128,7 +128,7 @@ class RunLog:
             try:
                 retry(task, f"logging to {self.uri}", self.patience, self.say, is_outage, self._closing)
             except Exception as error:
-                # Raised where the training asks next; a thread of its own has nobody to tell.
+                # Raised by `flush` or where the ranks next agree; a thread of its own has nobody to tell.
                 self._failure = error if isinstance(error, JobError) else JobError(f"logging failed: {error}")
 
     def _send_metrics(self, batch: list[Any], tried: threading.Event) -> None:

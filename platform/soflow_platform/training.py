@@ -25,7 +25,7 @@ from soflow_pipelines.loader import ShardLoader
 from soflow_pipelines.shards import DatasetInfo
 from soflow_pipelines.writers import encode_png, write_file
 from soflow_platform import checkpoints, parallel
-from soflow_platform.checkpoints import Position
+from soflow_platform.checkpoints import Checkpoint, Position
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.data import network_config
 from soflow_platform.errors import JobError
@@ -140,7 +140,6 @@ class TrialWorker:
         if rank == 0:
             patience = 60 * training.patience_minutes
             self.report = TrialReport(self.folder, job.trial, training.steps, job.attempt, board)
-            self.log = RunLog.resume(job.tracking_uri, job.run, self.report.say, patience)
             self.saver = CheckpointSaver(self.root, training.keep_checkpoints, patience, self.report.say)
         self._state_copy, self._ema_copy = HostCopy(), HostCopy()
         self._looked = 0.0
@@ -228,18 +227,8 @@ class TrialWorker:
 
     def _resume(self) -> None:
         """Go on from the newest sound checkpoint, or begin; every rank takes the one that rank 0 found."""
-        found, step = None, 0
-        patience = 60 * self.experiment.training.patience_minutes
-        if self.report is not None:
-            report = self.report
-            found, damaged = retry(
-                lambda: checkpoints.newest(self.root), f"reading {self.root}", patience, report.say
-            )
-            for sentence in damaged:
-                report.say(sentence)
-            step = found.position.step if found else 0
-        if self.world > 1:
-            found = parallel.from_first(found)
+        found = parallel.told_by_first(self._open, self.rank, self.world)
+        step = found.position.step if found else 0
         if found is not None:
             with found.opened(checkpoints.STATE) as path:
                 state = torch.load(path, map_location=self.device, weights_only=True)
@@ -257,6 +246,16 @@ class TrialWorker:
                 f"{'going on' if step else 'starting'} with {self.world} worker(s) on {self.device}", step
             )
             self.report.state("running", step=step)
+
+    def _open(self) -> Checkpoint | None:
+        """On rank 0: open the run's record and find the newest sound checkpoint. Raises JobError where an outage lasts."""
+        assert self.report is not None
+        say, patience = self.report.say, 60 * self.experiment.training.patience_minutes
+        self.log = RunLog.resume(self.job.tracking_uri, self.job.run, say, patience)
+        found, damaged = retry(lambda: checkpoints.newest(self.root), f"reading {self.root}", patience, say)
+        for sentence in damaged:
+            say(sentence)
+        return found
 
     def _evaluate(self, step: int) -> None:
         """Score the first EMA. All ranks take part, rank 0 records."""
@@ -318,9 +317,15 @@ class TrialWorker:
         self.saver.submit(position, best["step"] if best else None, write)
 
     def _stop_asked(self) -> bool:
-        """Whether a stop was asked for; all ranks hear the same answer after the same step."""
+        """Whether a stop was asked for. All ranks hear the same after the same step, and all raise JobError where rank 0 gives up."""
+        failure = self.log.failure if self.log is not None else None
         asked = self.rank == 0 and self._sees_stop()
-        return parallel.any_rank(asked, self.device) if self.world > 1 else asked
+        if self.world > 1:
+            told = parallel.highest(2 if failure else int(asked), self.device)
+            asked, failure = told == 1, parallel.from_first(failure) if told == 2 else None
+        if failure is not None:
+            raise failure
+        return asked
 
     def _sees_stop(self) -> bool:
         now = time.monotonic()
@@ -342,8 +347,9 @@ class TrialWorker:
     def _abandon(self) -> None:
         """After a failure: let what is being saved and sent come to its end, without trying again."""
         self.loader.close()
-        if self.report is not None and self.log is not None:
+        if self.report is not None:
             self.saver.abandon()
+        if self.log is not None:
             self.log.abandon()
 
 

@@ -23,6 +23,8 @@ from soflow_platform.training import TrialJob, train_worker
 from soflow_platform.trial_report import TrialReport
 
 POLL_SECONDS = 0.5
+GROUP_SECONDS = 1800
+"""How long a rank waits for the others before it takes them for lost, where nothing is tried again."""
 WAITING = ("starting", "restarting")
 """States in which a trial has no workers yet."""
 
@@ -124,9 +126,10 @@ class _Fit(threading.Thread):
 
     def _trainer(self) -> Any:
         from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+        from ray.train.torch import TorchConfig, TorchTrainer
 
         task, resources = self.task, self.experiment.resources
+        patience_minutes = self.experiment.training.patience_minutes
         each = {"CPU": resources.cpus_per_worker}
         if resources.gpus_per_worker:
             each["GPU"] = resources.gpus_per_worker
@@ -143,6 +146,8 @@ class _Fit(threading.Thread):
         return TorchTrainer(
             train_worker,
             train_loop_config=job.settings(),
+            # Ranks wait for each other while rank 0 waits out an outage: of storage, of tracking, of both.
+            torch_config=TorchConfig(timeout_s=int(GROUP_SECONDS + 180 * patience_minutes)),
             scaling_config=ScalingConfig(
                 num_workers=resources.workers
                 if resources.min_workers is None

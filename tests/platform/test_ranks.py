@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from trained_state import differing_tensors, final_state
 
 from soflow_pipelines.storage import open_storage
 from soflow_platform import checkpoints
+from soflow_platform.errors import JobError
+from soflow_platform.progress import ProgressBoard
 from soflow_platform.stops import request_stop
 from soflow_platform.storage import Storage
 from soflow_platform.tracking import client_for
 from soflow_platform.training import TrialJob, TrialWorker
 
 Make = Callable[..., TrialWorker]
+NOWHERE = "http://127.0.0.1:9"
+"""Where nothing listens."""
 
 
 def curve(job: TrialJob, metric: str) -> dict[int, float]:
@@ -114,6 +119,65 @@ def test_a_nan_in_one_ranks_batch_stops_all_ranks_before_the_update_and_names_th
         torch.isfinite(value).all() for value in final_state(root).values() if value.is_floating_point()
     )
     assert sorted(curve(job, "train/loss")) == [1, 2]
+
+
+def lose_tracking_after_two_steps(worker: TrialWorker) -> None:
+    slow_down(worker)
+    take = worker._step
+
+    def step(number: int) -> Any:
+        if number == 3 and worker.log is not None:
+            worker.log.uri, worker.log.patience = NOWHERE, 0.1
+            worker.log.send()
+        return take(number)
+
+    worker._step = step  # type: ignore[method-assign]
+    note_failure(worker)
+
+
+def note_failure(worker: TrialWorker) -> None:
+    run = worker.run
+
+    def noted() -> bool:
+        try:
+            return run()
+        except JobError as error:
+            (worker.folder / f"failure-{worker.rank}").write_text(str(error))
+            raise
+
+    worker.run = noted  # type: ignore[method-assign]
+
+
+def failures(folder: Path) -> list[str]:
+    return [(folder / f"failure-{rank}").read_text() for rank in (0, 1)]
+
+
+def test_where_the_first_rank_gives_up_all_do_with_the_same_sentence(worker: Make) -> None:
+    lost = worker("lost", "training.steps=1000", "evaluation.every=1000")
+    assert train(lost.job, 2, lose_tracking_after_two_steps) == [1, 1]
+    first, second = failures(lost.folder)
+    assert first == second
+    assert first.startswith(f"logging to {NOWHERE} failed for ")
+
+
+def test_a_tracking_server_that_is_away_at_the_start_fails_all_ranks_with_the_same_sentence(
+    worker: Make,
+) -> None:
+    away = worker("away", "training.patience_minutes=0.001")
+    assert train(replace(away.job, tracking_uri=NOWHERE), 2, note_failure) == [1, 1]
+    first, second = failures(away.folder)
+    assert first == second
+    assert first.startswith("reading the run's curves failed for ")
+
+
+def test_a_failure_that_was_told_is_forgotten_once_the_trial_goes_on() -> None:
+    board = ProgressBoard()
+    board.update("trial", {"state": "failed"})
+    board.update("trial", {"failure": "the tracking server stayed away"})
+    assert board.snapshot()["trial"].failure == "the tracking server stayed away"
+    board.update("trial", {"state": "running"})
+    board.update("trial", {"state": "finished"})
+    assert board.snapshot()["trial"].failure is None
 
 
 def test_ranks_that_are_asked_to_stop_stop_after_the_same_step_with_everything_saved(
