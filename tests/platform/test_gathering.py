@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from small_networks import exported
 
 from soflow_pipelines.datasets import load_digits
 from soflow_pipelines.shards import ensure_builtin, read_info
+from soflow_platform.cli.display import SweepDisplay
 from soflow_platform.cluster import Cluster, connected
 from soflow_platform.config.evaluation import EvaluationConfig
+from soflow_platform.config.experiment import read_experiment
 from soflow_platform.evaluation import Evaluator, feature_network
 from soflow_platform.jobs.gather import Gathering, Progress
 from soflow_platform.measurement import WHOLE, GivenImages, Measurement
 from soflow_platform.storage import Storage
+
+SWEEP_FILE = Path(__file__).parents[2] / "sweeps" / "digits.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +92,14 @@ def test_the_reference_of_the_training_data_is_described_on_the_cluster_once(
         assert spread.reference.moments is not None
         assert np.array_equal(evaluator.reference.moments.mean, spread.reference.moments.mean)
         assert np.array_equal(evaluator.reference.moments.covariance, spread.reference.moments.covariance)
+
+
+def test_without_a_terminal_lines_say_how_many_real_images_are_described(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("soflow_platform.cli.display.NEWS_SECONDS", 0)
+    written = io.StringIO()
+    display = SweepDisplay(Console(file=written, width=100), read_experiment(SWEEP_FILE, ())[0], [])
+    with display.describing() as report:
+        report(Progress(640, 50_000))
+    assert written.getvalue().endswith("640 of 50,000 real images described\n")

@@ -18,13 +18,15 @@ from soflow_platform.cli.terminal import duration, storage_flag
 from soflow_platform.cluster import Cluster
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.trials import Trial
-from soflow_platform.jobs.gather import Report
+from soflow_platform.jobs.gather import Progress, Report
 from soflow_platform.progress import TrialProgress
 from soflow_platform.storage import Storage
 from soflow_platform.sweep import Display, TrialOutcome
 from soflow_platform.sweep_record import SweepRecord
 
 REFRESH_SECONDS = 0.5
+NEWS_SECONDS = 10
+"""Between lines that say how far something is, where there is no terminal."""
 
 
 class SweepDisplay(Display):
@@ -35,7 +37,7 @@ class SweepDisplay(Display):
         self.training = False
         """Whether trials are under way."""
         self._told: dict[str, dict[str, float]] = {}
-        self._started = time.monotonic()
+        self._started = self._described = time.monotonic()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -44,9 +46,17 @@ class SweepDisplay(Display):
 
     @contextlib.contextmanager
     def describing(self) -> Iterator[Report]:
+        if not self.console.is_terminal:
+            yield self._print_described
+            return
         bar, show = progress_bar("real images")
         with bar:
             yield show
+
+    def _print_described(self, progress: Progress) -> None:
+        if time.monotonic() - self._described > NEWS_SECONDS:
+            self._described = time.monotonic()
+            self.say(f"{progress.done:,} of {progress.total:,} real images described")
 
     def start(self, record: SweepRecord, cluster: Cluster, board: Any) -> None:
         going_on = "going on with" if record.attempts > 1 else "running"
