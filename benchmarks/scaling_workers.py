@@ -60,7 +60,7 @@ def make_step(size: str, distributed: bool) -> TrainStep:
     network = DiT(network_config(size))
     objective = SoFlow()
     wrapped = DistributedDataParallel(network) if distributed else network
-    return TrainStep(wrapped, objective, OptimizerConfig(), total_steps=1000)
+    return TrainStep(wrapped, objective, OptimizerConfig(), total_steps=1000, precision="float32")
 
 
 def network_config(size: str) -> DiTConfig:

@@ -23,6 +23,7 @@ CASES: dict[str, Objective] = {name: kind() for name, kind in OBJECTIVES.items()
 
 def make(objective: Objective, dtype: torch.dtype, **settings) -> TrainStep:
     """In the middle of training, so that schedules are at no end and a teacher is not the network."""
+    settings = {"precision": "float32", **settings}
     train = TrainStep(random_network(dtype), objective, OptimizerConfig(lr=1e-3), 20, (0.9,), **settings)
     other = random_network(dtype, seed=1)
     for average in train.ema.averages.values():

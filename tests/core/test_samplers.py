@@ -9,6 +9,7 @@ import torch
 from gaussian import Gaussian
 from hypothesis import given
 from hypothesis import strategies as st
+from random_networks import SHAPE, random_network
 from torch.testing import assert_close
 
 from soflow_core.objectives import OBJECTIVES, Diffusion, FlowMatching, MeanFlow, Shortcut, SoFlow
@@ -75,11 +76,8 @@ def test_solvers_evaluate_as_often_as_they_say():
 
 @pytest.mark.parametrize("objective", [kind() for kind in OBJECTIVES.values()], ids=lambda o: o.method)
 def test_sampling_keeps_no_graph_of_its_passes(objective):
-    def network(x, t, s, labels):
-        return x * (weight + 0 * t[:, None, None, None])
-
-    weight = torch.ones((), requires_grad=True)
-    noise = [torch.randn(2, 1, 2, 2) for _ in range(4)]
+    network = random_network(torch.float32)
+    noise = [torch.randn(2, *SHAPE) for _ in range(4)]
     assert not objective.sample(network, noise[0], None, 4, noise[1:]).requires_grad
 
 

@@ -43,7 +43,7 @@ class Case:
             network = shard(network)
         # The gradient of a key's bias is 0 but for rounding, which a smaller eps would turn into full steps.
         optimizer = OptimizerConfig(name=self.optimizer, lr=1e-3, eps=1e-4, warmup_steps=2)
-        settings = self.settings if sharded else self.settings | self.alone
+        settings = {"precision": "float32"} | self.settings | ({} if sharded else self.alone)
         return TrainStep(network, self.objective, optimizer, TOTAL, (0.9,), **settings)
 
     def inputs(self, step: int):

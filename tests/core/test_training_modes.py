@@ -202,7 +202,7 @@ def _train_all_ways(rank: int, folder: str) -> None:
         exchange = {} if method.startswith("ddp") else {"reduce_gradients": average}
         pieces = 2 if method.endswith("pieces") else 1
         train = TrainStep(
-            wrapped, objective, OPTIMIZER, 10, (0.9,), accumulate=pieces, gather=gather, **exchange
+            wrapped, objective, OPTIMIZER, 10, (0.9,), "float32", accumulate=pieces, gather=gather, **exchange
         )
         records, messages = [], []
         if method.startswith("ddp"):
