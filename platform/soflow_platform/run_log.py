@@ -43,6 +43,7 @@ class RunLog:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._failure: JobError | None = None
+        self._grids_lost = False
         self._closing = threading.Event()
 
     @classmethod
@@ -85,8 +86,11 @@ class RunLog:
             self._unsent += new
 
     def grid(self, step: int, key: str, image: np.ndarray[Any, Any]) -> None:
-        """A sample grid (H, W, 3) uint8, with a step slider on the run's page; once for each step."""
-        self._later(lambda: self._send_grid(step, key, image))
+        """A sample grid (H, W, 3) uint8, with a step slider on the run's page; once for each step.
+
+        One that cannot be sent is told and left out. While that is so, later ones are tried once each.
+        """
+        self._later(lambda: self._try_grid(step, key, image))
 
     def send(self, every: float = 0.0) -> None:
         """Send what was noted, in the background, if the last sending was `every` seconds ago."""
@@ -143,6 +147,21 @@ class RunLog:
         with self._lock:
             # What was noted is sent in order.
             del self._unsent[:count]
+
+    def _try_grid(self, step: int, key: str, image: np.ndarray[Any, Any]) -> None:
+        what = f"sending {key} of step {step} to {self.uri}"
+        patience = 0.0 if self._grids_lost else self.patience
+        try:
+            retry(
+                lambda: self._send_grid(step, key, image), what, patience, self.say, is_outage, self._closing
+            )
+            self._grids_lost = False
+        except Exception as error:
+            # A picture is not worth a trial, whatever the reason.
+            self._grids_lost = True
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            said = reason if isinstance(error, JobError) else f"{what} failed: {reason}"
+            self.say(f"{said}; it is left out")
 
     def _send_grid(self, step: int, key: str, image: np.ndarray[Any, Any]) -> None:
         client = client_for(self.uri)

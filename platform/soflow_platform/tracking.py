@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 SWEEP_TAG = "soflow.sweep"
 TRIAL_TAG = "soflow.trial"
 PARENT_TAG = "mlflow.parentRunId"
+FLAGS_TAG = "eval.flags"
+"""What has to be said of a run's numbers, in sentences."""
+AWAY = (
+    "INTERNAL_ERROR",
+    "TEMPORARILY_UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "REQUEST_LIMIT_EXCEEDED",
+    "RESOURCE_EXHAUSTED",
+)
+"""MLflow's names for the answers 500, 502, 503, 504 and 429, and for none."""
 PARAM_LIMIT = 100
 """Params in one MLflow batch."""
 
@@ -48,13 +58,36 @@ def client_for(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def is_outage(error: Exception) -> bool:
-    """Whether the tracking store was away, and not asked for something wrong."""
+def is_outage(error: BaseException) -> bool:
+    """Whether the tracking store, or where it keeps artifacts, was away, and not asked for something wrong."""
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
-        return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
-    return isinstance(error, OSError)
+        return error.error_code in AWAY
+    status = _http_status(error)
+    if status is not None:
+        return status in (408, 429) or status >= 500
+    return isinstance(error, OSError) or _boto_lost(error)
+
+
+def _http_status(error: BaseException) -> int | None:
+    """The status of the answer that requests or boto raised this for."""
+    answer = getattr(error, "response", None)
+    if isinstance(answer, dict):
+        return answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return getattr(answer, "status_code", None)
+
+
+def _boto_lost(error: BaseException) -> bool:
+    """Whether boto, which need not be installed, lost its connection; of a failed upload it says so in words alone."""
+    kinds = [
+        k for k in type(error).__mro__ if k.__module__.startswith(("boto3.", "botocore.", "s3transfer."))
+    ]
+    names = {kind.__name__ for kind in kinds}
+    if names & {"ConnectionError", "HTTPClientError", "RetriesExceededError"}:
+        return True
+    handled = error.__context__
+    return "S3UploadFailedError" in names and handled is not None and is_outage(handled)
 
 
 def prepare_store(uri: str) -> None:

@@ -288,7 +288,7 @@ class TrialWorker:
             try:
                 write_file(path, encode_png(image))
             except OSError as error:
-                # A picture is not worth a trial; the run's page has it too.
+                # A picture is not worth a trial.
                 if self.report is not None:
                     self.report.say(f"{path} cannot be written: {error.strerror}", step)
 

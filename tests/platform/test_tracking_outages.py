@@ -1,0 +1,149 @@
+"""What counts as an outage of the tracking server, told from a mistake by what a real server answers."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow.exceptions import MlflowException
+
+from soflow_platform.errors import JobError
+from soflow_platform.run_log import RunLog
+from soflow_platform.tracking import Tracking, client_for, is_outage
+
+RUN = {
+    "info": {"run_id": "a-run", "status": "RUNNING", "artifact_uri": "mlflow-artifacts:/a-run"},
+    "data": {},
+}
+
+
+class Answers(ThreadingHTTPServer):
+    """Answers every request with `status` while `failures` last, and then as a tracking server with one empty run does."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.status, self.failures = 200, 0
+        self.artifacts_status: int | None = None
+        self.logged: list[dict[str, Any]] = []
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Answers
+
+    def _answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        server = self.server
+        if server.artifacts_status is not None and "artifacts" in self.path:
+            return self._send(server.artifacts_status, b"the artifact store is away")
+        if server.failures:
+            server.failures -= 1
+            return self._send(server.status, b"not now")
+        if self.path.endswith("/log-batch"):
+            server.logged += json.loads(body)["metrics"]
+        return self._send(200, json.dumps({"run": RUN}).encode())
+
+    do_GET = do_POST = do_PUT = _answer
+
+    def _send(self, status: int, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Answers]:
+    with Answers() as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "away"),
+    [(400, False), (401, False), (403, False), (404, False)]
+    + [(status, True) for status in (429, 500, 502, 503, 504)],
+)
+def test_an_answer_is_an_outage_or_a_mistake(server: Answers, status: int, away: bool) -> None:
+    server.status, server.failures = status, 100
+    with pytest.raises(MlflowException) as caught:
+        client_for(server.uri).get_run("a-run")
+    assert is_outage(caught.value) == away
+
+
+@pytest.mark.parametrize("status", [429, 504])
+def test_a_record_waits_for_a_server_that_is_busy_or_slow_and_misses_no_point(
+    server: Answers, status: int
+) -> None:
+    said: list[str] = []
+    log = RunLog.resume(server.uri, "a-run", said.append, 30)
+    server.status, server.failures = status, 3
+    log.metrics(1, {"train/loss": 0.5})
+    log.flush()
+    assert [(m["key"], m["step"], m["value"]) for m in server.logged] == [("train/loss", 1, 0.5)]
+    assert "trying again" in said[0]
+    assert "succeeded after" in said[1]
+
+
+def test_a_refusal_is_no_outage_and_is_told_at_once(server: Answers) -> None:
+    log = RunLog.resume(server.uri, "a-run", print, 30)
+    server.status, server.failures = 403, 100
+    log.metrics(1, {"train/loss": 0.5})
+    with pytest.raises(JobError, match="logging failed"):
+        log.flush()
+
+
+@pytest.mark.parametrize("status", [503, 403])
+def test_a_grid_that_cannot_be_sent_is_told_and_costs_no_point(server: Answers, status: int) -> None:
+    said: list[str] = []
+    log = RunLog.resume(server.uri, "a-run", said.append, 0.5)
+    server.artifacts_status = status
+    log.grid(1, "samples/nfe1", np.zeros((8, 8, 3), np.uint8))
+    log.metrics(1, {"train/loss": 0.5})
+    log.flush()
+    assert [m["step"] for m in server.logged] == [1]
+    assert said[-1].startswith(f"sending samples/nfe1 of step 1 to {server.uri} failed")
+    assert said[-1].endswith("it is left out")
+
+
+def test_an_artifact_store_that_is_reached_by_boto_is_away_or_refuses(
+    server: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boto3 = pytest.importorskip(
+        "boto3", reason="only for artifacts that are kept in S3 without a server between"
+    )
+    from boto3.s3.transfer import S3Transfer
+    from botocore.config import Config
+
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+    def failure(address: str, status: int) -> BaseException:
+        server.status, server.failures = status, 100
+        keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+        config = Config(retries={"total_max_attempts": 1}, connect_timeout=2)
+        client = boto3.client("s3", endpoint_url=address, config=config, **keys)
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            S3Transfer(client).upload_file(__file__, "bucket", "name")
+        return caught.value
+
+    assert is_outage(failure(server.uri, 503))
+    assert is_outage(failure("http://127.0.0.1:9", 503))
+    assert not is_outage(failure(server.uri, 403))
+
+
+def test_a_run_that_is_not_there_is_no_outage(tracking: Tracking) -> None:
+    with pytest.raises(MlflowException) as caught:
+        tracking.client.get_run("0" * 32)
+    assert not is_outage(caught.value)
