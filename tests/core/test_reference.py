@@ -10,6 +10,9 @@ from soflow_core.passes import PassPolicy
 from soflow_core.times import RatioSchedule, middle_time
 
 BRANCHES = ["velocity", "consistency"]
+# Of a gradient's largest element. The consistency branch divides the float32 rounding of f_t - f_l by t - l, which moves
+# the official values themselves by up to 9e-5 of it from those of float64.
+ABSOLUTE = {"velocity": 1e-5, "consistency": 1e-4}
 
 
 @pytest.fixture(params=CASES)
@@ -37,8 +40,8 @@ def test_loss_mse_weight_and_every_gradient(case, branch, skip_unused):
     trained = {name: p.grad for name, p in case.network.named_parameters() if p.requires_grad}
     assert set(trained) - set(gradients) == set()
     for name, gradient in gradients.items():
-        scale = gradient.abs().max().item()
-        assert_close(trained[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+        atol = ABSOLUTE[branch] * gradient.abs().max().item()
+        assert_close(trained[name], gradient, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_both_branches_in_one_step_are_the_weighted_sum_of_each(case):
@@ -62,8 +65,8 @@ def test_both_branches_in_one_step_are_the_weighted_sum_of_each(case):
     for name, parameter in case.network.named_parameters():
         if parameter.requires_grad:
             gradient = (parts[0][name] + parts[1][name]) / 2
-            scale = gradient.abs().max().item()
-            assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5 * scale)
+            atol = ABSOLUTE["consistency"] * gradient.abs().max().item()
+            assert_close(parameter.grad, gradient, rtol=1e-4, atol=atol)
 
 
 def test_middle_times_of_the_batch(case):
