@@ -91,7 +91,7 @@ def test_the_methods_sweep_trains_every_method_for_equal_steps_and_for_equal_eva
                 assert abs(count * evaluations - 600 * 4.5) <= evaluations / 2
     by_name = {p.name: p.budgets for p in points}
     assert by_name["trial-06-meanflow-equal-steps"] == ("steps",)
-    assert by_name["trial-10-flow_matching-equal-evaluations"] == ("evaluations",)
+    assert by_name["trial-12-flow_matching-equal-evaluations"] == ("evaluations",)
 
 
 def test_what_two_budgets_train_for_the_same_steps_is_trained_once() -> None:
@@ -101,7 +101,8 @@ def test_what_two_budgets_train_for_the_same_steps_is_trained_once() -> None:
     assert [(p.name, p.budgets, p.settings["budget"]) for p in shared] == [
         ("trial-00-soflow-equal-steps", ("steps", "evaluations"), "steps, evaluations")
     ]
-    assert len(points) == 2 * len(OBJECTIVES) - 1
+    # Every method, and two of them a second time without guidance; what is shared counts once.
+    assert len(points) == 2 * (len(OBJECTIVES) + 2) - 1
 
 
 @pytest.mark.parametrize("budget", ["steps", "evaluations"])
@@ -122,7 +123,10 @@ def test_all_methods_of_the_sweep_share_everything_but_the_objective() -> None:
 
 def test_guidance_of_the_methods_sweep_is_matched() -> None:
     experiment, document = read_experiment(METHODS)
-    by_method = {p.experiment.objective.method: p.experiment.objective for p in trials(document, experiment)}
+    objectives = [p.experiment.objective for p in trials(document, experiment)]
+    unguided = {o.method for o in objectives if "guidance" in vars(o) and not o.guidance.active}
+    assert unguided == {"soflow", "meanflow"}
+    by_method = {o.method: o for o in reversed(objectives)}
     soflow = by_method["soflow"].guidance
     for method in ("meanflow", "alphaflow"):
         own = by_method[method].guidance
