@@ -16,6 +16,11 @@ FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 15.0
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, for a place inside a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def retry(
     action: Callable[[], T],
     what: str,
@@ -38,7 +43,7 @@ def retry(
         except Exception as error:
             if not passing(error):
                 raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            reason = first_line(error)
             waited = time.monotonic() - started
             if waited >= seconds or cancelled.is_set():
                 raise JobError(f"{what} failed for {waited:.0f} s: {reason}") from error

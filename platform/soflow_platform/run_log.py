@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soflow_platform.errors import JobError
-from soflow_platform.retries import retry
-from soflow_platform.tracking import client_for, is_outage
+from soflow_platform.retries import first_line, retry
+from soflow_platform.tracking import FLAGS_TAG, client_for, is_outage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +26,8 @@ BATCH = 1000
 """Points in one message, the most MLflow takes."""
 PATIENCE_SECONDS = 600.0
 """How long a tracking server may be away before its record is given up and the trial fails."""
+FLAGS_LENGTH = 4000
+"""Characters of a run's flags that a tag holds; those beyond are in the trial's log alone."""
 
 
 class RunLog:
@@ -91,6 +93,10 @@ class RunLog:
         One that cannot be sent is told and left out. While that is so, later ones are tried once each.
         """
         self._later(lambda: self._try_grid(step, key, image))
+
+    def flag(self, sentence: str) -> None:
+        """Add what has to be said of the run's numbers to its tag `eval.flags`; once."""
+        self._later(lambda: self._send_flag(sentence))
 
     def send(self, every: float = 0.0) -> None:
         """Send what was noted, in the background, if the last sending was `every` seconds ago."""
@@ -159,8 +165,7 @@ class RunLog:
         except Exception as error:
             # A picture is not worth a trial, whatever the reason.
             self._grids_lost = True
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            said = reason if isinstance(error, JobError) else f"{what} failed: {reason}"
+            said = str(error) if isinstance(error, JobError) else f"{what} failed: {first_line(error)}"
             self.say(f"{said}; it is left out")
 
     def _send_grid(self, step: int, key: str, image: np.ndarray[Any, Any]) -> None:
@@ -169,6 +174,13 @@ class RunLog:
         marker = f"{key.replace('/', '~')}+step+{step}+"
         if not any(marker in Path(item.path).name for item in client.list_artifacts(self.run, "images")):
             client.log_image(self.run, image, key=key, step=step, synchronous=True)
+
+    def _send_flag(self, sentence: str) -> None:
+        client = client_for(self.uri)
+        said = client.get_run(self.run).data.tags.get(FLAGS_TAG, "")
+        together = f"{said} {sentence}".strip()
+        if sentence not in said and len(together) <= FLAGS_LENGTH:
+            client.set_tag(self.run, FLAGS_TAG, together)
 
     def _ends(self) -> dict[str, int]:
         """The last step of each curve that the run has."""

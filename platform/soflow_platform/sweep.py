@@ -9,7 +9,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from soflow_pipelines.shards import DatasetInfo
 from soflow_platform import checkpoints
@@ -22,11 +22,14 @@ from soflow_platform.evaluation import Evaluator
 from soflow_platform.jobs.gather import Gathering, Report, silent
 from soflow_platform.progress import start_board
 from soflow_platform.registry import register
+from soflow_platform.retries import first_line, retry
 from soflow_platform.stops import clear_stops, stop_requested
 from soflow_platform.storage import Storage
 from soflow_platform.sweep_record import SweepRecord
-from soflow_platform.tracking import Tracking, host_tags, prepare_store, tracked_dataset
+from soflow_platform.tracking import Tracking, host_tags, is_away, prepare_store, tracked_dataset
 from soflow_platform.trial import TrialTask, run_trial
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def run_sweep(
         prepare_store(uri)
         tracking = Tracking.open(uri, experiment.tracking.experiment or experiment.name, storage)
         shared = {**host_tags(), **evaluator.tags()}
-        with _sweep_run(record, experiment, tracking, {**common_tags(experiment, info), **shared}):
+        tags = {**common_tags(experiment, info), **shared}
+        with _sweep_run(record, experiment, tracking, tags, display.say):
             record.experiment_id, record.tracking_uri = tracking.experiment_id, uri
             record.attempts += 1
             record.save(storage)
@@ -105,10 +109,7 @@ def run_sweep(
                 raise Stopped(
                     "the sweep was asked to stop and its trials are saved: run the same command to go on."
                 )
-            outcomes = [_outcome(storage, record, experiment, trial, failures) for trial in trials]
-            _close_trials(tracking, record, outcomes)
-            _conclude(record, experiment, storage, tracking, outcomes, display)
-    return outcomes
+            return _finish(record, experiment, trials, storage, tracking, failures, display)
 
 
 def concurrent_trials(experiment: Experiment, cluster: Cluster) -> int:
@@ -142,9 +143,13 @@ def common_tags(experiment: Experiment, info: DatasetInfo) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _sweep_run(
-    record: SweepRecord, experiment: Experiment, tracking: Tracking, tags: dict[str, str]
+    record: SweepRecord,
+    experiment: Experiment,
+    tracking: Tracking,
+    tags: dict[str, str],
+    say: Callable[[str], None],
 ) -> Iterator[None]:
-    """The sweep's MLflow run, closed with its trials' runs however the block ends."""
+    """The sweep's MLflow run, closed with its trials' runs however the block ends; where they cannot be, that is said."""
     note = {"mlflow.note.content": experiment.description} if experiment.description else {}
     record.run = tracking.open_run(
         record.id,
@@ -157,10 +162,16 @@ def _sweep_run(
         yield
     except BaseException as error:
         state = "FAILED" if isinstance(error, Exception) and not isinstance(error, Stopped) else "KILLED"
-        for run in tracking.children(record.run):
-            if run.info.status == "RUNNING":
-                tracking.finish(run.info.run_id, state)
-        tracking.finish(record.run, state)
+        try:
+            for run in tracking.children(record.run):
+                if run.info.status == "RUNNING":
+                    tracking.finish(run.info.run_id, state)
+            tracking.finish(record.run, state)
+        except Exception as failure:
+            # What ended the block is what the command reports.
+            say(
+                f"the sweep's runs could not be marked {state} and stay RUNNING until it is started again: {first_line(failure)}"
+            )
         raise
 
 
@@ -250,6 +261,31 @@ def _scheduler(experiment: Experiment) -> Any:
         grace_period=asha.first_rung,
         reduction_factor=asha.reduction,
     )
+
+
+def _finish(
+    record: SweepRecord,
+    experiment: Experiment,
+    trials: list[Trial],
+    storage: Storage,
+    tracking: Tracking,
+    failures: dict[str, str],
+    display: Display,
+) -> list[TrialOutcome]:
+    """See how the trials ended, close their runs, choose and register the best. Raises JobError where an outage lasts."""
+
+    def patiently(action: Callable[[], T], what: str) -> T:
+        return retry(action, what, 60 * experiment.training.patience_minutes, display.say, is_away)
+
+    outcomes = patiently(
+        lambda: [_outcome(storage, record, experiment, trial, failures) for trial in trials],
+        "reading the trials' checkpoints",
+    )
+    patiently(lambda: _close_trials(tracking, record, outcomes), "closing the trials' runs")
+    patiently(
+        lambda: _conclude(record, experiment, storage, tracking, outcomes, display), "concluding the sweep"
+    )
+    return outcomes
 
 
 def _outcome(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from soflow_pipelines.storage_error import StorageError
 from soflow_platform.errors import UserError
 from soflow_platform.storage import Storage
 
@@ -68,6 +69,11 @@ def is_outage(error: BaseException) -> bool:
     if status is not None:
         return status in (408, 429) or status >= 500
     return isinstance(error, OSError) or _boto_lost(error)
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether a tracking store, a storage or a disk was away."""
+    return isinstance(error, StorageError) or is_outage(error)
 
 
 def _http_status(error: BaseException) -> int | None:

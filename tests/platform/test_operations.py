@@ -155,6 +155,22 @@ def test_the_name_of_one_sweep_is_not_taken_for_the_beginning_of_another(
     assert "digits-aa11: cut" in soflowctl("status", "digits")[1]
 
 
+def test_a_storage_that_is_away_fails_a_command_with_one_sentence(
+    storage: Storage, soflowctl: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "key")
+    place = "s3://bucket/prefix?endpoint_override=127.0.0.1:9&scheme=http"
+    sweep(storage, "digits", "aa11", experiment={"training": {"steps": 400, "checkpoints": place}})
+    code, _, said = soflowctl("runs", "digits")
+    assert code == 1
+    assert (
+        "failed: s3://bucket/prefix/digits-aa11/trial-00-lr=0.1 cannot be listed: the connection failed"
+        in said
+    )
+    assert len(said.splitlines()) == 1
+
+
 def test_status_without_a_name_shows_what_runs_and_else_the_newest_sweep(
     storage: Storage, soflowctl: Command
 ) -> None:

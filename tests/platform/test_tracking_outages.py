@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from mlflow.exceptions import MlflowException
 
-from soflow_platform.errors import JobError
+from soflow_platform.cli.main import main
+from soflow_platform.config.experiment import Experiment, read_experiment
+from soflow_platform.errors import JobError, Stopped
 from soflow_platform.run_log import RunLog
+from soflow_platform.storage import Storage
+from soflow_platform.sweep import Display, _finish, _sweep_run
+from soflow_platform.sweep_record import SweepRecord, started_record
 from soflow_platform.tracking import Tracking, client_for, is_outage
 
+DIGITS = Path(__file__).parents[2] / "sweeps" / "digits.yaml"
 RUN = {
     "info": {"run_id": "a-run", "status": "RUNNING", "artifact_uri": "mlflow-artifacts:/a-run"},
     "data": {},
@@ -69,6 +77,20 @@ def server() -> Iterator[Answers]:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield server
         server.shutdown()
+
+
+class Said(Display):
+    """Keeps what a sweep tells."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def record(experiment: Experiment) -> SweepRecord:
+    return started_record(None, "digits-1", "digits.yaml", experiment, [])
 
 
 @pytest.mark.parametrize(
@@ -141,6 +163,54 @@ def test_an_artifact_store_that_is_reached_by_boto_is_away_or_refuses(
     assert is_outage(failure(server.uri, 503))
     assert is_outage(failure("http://127.0.0.1:9", 503))
     assert not is_outage(failure(server.uri, 403))
+
+
+def test_a_sweep_waits_for_its_tracking_server_before_it_closes_its_runs(
+    server: Answers, storage: Storage
+) -> None:
+    said = Said()
+    server.status, server.failures = 504, 3
+    experiment, _ = read_experiment(DIGITS)
+    with pytest.raises(JobError, match="no trial of sweep digits-1 could be scored"):
+        _finish(record(experiment), experiment, [], storage, Tracking(server.uri, "digits", "1"), {}, said)
+    assert said.lines[0].startswith("closing the trials' runs failed (")
+    assert said.lines[1].startswith("closing the trials' runs succeeded after ")
+
+
+def test_a_sweep_that_is_stopped_while_its_tracking_server_is_away_ends_as_stopped_and_says_what_is_left(
+    tracking: Tracking,
+) -> None:
+    said = Said()
+    experiment, _ = read_experiment(DIGITS)
+    facts = {"data.source": "digits", "data.digest": "0"}
+
+    def stopped() -> None:
+        with _sweep_run(record(experiment), experiment, tracking, facts, said.say):
+            tracking.uri = "http://127.0.0.1:9"
+            raise Stopped("it was asked to stop")
+
+    with pytest.raises(Stopped, match="asked to stop"):
+        stopped()
+    assert said.lines[0].startswith("the sweep's runs could not be marked KILLED and stay RUNNING")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"), [(504, 1, "failed: the tracking server does not answer: "), (403, 1, "bug")]
+)
+def test_a_command_tells_a_server_that_is_away_from_a_bug(
+    server: Answers,
+    status: int,
+    code: int,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    server.status, server.failures = status, 100
+    monkeypatch.setattr(sys, "argv", ["soflowctl", "promote", "digits", "--tracking", server.uri])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    assert kind in capfd.readouterr().err
 
 
 def test_a_run_that_is_not_there_is_no_outage(tracking: Tracking) -> None:

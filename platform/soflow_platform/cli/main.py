@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from soflow_platform.cli import data
+from soflow_platform.cli.failures import what_is_away
 from soflow_platform.errors import JobError, Stopped, UserError
 
 UsageError: type[BaseException] = typer.BadParameter.__mro__[1]
@@ -347,6 +348,10 @@ def main() -> None:
         print("interrupted: run the same command to go on.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        away = what_is_away(error)
+        if away is not None:
+            _report(JobError(f"{away}; the same command goes on once that is mended."), "failed")
+            sys.exit(1)
         _report(error, "internal error")
         print("This is a bug; `soflowctl --debug ...` shows where.", file=sys.stderr)
         sys.exit(1)
