@@ -10,6 +10,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from soflow_core.kernels import tf32
+
 
 class FeatureError(Exception):
     """A feature network that cannot be had. The text names it and the ways out."""
@@ -77,13 +79,11 @@ def normalized(images: Tensor, side: int, mean: tuple[float, ...], std: tuple[fl
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """No TF32, no autocast, no choice of kernels that differs from run to run: features are float32 wherever they are taken."""
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
-    before = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
-    torch.set_float32_matmul_precision("highest")
-    cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = False, False, True
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
     try:
-        with torch.autocast(device.type, enabled=False):
+        with tf32(False), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
-        torch.set_float32_matmul_precision(matmul)
+        cudnn.benchmark, cudnn.deterministic = before
