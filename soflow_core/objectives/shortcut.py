@@ -77,8 +77,9 @@ class Shortcut(Objective):
     ) -> Draws:
         velocity_rows = batch_size - int(self.bootstrap_share * batch_size)
         noise = draw_noise(generator, batch_size, sample_shape)
-        row = torch.arange(batch_size)
-        level = (row - velocity_rows) % int(math.log2(self.base_steps))
+        row, levels = torch.arange(batch_size), int(math.log2(self.base_steps))
+        # Bootstrap rows go through the step sizes in turn, from one that is drawn: a small batch has not all of them.
+        level = (row + torch.randint(levels, (), generator=generator)) % levels
         sections = torch.where(row < velocity_rows, self.base_steps, 2**level)
         uniform = torch.rand(batch_size, generator=generator)
         t = ((uniform * sections).floor() + 1) / sections
