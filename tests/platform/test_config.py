@@ -112,6 +112,70 @@ def test_a_batch_that_does_not_divide_names_both_numbers(tmp_path: Path) -> None
     assert "training.batch (16) does not divide over 3 worker(s)" in sentence
 
 
+def test_a_batch_that_does_not_divide_names_the_workers_that_it_does(tmp_path: Path) -> None:
+    sentence = refusal(write(tmp_path, MINIMAL), "resources.workers=6", "training.accumulate=2")
+    assert "over 6 worker(s) in 2 pieces each" in sentence
+    assert sentence.endswith("or workers of 1, 2, 4, 8.")
+
+
+def test_a_trial_may_lose_any_number_of_workers_where_their_rows_can_be_uneven(tmp_path: Path) -> None:
+    path, elastic = write(tmp_path, MINIMAL), "resources={workers: 8, min_workers: 4}"
+    assert read_experiment(path, (elastic,))[0].resources.min_workers == 4
+    assert "does not divide over 5 worker(s)" in refusal(path, elastic, "training.parallel=fsdp")
+    assert "does not divide over 5 worker(s)" in refusal(path, elastic, "training.accumulate=2")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.ema=[0.5, 0.9, 0.5]", "`training.ema`: 0.5 is given twice: keep one"),
+        (
+            "training.checkpoint_every=41",
+            "training.checkpoint_every (41) is beyond training.steps (40): lower it",
+        ),
+        ("optimizer.warmup_steps=41", "optimizer.warmup_steps (41) is beyond training.steps (40): lower it"),
+        (
+            "search.asha={first_rung: 41}",
+            "search.asha.first_rung (41) is beyond training.steps (40): lower it",
+        ),
+        ("training.parallel=fsdp", "fsdp shares a network among workers: raise resources.workers above 1"),
+        (
+            "training.checkpoints=gs://bucket/x",
+            "`training.checkpoints`: gs:// cannot be written: give a folder or s3",
+        ),
+        ("training.checkpoints=https://host/x", "https:// cannot be written"),
+        ("training.checkpoints=s3://", "s3:// names no bucket: give s3://bucket/prefix"),
+        ("training.checkpoints=s3:///prefix", "s3:///prefix names no bucket"),
+        (
+            "tracking.uri=./mlruns",
+            "`tracking.uri`: ./mlruns is no tracking server: give http://HOST:PORT or sqlite:///FILE",
+        ),
+        ("tracking.uri=file:///mlruns", "file:///mlruns is no tracking server"),
+        ("tracking.uri=sqlite://", "sqlite:// names no file"),
+        ("training.grace_seconds=0", "`training.grace_seconds` is 0"),
+    ],
+)
+def test_what_would_fail_later_is_refused_now(tmp_path: Path, override: str, said: str) -> None:
+    sentence = refusal(write(tmp_path, MINIMAL), override)
+    assert said in sentence
+    assert "\n" not in sentence
+
+
+def test_places_are_the_same_from_every_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, MINIMAL)
+    monkeypatch.chdir(tmp_path)
+    relative = ("training.checkpoints=kept", "tracking.uri=sqlite:///runs.db")
+    experiment, _ = read_experiment(path, relative)
+    assert experiment.training.checkpoints == str(tmp_path / "kept")
+    assert experiment.tracking.uri == f"sqlite:///{tmp_path}/runs.db"
+    monkeypatch.chdir("/")
+    assert Experiment(**experiment.resolved()) == experiment
+    for place in ("s3://bucket/prefix?region=x", "s3://bucket"):
+        assert read_experiment(path, (f"training.checkpoints={place}",))[0].training.checkpoints == place
+
+
 def test_a_metric_that_is_never_reported_is_refused_with_those_that_are(tmp_path: Path) -> None:
     sentence = refusal(write(tmp_path, MINIMAL), "search.metric=eval/fid")
     assert (
@@ -223,6 +287,7 @@ def test_what_decides_the_numbers_makes_another_sweep(override: str) -> None:
         "training.keep_checkpoints=5",
         "training.checkpoints=/elsewhere",
         "training.patience_minutes=60",
+        "training.grace_seconds=60",
         "tracking.uri=http://tracking:5000",
         "registry.enabled=false",
         "description=said otherwise",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ from soflow_platform.stops import request_stop
 from soflow_platform.storage import Storage, find_storage, require_writable
 from soflow_platform.sweep_record import SweepRecord, exclusive, load_record, started_record, sweep_id
 
-GRACE_SECONDS = 25
-"""How long trials may take to save after SIGTERM; what sends it usually sends SIGKILL half a minute later."""
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes."""
 
 
 def find_sweep(name: str) -> Path:
@@ -110,7 +111,8 @@ def run_command(
         _require_checkpoints(storage, record, experiment)
     record = started_record(record, sweep, str(path), experiment, points)
     display = SweepDisplay(screen, experiment, points)
-    with _ending(storage, sweep, display), exclusive(storage, sweep):
+    grace = experiment.training.grace_seconds
+    with _ending(storage, sweep, display, grace), exclusive(storage, sweep):
         outcomes = run_sweep(record, experiment, points, storage, address, display)
     show_result(screen, record, storage, outcomes)
     failed = [o for o in outcomes if o.state == "failed"]
@@ -136,8 +138,8 @@ def _require_checkpoints(storage: Storage, record: SweepRecord, experiment: Expe
 
 
 @contextlib.contextmanager
-def _ending(storage: Storage, sweep: str, display: SweepDisplay) -> Iterator[None]:
-    """SIGTERM and Ctrl-C ask the trials to save and stop; the second one, or a grace period gone by, ends the block at once.
+def _ending(storage: Storage, sweep: str, display: SweepDisplay, grace: float) -> Iterator[None]:
+    """SIGTERM, SIGHUP and Ctrl-C ask the trials to save and stop; the second one, or `grace` seconds gone by, ends the block at once.
 
     Either way what is open is closed, and the exit code says why: 143, or 130 for Ctrl-C.
     """
@@ -149,17 +151,21 @@ def _ending(storage: Storage, sweep: str, display: SweepDisplay) -> Iterator[Non
     def ask(number: int, _: Any) -> None:
         nonlocal code
         if code or not display.training:
-            code = code or 128 + number
+            code = code or (INTERRUPTED if number == signal.SIGINT else TERMINATED)
             print("ended at once: run the same command to go on.", file=sys.stderr)
             end()
-        code = 128 + number
+        code = INTERRUPTED if number == signal.SIGINT else TERMINATED
+        if number == signal.SIGHUP:
+            _leave_terminal()
         print("asked to stop: trials finish their step and save; once more ends at once.", file=sys.stderr)
         request_stop(storage, sweep)
         signal.signal(signal.SIGALRM, end)
-        signal.alarm(GRACE_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, grace)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            # Under nohup a hang-up is to be ignored.
+            signal.signal(number, ask)
     try:
         yield
     except (SystemExit, Stopped) as error:
@@ -170,7 +176,14 @@ def _ending(storage: Storage, sweep: str, display: SweepDisplay) -> Iterator[Non
             raise SystemExit(code) from None
         raise
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _leave_terminal() -> None:
+    """Write nowhere what would go to a terminal that is gone: writing there fails."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream.isatty():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _print_plan(screen: Console, experiment: Experiment, points: list[Trial], root: Path) -> None:

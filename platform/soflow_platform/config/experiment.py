@@ -62,17 +62,25 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _fields_agree(self) -> Experiment:
         training, resources = self.training, self.resources
-        for workers in resources.possible_workers:
+        whole = training.accumulate > 1 or training.parallel == "fsdp"
+        for workers in resources.possible_workers if whole else [resources.workers]:
             if training.batch % (workers * training.accumulate):
                 pieces = f" in {training.accumulate} pieces each" if training.accumulate > 1 else ""
+                fitting = [
+                    n for n in range(1, 2 * workers + 1) if training.batch % (n * training.accumulate) == 0
+                ]
                 raise ValueError(
                     f"training.batch ({training.batch}) does not divide over {workers} worker(s){pieces} "
-                    "(resources.workers, training.accumulate): take a multiple"
+                    "(resources.workers, resources.min_workers, training.accumulate): take a multiple, or workers of "
+                    f"{', '.join(map(str, fitting)) or 'no number here: lower training.accumulate'}"
                 )
-        if self.evaluation.every > training.steps:
+        if training.parallel == "fsdp" and resources.workers == 1:
             raise ValueError(
-                f"evaluation.every ({self.evaluation.every}) is beyond training.steps ({training.steps}): lower it"
+                "training.parallel fsdp shares a network among workers: raise resources.workers above 1"
             )
+        for setting, step in self._steps_within().items():
+            if step is not None and step > training.steps:
+                raise ValueError(f"{setting} ({step}) is beyond training.steps ({training.steps}): lower it")
         reported = self.evaluation.metrics(self.data.conditional)
         if self.search.metric not in reported:
             raise ValueError(
@@ -83,6 +91,15 @@ class Experiment(Section):
                 "evaluation.features digits-classifier scores data.source digits only: use pooled"
             )
         return self
+
+    def _steps_within(self) -> dict[str, int | None]:
+        """Settings that name a step of the training."""
+        return {
+            "evaluation.every": self.evaluation.every,
+            "training.checkpoint_every": self.training.checkpoint_every,
+            "optimizer.warmup_steps": self.optimizer.warmup_steps,
+            "search.asha.first_rung": self.search.asha.first_rung if self.search.asha else None,
+        }
 
     @property
     def mode(self) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from soflow_platform.config.sections import Positive, Section
+from soflow_platform.config.sections import Positive, Section, absolute_place
 
 
 class TrainingConfig(Section):
@@ -39,6 +39,21 @@ class TrainingConfig(Section):
     """Folder or `s3://bucket/prefix` that checkpoints go to, below it by sweep and trial; None: the project folder."""
     patience_minutes: Annotated[float, Field(gt=0)] = 10
     """How long a checkpoint storage or a tracking server may be away before a trial fails."""
+    grace_seconds: Annotated[float, Field(gt=0)] = 25
+    """How long trials may take to save after SIGTERM before the command ends; what sends it usually sends SIGKILL after 30."""
+
+    @field_validator("ema")
+    @classmethod
+    def _different(cls, decays: tuple[float, ...]) -> tuple[float, ...]:
+        twice = [decay for decay in decays if decays.count(decay) > 1]
+        if twice:
+            raise ValueError(f"{twice[0]:g} is given twice: keep one")
+        return decays
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _same_from_everywhere(cls, place: str | None) -> str | None:
+        return place if place is None else absolute_place(place)
 
 
 class ResourcesConfig(Section):
@@ -46,7 +61,8 @@ class ResourcesConfig(Section):
 
     workers: Positive = 1
     min_workers: Positive | None = None
-    """With fewer workers than `workers` a trial goes on as long as it has this many; None: it waits for all."""
+    """With fewer workers than `workers` a trial goes on as long as it has this many, some with a row more than others where the batch
+    does not divide; None: it waits for all."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     concurrent_trials: Positive | None = None

@@ -1,0 +1,71 @@
+"""What a command that trains does with SIGTERM, SIGHUP and Ctrl-C: signals that are really sent, to this process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from soflow_platform.cli.display import SweepDisplay
+from soflow_platform.cli.run import _ending
+from soflow_platform.config.experiment import read_experiment
+from soflow_platform.errors import Stopped
+from soflow_platform.stops import stop_requested
+from soflow_platform.storage import Storage
+
+DIGITS = Path(__file__).parents[2] / "sweeps" / "digits.yaml"
+NUMBERS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+@pytest.fixture
+def training() -> Iterator[SweepDisplay]:
+    """The display of a sweep whose trials are under way; signals mean afterwards what they meant before."""
+    before = {number: signal.getsignal(number) for number in (*NUMBERS, signal.SIGALRM)}
+    display = SweepDisplay(Console(), read_experiment(DIGITS)[0], [])
+    display.training = True
+    yield display
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "code"), list(zip(NUMBERS, (143, 143, 130), strict=True)))
+def test_trials_are_asked_to_stop_and_the_exit_code_says_why(
+    tmp_path: Path, training: SweepDisplay, number: int, code: int
+) -> None:
+    storage = Storage(tmp_path)
+
+    def stopped() -> None:
+        with _ending(storage, "sweep", training, grace=60):
+            os.kill(os.getpid(), number)
+            assert stop_requested(storage, "sweep")
+            raise Stopped("it was asked to stop")
+
+    with pytest.raises(SystemExit) as ended:
+        stopped()
+    assert ended.value.code == code
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_what_takes_longer_than_the_grace_is_ended(tmp_path: Path, training: SweepDisplay) -> None:
+    def slow() -> None:
+        with _ending(Storage(tmp_path), "sweep", training, grace=0.3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
+
+    started = time.monotonic()
+    with pytest.raises(SystemExit) as ended:
+        slow()
+    assert ended.value.code == 143
+    assert 0.3 <= time.monotonic() - started < 10
+
+
+def test_a_hang_up_that_is_ignored_stays_so(tmp_path: Path, training: SweepDisplay) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with _ending(Storage(tmp_path), "sweep", training, grace=60):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop_requested(Storage(tmp_path), "sweep")
