@@ -39,9 +39,9 @@ class ShardLoader:
 
     The order is that of `SampleOrder`: a function of the seed, the epoch and the manifest. Epochs follow one
     another without dropping samples, so every batch is full. Rank `rank` takes the global positions
-    `rank::world` of each global batch; all ranks make the same number of steps. The state is `consumed`, the
-    samples that all ranks together have taken: a loader made with it goes on there, with any world size and
-    any number of reading threads.
+    `rank::world` of each global batch, so that the first ranks have a row more where it does not divide; all
+    ranks make the same number of steps. The state is `consumed`, the samples that all ranks together have
+    taken: a loader made with it goes on there, with any world size and any number of reading threads.
 
     Latents are drawn afresh at every position: x0 = (mean + std eps - shift) scaling, with eps a function of
     (seed, position). `posterior="mean"` leaves eps out; `posterior="moments"` gives the stored mean and std
@@ -67,8 +67,8 @@ class ShardLoader:
         posterior: Posterior = "sample",
         cache: ShardCache | None = None,
     ) -> None:
-        if batch_size < 1 or world < 1 or batch_size % world:
-            raise ValueError(f"a global batch of {batch_size} does not divide over {world} ranks")
+        if not 1 <= world <= batch_size:
+            raise ValueError(f"a global batch of {batch_size} has no row for each of {world} ranks")
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} is not among {world} ranks")
         if consumed < 0 or threads < 0:

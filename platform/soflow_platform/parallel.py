@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from soflow_core.networks import DiT, DiTConfig
@@ -26,13 +29,17 @@ SLOW_IN_ROW = 3
 
 
 def build_train_step(
-    experiment: Experiment, config: DiTConfig, device: torch.device, world: int
+    experiment: Experiment, config: DiTConfig, device: torch.device, world: int, rank: int = 0
 ) -> TrainStep:
-    """Network with weights drawn from the seed, optimizer and EMAs; wrapped for several ranks."""
+    """Network with weights drawn from the seed, optimizer and EMAs; wrapped for several ranks.
+
+    Where the batch does not divide, a rank's gradients count as many times as it has rows.
+    """
     torch.manual_seed(experiment.seed)
     plain = DiT(config).to(device)
     network: nn.Module = plain
     training = experiment.training
+    weight = rows_of(rank, world, training.batch) * world / training.batch
     reduces = world > 1 and experiment.objective.uses_jvp and training.parallel == "ddp"
     if training.parallel == "fsdp" and world > 1:
         from soflow_core.sharding import shard
@@ -40,6 +47,9 @@ def build_train_step(
         network = shard(plain)
     elif world > 1 and not reduces:
         network = DistributedDataParallel(plain, device_ids=[device] if device.type == "cuda" else None)
+        if training.batch % world:
+            # Annotations that are strings, as in this file, would be refused; a lambda has none.
+            network.register_comm_hook(weight, lambda weight, bucket: _weighted_mean(weight, bucket))
     return TrainStep(
         network,
         experiment.objective,
@@ -49,16 +59,28 @@ def build_train_step(
         precision=training.precision,
         clip_norm=training.clip_norm,
         compile=training.compile,
-        reduce_gradients=average_gradients if reduces else None,
+        reduce_gradients=partial(average_gradients, weight=weight) if reduces else None,
         gather=every_ranks if world > 1 and training.parallel == "ddp" else None,
         deterministic=training.deterministic,
         accumulate=training.accumulate,
     )
 
 
-def average_gradients(gradients: list[torch.Tensor]) -> None:
-    """Mean over ranks, in place, in one message."""
+def rows_of(rank: int, world: int, batch: int) -> int:
+    """Rows of a global batch that a rank has: every world-th."""
+    return len(range(rank, batch, world))
+
+
+def _weighted_mean(weight: float, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """What DistributedDataParallel does with a bucket of gradients, of ranks that count by their rows."""
+    bucket.buffer().mul_(weight)
+    return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+
+
+def average_gradients(gradients: list[torch.Tensor], weight: float = 1.0) -> None:
+    """Mean over ranks, each counting by its weight, in place, in one message."""
     flat = torch._utils._flatten_dense_tensors(gradients)
+    flat *= weight
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     for gradient, mean in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
@@ -108,11 +130,18 @@ def highest(number: int, device: torch.device) -> int:
     return int(told)
 
 
-def mean_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
-    """Each value's mean over the ranks that hold it: one without rows of a kind has no term of it."""
-    told = gather([dict(values)])
-    names = sorted({name for each in told for name in each})
-    return {name: statistics.fmean(each[name] for each in told if name in each) for name in names}
+def mean_over_ranks(values: Mapping[str, float], rows: int) -> dict[str, float]:
+    """Each value's mean over the ranks that hold it, counting by their rows: one without rows of a kind has no term of it.
+
+    The loss is that of the global batch. A term of one kind of rows is so where ranks hold equally many of that kind.
+    """
+    told = gather([(rows, dict(values))])
+    names = sorted({name for _, each in told for name in each})
+    means = {}
+    for name in names:
+        parts = [(each[name], count) for count, each in told if name in each]
+        means[name] = math.fsum(value * count for value, count in parts) / sum(count for _, count in parts)
+    return means
 
 
 class ForwardTimer:

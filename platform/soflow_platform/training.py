@@ -32,7 +32,7 @@ from soflow_platform.errors import JobError
 from soflow_platform.evaluation import Evaluator
 from soflow_platform.network_evaluations import training_evaluations
 from soflow_platform.plan import forward_gmac
-from soflow_platform.retries import retry
+from soflow_platform.resuming import starting_point
 from soflow_platform.run_log import RunLog
 from soflow_platform.saving import CheckpointSaver
 from soflow_platform.stops import stop_requested
@@ -118,7 +118,7 @@ class TrialWorker:
             job.data, batch_size=training.batch, rank=rank, world=world, seed=self.experiment.seed
         )
         self.config = network_config(self.experiment, self.loader.info)
-        self.train_step = parallel.build_train_step(self.experiment, self.config, device, world)
+        self.train_step = parallel.build_train_step(self.experiment, self.config, device, world, rank)
         # Shares are gathered inside a sharded network's forward pass, so its time says nothing of a rank.
         timed = world > 1 and training.parallel == "ddp"
         self.forward_timer = parallel.ForwardTimer(self.train_step.network, device) if timed else None
@@ -160,7 +160,7 @@ class TrialWorker:
                     self._evaluate(step)
                 stopping = self._stop_asked() and step < training.steps
                 if scored or stopping or step % save_every == 0:
-                    self._save(step)
+                    self._save(step, needed=stopping or step == training.steps)
         except BaseException:
             self._abandon()
             raise
@@ -209,7 +209,8 @@ class TrialWorker:
         step, logs = record.step, self._logs_at(record.step)
         values = {"train/loss": record.loss, **{f"train/{name}": v for name, v in record.terms.items()}}
         if logs and self.world > 1:
-            values = parallel.mean_over_ranks(values)
+            rows = parallel.rows_of(self.rank, self.world, self.experiment.training.batch)
+            values = parallel.mean_over_ranks(values, rows)
             slow = self.forward_timer.slow_rank() if self.forward_timer is not None else None
             if slow is not None and self.report is not None:
                 self.report.say(
@@ -231,8 +232,9 @@ class TrialWorker:
         step = found.position.step if found else 0
         if found is not None:
             with found.opened(checkpoints.STATE) as path:
-                state = torch.load(path, map_location=self.device, weights_only=True)
-            self.train_step.load_state_dict(state)
+                # From the file to its place: on a GPU there is no room for two of a state.
+                state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                self.train_step.load_state_dict(state)
             self.loader.consumed = found.position.images
             self.evaluations = found.position.evaluations
             if self.log is not None:
@@ -252,10 +254,7 @@ class TrialWorker:
         assert self.report is not None
         say, patience = self.report.say, 60 * self.experiment.training.patience_minutes
         self.log = RunLog.resume(self.job.tracking_uri, self.job.run, say, patience)
-        found, damaged = retry(lambda: checkpoints.newest(self.root), f"reading {self.root}", patience, say)
-        for sentence in damaged:
-            say(sentence)
-        return found
+        return starting_point(self.root, self.report, patience, self.loader.info.digest)
 
     def _evaluate(self, step: int) -> None:
         """Score the first EMA. All ranks take part, rank 0 records."""
@@ -292,11 +291,18 @@ class TrialWorker:
                 if self.report is not None:
                     self.report.say(f"{path} cannot be written: {error.strerror}", step)
 
-    def _save(self, step: int) -> None:
-        """Copy the state to host memory; rank 0 publishes it while training goes on."""
+    def _save(self, step: int, needed: bool) -> None:
+        """Copy the state to host memory; rank 0 publishes it while training goes on.
+
+        A checkpoint that is not `needed` is left out while the one before it is stuck.
+        """
+        sharded = self.train_step.mesh is not None
+        if self.rank != 0 and not sharded:
+            return
         started = time.perf_counter()
-        if self.rank == 0:
-            self.saver.wait()
+        ready = self.rank != 0 or self.saver.ready(step, needed)
+        if not (parallel.from_first(ready) if sharded else ready):
+            return
         state = self.train_step.host_state(self._state_copy)
         ema = self.train_step.host_ema_state(copy=self._ema_copy)
         if self.log is None:
@@ -309,12 +315,16 @@ class TrialWorker:
             save_weights(folder / checkpoints.EMA, ema, self.config, objective, facts)
 
         position = Position(
-            step, self.loader.consumed, self.job.run, list(self.evaluations), self.log.unsent()
+            step,
+            self.loader.consumed,
+            self.job.run,
+            list(self.evaluations),
+            self.log.unsent(),
+            self.loader.info.digest,
         )
-        best = checkpoints.best_evaluation(
-            self.evaluations, self.experiment.search.metric, self.experiment.mode
-        )
-        self.saver.submit(position, best["step"] if best else None, write)
+        search = self.experiment.search
+        ranking = checkpoints.ranked(self.evaluations, search.metric, self.experiment.mode)
+        self.saver.submit(position, [evaluation["step"] for evaluation in ranking], write)
 
     def _stop_asked(self) -> bool:
         """Whether a stop was asked for. All ranks hear the same after the same step, and all raise JobError where rank 0 gives up."""

@@ -36,13 +36,13 @@ def curve(job: TrialJob, metric: str) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("method", ["soflow", "meanflow"])
-def test_one_two_and_four_workers_make_the_same_losses(worker: Make, method: str) -> None:
+def test_any_number_of_workers_makes_the_same_losses_also_where_the_batch_does_not_divide(worker: Make, method: str) -> None:
     settings = [f"objective={{method: {method}}}", "evaluation.every=6", "training.precision=float32"]
     alone = worker(f"{method}-1", *settings)
     alone.run()
     expected = curve(alone.job, "train/loss")
     assert len(expected) == 6
-    for world in (2, 4):
+    for world in (2, 3, 4):
         job = worker(f"{method}-{world}", *settings).job
         assert train(job, world) == [0] * world
         assert curve(job, "train/loss") == pytest.approx(expected, rel=2e-5)
@@ -55,7 +55,7 @@ def test_one_two_and_four_workers_make_the_same_losses(worker: Make, method: str
 def test_sharded_workers_train_the_network_that_one_does_and_either_goes_on_with_the_others_checkpoint(
     worker: Make,
 ) -> None:
-    settings = ["evaluation.every=3", "training.parallel=fsdp", "training.precision=float32"]
+    settings = ["evaluation.every=3", "training.parallel=fsdp", "resources.workers=2", "training.precision=float32"]
     alone = worker("alone", *settings)
     alone.run()
     shared = worker("shared", *settings)
