@@ -30,7 +30,8 @@ class Storage(Protocol):
     def names(self) -> list[str]:
         """The names of all files, sorted."""
 
-    def write(self, name: str, content: bytes) -> None: ...
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a whole file that outlives the machine's sudden end."""
 
     def publish(self, name: str, local: Path) -> None:
         """Moves a finished local file here under this name."""
@@ -74,8 +75,13 @@ class LocalFolder:
     def write(self, name: str, content: bytes) -> None:
         aside = self._aside(name)
         try:
-            aside.write_bytes(content)
+            with aside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(aside, self.path(name))
+            for folder in {self.path(name).parent, self.folder}:
+                _sync_names(folder)
         except OSError as error:
             raise StorageError(f"{self.path(name)} cannot be written: {error.strerror}") from error
         finally:
@@ -102,6 +108,15 @@ class LocalFolder:
 
     def remove(self, name: str) -> None:
         self.path(name).unlink(missing_ok=True)
+
+
+def _sync_names(folder: Path) -> None:
+    """The names in a folder reach the disk."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def open_storage(uri: str | Path) -> Storage:

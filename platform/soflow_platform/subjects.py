@@ -15,7 +15,7 @@ from soflow_pipelines.storage import LocalFolder, StorageError
 from soflow_platform import checkpoints
 from soflow_platform.checkpoints import EMA, Checkpoint
 from soflow_platform.errors import UserError
-from soflow_platform.storage import Storage, read_json
+from soflow_platform.storage import Storage
 from soflow_platform.sweep_names import find
 from soflow_platform.sweep_record import SweepRecord, load_record
 from soflow_platform.tracking import SWEEP_TAG, TRIAL_TAG, client_for
@@ -55,7 +55,7 @@ def find_subject(name: str, storage: Storage, tracking_uri: str) -> Subject:
         return _file(path)
     if path.is_dir():
         if (path / EMA).is_file():
-            return _checkpoint_folder(path, tracking_uri)
+            return _checkpoint_folder(path, storage, tracking_uri)
         return Subject(str(path), images=str(path.absolute()))
     if RUN_ID.fullmatch(name):
         return _run(name, storage, tracking_uri)
@@ -92,15 +92,10 @@ def _sweep_or_model(name: str, storage: Storage, tracking_uri: str) -> Subject:
 def trial_subject(storage: Storage, record: SweepRecord, trial: str, newest: bool = False) -> Subject:
     """A trial's best checkpoint by the sweep's metric, or its newest one."""
     root = checkpoints.trial_root(record.experiment["training"].get("checkpoints"), storage, record.id, trial)
-    complete = checkpoints.published(root)
-    if not complete:
+    best = None if newest else checkpoints.best(root, record.metric, record.mode)
+    chosen = best[0] if best else checkpoints.newest(root, [EMA])[0]
+    if chosen is None:
         raise UserError(f"trial {trial} of sweep {record.id} has no checkpoint yet.")
-    chosen = complete[-1]
-    if not newest:
-        kept = {c.position.step: c for c in complete}
-        scored = [e for e in chosen.position.evaluations if e["step"] in kept]
-        best = checkpoints.best_evaluation(scored, record.metric, record.mode)
-        chosen = kept[best["step"]] if best else chosen
     return Subject(
         f"{record.id}/{trial} at step {chosen.position.step}",
         weights=_weights_of(chosen, storage),
@@ -111,8 +106,12 @@ def trial_subject(storage: Storage, record: SweepRecord, trial: str, newest: boo
 
 
 def _weights_of(checkpoint: Checkpoint, storage: Storage) -> Path:
-    with checkpoint.opened(EMA) as path:
-        return path if isinstance(checkpoint.storage, LocalFolder) else kept_weights(path, storage)
+    """Its averaged weights, compared with what was written. Raises UserError where they are damaged or away."""
+    try:
+        with checkpoint.opened(EMA) as path:
+            return path if isinstance(checkpoint.storage, LocalFolder) else kept_weights(path, storage)
+    except StorageError as error:
+        raise UserError(str(error)) from error
 
 
 def kept_weights(path: Path, storage: Storage) -> Path:
@@ -126,15 +125,25 @@ def kept_weights(path: Path, storage: Storage) -> Path:
     return kept
 
 
-def _checkpoint_folder(path: Path, tracking_uri: str) -> Subject:
-    record = read_json(path / checkpoints.RECORD) or {}
-    run = record.get("run")
+def _checkpoint_folder(path: Path, storage: Storage, tracking_uri: str) -> Subject:
+    folder = path.absolute()
+    if not (folder / checkpoints.RECORD).is_file():
+        return Subject(str(path), weights=folder / EMA)
+    checkpoint = checkpoints.read_record(LocalFolder(folder.parent), folder.name)
+    if checkpoint is None:
+        raise UserError(f"{path / checkpoints.RECORD} is damaged: name {path / EMA} to score what is there.")
+    return _checkpoint(str(path), checkpoint, storage, tracking_uri)
+
+
+def _checkpoint(name: str, checkpoint: Checkpoint, storage: Storage, tracking_uri: str) -> Subject:
+    position = checkpoint.position
+    tags = _tags(tracking_uri, position.run)
     return Subject(
-        str(path),
-        weights=(path / EMA).absolute(),
-        step=record.get("step"),
-        run=run if run and _tags(tracking_uri, run) is not None else None,
-        data=(_tags(tracking_uri, run) or {}).get("data.source") if run else None,
+        name,
+        weights=_weights_of(checkpoint, storage),
+        step=position.step,
+        run=None if tags is None else position.run,
+        data=(tags or {}).get("data.source"),
     )
 
 
@@ -146,18 +155,9 @@ def _remote_checkpoint(uri: str, storage: Storage, tracking_uri: str) -> Subject
         found = {c.name: c for c in checkpoints.published(f"{base}{mark}{options}")}
         if name not in found:
             raise UserError(f"{uri} is no checkpoint; {base} has {', '.join(sorted(found)) or 'none'}.")
-        weights = _weights_of(found[name], storage)
     except StorageError as error:
         raise UserError(f"{uri}: {error}") from error
-    position = found[name].position
-    tags = _tags(tracking_uri, position.run)
-    return Subject(
-        uri,
-        weights=weights,
-        step=position.step,
-        run=None if tags is None else position.run,
-        data=(tags or {}).get("data.source"),
-    )
+    return _checkpoint(uri, found[name], storage, tracking_uri)
 
 
 def _run(run: str, storage: Storage, tracking_uri: str) -> Subject:

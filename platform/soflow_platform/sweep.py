@@ -291,14 +291,12 @@ def _finish(
 def _outcome(
     storage: Storage, record: SweepRecord, experiment: Experiment, trial: Trial, failures: dict[str, str]
 ) -> TrialOutcome:
-    complete = checkpoints.published(_checkpoint_root(storage, record, experiment, trial.name))
-    position = complete[-1].position if complete else None
-    step = position.step if position else 0
-    best = None
-    if position:
-        kept = {checkpoint.position.step for checkpoint in complete}
-        scored = [e for e in position.evaluations if e["step"] in kept]
-        best = checkpoints.best_evaluation(scored, experiment.search.metric, experiment.mode)
+    root = _checkpoint_root(storage, record, experiment, trial.name)
+    # What is used from here on are weights; what training would go on from is verified when it does.
+    newest, _ = checkpoints.newest(root, [checkpoints.EMA])
+    step = newest.position.step if newest else 0
+    scored = checkpoints.best(root, experiment.search.metric, experiment.mode)
+    best = scored[1] if scored else None
     if trial.name in failures:
         return TrialOutcome(trial.name, "failed", step, best, failures[trial.name])
     if step == trial.experiment.training.steps:

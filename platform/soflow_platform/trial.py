@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soflow_platform.checkpoints import published, trial_root
+from soflow_platform.checkpoints import EMA, newest, trial_root
 from soflow_platform.config.experiment import Experiment, trial_params
 from soflow_platform.retries import retry
 from soflow_platform.stops import stop_requested
@@ -60,8 +60,9 @@ def run_trial(config: dict[str, Any]) -> None:
         storage.trial(task.sweep, task.trial), task.trial, experiment.training.steps, task.attempt, board
     )
     root = trial_root(experiment.training.checkpoints, storage, task.sweep, task.trial)
-    complete = retry(lambda: published(root), f"reading {root}", patience, journal.say)
-    position = complete[-1].position if complete else None
+    # Whether it can go on from there is for its workers to see; sound weights end a trial that has trained to its last step.
+    found, _ = retry(lambda: newest(root, [EMA]), f"reading {root}", patience, journal.say)
+    position = found.position if found else None
     reported = 0
     for evaluation in position.evaluations if position else []:
         reported = evaluation["step"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from soflow_platform.journal import LOG, Journal
-from soflow_platform.storage import write_json
+from soflow_platform.storage import read_json, write_json
 
 STATUS = "status.json"
 PROGRESS_SECONDS = 0.5
@@ -34,8 +34,16 @@ class TrialReport:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "attempt": attempt,
+            "first_attempt": self._first_attempt(attempt),
         }
         self._told = self._written = self._line = 0.0
+
+    def _first_attempt(self, attempt: int) -> int:
+        try:
+            told = read_json(self.folder / STATUS) or {}
+        except (OSError, ValueError):
+            return attempt
+        return int(told.get("first_attempt", attempt))
 
     def say(self, text: str, step: int | None = None) -> None:
         """One line in the trial's log."""
@@ -81,6 +89,14 @@ class TrialReport:
             left = "" if eta_seconds is None else f", {eta_seconds / 60:.1f} min left"
             self.say(f"loss {loss:.4g}, {rate:,.0f} images/s{left}", step)
 
+    def reached(self) -> int:
+        """The furthest step that any life of this trial has finished, as far as its status file knows."""
+        try:
+            told = read_json(self.folder / STATUS) or {}
+        except (OSError, ValueError):
+            return 0
+        return max(int(told.get("reached", 0)), int(told.get("step", 0)))
+
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Scores of one step."""
         self.say(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()), step)
@@ -102,7 +118,8 @@ class TrialReport:
 
     def _write_status(self) -> None:
         self._written = time.monotonic()
+        reached = max(self.reached(), self._status["step"])
         try:
-            write_json(self.folder / STATUS, {**self._status, "updated": time.time()})
+            write_json(self.folder / STATUS, {**self._status, "reached": reached, "updated": time.time()})
         except OSError as error:
             logging.getLogger(__name__).warning("%s: its status cannot be written: %s", self.trial, error)

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from object_store import ACCESS_KEY, SECRET_KEY, S3Server, Wire, find_weed, free_port, uri
+from small_disks import mounted
 
 from soflow_platform.storage import Storage
 from watched import Outcome, Watched
@@ -26,13 +27,8 @@ OUTAGE_SECONDS = 60
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 24 MiB of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a file system of its own cannot be mounted here: root is needed")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with mounted(tmp_path / "disk", mebibytes=24) as folder:
+        yield folder
 
 
 def fill(path: Path) -> None:

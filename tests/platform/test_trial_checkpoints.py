@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import threading
+import json
+import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +17,6 @@ from trained_state import differing_tensors, final_state
 from soflow_pipelines.storage import StorageError, open_storage
 from soflow_platform import checkpoints
 from soflow_platform.checkpoints import Position
-from soflow_platform.errors import JobError
 from soflow_platform.saving import CheckpointSaver
 from soflow_platform.training import TrialWorker
 
@@ -83,7 +85,7 @@ def test_a_checkpoint_being_written_when_the_process_dies_does_not_exist(root: s
     open_storage(root).write(f"step-00000006/{checkpoints.STATE}", b"whole")
     assert checkpoints.newest(root) == (None, [])
     checkpoints.publish(root, Position(7, 56, "run"), put(b"weights"))
-    checkpoints.prune(root, keep=1, best_step=None)
+    checkpoints.prune(root, keep=1)
     assert {name.partition("/")[0] for name in open_storage(root).names()} == {"step-00000007"}
 
 
@@ -102,9 +104,89 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(root: str, damag
     assert damaged == ["step-00000006 is damaged (state.pt): going back to the one before it."]
 
 
-def test_a_file_damaged_on_its_way_from_s3_is_not_used(bucket: str) -> None:
-    published = checkpoints.publish(bucket, Position(1, 8, "run"), put(b"weights"))
-    open_storage(bucket).write(f"{published.name}/{checkpoints.STATE}", b"weightz")
+@pytest.mark.parametrize(
+    "record", [b"", b'{"step": 6, "im', b"[]", b"{}"], ids=["empty", "torn", "list", "hollow"]
+)
+def test_a_record_that_cannot_be_read_is_damage_like_any_other(root: str, record: bytes) -> None:
+    for step in (4, 6):
+        checkpoints.publish(
+            root, Position(step, 8 * step, "run", [{"step": step, "fd": 1.0}]), put(b"weights")
+        )
+    open_storage(root).write(f"step-00000006/{checkpoints.RECORD}", record)
+    found, damaged = checkpoints.newest(root)
+    assert found is not None
+    assert found.position.step == 4
+    assert damaged == ["step-00000006 is damaged (checkpoint.json): going back to the one before it."]
+    assert steps(root) == [4]
+    checkpoints.prune(root, keep=2)
+    assert {name.partition("/")[0] for name in open_storage(root).names()} == {"step-00000004"}
+
+
+def test_a_record_of_a_later_version_is_read(root: str) -> None:
+    checkpoints.publish(root, Position(4, 32, "run"), put(b"weights"))
+    name, storage = f"step-00000004/{checkpoints.RECORD}", open_storage(root)
+    storage.write(name, json.dumps({**json.loads(storage.read(name)), "mood": "good"}).encode())
+    found, damaged = checkpoints.newest(root)
+    assert (found is not None, damaged) == (True, [])
+
+
+def test_damaged_checkpoints_that_training_went_back_from_do_not_outlive_sound_ones(root: str) -> None:
+    for step in (300, 500, 537):
+        checkpoints.publish(root, Position(step, 8 * step, "run"), put(b"weights"))
+    open_storage(root).write(f"step-00000500/{checkpoints.STATE}", b"weightz")
+    open_storage(root).write(f"step-00000537/{checkpoints.RECORD}", b"")
+    found, damaged = checkpoints.newest(root)
+    assert found is not None
+    assert (found.position.step, len(damaged)) == (300, 2)
+    checkpoints.begin(root, found.position.step)
+    checkpoints.publish(root, Position(310, 2480, "run"), put(b"weights"))
+    checkpoints.prune(root, keep=2)
+    assert steps(root) == [300, 310]
+    assert {name.partition("/")[0] for name in open_storage(root).names()} == {
+        "step-00000300",
+        "step-00000310",
+    }
+
+
+def test_the_best_checkpoint_is_the_best_whose_weights_are_sound(root: str) -> None:
+    evaluations: list[dict[str, float]] = []
+    for step, distance in ((1, 2.0), (2, 1.0), (3, 3.0), (4, 0.5)):
+        evaluations.append({"step": step, "fd": distance})
+        if step < 4:
+            position = Position(step, 8 * step, "run", list(evaluations))
+            checkpoints.publish(root, position, put(b"weights", checkpoints.EMA))
+    found = checkpoints.best(root, "fd", "min")
+    assert found is not None
+    assert (found[0].position.step, found[1]) == (2, {"step": 2, "fd": 1.0})
+    open_storage(root).write(f"step-00000002/{checkpoints.EMA}", b"weightz")
+    found = checkpoints.best(root, "fd", "min")
+    assert found is not None
+    assert found[0].position.step == 1
+    assert checkpoints.best(root, "label_agreement", "max") is None
+
+
+def test_what_a_killed_writer_left_is_removed_at_the_next_start(root: str, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+
+    def dies(folder: Path) -> None:
+        put(b"half")(folder)
+        half.write_text(str(folder))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = multiprocessing.get_context("fork").Process(
+        target=checkpoints.publish, args=(root, Position(5, 40, "run"), dies)
+    )
+    child.start()
+    child.join(20)
+    left = Path(half.read_text())
+    assert (left / checkpoints.STATE).read_bytes() == b"half"
+    checkpoints.begin(root, 0)
+    assert not left.exists()
+
+
+def test_a_damaged_file_is_not_opened(root: str) -> None:
+    published = checkpoints.publish(root, Position(1, 8, "run"), put(b"weights"))
+    open_storage(root).write(f"{published.name}/{checkpoints.STATE}", b"weightz")
     with (
         pytest.raises(StorageError, match="is damaged: its checksum differs"),
         published.opened(checkpoints.STATE),
@@ -112,10 +194,10 @@ def test_a_file_damaged_on_its_way_from_s3_is_not_used(bucket: str) -> None:
         pass
 
 
-def test_the_best_checkpoint_is_kept_beside_the_newest(root: str) -> None:
+def test_the_best_checkpoint_there_is_is_kept_beside_the_newest(root: str) -> None:
     for step in range(1, 7):
         checkpoints.publish(root, Position(step, 8 * step, "run"), put(b"weights"))
-        checkpoints.prune(root, keep=2, best_step=2)
+        checkpoints.prune(root, keep=2, ranking=[9, 2, 1])
     assert steps(root) == [2, 5, 6]
 
 
@@ -126,24 +208,6 @@ def test_nan_is_never_the_best_evaluation() -> None:
     assert checkpoints.best_evaluation(evaluations[:1], "fd", "min") is None
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
-    told: list[str] = []
-    release = threading.Event()
-
-    def slow(folder: Path) -> None:
-        assert release.wait(10)
-        put(b"weights")(folder)
-
-    saver = CheckpointSaver(str(tmp_path), keep=2, patience=1, say=told.append)
-    saver.submit(Position(1, 8, "run"), None, slow)
-    assert steps(str(tmp_path)) == []
-    release.set()
-    saver.submit(Position(2, 16, "run"), None, put(b"weights"))
-    saver.close()
-    assert steps(str(tmp_path)) == [1, 2]
-    assert [line.split(" saved")[0] for line in told] == ["checkpoint of step 1", "checkpoint of step 2"]
-
-
 def test_a_storage_that_is_away_for_a_while_delays_a_checkpoint_and_no_more(
     bucket: str, server: S3Server
 ) -> None:
@@ -152,7 +216,7 @@ def test_a_storage_that_is_away_for_a_while_delays_a_checkpoint_and_no_more(
     through = bucket.replace(str(server.port), str(wire.port))
     saver = CheckpointSaver(through, keep=2, patience=60, say=told.append)
     wire.cut_after = 0
-    saver.submit(Position(1, 8, "run"), None, put(b"weights"))
+    saver.submit(Position(1, 8, "run"), [], put(b"weights"))
     time.sleep(1)
     assert steps(bucket) == []
     wire.cut_after = None
@@ -161,20 +225,6 @@ def test_a_storage_that_is_away_for_a_while_delays_a_checkpoint_and_no_more(
     assert steps(bucket) == [1]
     assert "trying again" in told[0]
     assert "succeeded after" in told[1]
-
-
-def test_a_storage_that_stays_away_costs_the_checkpoint_and_fails_the_trial_only_at_its_end(
-    tmp_path: Path,
-) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("not a folder")
-    told: list[str] = []
-    saver = CheckpointSaver(str(blocked / "checkpoints"), keep=2, patience=0.2, say=told.append)
-    saver.submit(Position(1, 8, "run"), None, put(b"weights"))
-    saver.submit(Position(2, 16, "run"), None, put(b"weights"))
-    with pytest.raises(JobError, match=r"saving the checkpoint of step 2 to .*Not a directory"):
-        saver.close()
-    assert any("saving the checkpoint of step 1" in line and "before it are kept" in line for line in told)
 
 
 def test_a_trial_that_keeps_its_checkpoints_in_s3_trains_what_one_on_disk_does(
