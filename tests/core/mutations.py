@@ -24,6 +24,12 @@ MEANFLOW = "soflow_core/objectives/meanflow.py"
 GUIDANCE = "soflow_core/guidance.py"
 TIMES = "soflow_core/times.py"
 PASSES = "soflow_core/passes.py"
+FLOW_MATCHING = "soflow_core/objectives/flow_matching.py"
+DIFFUSION = "soflow_core/objectives/diffusion.py"
+CONSISTENCY = "soflow_core/objectives/consistency.py"
+ALPHAFLOW = "soflow_core/objectives/alphaflow.py"
+SHORTCUT = "soflow_core/objectives/shortcut.py"
+OPTIMIZER = "soflow_core/optimizer.py"
 
 # The reference is left out: the mathematics has to stand by itself.
 TESTS = [
@@ -33,6 +39,9 @@ TESTS = [
     "test_soflow.py",
     "test_baselines.py",
     "test_exact_solutions.py",
+    "test_recipes.py",
+    "test_precision.py",
+    "test_optimizer.py",
 ]
 
 
@@ -128,6 +137,64 @@ MUTATIONS = [
     Mutation("MeanFlow: kappa missing from v_u", GUIDANCE, "(1 - self.omega - self.kappa)", "(1 - self.omega)"),
     Mutation("MeanFlow: t and s swapped", AVERAGE, "    return t, s\n", "    return s, t\n"),
     Mutation("MeanFlow: step the wrong way", AVERAGE, "return x - per_row(t - s, x)", "return x + per_row(t - s, x)"),
+    Mutation("recipe: SoFlow guided by w = 2", GUIDANCE, "scale: float = 3.0", "scale: float = 2.0"),
+    Mutation("recipe: SoFlow's guidance decays from 0.6", GUIDANCE, "decay_from: float = 0.8", "decay_from: float = 0.6"),
+    Mutation("recipe: MeanFlow's times near the noise", MEANFLOW, "LogitNormal(-0.4, 1.0)", "LogitNormal(0.4, 1.0)"),
+    Mutation("recipe: MeanFlow's eps", MEANFLOW, "weight_eps: float = 0.01", "weight_eps: float = 1.0"),
+    Mutation("recipe: alpha-Flow's times near the noise", ALPHAFLOW, "LogitNormal(-0.4, 1.0)", "LogitNormal(0.4, 1.0)"),
+    Mutation("recipe: alpha-Flow's eps", ALPHAFLOW, "weight_eps: float = 1e-3", "weight_eps: float = 1e-1"),
+    Mutation(
+        "recipe: alpha-Flow's share of Flow Matching",
+        ALPHAFLOW,
+        "flow_matching_share: float = 0.25",
+        "flow_matching_share: float = 0.5",
+    ),
+    Mutation("recipe: sCM's times near the noise", CONSISTENCY, "LogitNormal(-1.0, 1.4)", "LogitNormal(1.0, 1.4)"),
+    Mutation("recipe: Shortcut's teacher", SHORTCUT, "teacher_ema: float = 0.999", "teacher_ema: float = 0.9"),
+    Mutation("recipe: Shortcut's guidance", SHORTCUT, "scale: float = 1.5", "scale: float = 4.0"),
+    Mutation("recipe: diffusion's dropped labels", DIFFUSION, "drop: float = 0.1", "drop: float = 0.3"),
+    Mutation("recipe: Adam's betas", OPTIMIZER, "(0.9, 0.99)", "(0.9, 0.999)"),
+    Mutation("no weight decay", OPTIMIZER, '"weight_decay": self.weight_decay', '"weight_decay": 0.0'),
+    Mutation(
+        "Flow Matching: times of the nearer half",
+        FLOW_MATCHING,
+        "torch.rand(count, generator=generator)",
+        "0.5 * torch.rand(count, generator=generator)",
+    ),
+    Mutation(
+        "diffusion: step numbers of the first half",
+        DIFFUSION,
+        "torch.randint(self.diffusion_steps,",
+        "torch.randint(self.diffusion_steps // 2,",
+    ),
+    Mutation(
+        "DDPM: variance of the forward step",
+        "soflow_core/samplers/diffusion.py",
+        "((1 - after) / (1 - here) * beta) ** 0.5",
+        "beta**0.5",
+    ),
+    Mutation(
+        "Shortcut: step sizes by the row's number alone",
+        SHORTCUT,
+        "row + torch.randint(levels, (), generator=generator)",
+        "row - velocity_rows",
+    ),
+    Mutation(
+        "precision: times under autocast",
+        "soflow_core/networks/dit.py",
+        "with torch.autocast(t.device.type, enabled=False):",
+        "if True:",
+    ),
+    Mutation("precision: SoFlow's guidance", SOFLOW, "passes.used(passes.tolerant,", "passes.used(passes.exact,"),
+    Mutation("precision: MeanFlow", MEANFLOW, "passes.tolerant(x_t", "passes.exact(x_t"),
+    Mutation("precision: alpha-Flow", ALPHAFLOW, "passes.exact", "passes.tolerant"),
+    Mutation("precision: iCT and ECT", CONSISTENCY, "passes.exact", "passes.tolerant"),
+    Mutation(
+        "precision: Flow Matching",
+        FLOW_MATCHING,
+        "Passes(network, policy).tolerant",
+        "Passes(network, policy).exact",
+    ),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Every broken line of SoFlow and MeanFlow turns a test red."""
+"""Every broken line turns a test red."""
 
 import pytest
 from mutations import MUTATIONS, NOTHING, run

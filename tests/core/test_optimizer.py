@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_networks import random_inputs, random_network
 from torch import float32
+from torch.testing import assert_close
 
 from soflow_core.objectives import SoFlow
 from soflow_core.optimizer import OptimizerConfig
@@ -106,3 +107,16 @@ def test_fused_adam_takes_the_rate_of_each_step():
         moved.append((train.module.final_layer.linear.bias - before).abs())
     assert moved[0].allclose(moved[0].new_tensor(1e-2), rtol=1e-4)
     assert moved[1].allclose(moved[1].new_tensor(5e-3), rtol=1e-4)
+
+
+def test_weight_decay_takes_its_share_of_the_weights_beside_adams_step():
+    """AdamW: a step is smaller by lr times the decay times the weights as they were."""
+    after = []
+    for weight_decay in (0.0, 0.5):
+        config = OptimizerConfig(lr=1e-2, weight_decay=weight_decay)
+        train = TrainStep(random_network(float32), SoFlow(), config, total_steps=4)
+        before = [p.detach().clone() for p in train.parameters]
+        train(*random_inputs(train.objective, dtype=float32))
+        after.append(train.parameters)
+    for start, plain, decayed in zip(before, *after, strict=True):
+        assert_close(plain - decayed, 1e-2 * 0.5 * start, rtol=1e-4, atol=1e-6)

@@ -146,26 +146,26 @@ ONE = logit_normal(-0.4, 1.0)
 START = logit_normal(0.2, 0.8)
 
 
-@pytest.mark.parametrize(
-    ("method", "part", "time", "cdf"),
-    [
-        ("soflow", "leading", "t", logit_normal(-0.2, 1.0)),
-        ("soflow", "other", "t", START),
-        ("soflow", "other", "s", smaller(logit_normal(-1.0, 0.8), START)),
-        ("flow_matching", "leading", "t", lambda t: t),
-        ("diffusion", "leading", "t", lambda n: (n + 0.5) / DIFFUSION_STEPS),
-        ("ict", "other", "t", cut_logit_normal(-1.1, 2.0, 0.002, 80.0)),
-        ("ect", "other", "t", logit_normal(-1.1, 2.0)),
-        ("scm", "other", "t", logit_normal(-1.0, 1.4)),
-        ("meanflow", "leading", "t", larger(ONE)),
-        ("meanflow", "other", "t", larger(ONE)),
-        ("meanflow", "other", "s", smaller(ONE, ONE)),
-        ("alphaflow", "leading", "t", larger(ONE)),
-        ("alphaflow", "other", "t", larger(ONE)),
-        ("alphaflow", "other", "s", smaller(ONE, ONE)),
-        ("shortcut", "leading", "t", grid(128)),
-    ],
-)
+TIMES = [
+    ("soflow", "leading", "t", logit_normal(-0.2, 1.0)),
+    ("soflow", "other", "t", START),
+    ("soflow", "other", "s", smaller(logit_normal(-1.0, 0.8), START)),
+    ("flow_matching", "leading", "t", lambda t: t),
+    ("diffusion", "leading", "t", lambda n: (n + 0.5) / DIFFUSION_STEPS),
+    ("ict", "other", "t", cut_logit_normal(-1.1, 2.0, 0.002, 80.0)),
+    ("ect", "other", "t", logit_normal(-1.1, 2.0)),
+    ("scm", "other", "t", logit_normal(-1.0, 1.4)),
+    ("meanflow", "leading", "t", larger(ONE)),
+    ("meanflow", "other", "t", larger(ONE)),
+    ("meanflow", "other", "s", smaller(ONE, ONE)),
+    ("alphaflow", "leading", "t", larger(ONE)),
+    ("alphaflow", "other", "t", larger(ONE)),
+    ("alphaflow", "other", "s", smaller(ONE, ONE)),
+    ("shortcut", "leading", "t", grid(128)),
+]
+
+
+@pytest.mark.parametrize(("method", "part", "time", "cdf"), TIMES, ids=["-".join(row[:3]) for row in TIMES])
 def test_times_have_the_distribution_of_the_method(method, part, time, cdf):
     draws = draw(method)
     times, first = getattr(draws, time), draws.velocity_rows

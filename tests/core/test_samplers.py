@@ -3,6 +3,7 @@ from.
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -24,14 +25,13 @@ X = torch.linspace(-2, 3, 101, dtype=torch.float64).reshape(-1, 1, 1, 1)
 
 
 def affine_response(sampler, steps: int) -> tuple[float, float]:
-    """Mean and variance of an affine sampler's output for independent normal noises."""
-    zeros = [torch.zeros(1, 1, 1, 1, dtype=torch.float64) for _ in range(steps)]
-    mean = sampler(zeros[0], zeros[1:]).item()
-    variance = 0.0
-    for i in range(steps):
-        unit = [torch.ones_like(z) if j == i else z for j, z in enumerate(zeros)]
-        variance += (sampler(unit[0], unit[1:]).item() - mean) ** 2
-    return mean, variance
+    """Mean and variance of an affine sampler's output for independent normal noises, of which row 0 has none and
+    row i the i-th alone.
+    """
+    rows = torch.cat([torch.zeros(1, steps), torch.eye(steps)]).double()
+    first, *others = rows.T.reshape(steps, -1, 1, 1, 1)
+    mean, *responses = sampler(first, others).flatten().tolist()
+    return mean, sum((response - mean) ** 2 for response in responses)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
@@ -115,6 +115,31 @@ def test_ddpm_with_exact_noise_gives_the_data_distribution():
     mean, variance = affine_response(sampler, 250)
     assert mean == pytest.approx(0.7, abs=0.01)
     assert variance == pytest.approx(0.25, rel=0.1)
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+def test_ddpm_keeps_the_forward_marginals_of_a_single_datum_at_any_spacing(steps):
+    """With x0 known the posterior q(x' | x, x0) makes N(sqrt(abar') x0, 1 - abar') of N(sqrt(abar) x0, 1 - abar)."""
+    alpha_bar, datum = linear_alpha_bar(1000, 1e-4, 2e-2), 0.7
+    numbers = respaced(1000, steps)
+    first = float(alpha_bar[numbers[0]])
+
+    def state(number, noise, renoise):
+        """The chain's state when the network is asked at this step number."""
+        seen = {}
+
+        def predict(x, asked):
+            seen[int(asked[0])] = x
+            here = alpha_bar[asked.long()].reshape(-1, 1, 1, 1)
+            return (x - here.sqrt() * datum) / (1 - here).sqrt()
+
+        ddpm(predict, first**0.5 * datum + (1 - first) ** 0.5 * noise, alpha_bar, steps, renoise)
+        return seen[number]
+
+    for number in (numbers[1], numbers[steps // 2], numbers[-1]):
+        here = float(alpha_bar[number])
+        found = affine_response(partial(state, number), steps)
+        assert found == pytest.approx((here**0.5 * datum, 1 - here), rel=1e-6)
 
 
 def test_one_step_from_pure_noise_to_data_leaves_no_noise_to_add():

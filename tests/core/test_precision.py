@@ -1,0 +1,112 @@
+"""In which precision each pass of each method runs, under each policy."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from random_networks import random_inputs, random_network
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from soflow_core.guidance import VelocityGuidance
+from soflow_core.objectives import (
+    OBJECTIVES,
+    AlphaFlow,
+    ContinuousConsistency,
+    Diffusion,
+    EasyConsistency,
+    FlowMatching,
+    ImprovedConsistency,
+    MeanFlow,
+    Objective,
+    Shortcut,
+    SoFlow,
+)
+from soflow_core.passes import PassPolicy, Precision
+
+MATCHED = VelocityGuidance(omega=0.75, kappa=0.75, end=0.8)
+TOTAL = 100
+
+
+class Watched:
+    """A network that notes of each pass whether it is a JVP, whether it runs under autocast, and in what it ends."""
+
+    def __init__(self) -> None:
+        self.network = random_network(torch.float32)
+        self.seen: list[tuple[bool, bool, torch.dtype]] = []
+
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        result = self.network(x, t, s, labels)
+        derivative = forward_ad.unpack_dual(t).tangent is not None
+        self.seen.append((derivative, torch.is_autocast_enabled("cpu"), result.dtype))
+        return result
+
+
+def passes(objective: Objective, precision: Precision, step: int) -> list[str]:
+    """What each pass of a step is: `bfloat16`, `float32`, or `jvp` if in float32."""
+    watched = Watched()
+    batch, draws = random_inputs(objective, size=16, dtype=torch.float32)
+    policy = PassPolicy(precision, skip_unused=False, teacher=watched)
+    loss = objective.loss(watched, batch, draws, step, TOTAL, policy)
+    assert loss.loss.dtype == torch.float32
+    names = []
+    for derivative, autocast, dtype in watched.seen:
+        assert dtype == (torch.bfloat16 if autocast else torch.float32)
+        assert not (derivative and autocast)
+        names.append("jvp" if derivative else str(dtype).removeprefix("torch."))
+    return names
+
+
+TOLERANT, EXACT, JVP = "bfloat16", "float32", "jvp"
+UNDER_MIXED = [
+    # Guidance, prediction of the velocity rows, the consistency pair.
+    (SoFlow(), 0, [TOLERANT, TOLERANT, EXACT, EXACT]),
+    (FlowMatching(), 0, [TOLERANT]),
+    (Diffusion(), 0, [TOLERANT]),
+    (ImprovedConsistency(), 0, [EXACT, EXACT]),
+    (EasyConsistency(), TOTAL // 2, [EXACT, EXACT]),
+    (ContinuousConsistency(), 0, [TOLERANT, JVP]),
+    # Prediction, guidance, derivative.
+    (MeanFlow(guidance=MATCHED), 0, [TOLERANT, TOLERANT, JVP]),
+    # Prediction, guidance, the later point of the quotient or, where alpha is 0, the derivative.
+    (AlphaFlow(), TOTAL // 2, [EXACT, TOLERANT, EXACT]),
+    (AlphaFlow(), TOTAL, [EXACT, TOLERANT, JVP]),
+    # Two half steps of the teacher, each with and without label, prediction.
+    (Shortcut(bootstrap_share=0.5), 0, [TOLERANT] * 5),
+]
+
+
+each_method = pytest.mark.parametrize(
+    ("objective", "step", "expected"), UNDER_MIXED, ids=[f"{o.method}-{step}" for o, step, _ in UNDER_MIXED]
+)
+
+
+def test_every_method_is_here():
+    assert {objective.method for objective, _, _ in UNDER_MIXED} == set(OBJECTIVES)
+
+
+@each_method
+def test_mixed_halves_the_precision_of_passes_that_no_difference_quotient_divides(objective, step, expected):
+    assert passes(objective, "mixed", step) == expected
+
+
+@each_method
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_other_policies_run_every_pass_alike_but_for_derivatives(objective, step, expected, precision):
+    found = passes(objective, precision, step)
+    assert set(found) - {JVP} == {precision}
+    assert found.count(JVP) == expected.count(JVP)
+
+
+def test_without_guidance_soflow_has_no_pass_for_it():
+    unguided = replace(SoFlow(), guidance=replace(SoFlow().guidance, scale=1))
+    assert passes(unguided, "mixed", 0) == [TOLERANT, EXACT, EXACT]
+
+
+def test_times_and_labels_condition_a_network_in_float32_also_under_autocast():
+    network = random_network(torch.float32)
+    t, s, labels = torch.linspace(0.5, 0.51, 6), torch.linspace(0.1, 0.2, 6), torch.arange(6) % 3
+    with torch.no_grad():
+        plain = network.condition(t, s, labels)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(network.condition(t, s, labels), plain)
