@@ -157,6 +157,7 @@ class ForwardTimer:
         self._started = 0.0
         self.measuring = False
         self._slow: list[int] = []
+        self._named: int | None = None
         network.register_forward_pre_hook(self._begin)
         network.register_forward_hook(self._end)
 
@@ -171,11 +172,16 @@ class ForwardTimer:
             self.seconds += time.perf_counter() - self._started
 
     def slow_rank(self) -> tuple[int, float] | None:
-        """(rank, how many times the median) of the slowest rank where it stays slow. All ranks take part."""
+        """(rank, how many times the median) of the slowest rank where it stays slow, once until that ends. All ranks take part."""
         seconds = gather([self.seconds])
         self.seconds = 0.0
         median = statistics.median_low(seconds)
         ratio = max(seconds) / median if median else 1.0
         rank = seconds.index(max(seconds))
         self._slow = [*self._slow, rank][-SLOW_IN_ROW:] if ratio > SLOW else []
-        return (rank, ratio) if self._slow == [rank] * SLOW_IN_ROW else None
+        if not self._slow:
+            self._named = None
+        if self._slow != [rank] * SLOW_IN_ROW or self._named == rank:
+            return None
+        self._named = rank
+        return rank, ratio

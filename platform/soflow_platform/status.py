@@ -93,7 +93,7 @@ def _trial_status(storage: Storage, record: SweepRecord, trial: str, running: bo
     told = _read(storage, record.id, trial)
     if running and told.get("attempt", record.attempts) < record.attempts and told.get("state") != "finished":
         # Said before the sweep was started again.
-        told = {k: v for k, v in told.items() if k in ("step", "steps", "images", "attempt")}
+        told = {k: v for k, v in told.items() if k in ("step", "steps", "images", "attempt", "first_attempt")}
     checkpoint = _checkpoint_step(storage, record, trial)
     steps = told.get("steps") or trial_steps(record, trial)
     begun = "state" in told or checkpoint is not None
@@ -115,7 +115,7 @@ def _trial_status(storage: Storage, record: SweepRecord, trial: str, running: bo
         checkpoint_step=checkpoint,
         heartbeat_seconds=heartbeat,
         silent=live and heartbeat is not None and heartbeat > SILENT_SECONDS,
-        restarts=max(0, told.get("attempt", 1) - 1),
+        restarts=max(0, told.get("attempt", 1) - told.get("first_attempt", 1)),
         host=told.get("host"),
         pid=told.get("pid"),
     )

@@ -90,19 +90,24 @@ def run_trial(config: dict[str, Any]) -> None:
             reported = evaluation["step"]
             tune.report(evaluation)
         now = ray.get(board.snapshot.remote())[task.trial]
+        asked = now.state in WAITING and stop_requested(storage, task.sweep, task.trial)
         waiting = now.state in WAITING and time.time() - now.since > limit
-        if not running or waiting:
+        if not running or asked or waiting:
             break
         time.sleep(POLL_SECONDS)
     failure = now.failure or fit.failure
-    if waiting:
+    if asked:
+        # There are no workers that could hear of it.
+        journal.say("asked to stop while it waited for machines")
+        journal.state("stopped")
+    elif waiting:
         failure = (
             f"no machine for its {experiment.resources.workers} worker(s) came within "
             f"{experiment.resources.wait_minutes:g} min (resources.wait_minutes): add a node, lower resources.workers or set "
             "resources.min_workers; the same command goes on"
         )
         journal.failure(failure)
-    state = "FAILED" if failure else "KILLED" if now.state == "stopped" else "FINISHED"
+    state = "FAILED" if failure else "KILLED" if asked or now.state == "stopped" else "FINISHED"
     retry(lambda: tracking.finish(run, state), "closing the run", patience, journal.say, is_outage)
     if failure:
         # Told and not raised: Tune would start the trial again, which is for lost machines alone.

@@ -21,7 +21,7 @@ from soflow_platform.journal import LOG, Journal
 from soflow_platform.stops import clear_stops, request_stop, stop_requested
 from soflow_platform.storage import Storage, write_json
 from soflow_platform.sweep_record import GLANCE_SECONDS, SweepRecord, exclusive, is_running
-from soflow_platform.trial_report import STATUS
+from soflow_platform.trial_report import STATUS, TrialReport
 
 TRIALS = ("trial-00-lr=0.1", "trial-01-lr=0.2")
 HERE = socket.gethostname()
@@ -315,6 +315,30 @@ def test_what_does_not_run_cannot_be_stopped(storage: Storage, soflowctl: Comman
     assert code == 2
     assert f"trial {TRIALS[0]} of sweep {record.id} is finished: there is nothing to stop." in error
     assert not list(storage.root.rglob("stop.json"))
+
+
+def test_a_trial_that_has_not_begun_is_passed_over_and_not_waited_for(
+    storage: Storage, soflowctl: Command
+) -> None:
+    record = sweep(storage, "digits", "aa11")
+    tell(storage, record, TRIALS[0])
+    with exclusive(storage, record.id):
+        code, printed, _ = soflowctl("stop", TRIALS[1])
+        assert (code, len(printed.splitlines())) == (0, 1)
+        assert f"trial {TRIALS[1]} of sweep {record.id} has not begun: it is passed over" in printed
+        assert stop_requested(storage, record.id, TRIALS[1])
+        assert not stop_requested(storage, record.id, TRIALS[0])
+
+
+@pytest.mark.parametrize(("attempts", "restarts"), [([1], 0), ([3], 0), ([1, 2, 4], 3), ([2, 3], 1)])
+def test_restarts_count_from_the_trials_own_first_start(
+    storage: Storage, soflowctl: Command, attempts: list[int], restarts: int
+) -> None:
+    record = sweep(storage, "digits", "aa11", attempts=attempts[-1])
+    for attempt in attempts:
+        TrialReport(storage.trial(record.id, TRIALS[0]), TRIALS[0], 400, attempt).state("running", step=7)
+    shown, _ = json.loads(soflowctl("status", record.id, "--json")[1])
+    assert (shown["restarts"], shown["step"]) == (restarts, 7)
 
 
 def test_stop_tells_what_it_waits_for_and_leaves_its_request_when_time_is_up(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,7 +37,9 @@ def curve(job: TrialJob, metric: str) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("method", ["soflow", "meanflow"])
-def test_any_number_of_workers_makes_the_same_losses_also_where_the_batch_does_not_divide(worker: Make, method: str) -> None:
+def test_any_number_of_workers_makes_the_same_losses_also_where_the_batch_does_not_divide(
+    worker: Make, method: str
+) -> None:
     settings = [f"objective={{method: {method}}}", "evaluation.every=6", "training.precision=float32"]
     alone = worker(f"{method}-1", *settings)
     alone.run()
@@ -55,7 +58,12 @@ def test_any_number_of_workers_makes_the_same_losses_also_where_the_batch_does_n
 def test_sharded_workers_train_the_network_that_one_does_and_either_goes_on_with_the_others_checkpoint(
     worker: Make,
 ) -> None:
-    settings = ["evaluation.every=3", "training.parallel=fsdp", "resources.workers=2", "training.precision=float32"]
+    settings = [
+        "evaluation.every=3",
+        "training.parallel=fsdp",
+        "resources.workers=2",
+        "training.precision=float32",
+    ]
     alone = worker("alone", *settings)
     alone.run()
     shared = worker("shared", *settings)
@@ -119,6 +127,21 @@ def test_a_nan_in_one_ranks_batch_stops_all_ranks_before_the_update_and_names_th
         torch.isfinite(value).all() for value in final_state(root).values() if value.is_floating_point()
     )
     assert sorted(curve(job, "train/loss")) == [1, 2]
+
+
+def hold_back_rank_one_in_two_spells(worker: TrialWorker) -> None:
+    def hold(*_: Any) -> None:
+        slow = worker.rank == 1 and worker.train_step.step not in range(6, 12)
+        time.sleep(0.1 if slow else 0.03)
+
+    worker.train_step.network.register_forward_pre_hook(hold)
+
+
+def test_a_slow_rank_is_named_once_in_each_spell(worker: Make) -> None:
+    slowed = worker("slowed", "training.steps=18", "evaluation.every=18")
+    assert train(slowed.job, 2, hold_back_rank_one_in_two_spells) == [0, 0]
+    named = re.findall(r"(step \d+)  rank 1 takes ", (slowed.folder / "log.txt").read_text())
+    assert named == ["step 3", "step 15"]
 
 
 def lose_tracking_after_two_steps(worker: TrialWorker) -> None:

@@ -82,11 +82,18 @@ def stop_command(name: str, wait: float, storage_option: str | None) -> None:
         raise UserError(
             f"sweep {record.id} is not running ({sweep_state(storage, record)}): there is nothing to stop."
         )
+    begun = True
     if found.trial is not None:
         (status,) = trial_statuses(storage, record, [found.trial])
         if status.state in ENDED:
             raise UserError(f"{found} is {status.state}: there is nothing to stop.")
+        begun = status.heartbeat_seconds is not None
     request_stop(storage, record.id, found.trial)
+    if not begun:
+        print(
+            f"{found} has not begun: it is passed over when its turn comes, until the sweep is started again."
+        )
+        return
     print(f"asked {found} to stop after the step it is at; a checkpoint is saved.")
     if wait > 0:
         _wait(storage, found, wait)
