@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from trained_state import differing_tensors, final_state
 from soflow_core.checkpoints import load_weights
 from soflow_core.objectives import OBJECTIVES
 from soflow_platform import checkpoints
-from soflow_platform.errors import UserError
+from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage import Storage
 from soflow_platform.tracking import Tracking, client_for
 from soflow_platform.training import NonFiniteError, TrialWorker
+from soflow_platform.trial_report import TrialReport
 
 Make = Callable[..., TrialWorker]
 
@@ -62,6 +64,62 @@ def test_weights_and_curves_after_a_kill_are_those_of_the_run_never_killed(
     for metric in ("train/loss", "train/velocity_mse", "eval/fd_nfe1", "eval/fd_nfe2"):
         assert curve(whole, metric) == curve(again, metric)
         assert len(curve(again, metric)) == len({step for step, _ in curve(again, metric)})
+
+
+@pytest.mark.parametrize("file", [checkpoints.STATE, checkpoints.EMA, checkpoints.RECORD])
+def test_training_past_damaged_checkpoints_is_the_training_without_damage_and_keeps_none_of_them(
+    worker: Make, file: str
+) -> None:
+    settings = ["training.keep_checkpoints=1", "evaluation.every=6", "training.checkpoint_every=1"]
+    whole, cut = worker("whole", *settings), worker("cut", *settings)
+    whole.run()
+    cut.saver.keep = 10
+    run_until(cut, 4)
+    for step in (3, 4):
+        content = Path(cut.root, f"step-{step:08d}", file).read_bytes()
+        Path(cut.root, f"step-{step:08d}", file).write_bytes(content[: len(content) // 2])
+    again = worker("cut", *settings)
+    again._resume()
+    assert again.train_step.step == 2
+    assert [c.position.step for c in checkpoints.published(again.root)] == [1, 2]
+    again.run()
+    assert [path.name for path in Path(again.root).iterdir()] == ["step-00000006"]
+    assert differing_tensors(final_state(whole.root), final_state(again.root)) == []
+    log = (again.folder / "log.txt").read_text()
+    assert f"step-00000004 is damaged ({file}): going back to the one before it." in log
+
+
+def test_checkpoints_that_are_gone_are_missed_aloud(worker: Make) -> None:
+    first = worker("moved")
+    assert first.report is not None
+    run_until(first, 5)
+    assert "WARNING" not in (first.folder / "log.txt").read_text()
+    # A trial's own process tells its state before the workers look for checkpoints.
+    TrialReport(first.folder, "moved", 6, attempt=2).state("starting")
+    Path(first.root).rename(tmp := Path(first.root).with_name("elsewhere"))
+    again = worker("moved")
+    again._resume()
+    log = (again.folder / "log.txt").read_text()
+    assert (
+        f"WARNING: this trial has trained to step 4 and no checkpoint of it is found in {first.root}" in log
+    )
+    tmp.rename(first.root)
+    third = worker("moved")
+    third._resume()
+    assert third.train_step.step == 4
+    assert (again.folder / "log.txt").read_text().count("WARNING") == 1
+
+
+def test_a_trial_does_not_go_on_with_other_data(worker: Make) -> None:
+    run_until(worker("fed"), 3)
+    again = worker("fed")
+    seen = again.loader.info.digest
+    again.loader.info = replace(again.loader.info, digest="of other data")
+    with pytest.raises(
+        JobError, match=rf"step 2 was trained on data of digest {seen} and .* digest of other data"
+    ):
+        again._resume()
+    assert [c.position.data for c in checkpoints.published(again.root)] == [seen]
 
 
 def test_evaluating_changes_no_random_number_of_the_training(worker: Make) -> None:

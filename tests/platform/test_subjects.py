@@ -13,11 +13,13 @@ from scored_sweep import SWEEP
 from soflow_core.checkpoints import load_weights
 from soflow_platform import checkpoints
 from soflow_platform.config.experiment import Experiment
+from soflow_platform.config.trials import Trial
 from soflow_platform.errors import UserError
 from soflow_platform.registry import register
 from soflow_platform.storage import Storage
 from soflow_platform.subjects import Subject, find_subject, trial_subject
-from soflow_platform.sweep_record import load_record
+from soflow_platform.sweep import _outcome
+from soflow_platform.sweep_record import SweepRecord, load_record
 from soflow_platform.tracking import Tracking
 
 
@@ -44,6 +46,35 @@ def test_a_trial_is_its_best_checkpoint_or_its_newest(scored_once: Storage) -> N
     assert trial_subject(scored_once, record, "trial-00-soflow", newest=True).step == 6
     assert best.run == run_of(scored_once, "trial-00-soflow")
     assert best.data == "digits"
+
+
+def test_damaged_weights_are_neither_chosen_nor_scored(scored: Storage) -> None:
+    record = load_record(scored, SWEEP)
+    assert record is not None
+    trial = next(t for t in trials_of(record) if t.name == "trial-00-soflow")
+    root = scored.trial(SWEEP, trial.name) / "checkpoints"
+    before = _outcome(scored, record, trial.experiment, trial, {})
+    assert (before.state, before.step) == ("finished", 6)
+    assert before.best is not None
+    weights = root / f"step-{before.best['step']:08d}" / checkpoints.EMA
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    after = _outcome(scored, record, trial.experiment, trial, {})
+    assert after.best is not None
+    assert after.best["step"] != before.best["step"]
+    assert trial_subject(scored, record, trial.name).step == after.best["step"]
+    with pytest.raises(UserError, match=r"ema.safetensors is damaged: its checksum differs"):
+        find(str(weights.parent), scored)
+    (weights.parent / checkpoints.RECORD).write_text("")
+    with pytest.raises(UserError, match=r"checkpoint.json is damaged"):
+        find(str(weights.parent), scored)
+
+
+def trials_of(record: SweepRecord) -> list[Trial]:
+    experiment = Experiment(**record.experiment)
+    return [
+        Trial(number, noted["name"], noted["settings"], experiment, budgets=())
+        for number, noted in enumerate(record.trials)
+    ]
 
 
 @pytest.mark.parametrize("name", ["digits", SWEEP, f"{SWEEP}/trial-00", "trial-00-soflow", "run id"])
