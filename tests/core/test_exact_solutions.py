@@ -204,21 +204,58 @@ def euler_chain(data: Gaussian, x, t, s, ratio: float, gap: float = 1e-4):
     return x
 
 
-@pytest.mark.parametrize(
-    ("std", "factors"),
-    [
-        (0.1, {1.0: 0.0, 0.5: 0.0818, 0.1: 0.0970, 0.01: 0.0997, 0.002: 0.0999}),
-        (0.5, {1.0: 0.0, 0.5: 0.3648, 0.1: 0.4770, 0.01: 0.4978, 0.002: 0.4996}),
-        (1.0, {1.0: 0.0, 0.5: 0.6200, 0.1: 0.9344, 0.01: 0.9936, 0.002: 0.9987}),
-    ],
-)
-def test_one_step_of_the_fixed_point_shrinks_the_data_by_known_factors(std, factors):
-    data, one = Gaussian(0.0, std), torch.ones(1, dtype=torch.float64)
-    for ratio, factor in factors.items():
-        start = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-        assert euler_chain(data, start, one, 0 * one, ratio).item() == pytest.approx(factor, abs=1.1e-3), (
-            ratio
-        )
+def factor_gradient(objective: SoFlow, std: float, factor, t, s, error=0.0):
+    """(B,): expected gradient of the loss of rows t, s for the factor c of f(x, t, s) = c x, of data N(0, std^2).
+
+    The network's factors are factor(t, s), but in the rows' own times too large by the share `error`. Loss and
+    gradient are quadratic in data and noise, so four pairs with their second moments are as good as all.
+    """
+    own = ((1 + error) * factor(t, s)).requires_grad_()
+
+    def network(x, at, s, _labels):
+        moved = column(own if torch.equal(at, t) else factor(at, s))
+        gap = column(at - s)
+        return torch.where(gap < 1e-12, 0, (1 - moved) / gap) * x
+
+    signs = torch.tensor([[1, 1, -1, -1], [1, -1, 1, -1]], dtype=t.dtype).reshape(2, 1, *SHAPE)
+    x0, x1 = (std * signs[0]).expand(len(t), *SHAPE), signs[1].expand(len(t), *SHAPE)
+    loss = objective.loss(network, Batch(x0), Draws(x1, t, s, None, 0), 0, 1).loss
+    return torch.autograd.grad(loss, own)[0] * len(t)
+
+
+FIXED_POINT = {
+    0.1: {1.0: 0.0, 0.5: 0.0818, 0.1: 0.0970, 0.01: 0.0997, 0.002: 0.0999},
+    0.5: {1.0: 0.0, 0.5: 0.3648, 0.1: 0.4770, 0.01: 0.4978, 0.002: 0.4996},
+    1.0: {1.0: 0.0, 0.5: 0.6200, 0.1: 0.9344, 0.01: 0.9936, 0.002: 0.9987},
+}
+"""Standard deviation of the data -> r -> f(x, 1, 0) / x."""
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.5, 0.1, 0.01, 0.002])
+@pytest.mark.parametrize("std", FIXED_POINT)
+def test_one_step_of_the_fixed_point_shrinks_the_data_by_known_factors(std, ratio):
+    """The objective's expected gradient vanishes at the factors of the chain of Euler steps, leads back to them from
+    both sides, and is not 0 at those of the exact solution.
+    """
+    data, objective = Gaussian(0.0, std), constant_ratio(ratio)
+    _, t, s = grid_points(6)
+    t, s = torch.cat([t.new_ones(1), t]), torch.cat([s.new_zeros(1), s])
+
+    def chain(t, s):
+        return euler_chain(data, torch.ones_like(column(t)), t, s, ratio).flatten()
+
+    def exact(t, s):
+        return data.spread(s) / data.spread(t)
+
+    errors = torch.tensor([0, 0.01, -0.01], dtype=t.dtype).repeat_interleave(len(t))
+    at, above, below = factor_gradient(objective, std, chain, t.repeat(3), s.repeat(3), errors).chunk(3)
+    assert chain(t[:1], s[:1]).item() == pytest.approx(FIXED_POINT[std][ratio], abs=5.1e-5)
+    assert at.abs().max() < 1e-10
+    assert factor_gradient(objective, std, exact, t, s).abs().max() > 1e-5
+    if ratio < 1:
+        # At r = 1 the one-step factor is 0, of which a share is nothing.
+        assert (above > 0).all()
+        assert (below < 0).all()
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.5, 0.1])
