@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from soflow_platform.errors import JobError
-from soflow_platform.jobs.evaluate import Score
+from soflow_platform.jobs.evaluate import Score, settings_digest
 from soflow_platform.subjects import Subject
 from soflow_platform.tracking import client_for
 
@@ -18,7 +19,8 @@ def log_scores(subject: Subject, scores: Sequence[Score], tracking_uri: str) -> 
     """Log what is not there yet. Returns the names of all metrics; none where the subject belongs to no run and no version.
 
     A metric is named by what people vary, as in `evaluate/fid50k_nfe1_uniform`; a tag of the same name holds all settings. Where that
-    name is taken by other settings, their digest tells them apart. Raises JobError where the tracking store refuses.
+    name is taken by other settings, a digest of what moves the number tells them apart. Run and version are looked at separately: one
+    that has the number already does not keep it from the other. Raises JobError where the tracking store refuses.
     """
     from mlflow.exceptions import MlflowException
 
@@ -35,27 +37,33 @@ def log_scores(subject: Subject, scores: Sequence[Score], tracking_uri: str) -> 
 
 def _log(subject: Subject, score: Score, tracking_uri: str) -> list[str]:
     client = client_for(tracking_uri)
-    tags: dict[str, str] = {}
-    if subject.run is not None:
-        tags = client.get_run(subject.run).data.tags
-    if subject.version is not None:
-        tags = {**tags, **client.get_model_version(*subject.version).tags}
+    of_run = {} if subject.run is None else client.get_run(subject.run).data.tags
+    of_version = {} if subject.version is None else client.get_model_version(*subject.version).tags
     settings = json.dumps({**score.tags, "flags": score.flags}, sort_keys=True)
     names = []
     for metric, value in score.values.items():
         name = metric_name(metric, score.tags)
-        if tags.get(_settings_tag(name), settings) != settings:
-            name = f"{name}_{score.digest[:6]}"
+        if any(_is_of_others(name, score, tags) for tags in (of_run, of_version)):
+            name = f"{name}_{settings_digest(_moving(score.tags))[:6]}"
         names.append(name)
-        if tags.get(_settings_tag(name)) == settings:
-            continue
-        if subject.run is not None:
+        if subject.run is not None and _settings_tag(name) not in of_run:
             client.log_metric(subject.run, name, value, int(time.time() * 1000), subject.step or 0)
             client.set_tag(subject.run, _settings_tag(name), settings)
-        if subject.version is not None:
+        if subject.version is not None and _settings_tag(name) not in of_version:
             client.set_model_version_tag(*subject.version, name, repr(value))
             client.set_model_version_tag(*subject.version, _settings_tag(name), settings)
     return names
+
+
+def _is_of_others(name: str, score: Score, tags: Mapping[str, str]) -> bool:
+    """Whether a run or a version has a number of this name that was taken with other settings."""
+    said = tags.get(_settings_tag(name))
+    return said is not None and _moving(json.loads(said)) != _moving(score.tags)
+
+
+def _moving(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What moves a number: not the place of its reference, whose digest is there too, nor what was said of it."""
+    return {key: value for key, value in settings.items() if key not in ("reference", "flags")}
 
 
 def metric_name(metric: str, tags: dict[str, str]) -> str:

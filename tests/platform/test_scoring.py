@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,19 @@ from scored_sweep import SWEEP, measure_here
 
 from soflow_pipelines.datasets import load_digits
 from soflow_pipelines.metrics import EVALUATOR, FeatureStatistics, frechet_distance
+from soflow_platform import checkpoints
+from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.evaluation import feature_network
-from soflow_platform.jobs.evaluate import EvaluateRequest, Score, evaluate
+from soflow_platform.jobs.evaluate import EvaluateRequest, Score, evaluate, settings_digest
 from soflow_platform.jobs.gather import Gathering
 from soflow_platform.measurement import Measurement
+from soflow_platform.registry import register
 from soflow_platform.score_log import log_scores, metric_name
 from soflow_platform.storage import Storage
 from soflow_platform.subjects import Subject, find_subject
 from soflow_platform.sweep_record import load_record
-from soflow_platform.tracking import client_for
+from soflow_platform.tracking import Tracking, client_for
 
 TRIAL = f"{SWEEP}/trial-01-flow_matching"
 
@@ -251,12 +255,45 @@ def test_other_settings_under_the_same_name_do_not_hide_the_first(scored: Storag
     first, second = run(scored, TRIAL, metrics=("fd",)), run(scored, TRIAL, metrics=("fd",), seed=1)
     assert log_scores(subject, first, scored.tracking_uri) == ["evaluate/fd100_nfe1_uniform"]
     named = log_scores(subject, second, scored.tracking_uri)
-    assert named == [f"evaluate/fd100_nfe1_uniform_{second[0].digest[:6]}"]
+    moving = {key: value for key, value in second[0].tags.items() if key != "reference"}
+    assert named == [f"evaluate/fd100_nfe1_uniform_{settings_digest(moving)[:6]}"]
+    assert log_scores(subject, second, scored.tracking_uri) == named
     metrics = client_for(scored.tracking_uri).get_run(subject.run or "").data.metrics
     assert [metrics[name] for name in ("evaluate/fd100_nfe1_uniform", *named)] == [
         first[0].values["fd"],
         second[0].values["fd"],
     ]
+
+
+def test_the_same_data_at_another_place_are_the_same_settings(scored: Storage) -> None:
+    subject = find_subject(TRIAL, scored, scored.tracking_uri)
+    shutil.copytree(scored.data / "digits", scored.root / "mounted" / "digits")
+    first = run(scored, TRIAL, metrics=("fd",), reference=str(scored.data / "digits"))
+    second = run(scored, TRIAL, metrics=("fd",), reference=str(scored.root / "mounted" / "digits"))
+    assert first[0].tags["reference"] != second[0].tags["reference"]
+    names = [log_scores(subject, scores, scored.tracking_uri) for scores in (first, second)]
+    assert names == [["evaluate/fd100_nfe1_uniform"]] * 2
+
+
+def test_a_version_gets_a_score_that_its_run_has_already(scored: Storage) -> None:
+    record = load_record(scored, SWEEP)
+    assert record is not None
+    tracking = Tracking(scored.tracking_uri, "digits", record.experiment_id or "")
+    trial = "trial-00-soflow"
+    of_trial = find_subject(f"{SWEEP}/{trial}", scored, scored.tracking_uri)
+    steps = {c.position.step: c for c in checkpoints.published(scored.trial(SWEEP, trial) / "checkpoints")}
+    record.best = {"trial": trial, "step": of_trial.step, "metrics": {"eval/fd_nfe1": 1.0}}
+    number = register(tracking, Experiment(**record.experiment), record, steps[of_trial.step or 0])
+    (score,) = run(scored, of_trial.name.split(" ")[0], metrics=("fd",))
+    names = log_scores(of_trial, [score], scored.tracking_uri)
+    of_version = find_subject(f"models:/digits/{number}", scored, scored.tracking_uri)
+    assert of_version.run == of_trial.run
+    assert log_scores(of_version, [score], scored.tracking_uri) == names
+    client = client_for(scored.tracking_uri)
+    tags = client.get_model_version("digits", number).tags
+    assert float(tags[names[0]]) == score.values["fd"]
+    assert json.loads(tags[f"{names[0]}.settings"]) == {**score.tags, "flags": score.flags}
+    assert len(client.get_metric_history(of_trial.run or "", names[0])) == 1
 
 
 def test_what_belongs_to_no_run_is_logged_nowhere(scored: Storage) -> None:
