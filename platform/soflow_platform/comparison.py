@@ -16,7 +16,7 @@ from soflow_platform.config.document import Document
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.trials import Trial, trials
 from soflow_platform.costs import Costs, Sampled, Trained, measure_costs
-from soflow_platform.errors import UserError
+from soflow_platform.errors import JobError, UserError
 from soflow_platform.jobs.evaluate import EvaluateRequest, Score, network_yardstick, scored
 from soflow_platform.jobs.gather import REFUSED, Gathering, Report
 from soflow_platform.score_log import log_scores
@@ -28,6 +28,16 @@ from soflow_platform.sweep_record import SweepRecord
 BASELINE = Diffusion(sampler="ddpm", sampling_scale=1.0)
 BASELINE_STEPS = 1000
 """What images are compared with in speed: DDPM with all of its steps."""
+SHARED = (
+    "features",
+    "reference",
+    "reference_digest",
+    "reference_samples",
+    "autoencoder",
+    "labels",
+    "seed",
+)
+"""Settings that all numbers of a comparison have in common."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +118,12 @@ def compare(
     report: Report,
     costs: bool,
     say: Callable[[str], None],
+    keep: Callable[[Comparison], None],
 ) -> Comparison:
     """Score every trial of a sweep in every way of the protocol, and measure what the methods cost.
 
-    Raises UserError where there is nothing to compare, JobError where something failed.
+    `keep` gets the comparison before the costs are measured, and again with them. Raises UserError where there is nothing to compare,
+    JobError where something failed.
     """
     experiment = Experiment(**record.experiment)
     entries, left_out = _entries(record, experiment, protocol, storage)
@@ -121,30 +133,36 @@ def compare(
     scores = _scores(entries, experiment, storage, address, report)
     for entry, score in zip(entries, scores, strict=True):
         log_scores(entry.subject, [score], tracking_uri)
-    measured = None
+    settings = {key: value for key, value in scores[0].tags.items() if key in SHARED}
+
+    def found(measured: MeasuredCosts | None) -> Comparison:
+        rows = [
+            _row(budget, entry, score, measured, number)
+            for budget in experiment.search.budgets
+            for number, (entry, score) in enumerate(zip(entries, scores, strict=True))
+            if budget in entry.trial.budgets
+        ]
+        device = measured.costs.device if measured else None
+        return Comparison(record.id, experiment.evaluation.distance, rows, settings, device, left_out)
+
+    comparison = found(None)
+    keep(comparison)
     if costs:
         say("measuring seconds and memory, one thread")
-        measured = _costs(entries)
-    name = experiment.evaluation.distance
-    rows = [_row(e, s, measured, i) for i, (e, s) in enumerate(zip(entries, scores, strict=True))]
-    shared = (
-        "features",
-        "reference",
-        "reference_digest",
-        "reference_samples",
-        "autoencoder",
-        "labels",
-        "seed",
-    )
-    settings = {key: value for key, value in scores[0].tags.items() if key in shared}
-    device = measured.costs.device if measured else None
-    return Comparison(record.id, name, rows, settings, device, left_out)
+        try:
+            comparison = found(_costs(entries))
+        except JobError as error:
+            raise JobError(
+                f"{error}; the table is kept without them, and --no-costs leaves them out."
+            ) from error
+        keep(comparison)
+    return comparison
 
 
 def _entries(
     record: SweepRecord, experiment: Experiment, protocol: Sequence[SamplingConfig], storage: Storage
 ) -> tuple[list[Entry], list[str]]:
-    """Every way of sampling every trial once, and the trials that have no weights."""
+    """Every way of sampling every trial on so many images once, and the trials that have no weights."""
     entries: list[Entry] = []
     left_out = []
     for trial in trials(Document(record.experiment), experiment):
@@ -157,14 +175,14 @@ def _entries(
         network = ScoredNetwork.open(subject.weights, {})
         seen = set()
         for row in protocol:
-            if not row.covers(network.objective.method):
+            if not row.covers(network.trained.method):
                 continue
             sampled = network.sampled(row.settings)
+            samples = row.samples or experiment.evaluation.samples
             for steps in row.steps:
-                entry = Entry(trial, subject, sampled, steps, row.samples or experiment.evaluation.samples)
-                if (sampled.objective, steps) not in seen:
-                    seen.add((sampled.objective, steps))
-                    entries.append(entry)
+                if (sampled.objective, steps, samples) not in seen:
+                    seen.add((sampled.objective, steps, samples))
+                    entries.append(Entry(trial, subject, sampled, steps, samples))
     return entries, left_out
 
 
@@ -228,34 +246,21 @@ def _costs(entries: Sequence[Entry]) -> MeasuredCosts:
     sampled: dict[str, Sampled] = {}
     of_training, of_sampling = [], []
     for entry in entries:
-        question = _trained(entry)
+        network, experiment = entry.network.config, entry.trial.experiment
         # Its length does not matter: a step is timed at places of the schedule.
-        key = repr(replace(question, steps=0))
+        training = experiment.training.model_copy(update={"steps": 0})
+        key = repr((network, experiment.model_copy(update={"training": training})))
         of_training.append(list(trained).index(key) if key in trained else len(trained))
-        trained.setdefault(key, question)
-        image = Sampled(question.network, entry.network.objective, entry.steps)
+        trained.setdefault(key, Trained(network, experiment))
+        image = Sampled(network, entry.network.objective, entry.steps)
         of_sampling.append(list(sampled).index(repr(image)) if repr(image) in sampled else len(sampled))
         sampled.setdefault(repr(image), image)
-    baseline = Sampled(_trained(entries[0]).network, BASELINE, BASELINE_STEPS)
+    baseline = Sampled(entries[0].network.config, BASELINE, BASELINE_STEPS)
     costs = measure_costs(list(trained.values()), [*sampled.values(), baseline])
     return MeasuredCosts(costs, of_training, of_sampling, costs.image_seconds[-1])
 
 
-def _trained(entry: Entry) -> Trained:
-    experiment, weights = entry.trial.experiment, entry.network.weights
-    training = experiment.training
-    return Trained(
-        weights.network_config,
-        experiment.objective,
-        experiment.optimizer,
-        training.batch,
-        training.steps,
-        training.ema,
-        training.precision,
-    )
-
-
-def _row(entry: Entry, score: Score, measured: MeasuredCosts | None, number: int) -> Row:
+def _row(budget: str, entry: Entry, score: Score, measured: MeasuredCosts | None, number: int) -> Row:
     planned = entry.trial.experiment.training.steps
     done = entry.subject.step or 0
     flags = list(score.flags)
@@ -269,7 +274,7 @@ def _row(entry: Entry, score: Score, measured: MeasuredCosts | None, number: int
         )
     kinds = [name for name in score.values if name != "label_agreement"]
     row = Row(
-        budget=entry.trial.settings.get("budget", "steps"),
+        budget=budget,
         trial=entry.trial.name,
         method=entry.network.objective.method,
         uses_jvp=entry.network.objective.uses_jvp,

@@ -14,6 +14,7 @@ from soflow_pipelines.writers import write_file
 from soflow_platform.comparison import Comparison, Row
 
 TITLES = {"steps": "Equal training steps", "evaluations": "Equal network evaluations in training"}
+FILES = ("comparison.md", "comparison.csv", "comparison.json", "comparison.png")
 COLUMNS = (
     "method",
     "JVP",
@@ -30,17 +31,12 @@ COLUMNS = (
 
 
 def save(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write comparison.md, .csv, .json and .png, each complete or absent. Returns their paths."""
+    """Write FILES, each complete or absent. Returns their paths."""
     record = json.dumps(comparison.as_record(), indent=1)
-    contents = {
-        "comparison.md": markdown(comparison).encode(),
-        "comparison.csv": table(comparison).encode(),
-        "comparison.json": record.encode(),
-        "comparison.png": plot(comparison),
-    }
-    for name, content in contents.items():
+    contents = (markdown(comparison).encode(), table(comparison).encode(), record.encode(), plot(comparison))
+    for name, content in zip(FILES, contents, strict=True):
         write_file(folder / name, content)
-    return [folder / name for name in contents]
+    return [folder / name for name in FILES]
 
 
 def markdown(comparison: Comparison) -> str:

@@ -2,14 +2,17 @@
 
     python -m soflow_platform.costs QUESTIONS.json ANSWERS.json
 
-A process of its own, with one thread on a CPU, measures all methods in turn, so that their numbers are those of one run. Weights are
-as they are initialized: time and memory do not depend on them.
+A process of its own, with one thread on a CPU, measures all methods in turn and goes through them more than once, so that a slow moment
+of the machine does not fall on one alone. It holds one network at a time. Weights are as they are initialized: time and memory do not
+depend on them.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import math
+import os
 import statistics
 import subprocess
 import sys
@@ -26,29 +29,24 @@ from torch import Tensor
 from soflow_core.networks import DiT, DiTConfig
 from soflow_core.objectives import OBJECTIVES, Batch, Objective
 from soflow_core.settings import from_dict, to_dict
-from soflow_core.training import OptimizerConfig, TrainStep
+from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import JobError
-from soflow_platform.sampling import generate
+from soflow_platform.parallel import build_train_step
 
 POINTS = 6
 """Places of training at which a step is timed: schedules change what it does."""
-REPEATS = 2
-"""Times that each is timed; the shorter one counts."""
+ROUNDS = 2
+"""Times that all methods are gone through; the shorter time counts."""
 IMAGES = 64
 """Images made at once where sampling is timed."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A method as it is trained."""
+    """A method as a trial trains it: one worker's share of a batch, without the exchange between workers."""
 
     network: DiTConfig
-    objective: Objective
-    optimizer: OptimizerConfig
-    batch: int
-    steps: int
-    ema: tuple[float, ...]
-    precision: Any
+    experiment: Experiment
 
 
 @dataclass(frozen=True)
@@ -71,17 +69,20 @@ class Costs:
     peak_bytes: list[float]
     """Of each: all tensors that live at once, at most, weights, optimizer and EMAs among them."""
     image_seconds: list[float] = field(default_factory=list)
-    """Of each way of sampling: one image of a batch of 64."""
+    """Of each way of sampling: one image of a batch of 64, its noise given."""
 
 
 def measure_costs(trained: Sequence[Trained], sampled: Sequence[Sampled]) -> Costs:
     """Measure in a process of its own. Raises JobError where it fails."""
     questions = {
-        "trained": [{**vars(one), **_networks(one)} for one in trained],
-        "sampled": [{**vars(one), **_networks(one)} for one in sampled],
+        "trained": [
+            {"network": to_dict(one.network), "experiment": one.experiment.resolved()} for one in trained
+        ],
+        "sampled": [
+            {"network": to_dict(one.network), "objective": to_dict(one.objective), "steps": one.steps}
+            for one in sampled
+        ],
     }
-    for one in questions["trained"]:
-        one["optimizer"] = to_dict(one["optimizer"])
     with tempfile.TemporaryDirectory(prefix="soflow-costs-") as folder:
         asked, answered = Path(folder) / "questions.json", Path(folder) / "answers.json"
         asked.write_text(json.dumps(questions))
@@ -93,71 +94,70 @@ def measure_costs(trained: Sequence[Trained], sampled: Sequence[Sampled]) -> Cos
         return Costs(**json.loads(answered.read_text()))
 
 
-def _networks(one: Trained | Sampled) -> dict[str, Any]:
-    return {"network": to_dict(one.network), "objective": to_dict(one.objective)}
+def _trained(question: dict[str, Any]) -> Trained:
+    return Trained(from_dict(DiTConfig, question["network"]), Experiment(**question["experiment"]))
 
 
-def _read(question: dict[str, Any]) -> dict[str, Any]:
-    """A question with its settings as they were."""
+def _sampled(question: dict[str, Any]) -> Sampled:
     objective = question["objective"]
-    read = {
-        "network": from_dict(DiTConfig, question["network"]),
-        "objective": from_dict(OBJECTIVES[objective["method"]], objective),
-    }
-    if "optimizer" in question:
-        read["optimizer"] = from_dict(OptimizerConfig, question["optimizer"])
-        read["ema"] = tuple(question["ema"])
-    return {**question, **read}
+    return Sampled(
+        from_dict(DiTConfig, question["network"]),
+        from_dict(OBJECTIVES[objective["method"]], objective),
+        question["steps"],
+    )
 
 
 class TimedTraining:
     """One method's training step, on data that do not matter."""
 
     def __init__(self, one: Trained, device: torch.device) -> None:
-        torch.manual_seed(0)
-        network = one.network
-        self.step = TrainStep(
-            DiT(network).to(device),
-            one.objective,
-            one.optimizer,
-            one.steps,
-            ema_decays=one.ema,
-            precision=one.precision,
-        )
         self.one, self.device = one, device
-        self.shape = (network.channels, network.height, network.width)
+        self.step = build_train_step(one.experiment, one.network, device, world=1)
         self.generator = torch.Generator().manual_seed(0)
 
     def __call__(self, point: int) -> float:
         """Seconds of a step at this place of the schedule, out of POINTS."""
-        one, classes = self.one, self.one.network.classes
-        x0 = torch.randn(one.batch, *self.shape, generator=self.generator)
+        network, experiment = self.one.network, self.one.experiment
+        training, workers = experiment.training, experiment.resources.workers
+        shape = (network.channels, network.height, network.width)
+        x0 = torch.randn(training.batch, *shape, generator=self.generator)
         labels = None
-        if classes is not None:
-            labels = torch.randint(classes, (one.batch,), generator=self.generator)
-        draws = one.objective.draw(self.generator, one.batch, self.shape, classes is not None)
-        self.step.step = min(one.steps - 1, int((point + 0.5) / POINTS * one.steps))
+        if network.classes is not None:
+            labels = torch.randint(network.classes, (training.batch,), generator=self.generator)
+        draws = experiment.objective.draw(self.generator, training.batch, shape, labels is not None)
+        batch, draws = Batch(x0, labels).rows(0, workers), draws.rows(0, workers)
+        self.step.step = min(training.steps - 1, int((point + 0.5) / POINTS * training.steps))
         _wait(self.device)
         started = time.perf_counter()
-        self.step(Batch(x0, labels), draws)
+        self.step(batch, draws)
         _wait(self.device)
         return time.perf_counter() - started
 
 
-def _training(trained: Sequence[Trained], device: torch.device) -> tuple[list[float], list[float]]:
-    steps = [TimedTraining(one, device) for one in trained]
-    for step in steps:
-        step(0)
-    # The methods in turn at each point, so that a slow moment of the machine meets them all.
-    taken = [[min(step(p) for _ in range(REPEATS)) for step in steps] for p in range(POINTS)]
-    seconds = [statistics.mean(times) for times in zip(*taken, strict=True)]
-    del steps
-    return seconds, [_peak(one, device) for one in trained]
+def measure_training(trained: Sequence[Trained], device: torch.device) -> tuple[list[float], list[float]]:
+    """Seconds of a step and peak bytes, of each method."""
+    shortest = [[math.inf] * POINTS for _ in trained]
+    for _ in range(ROUNDS):
+        for number, one in enumerate(trained):
+            taken = zip(shortest[number], _step_times(one, device), strict=True)
+            shortest[number] = [min(times) for times in taken]
+    peaks = [_peak(one, device) for one in trained]
+    return [statistics.mean(times) for times in shortest], peaks
+
+
+def _step_times(one: Trained, device: torch.device) -> list[float]:
+    """Seconds of a step at each place of the schedule."""
+    _free(device)
+    step = TimedTraining(one, device)
+    # A place where the method does something new is compiled for when it is first met.
+    for point in range(POINTS) if one.experiment.training.compile else (0,):
+        step(point)
+    return [step(point) for point in range(POINTS)]
 
 
 def _peak(one: Trained, device: torch.device) -> float:
     """Bytes of all tensors alive at once, at most, from before the network is built until a few steps are done."""
-    gc.collect()
+    _free(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -181,25 +181,34 @@ def _few_steps(one: Trained, device: torch.device) -> None:
         step(point)
 
 
-def _sampling(sampled: Sequence[Sampled], device: torch.device) -> list[float]:
-    runs = []
-    for one in sampled:
-        torch.manual_seed(0)
-        runs.append((one, DiT(one.network).to(device).eval()))
-    for one, network in runs:
-        _time_of_images(one, network, device, steps=min(one.steps, 2))
-    taken = [[_time_of_images(one, net, device, one.steps) for one, net in runs] for _ in range(REPEATS)]
-    return [min(times) / IMAGES for times in zip(*taken, strict=True)]
+def measure_sampling(sampled: Sequence[Sampled], device: torch.device) -> list[float]:
+    """Seconds of an image, of each way of sampling."""
+    shortest = [math.inf] * len(sampled)
+    for _ in range(ROUNDS):
+        for config in dict.fromkeys(one.network for one in sampled):
+            _free(device)
+            network = DiT(config).to(device).eval()
+            for number, one in enumerate(sampled):
+                if one.network == config:
+                    _time_of_images(one, network, device, steps=min(one.steps, 2))
+                    taken = _time_of_images(one, network, device, one.steps)
+                    shortest[number] = min(shortest[number], taken)
+            del network
+    return [seconds / IMAGES for seconds in shortest]
 
 
+@torch.inference_mode()
 def _time_of_images(one: Sampled, network: DiT, device: torch.device, steps: int) -> float:
-    indices = torch.arange(IMAGES)
+    """Seconds of IMAGES images. Noise is drawn before the clock starts: how it is drawn is not the method's."""
+    config = one.network
+    noise = torch.randn(IMAGES, config.channels, config.height, config.width).to(device)
     labels: Tensor | None = None
-    if one.network.classes is not None:
-        labels = indices % one.network.classes
+    if config.classes is not None:
+        labels = (torch.arange(IMAGES) % config.classes).to(device)
     _wait(device)
     started = time.perf_counter()
-    generate(network, one.objective, 0, indices, labels, steps, device)
+    one.objective.sample(network, noise, labels, steps, [noise] * (steps - 1))
+    _wait(device)
     return time.perf_counter() - started
 
 
@@ -208,13 +217,23 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _free(device: torch.device) -> None:
+    """Let go of the network that was measured before, and of what was compiled for it."""
+    gc.collect()
+    torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def main(asked: str, answered: str) -> None:
     """Answer what a file asks."""
+    # cuBLAS is deterministic only with this, and reads it when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     questions = json.loads(Path(asked).read_text())
-    seconds, peaks = _training([Trained(**_read(q)) for q in questions["trained"]], device)
-    images = _sampling([Sampled(**_read(q)) for q in questions["sampled"]], device)
+    seconds, peaks = measure_training([_trained(q) for q in questions["trained"]], device)
+    images = measure_sampling([_sampled(q) for q in questions["sampled"]], device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     Path(answered).write_text(json.dumps(asdict(Costs(name, 1, seconds, peaks, images))))
 

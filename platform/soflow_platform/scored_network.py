@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from soflow_core.checkpoints import Weights
+from soflow_core.networks import DiTConfig
 from soflow_core.objectives import Objective
+from soflow_pipelines.features.weights import file_digest
 from soflow_platform.errors import UserError
 from soflow_platform.generator import read_weights
 from soflow_platform.measurement import GeneratedImages, LabelMode, Measurement
 from soflow_platform.network_evaluations import sampling_evaluations
 from soflow_platform.sampling import sampling_facts, with_sampling
-from soflow_platform.subjects import file_digest
 from soflow_platform.yardstick import Yardstick
 
 WITHOUT_LABELS = "none"
@@ -22,11 +22,14 @@ WITHOUT_LABELS = "none"
 
 @dataclass(frozen=True)
 class ScoredNetwork:
-    """Weights, and the method as it is sampled."""
+    """What a file of weights says of them, and the method as it is sampled. The weights stay where they are."""
 
     path: Path
     digest: str
-    weights: Weights
+    config: DiTConfig
+    data: dict[str, Any]
+    """What is known of the data it was trained on."""
+    trained: Objective
     objective: Objective
     sampling: dict[str, Any]
     """Settings of the sampler other than those of training."""
@@ -35,29 +38,23 @@ class ScoredNetwork:
     def open(cls, path: Path, sampling: Mapping[str, Any]) -> ScoredNetwork:
         """Raises UserError where the file holds no generator, or the method has no such setting."""
         weights, trained = read_weights(path)
-        return cls(path, file_digest(path), weights, with_sampling(trained, sampling), dict(sampling))
+        objective = with_sampling(trained, sampling)
+        config = weights.network_config
+        return cls(path, file_digest(path), config, weights.data, trained, objective, dict(sampling))
 
     def sampled(self, sampling: Mapping[str, Any]) -> ScoredNetwork:
         """The same weights, sampled in another way."""
-        assert self.weights.objective is not None
-        objective = with_sampling(self.weights.objective, sampling)
-        return ScoredNetwork(self.path, self.digest, self.weights, objective, dict(sampling))
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """What is known of the data it was trained on."""
-        return self.weights.data
+        return replace(self, objective=with_sampling(self.trained, sampling), sampling=dict(sampling))
 
     @property
     def conditional(self) -> bool:
         """Whether it takes labels."""
-        return self.weights.network_config.classes is not None
+        return self.config.classes is not None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of its samples."""
-        config = self.weights.network_config
-        return config.channels, config.height, config.width
+        return self.config.channels, self.config.height, self.config.width
 
     def nfe(self, steps: int) -> int:
         """Function evaluations in `steps` steps. Raises UserError where the sampler does not take so many."""

@@ -5,28 +5,40 @@ from __future__ import annotations
 import csv
 import io
 import json
+import pickle
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
-from scored_sweep import SWEEP, measure_here
+from scored_sweep import ROOT, SETTINGS, SWEEP, measure_here
 
-from soflow_core.networks import DiTConfig
-from soflow_core.objectives import ContinuousConsistency, Diffusion, FlowMatching, MeanFlow, SoFlow
-from soflow_core.training import OptimizerConfig
+from soflow_core.networks import DiT, DiTConfig
+from soflow_core.objectives import Diffusion, FlowMatching, SoFlow
 from soflow_platform.cli.compare import find_protocol
 from soflow_platform.comparison import Comparison, Row, compare
 from soflow_platform.comparison_report import markdown, save, table
 from soflow_platform.config.comparison import SamplingConfig
-from soflow_platform.config.experiment import Experiment
-from soflow_platform.costs import Sampled, Trained, measure_costs
-from soflow_platform.errors import UserError
+from soflow_platform.config.document import apply_override, read_document
+from soflow_platform.config.experiment import Experiment, validate
+from soflow_platform.costs import (
+    Sampled,
+    TimedTraining,
+    Trained,
+    measure_costs,
+    measure_sampling,
+    measure_training,
+)
+from soflow_platform.errors import JobError, UserError
 from soflow_platform.jobs.evaluate import EvaluateRequest, evaluate
 from soflow_platform.jobs.gather import Gathering, Progress
 from soflow_platform.measurement import Measurement
+from soflow_platform.scored_network import ScoredNetwork
 from soflow_platform.storage import Storage
+from soflow_platform.subjects import find_subject
 from soflow_platform.sweep_record import SweepRecord, load_record
 from soflow_platform.tracking import client_for
 
@@ -67,6 +79,7 @@ def compared(storage: Storage, record: SweepRecord, **settings: Any) -> Comparis
         seen.append,
         settings.pop("costs", False),
         print,
+        settings.pop("keep", lambda _: None),
     )
     assert not settings
     return found
@@ -106,6 +119,64 @@ def test_the_numbers_stand_on_the_runs_of_their_trials(scored: Storage, record: 
     }
     assert runs["trial-00-soflow"]["evaluate/fd100_nfe2_balanced"] == rows[1].distance
     assert runs["trial-01-flow_matching"]["evaluate/fd80_nfe4_balanced"] == rows[4].distance
+
+
+def test_rows_that_differ_in_their_samples_alone_are_each_scored_and_equal_ones_once(
+    scored: Storage, record: SweepRecord
+) -> None:
+    few = SamplingConfig(methods=("flow_matching",), steps=(1,), samples=64)
+    again = SamplingConfig(methods=("flow_matching",), steps=(1,), samples=100)
+    rows = compared(scored, record, protocol=(SamplingConfig(steps=(1,)), few, few, again)).rows
+    assert [(r.method, r.samples) for r in rows] == [
+        ("soflow", 100),
+        ("flow_matching", 100),
+        ("flow_matching", 64),
+    ]
+    assert rows[1].distance != rows[2].distance
+
+
+@pytest.mark.parametrize(
+    ("budgets", "expected"),
+    [
+        (("evaluations",), [("evaluations", "soflow"), ("evaluations", "flow_matching")]),
+        (
+            ("steps", "evaluations"),
+            [("steps", "soflow"), ("steps", "flow_matching"), ("evaluations", "soflow")],
+        ),
+    ],
+)
+def test_a_row_stands_in_the_table_of_every_budget_of_its_trial(
+    scored: Storage, record: SweepRecord, budgets: tuple[str, ...], expected: list[tuple[str, str]]
+) -> None:
+    record.experiment["search"]["budgets"] = budgets
+    if len(budgets) > 1:
+        for name in ("trial-00-soflow", "trial-01-flow_matching"):
+            scored.trial(SWEEP, name).rename(scored.trial(SWEEP, f"{name}-equal-steps"))
+    found = compared(scored, record, protocol=(SamplingConfig(steps=(1,)),))
+    assert [(r.budget, r.method) for r in found.rows] == expected
+    assert found.budgets == list(budgets)
+    assert ("## Equal training steps" in markdown(found)) == ("steps" in budgets)
+
+
+def test_a_network_that_is_scored_leaves_its_weights_in_their_file(
+    scored: Storage, record: SweepRecord
+) -> None:
+    name = record.trials[0]["name"]
+    path = find_subject(f"{SWEEP}/{name}", scored, scored.tracking_uri).weights
+    assert path is not None
+    assert len(pickle.dumps(ScoredNetwork.open(path, {}))) < path.stat().st_size / 4
+
+
+def test_what_fails_in_measuring_costs_leaves_the_scores(
+    scored: Storage, record: SweepRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Comparison] = []
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(JobError, match=r"could not be measured: .*; the table is kept without them"):
+        compared(scored, record, costs=True, keep=kept.append)
+    (table,) = kept
+    assert [row.nfe for row in table.rows] == [1, 2, 1, 2, 4]
+    assert table.device is None
 
 
 def test_a_trial_that_has_not_had_its_budget_is_flagged_and_one_without_weights_left_out(
@@ -213,18 +284,75 @@ def test_the_report_holds_every_row_as_table_file_and_picture(tmp_path: Path) ->
     assert Image.open(tmp_path / "comparison.png").size[0] > 800
 
 
+def trained(method: str, *overrides: str) -> Trained:
+    """A small network on the digits, trained as a sweep file says."""
+    document = read_document(ROOT / "sweeps" / "digits.yaml")
+    for override in (*SETTINGS, f"objective={{method: {method}}}", "training.batch=64", *overrides):
+        apply_override(document, override)
+    return Trained(TINY, validate(document))
+
+
+def test_costs_are_of_the_settings_that_a_trial_trains_with() -> None:
+    settings = (
+        "training.accumulate=2",
+        "training.clip_norm=0.5",
+        "training.deterministic=true",
+        "training.ema=[0.9, 0.99]",
+        "training.precision=bfloat16",
+        "resources.workers=4",
+        "optimizer.name=radam",
+    )
+    timed = TimedTraining(trained("soflow", *settings), torch.device("cpu"))
+    step = timed.step
+    assert (step.accumulate, step.clip_norm, step.deterministic, step.compile) == (2, 0.5, True, False)
+    assert (step.policy.precision, len(step.ema.state_dict())) == ("bfloat16", 2)
+    assert isinstance(step.optimizer, torch.optim.RAdam)
+    rows: list[int] = []
+    step.module.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    assert timed(0) > 0
+    # A worker's 16 of 64 samples, in two pieces.
+    assert max(rows) < 16
+
+
+def test_one_network_at_a_time_is_held_while_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[DiT] = weakref.WeakSet()
+    most: list[int] = []
+    make = DiT.__init__
+
+    def counted(self: DiT, *settings: Any) -> None:
+        make(self, *settings)
+        alive.add(self)
+        most.append(len(alive))
+
+    monkeypatch.setattr(DiT, "__init__", counted)
+    here = torch.device("cpu")
+    seconds, peaks = measure_training([trained("soflow"), trained("shortcut")], here)
+    wide = replace(TINY, hidden=32)
+    images = measure_sampling([Sampled(TINY, SoFlow(), 1), Sampled(wide, FlowMatching(), 2)], here)
+    assert all(value > 0 for value in (*seconds, *peaks, *images))
+    assert len(most) == 2 * (2 + 1) + 2 * 2
+    assert set(most) == {1}
+
+
+def test_the_time_of_an_image_has_no_drawing_of_noise_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(*_: Any) -> None:
+        raise AssertionError("noise was drawn")
+
+    monkeypatch.setattr("soflow_core.samplers.noise.philox", draw)
+    (seconds,) = measure_sampling([Sampled(TINY, Diffusion(sampler="ddpm"), 20)], torch.device("cpu"))
+    assert seconds > 0
+
+
 @pytest.mark.slow
 def test_costs_are_those_of_the_method_whatever_the_weights() -> None:
-    def trained(objective: Any, batch: int = 64) -> Trained:
-        return Trained(TINY, objective, OptimizerConfig(), batch, 100, (0.9,), "float32")
-
     found = measure_costs(
         [
-            trained(FlowMatching()),
-            trained(SoFlow()),
-            trained(ContinuousConsistency()),
-            trained(MeanFlow()),
-            trained(FlowMatching(), batch=256),
+            trained("flow_matching"),
+            trained("soflow"),
+            trained("scm"),
+            trained("meanflow"),
+            trained("flow_matching", "training.batch=256"),
+            trained("flow_matching", "training.batch=256", "training.accumulate=4"),
         ],
         [
             Sampled(TINY, SoFlow(), 1),
@@ -236,8 +364,9 @@ def test_costs_are_those_of_the_method_whatever_the_weights() -> None:
     one, forty, many = found.image_seconds
     assert 0 < one < forty < many
     assert all(seconds > 0 for seconds in found.step_seconds)
-    matching, _, consistency, _, large = found.peak_bytes
+    matching, _, consistency, _, large, pieces = found.peak_bytes
     # Four times the batch has more activations; the tangents of a Jacobian-vector product are tensors too.
     assert matching < consistency < large
-    again = measure_costs([trained(FlowMatching())], [])
+    assert pieces < large
+    again = measure_costs([trained("flow_matching")], [])
     assert again.peak_bytes == [matching]

@@ -28,7 +28,10 @@ def compare_command(
     costs: bool,
     as_json: bool,
 ) -> None:
-    """Compare the methods of a sweep, print the table, keep it beside the sweep and on its run."""
+    """Compare the methods of a sweep, print the table, keep it beside the sweep and on its run.
+
+    It is kept before costs are measured and again with them: what fails there leaves the scores.
+    """
     storage = find_storage(storage_option)
     record, protocol = find_protocol(name, overrides, storage)
     require_writable(storage)
@@ -42,18 +45,21 @@ def compare_command(
     errors = Console(stderr=True)
     uri = tracking or record.tracking_uri or storage.tracking_uri
 
+    folder = storage.sweep(record.id) / "comparison"
+
     def say(text: str) -> None:
         errors.print(f"[dim]{text}[/dim]", highlight=False)
 
+    def keep(found: Comparison) -> None:
+        _log(record, uri, save(found, folder), found)
+
     bar, show = progress_bar("images")
     with bar, work_on_stderr():
-        found = compare(record, protocol, storage, uri, address, show, costs, say)
-    paths = save(found, storage.sweep(record.id) / "comparison")
-    _log(record, uri, paths, found)
+        found = compare(record, protocol, storage, uri, address, show, costs, say, keep)
     if as_json:
         print(json.dumps(found.as_record(), indent=1))
         return
-    _print(console(), found, paths)
+    _print(console(), found, folder)
 
 
 def find_protocol(
@@ -97,8 +103,8 @@ def _log(record: SweepRecord, uri: str, paths: list[Path], comparison: Compariso
     client.set_tag(record.run, "comparison.conclusions", " ".join(comparison.conclusions()))
 
 
-def _print(screen: Console, comparison: Comparison, paths: list[Path]) -> None:
-    from soflow_platform.comparison_report import COLUMNS, TITLES, cells, shown
+def _print(screen: Console, comparison: Comparison, folder: Path) -> None:
+    from soflow_platform.comparison_report import COLUMNS, FILES, TITLES, cells, shown
 
     for budget in comparison.budgets:
         rows = comparison.of(budget)
@@ -115,5 +121,5 @@ def _print(screen: Console, comparison: Comparison, paths: list[Path]) -> None:
         screen.print(f"[yellow]*[/yellow] {flag}", highlight=False)
     for sentence in comparison.left_out:
         screen.print(f"[yellow]left out[/yellow] {sentence}", highlight=False)
-    for path in paths:
-        screen.print(f"saved  {path}", highlight=False, soft_wrap=True)
+    for name in FILES:
+        screen.print(f"saved  {folder / name}", highlight=False, soft_wrap=True)
