@@ -12,7 +12,7 @@ from soflow_platform.checkpoints import EMA, Checkpoint
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import UserError
 from soflow_platform.sweep_record import SweepRecord
-from soflow_platform.tracking import Tracking, client_for
+from soflow_platform.tracking import FLAGS_TAG, Tracking, client_for
 
 CANDIDATE = "candidate"
 CHAMPION = "champion"
@@ -180,7 +180,9 @@ def _gate(version: Any, champion: Any | None) -> str:
     if champion is None:
         return "first champion"
     metric = version.tags.get("metric")
-    facts = [metric, "mode", *(k for k in version.tags if k.startswith("eval."))]
+    # What was said of numbers is no setting of theirs.
+    settings = [k for k in version.tags if k.startswith("eval.") and k != FLAGS_TAG]
+    facts = [metric, "mode", *settings]
     values = version.tags.get(metric), champion.tags.get(metric)
     differing = [k for k in facts[1:] if version.tags.get(k) != champion.tags.get(k)]
     if metric is None or None in values or differing:

@@ -141,6 +141,7 @@ class TrialWorker:
             patience = 60 * training.patience_minutes
             self.report = TrialReport(self.folder, job.trial, training.steps, job.attempt, board)
             self.saver = CheckpointSaver(self.root, training.keep_checkpoints, patience, self.report.say)
+        self._flagged: set[str] = set()
         self._state_copy, self._ema_copy = HostCopy(), HostCopy()
         self._looked = 0.0
 
@@ -271,10 +272,16 @@ class TrialWorker:
         self.log.send()
         self._show(step, result.grids)
         self.report.evaluation(step, result.metrics)
+        for flag in [flag for flag in result.flags if flag not in self._flagged]:
+            self._flagged.add(flag)
+            self.report.say(flag, step)
+            self.log.flag(flag)
 
     def _ema_network(self) -> DiT:
         """The network with the first EMA's weights; the ranks make it together where each holds a share."""
-        network = DiT(self.config).to(self.device).eval()
+        # A new network draws weights that are written over: those draws are not the training's.
+        with torch.random.fork_rng(devices=[]):
+            network = DiT(self.config).to(self.device).eval()
         network.load_state_dict(self.train_step.ema_state())
         return network
 

@@ -24,8 +24,11 @@ from soflow_pipelines.storage import open_storage
 from soflow_platform.config.evaluation import EvaluationConfig
 from soflow_platform.errors import UserError
 from soflow_platform.evaluation import Evaluator
+from soflow_platform.journal import LOG
 from soflow_platform.real_images import DECODED_LATENTS
+from soflow_platform.run_log import RunLog
 from soflow_platform.storage import Storage
+from soflow_platform.tracking import Tracking
 from soflow_platform.training import TrialWorker
 
 Make = Callable[..., TrialWorker]
@@ -68,14 +71,38 @@ def thumbnail(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_weights_with_and_without_evaluation_are_equal_bit_for_bit(worker: Make, thumbnail: str) -> None:
     features = f"evaluation.features={thumbnail}"
-    often = worker("often", "evaluation.every=2", features)
-    once = worker("once", "evaluation.every=6", features)
-    often.run()
-    once.run()
-    a, b = (final_state(str(trained.root)) for trained in (often, once))
-    network = {key for key in a if key.startswith("network.")}
-    assert network
-    assert network.isdisjoint(differing_tensors(a, b))
+    states, generators = [], []
+    for name, every in (("often", 2), ("once", 6)):
+        trained = worker(name, f"evaluation.every={every}", features)
+        trained.run()
+        states.append(final_state(str(trained.root)))
+        generators.append(torch.get_rng_state())
+    assert {key.split(".")[0] for key in states[0]} == {"network", "ema", "optimizer"}
+    assert differing_tensors(*states) == []
+    assert torch.equal(*generators)
+
+
+def test_why_a_number_is_refused_stands_in_the_log_and_on_the_run_once(
+    worker: Make, tracking: Tracking
+) -> None:
+    settings = ("evaluation.samples=70", "evaluation.features=digits-classifier")
+    trained = worker("broken", *settings)
+    with torch.no_grad():
+        next(iter(trained.train_step.ema.average().values())).fill_(float("nan"))
+    trained.run()
+    assert [step["step"] for step in trained.evaluations] == [2, 4, 6]
+    assert all(math.isnan(step["eval/fd_nfe1"]) for step in trained.evaluations)
+    lines = [line for line in (trained.folder / LOG).read_text().splitlines() if "not finite" in line]
+    assert [(line.split("  ")[1], line[-7:]) for line in lines] == [
+        ("step 2", "(nfe 1)"),
+        ("step 2", "(nfe 2)"),
+    ]
+    said = tracking.client.get_run(trained.job.run).data.tags["eval.flags"]
+    assert [said.count(f"(nfe {nfe})") for nfe in (1, 2)] == [1, 1]
+    again = RunLog(tracking.uri, trained.job.run, print)
+    again.flag(lines[0].split("  ", 2)[2])
+    again.flush()
+    assert tracking.client.get_run(trained.job.run).data.tags["eval.flags"] == said
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,15 @@ def test_numbers_measured_in_another_way_are_not_compared(add: Register, trackin
         registry.promote(tracking.uri, "digits")
 
 
+def test_what_is_said_of_numbers_does_not_keep_them_apart(add: Register, tracking: Tracking) -> None:
+    add("a", 10.0, **{"eval.flags": "sample 0 has values that are not finite (nfe 1)"})
+    registry.promote(tracking.uri, "digits")
+    add("b", 9.0)
+    assert registry.promote(tracking.uri, "digits").version == "2"
+    add("c", 8.0, **{"eval.flags": "32 samples in 64 features."})
+    assert registry.promote(tracking.uri, "digits").version == "3"
+
+
 def test_nan_never_passes_the_gate(add: Register, tracking: Tracking) -> None:
     add("a", 10.0)
     registry.promote(tracking.uri, "digits")
