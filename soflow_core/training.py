@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -177,6 +177,15 @@ class TrainStep:
         EMA. Later steps change its tensors; `host_ema_state` copies.
         """
         return {name: whole(tensor) for name, tensor in self._ema_shares(decay).items()}
+
+    @contextmanager
+    def averaged(self, decay: float | str | None = None) -> Iterator[nn.Module]:
+        """The network with the parameters of an EMA, named as for `ema_state`, in its own memory. Only passes
+        without gradient may run inside; training goes on afterwards as if there had been none.
+        """
+        name = Exponential(decay).name if isinstance(decay, float) else decay
+        with substituted(self.parameters, list(self.ema.average(name).values())):
+            yield self.module
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a later TrainStep needs to go on as this one would, in whole tensors.

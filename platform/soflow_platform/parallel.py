@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from soflow_core.networks import DiT, DiTConfig
@@ -36,7 +37,7 @@ def build_train_step(
     Where the batch does not divide, a rank's gradients count as many times as it has rows.
     """
     torch.manual_seed(experiment.seed)
-    plain = DiT(config).to(device)
+    plain = DiT(config)
     network: nn.Module = plain
     training = experiment.training
     weight = rows_of(rank, world, training.batch) * world / training.batch
@@ -44,8 +45,11 @@ def build_train_step(
     if training.parallel == "fsdp" and world > 1:
         from soflow_core.sharding import shard
 
-        network = shard(plain)
-    elif world > 1 and not reduces:
+        # Block by block from the CPU: no device need hold it whole.
+        network = shard(plain, init_device_mesh(device.type, (world,)))
+    else:
+        plain.to(device)
+    if world > 1 and not reduces and training.parallel == "ddp":
         network = DistributedDataParallel(plain, device_ids=[device] if device.type == "cuda" else None)
         if training.batch % world:
             # Annotations that are strings, as in this file, would be refused; a lambda has none.

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import time
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from soflow_pipelines.loader import ShardLoader
 from soflow_pipelines.shards import DatasetInfo
 from soflow_pipelines.writers import encode_png, write_file
 from soflow_platform import checkpoints, parallel
+from soflow_platform.averaged_network import Merge, averaged_network
 from soflow_platform.checkpoints import Checkpoint, Position
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.data import network_config
@@ -241,9 +243,9 @@ class TrialWorker:
             if self.log is not None:
                 self.log.restore(found.position.unsent)
         else:
-            network = self._ema_network()
-            if self.log is not None:
-                self._show(0, self.evaluator.grids(network, self.experiment.objective, self.device))
+            with self._averaged() as (network, _):
+                if self.log is not None:
+                    self._show(0, self.evaluator.grids(network, self.experiment.objective, self.device))
         if self.report is not None:
             self.report.say(
                 f"{'going on' if step else 'starting'} with {self.world} worker(s) on {self.device}", step
@@ -261,10 +263,10 @@ class TrialWorker:
         """Score the first EMA. All ranks take part, rank 0 records."""
         if self.report is not None:
             self.report.state("evaluating", step=step)
-        merge = parallel.gather if self.world > 1 else list
-        result = self.evaluator.evaluate(
-            self._ema_network(), self.experiment.objective, self.device, self.rank, self.world, merge
-        )
+        with self._averaged() as (network, merge):
+            result = self.evaluator.evaluate(
+                network, self.experiment.objective, self.device, self.rank, self.world, merge
+            )
         if self.report is None or self.log is None:
             return
         self.evaluations.append({"step": step, **result.metrics})
@@ -277,13 +279,8 @@ class TrialWorker:
             self.report.say(flag, step)
             self.log.flag(flag)
 
-    def _ema_network(self) -> DiT:
-        """The network with the first EMA's weights; the ranks make it together where each holds a share."""
-        # A new network draws weights that are written over: those draws are not the training's.
-        with torch.random.fork_rng(devices=[]):
-            network = DiT(self.config).to(self.device).eval()
-        network.load_state_dict(self.train_step.ema_state())
-        return network
+    def _averaged(self) -> AbstractContextManager[tuple[DiT, Merge]]:
+        return averaged_network(self.train_step, self.config, self.device, self.world)
 
     def _show(self, step: int, grids: dict[str, Any]) -> None:
         """Sample grids to the run's page and to the trial's folder."""
