@@ -128,6 +128,11 @@ class VelocityGuidance:
         """Whether the target differs from the sample's velocity."""
         return self.omega != 1 or self.kappa != 0
 
+    @property
+    def scale(self) -> float:
+        """The effective guidance scale omega / (1 - kappa)."""
+        return self.omega / (1 - self.kappa)
+
     def inside(self, t: Tensor) -> Tensor:
         """(B,) -> (B,) bool: whether these times are guided."""
         return (t >= self.start) & (t <= self.end)

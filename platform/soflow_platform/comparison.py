@@ -62,7 +62,19 @@ class Row:
     image_seconds: float | None = None
     speedup: float | None = None
     """Over DDPM of 1000 steps, in time for one image."""
+    trained_guidance: float | None = None
+    """Scale of the guidance in its training, 1 where it is none; None where the method has none."""
     flags: tuple[str, ...] = ()
+
+    def named(self, rows: Sequence[Row]) -> str:
+        """The method; where other rows are of the same method trained otherwise, its guidance too, or its trial."""
+        alike = [row for row in rows if row.method == self.method]
+        if len({row.trial for row in alike}) == 1:
+            return self.method
+        if len({row.trial for row in alike if row.trained_guidance == self.trained_guidance}) > 1:
+            return self.trial
+        unguided = self.trained_guidance in (None, 1)
+        return f"{self.method}, {'no guidance' if unguided else f'guidance {self.trained_guidance:g}'}"
 
 
 @dataclass(frozen=True)
@@ -279,6 +291,7 @@ def _row(budget: str, entry: Entry, score: Score, measured: MeasuredCosts | None
         method=entry.network.objective.method,
         uses_jvp=entry.network.objective.uses_jvp,
         trained_steps=done,
+        trained_guidance=entry.network.objective.trained_guidance,
         sampling=_sampling(score.tags),
         steps=entry.steps,
         nfe=int(score.tags["nfe"]),
@@ -306,34 +319,41 @@ def _sampling(tags: dict[str, str]) -> str:
 
 
 def _conclusions(budget: str, distance: str, rows: Sequence[Row]) -> list[str]:
-    """At one evaluation: the best of all, the best without a Jacobian-vector product, and how SoFlow stands."""
+    """What is best at one evaluation, among networks that are guided alike in training, and at any number."""
     once = sorted((row for row in rows if row.nfe == 1), key=lambda row: row.distance)
+    scales = sorted({row.trained_guidance or 1 for row in once})
     sentences = []
-    if once:
-        best = once[0]
-        jvp = "with a Jacobian-vector product" if best.uses_jvp else "without a Jacobian-vector product"
-        sentences.append(
-            f"equal {budget}, 1 NFE: the best is {best.method}, {jvp}, {distance} {best.distance:.4g}."
+    for scale in scales:
+        alike = [row for row in once if (row.trained_guidance or 1) == scale]
+        guided = (
+            "" if len(scales) == 1 else ", no guidance" if scale == 1 else f", guidance {scale:g} in training"
         )
-        free = [row for row in once if not row.uses_jvp]
-        if best.uses_jvp and free:
-            sentences.append(
-                f"equal {budget}, 1 NFE: the best without a Jacobian-vector product is {free[0].method}, "
-                f"{distance} {free[0].distance:.4g}."
-            )
-        for row in once:
-            if row.method == "soflow":
-                holds = (
-                    "holds" if row is best else f"does not hold: it is {once.index(row) + 1} of {len(once)}"
-                )
-                sentences.append(
-                    f"equal {budget}: that SoFlow has the best distance at one evaluation {holds} ({distance} {row.distance:.4g})."
-                )
-                break
+        sentences += _at_one_evaluation(f"equal {budget}, 1 NFE{guided}", distance, alike)
     overall = min(rows, key=lambda row: row.distance)
     if overall.nfe > 1:
+        sampling = f" ({overall.sampling})" if overall.sampling else ""
         sentences.append(
-            f"equal {budget}, any NFE: the best is {overall.method}{f' ({overall.sampling})' if overall.sampling else ''} at "
-            f"{overall.nfe} NFE, {distance} {overall.distance:.4g}."
+            f"equal {budget}, any NFE: the best is {overall.named(rows)}{sampling} at {overall.nfe} NFE, {distance} "
+            f"{overall.distance:.4g}."
+        )
+    return sentences
+
+
+def _at_one_evaluation(which: str, distance: str, once: Sequence[Row]) -> list[str]:
+    """The best of all, the best without a Jacobian-vector product, and how SoFlow stands; `once` is in order of distance."""
+    best = once[0]
+    jvp = "with a Jacobian-vector product" if best.uses_jvp else "without a Jacobian-vector product"
+    sentences = [f"{which}: the best is {best.method}, {jvp}, {distance} {best.distance:.4g}."]
+    free = [row for row in once if not row.uses_jvp]
+    if best.uses_jvp and free:
+        sentences.append(
+            f"{which}: the best without a Jacobian-vector product is {free[0].method}, {distance} {free[0].distance:.4g}."
+        )
+    soflow = next((row for row in once if row.method == "soflow"), None)
+    if soflow is not None:
+        place = once.index(soflow) + 1
+        holds = "holds" if place == 1 else f"does not hold: it is {place} of {len(once)}"
+        sentences.append(
+            f"{which}: that SoFlow has the best distance {holds} ({distance} {soflow.distance:.4g})."
         )
     return sentences

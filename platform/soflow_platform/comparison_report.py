@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def markdown(comparison: Comparison) -> str:
         lines += ["", f"## {TITLES.get(budget, budget)}", ""]
         titles = [title.format(distance=comparison.distance) for title in COLUMNS]
         lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-        lines += ["| " + " | ".join(cells(row, shown(row, rows))) + " |" for row in rows]
+        lines += ["| " + " | ".join(cells(row, row.named(rows))) + " |" for row in rows]
     lines += ["", "## What the numbers are", ""]
     lines += [f"- {name}: {value}" for name, value in comparison.settings.items()]
     counts = sorted({row.samples for row in comparison.rows})
@@ -61,12 +60,6 @@ def markdown(comparison: Comparison) -> str:
     flags = dict.fromkeys(flag for row in comparison.rows for flag in row.flags)
     lines += [f"- {flag}" for flag in [*flags, *comparison.left_out]]
     return "\n".join(lines) + "\n"
-
-
-def shown(row: Row, rows: Sequence[Row]) -> str:
-    """The method, or its trial where the method has several."""
-    alone = len({other.trial for other in rows if other.method == row.method}) == 1
-    return row.method if alone else row.trial
 
 
 def cells(row: Row, name: str) -> list[str]:
@@ -114,7 +107,7 @@ def plot(comparison: Comparison) -> bytes:
         rows = comparison.of(budget)
         lines: dict[tuple[str, str], list[Row]] = {}
         for row in rows:
-            lines.setdefault((shown(row, rows), row.sampling), []).append(row)
+            lines.setdefault((row.named(rows), row.sampling), []).append(row)
         for (name, sampling), points in lines.items():
             points = sorted(points, key=lambda row: row.nfe)
             colour = colours.setdefault(name, f"C{len(colours) % 10}")

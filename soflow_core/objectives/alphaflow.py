@@ -109,6 +109,10 @@ class AlphaFlow(Objective):
         return self.guidance.drop > 0 or self.guidance.active
 
     @property
+    def trained_guidance(self) -> float | None:
+        return self.guidance.scale
+
+    @property
     def uses_jvp(self) -> bool:
         return self.flow_matching_share < 1 and self.schedule.reaches_zero
 

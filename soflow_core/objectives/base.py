@@ -94,6 +94,13 @@ class Objective(ABC):
         return False
 
     @property
+    def trained_guidance(self) -> float | None:
+        """Guidance scale that is trained into the network, 1 where it is none; None where a method has none in
+        training.
+        """
+        return None
+
+    @property
     def teacher_decay(self) -> float | None:
         """Decay of the EMA whose network gives this method's targets; None where the network teaches
         itself.

@@ -65,6 +65,10 @@ class Shortcut(Objective):
         return self.drop > 0
 
     @property
+    def trained_guidance(self) -> float | None:
+        return self.scale
+
+    @property
     def teacher_decay(self) -> float | None:
         return self.teacher_ema
 

@@ -99,6 +99,10 @@ class SoFlow(Objective):
     def needs_null_label(self) -> bool:
         return self.guidance.active
 
+    @property
+    def trained_guidance(self) -> float | None:
+        return self.guidance.scale
+
     def coefficients(self, t: Tensor, s: Tensor) -> Coefficients:
         """a(t, s) and b(t, s) of f = a x + b F."""
         return PARAMETERIZATIONS[self.parameterization](t, s)

@@ -222,7 +222,7 @@ def test_the_claim_of_one_step_without_a_jacobian_vector_product_is_said_to_hold
     )
     assert holds.conclusions() == [
         "equal steps, 1 NFE: the best is soflow, without a Jacobian-vector product, fd 8.",
-        "equal steps: that SoFlow has the best distance at one evaluation holds (fd 8).",
+        "equal steps, 1 NFE: that SoFlow has the best distance holds (fd 8).",
     ]
 
 
@@ -236,9 +236,31 @@ def test_the_claim_is_said_not_to_hold_where_it_does_not() -> None:
     assert fails.conclusions() == [
         "equal steps, 1 NFE: the best is meanflow, with a Jacobian-vector product, fd 7.",
         "equal steps, 1 NFE: the best without a Jacobian-vector product is shortcut, fd 7.5.",
-        "equal steps: that SoFlow has the best distance at one evaluation does not hold: it is 3 of 3 (fd 8).",
+        "equal steps, 1 NFE: that SoFlow has the best distance does not hold: it is 3 of 3 (fd 8).",
         "equal steps, any NFE: the best is flow_matching at 32 NFE, fd 3.",
     ]
+
+
+def test_networks_are_judged_beside_those_that_are_guided_alike_and_named_by_their_guidance() -> None:
+    guided, plain = replace(row("soflow", 1, 8.0), trained_guidance=3.0), row("soflow", 1, 7.0)
+    plain = replace(plain, trial="trial-soflow-plain", trained_guidance=1.0)
+    table = comparison(
+        guided, plain, row("ict", 1, 6.0), replace(row("meanflow", 1, 9.0), trained_guidance=3.0)
+    )
+    assert table.conclusions() == [
+        "equal steps, 1 NFE, no guidance: the best is ict, without a Jacobian-vector product, fd 6.",
+        "equal steps, 1 NFE, no guidance: that SoFlow has the best distance does not hold: it is 2 of 2 (fd 7).",
+        "equal steps, 1 NFE, guidance 3 in training: the best is soflow, without a Jacobian-vector product, fd 8.",
+        "equal steps, 1 NFE, guidance 3 in training: that SoFlow has the best distance holds (fd 8).",
+    ]
+    assert [r.named(table.rows) for r in table.rows] == [
+        "soflow, guidance 3",
+        "soflow, no guidance",
+        "ict",
+        "meanflow",
+    ]
+    twin = replace(plain, trial="trial-soflow-twin")
+    assert plain.named([plain, twin]) == "trial-soflow-plain"
 
 
 def test_each_budget_is_judged_by_its_own_rows() -> None:

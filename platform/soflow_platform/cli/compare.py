@@ -104,7 +104,7 @@ def _log(record: SweepRecord, uri: str, paths: list[Path], comparison: Compariso
 
 
 def _print(screen: Console, comparison: Comparison, folder: Path) -> None:
-    from soflow_platform.comparison_report import COLUMNS, FILES, TITLES, cells, shown
+    from soflow_platform.comparison_report import COLUMNS, FILES, TITLES, cells
 
     for budget in comparison.budgets:
         rows = comparison.of(budget)
@@ -112,7 +112,7 @@ def _print(screen: Console, comparison: Comparison, folder: Path) -> None:
         first, *rest = (title.format(distance=comparison.distance) for title in COLUMNS)
         table = plain_table(first, *rest)
         for row in rows:
-            table.add_row(*cells(row, shown(row, rows)))
+            table.add_row(*cells(row, row.named(rows)))
         screen.print(table)
     screen.print()
     for sentence in comparison.conclusions():
