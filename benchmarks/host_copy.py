@@ -1,9 +1,10 @@
-"""How long a copy of a training's state in host memory stops the training, beside a step of it.
+"""How long a copy of a training's state in host memory, and a whole save, stop the training, beside a step of it.
 
     python benchmarks/host_copy.py --size S/4
     python benchmarks/host_copy.py --size XL/2 --device cuda --batch 64
 
-`anew` takes memory for every copy, `again` writes over the copy before. On a GPU that memory is pinned.
+`anew` takes memory for every copy, `again` writes over the copy before. On a GPU that memory is pinned. A `save` is what stops a
+trial's first worker: looking whether the last checkpoint is written, both copies, and handing them to the thread that writes.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -20,6 +23,8 @@ from soflow_core.networks import DiT, dit_config
 from soflow_core.objectives import Batch, SoFlow
 from soflow_core.states import HostCopy, map_tensors
 from soflow_core.training import OptimizerConfig, TrainStep
+from soflow_platform.checkpoints import EMA, STATE, Position
+from soflow_platform.saving import CheckpointSaver
 
 
 def median_seconds(run: Callable[[], object], device: torch.device, rounds: int) -> float:
@@ -32,6 +37,32 @@ def median_seconds(run: Callable[[], object], device: torch.device, rounds: int)
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - start)
     return statistics.median(taken[1:])
+
+
+def save_seconds(train: TrainStep, rounds: int) -> tuple[float, float]:
+    """(a save as training waits for it, the copies in it), each the median of `rounds`, the checkpoint before being written."""
+    state_copy, average_copy = HostCopy(), HostCopy()
+    saves, copies = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        saver = CheckpointSaver(folder, keep=1, patience=0, say=lambda _: None)
+        for number in range(rounds + 1):
+            saver.wait()
+            start = time.perf_counter()
+            assert saver.ready(number, needed=False)
+            before = time.perf_counter()
+            state = train.host_state(state_copy)
+            average = train.host_ema_state(copy=average_copy)
+            copied = time.perf_counter()
+
+            def write(place: Path, state: object = state, average: object = average) -> None:
+                torch.save(state, place / STATE)
+                torch.save(average, place / EMA)
+
+            saver.submit(Position(number, 0, "run"), [], write)
+            saves.append(time.perf_counter() - start)
+            copies.append(copied - before)
+        saver.close()
+    return statistics.median(saves[1:]), statistics.median(copies[1:])
 
 
 def main() -> int:
@@ -57,13 +88,20 @@ def main() -> int:
         "anew": median_seconds(train.host_state, device, options.rounds),
         "again": median_seconds(lambda: train.host_state(copy), device, options.rounds),
     }
+    save, copied = save_seconds(train, options.rounds)
+    seconds |= {"copies in a save": copied, "a save": save}
     map_tensors(train.state_dict(), lambda tensor: sizes.append(tensor.nbytes))
     print(f"{options.size}, state of {sum(sizes) / 2**30:.2f} GiB, step of batch {options.batch}, {device}")
     print("| | s | of a step |\n|---|---|---|")
     for name, value in seconds.items():
         print(f"| {name} | {value:.3f} | {value / seconds['a step']:.3f} |")
     print(f"again / anew = {seconds['again'] / seconds['anew']:.3f}")
-    return 0
+    beyond = save - copied
+    kept = beyond <= seconds["a step"]
+    print(
+        f"a save stops training for {beyond:.4f} s beyond its copies: {'within' if kept else 'MORE THAN'} a step"
+    )
+    return 0 if kept else 1
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ class CheckpointSaver:
         """
         self.wait()
         self._failure = None
+        self._stuck.clear()
         self._thread = threading.Thread(
             target=self._work, args=(position, ranking, write), name="checkpoint", daemon=True
         )
@@ -76,7 +77,6 @@ class CheckpointSaver:
     def _work(self, position: Position, ranking: Sequence[int], write: Callable[[Path], None]) -> None:
         started = time.monotonic()
         what = f"saving the checkpoint of step {position.step:,} to {self.root}"
-        self._stuck.clear()
         try:
             retry(
                 lambda: self._publish(position, write), what, self.patience, self.say, cancelled=self._closing
@@ -87,6 +87,7 @@ class CheckpointSaver:
             self._failure = failure
             self.say(f"{failure}; the checkpoints before it are kept.")
             return
+        self._stuck.clear()
         self.say(f"checkpoint of step {position.step:,} saved in {time.monotonic() - started:.1f} s")
         try:
             checkpoints.prune(self.root, self.keep, ranking)
