@@ -1,6 +1,7 @@
 """SoFlow's loss as the formulas are read: each branch by itself, six calls of the network, no row left out.
 
-The measure of what soflow_core.objectives.soflow saves, and an independent form of the same numbers.
+The measure of what soflow_core.objectives.soflow saves, and an independent form of the same numbers. Each call has
+the precision of its kind: guidance and Flow Matching are tolerant, the consistency pair is exact.
 """
 
 from __future__ import annotations
@@ -11,13 +12,21 @@ from torch import Tensor
 from soflow_core.guidance import decay, drop_labels
 from soflow_core.objectives import Batch, Draws, SoFlow
 from soflow_core.parameterization import PARAMETERIZATIONS
-from soflow_core.passes import Network
+from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import PATHS
 from soflow_core.times import middle_time
 
+FLOAT32 = PassPolicy()
+
 
 def six_call_loss(
-    objective: SoFlow, network: Network, batch: Batch, draws: Draws, step: int, total_steps: int
+    objective: SoFlow,
+    network: Network,
+    batch: Batch,
+    draws: Draws,
+    step: int,
+    total_steps: int,
+    policy: PassPolicy = FLOAT32,
 ) -> Tensor:
     """The scalar to differentiate: L_v B_v / B + L_c (B - B_v) / B."""
     n = draws.velocity_rows
@@ -31,6 +40,7 @@ def six_call_loss(
         draws.t[:n],
         None if labels is None else labels[:n],
         None if dropped is None else dropped[:n],
+        policy,
     )
     ratio = objective.schedule.ratio(step, total_steps)
     tail = consistency_loss(
@@ -41,6 +51,7 @@ def six_call_loss(
         (draws.t[n:], middle_time(draws.t[n:], draws.s[n:], ratio), draws.s[n:]),
         None if labels is None else labels[n:],
         None if dropped is None else dropped[n:],
+        policy,
     )
     return (head.sum() + tail.sum()) / len(draws.t)
 
@@ -53,22 +64,23 @@ def velocity_loss(
     t: Tensor,
     labels: Tensor | None,
     dropped: Tensor | None,
+    policy: PassPolicy = FLOAT32,
 ) -> Tensor:
     """(B,): the Flow Matching branch; two calls."""
-    column = t[:, None, None, None]
+    passes, column = Passes(network, policy), t[:, None, None, None]
     point, coefficients = PATHS[objective.path](t), PARAMETERIZATIONS[objective.parameterization](t, t)
     x_t, target = point.state(x0, x1), point.velocity(x0, x1)
     guidance = objective.guidance
     if labels is not None and guidance.active:
         assert dropped is not None
         mask = dropped[:, None, None, None]
-        v_p = coefficients.velocity(x_t, network(x_t, t, t, drop_labels(labels, dropped)))
+        v_p = coefficients.velocity(x_t, passes.tolerant(x_t, t, t, drop_labels(labels, dropped)))
         with torch.no_grad():
-            v_u = coefficients.velocity(x_t, network(x_t, t, t, None))
+            v_u = coefficients.velocity(x_t, passes.tolerant(x_t, t, t, None))
             guided = target + decay(column, guidance.decay_from) * (guidance.scale - 1) * (target - v_u)
             target = torch.where(mask, target, guidance.mix * guided + (1 - guidance.mix) * v_p)
     else:
-        v_p = coefficients.velocity(x_t, network(x_t, t, t, labels))
+        v_p = coefficients.velocity(x_t, passes.tolerant(x_t, t, t, labels))
     mse = (v_p - target).square().mean(dim=(1, 2, 3))
     weight = 1 / (coefficients.db_ds.abs() * (mse.detach() + objective.weight_eps) ** objective.weight_power)
     return weight * mse
@@ -82,8 +94,10 @@ def consistency_loss(
     times: tuple[Tensor, Tensor, Tensor],
     labels: Tensor | None,
     dropped: Tensor | None,
+    policy: PassPolicy = FLOAT32,
 ) -> Tensor:
     """(B,): the solution consistency branch; four calls."""
+    passes = Passes(network, policy)
     t, l, s = times  # noqa: E741
     parameterization = PARAMETERIZATIONS[objective.parameterization]
     point = PATHS[objective.path](t)
@@ -96,17 +110,17 @@ def consistency_loss(
         at_t = parameterization(t, t)
         strength = decay(t, guidance.decay_from)[:, None, None, None] * (guidance.scale - 1)
         with torch.no_grad():
-            v_u = at_t.velocity(x_t, network(x_t, t, t, None))
+            v_u = at_t.velocity(x_t, passes.tolerant(x_t, t, t, None))
             guided = velocity + strength * (velocity - v_u)
             if guidance.mix != 1:
-                v_p = at_t.velocity(x_t, network(x_t, t, t, labels))
+                v_p = at_t.velocity(x_t, passes.tolerant(x_t, t, t, labels))
                 guided = guidance.mix * guided + (1 - guidance.mix) * v_p
             velocity = torch.where(dropped[:, None, None, None], velocity, guided)
     start, middle = parameterization(t, s), parameterization(l, s)
-    prediction = network(x_t, t, s, seen)
+    prediction = passes.exact(x_t, t, s, seen)
     with torch.no_grad():
         x_l = x_t + velocity * (l - t)[:, None, None, None]
-        f_l = middle.solution(x_l, network(x_l, l, s, seen))
+        f_l = middle.solution(x_l, passes.exact(x_l, l, s, seen))
         quotient = (start.solution(x_t, prediction) - f_l) / (t - l)[:, None, None, None]
         weight = 1 / (quotient.square().mean(dim=(1, 2, 3)) + objective.weight_eps) ** objective.weight_power
     inner = (prediction * quotient * weight[:, None, None, None]).mean(dim=(1, 2, 3))

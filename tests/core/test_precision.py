@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from random_networks import random_inputs, random_network
+from soflow_six_calls import six_call_loss
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -42,19 +43,21 @@ class Watched:
         return result
 
 
+def name_of(derivative: bool, autocast: bool, dtype: torch.dtype) -> str:
+    """`bfloat16`, `float32`, or `jvp` for a derivative, which is in float32."""
+    assert dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert not (derivative and autocast)
+    return "jvp" if derivative else str(dtype).removeprefix("torch.")
+
+
 def passes(objective: Objective, precision: Precision, step: int) -> list[str]:
-    """What each pass of a step is: `bfloat16`, `float32`, or `jvp` if in float32."""
+    """What each pass of a step is."""
     watched = Watched()
     batch, draws = random_inputs(objective, size=16, dtype=torch.float32)
     policy = PassPolicy(precision, skip_unused=False, teacher=watched)
     loss = objective.loss(watched, batch, draws, step, TOTAL, policy)
     assert loss.loss.dtype == torch.float32
-    names = []
-    for derivative, autocast, dtype in watched.seen:
-        assert dtype == (torch.bfloat16 if autocast else torch.float32)
-        assert not (derivative and autocast)
-        names.append("jvp" if derivative else str(dtype).removeprefix("torch."))
-    return names
+    return [name_of(*note) for note in watched.seen]
 
 
 TOLERANT, EXACT, JVP = "bfloat16", "float32", "jvp"
@@ -101,6 +104,15 @@ def test_the_other_policies_run_every_pass_alike_but_for_derivatives(objective, 
 def test_without_guidance_soflow_has_no_pass_for_it():
     unguided = replace(SoFlow(), guidance=replace(SoFlow().guidance, scale=1))
     assert passes(unguided, "mixed", 0) == [TOLERANT, EXACT, EXACT]
+
+
+def test_soflow_in_six_calls_gives_each_the_precision_of_its_kind():
+    """Two of the Flow Matching branch; guidance twice and the pair of the consistency branch."""
+    watched, objective = Watched(), SoFlow()
+    six_call_loss(
+        objective, watched, *random_inputs(objective, dtype=torch.float32), 0, TOTAL, PassPolicy("mixed")
+    )
+    assert [name_of(*note) for note in watched.seen] == [TOLERANT] * 4 + [EXACT] * 2
 
 
 def test_times_and_labels_condition_a_network_in_float32_also_under_autocast():
