@@ -41,7 +41,10 @@ def build_train_step(
     network: nn.Module = plain
     training = experiment.training
     weight = rows_of(rank, world, training.batch) * world / training.batch
-    reduces = world > 1 and experiment.objective.uses_jvp and training.parallel == "ddp"
+    # DistributedDataParallel lays its messages out anew after the first step, and a sum over 3 ranks or more depends on where in
+    # a message a number lies: only one message of always the same order gives a resumed run the same bits.
+    ordered = experiment.objective.uses_jvp or (training.deterministic and world > 2)
+    reduces = world > 1 and ordered and training.parallel == "ddp"
     if training.parallel == "fsdp" and world > 1:
         from soflow_core.sharding import shard
 

@@ -88,9 +88,12 @@ def slow_down(worker: TrialWorker) -> None:
     worker._step = step  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_training_killed_at_a_random_step_is_the_training_never_killed(worker: Make, world: int) -> None:
+@pytest.mark.parametrize(("world", "deterministic"), [(1, False), (2, False), (3, True)])
+def test_training_killed_at_a_random_step_is_the_training_never_killed(
+    worker: Make, world: int, deterministic: bool
+) -> None:
     settings = ["training.steps=20", "training.checkpoint_every=3", "evaluation.every=20"]
+    settings += ["training.batch=6", f"training.deterministic={str(deterministic).lower()}"]
     whole = worker("whole", *settings)
     assert train(whole.job, world) == [0] * world
     cut = worker("cut", *settings)
