@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class Power:
     def name(self) -> str:
         return f"power-{self.sigma_rel:g}"
 
-    @property
+    @cached_property
     def gamma(self) -> float:
         """Solves sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (EDM2, Eq. 126), which falls in
         gamma above 0.
@@ -144,9 +145,7 @@ def posthoc_weights(snapshots: Sequence[tuple[int, float]], target: tuple[int, f
 
 
 def _profile_product(a: tuple[float, float], b: tuple[float, float]) -> float:
-    """Integral of p_a p_b, with p(u) = (gamma + 1) u^gamma / t^(gamma + 1) on 0 < u < t (EDM2, Eq. 151),
-    scaled by t_a.
-    """
+    """Integral of p_a p_b, with p(u) = (gamma + 1) u^gamma / t^(gamma + 1) on 0 < u < t (EDM2, Eq. 151)."""
     (t_a, gamma_a), (t_b, gamma_b) = a, b
     first = min(t_a, t_b)
     share = (first / t_a) ** gamma_a * (first / t_b) ** gamma_b * first / (t_a * t_b)

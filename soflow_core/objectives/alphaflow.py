@@ -5,7 +5,6 @@ training.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -14,26 +13,24 @@ from torch import Tensor
 
 from soflow_core.guidance import VelocityGuidance, draw_dropped, drop_labels
 from soflow_core.objectives.average_velocity import (
+    AverageVelocityModel,
     Start,
     branch_means,
     differential_target,
     draw_pairs,
     guided_target,
-    solution,
 )
 from soflow_core.objectives.base import (
     DEFAULT_POLICY,
     Batch,
     Draws,
     Loss,
-    Objective,
     draw_noise,
     dropped_rows,
 )
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
 from soflow_core.rows import per_row, row_mean
-from soflow_core.samplers.solution import sample_by_steps
 from soflow_core.settings import check_choices, check_share, check_weight_eps
 from soflow_core.times import LogitNormal
 
@@ -83,7 +80,7 @@ class AlphaSchedule:
 
 
 @dataclass(frozen=True)
-class AlphaFlow(Objective):
+class AlphaFlow(AverageVelocityModel):
     """Settings of alpha-Flow; the defaults are those of the paper's B/2, with kappa as in its released
     configuration.
     """
@@ -158,21 +155,6 @@ class AlphaFlow(Objective):
         weight = torch.where(differential, 1.0, alpha) / (mse.detach() + self.weight_eps)
         terms = {**branch_means(draws, mse), "alpha": torch.full((), alpha, device=mse.device)}
         return Loss((weight * mse).mean(), terms)
-
-    def sample(
-        self,
-        network: Network,
-        noise: Tensor,
-        labels: Tensor | None,
-        steps: int,
-        renoise: Sequence[Tensor] = (),
-    ) -> Tensor:
-        del renoise
-
-        def solve(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            return solution(network, x, t, s, labels)
-
-        return sample_by_steps(solve, noise, steps)
 
     def _discrete_target(self, passes: Passes, start: Start, velocity: Tensor, alpha: float) -> Tensor:
         """(B, C, H, W): alpha v + (1 - alpha) u(x - dt v, t - dt, s) with dt = alpha (t - s) (alpha-Flow,

@@ -1,26 +1,26 @@
-"""What MeanFlow and alpha-Flow share: F(x, t, s) is the average velocity between s and t, f = x - (t - s)
-F.
+"""What MeanFlow, alpha-Flow and Shortcut share: F(x, t, s) is the average velocity between s and t, and
+f = x - (t - s) F.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from soflow_core.guidance import VelocityGuidance, null_labels
-from soflow_core.objectives.base import Draws
+from soflow_core.objectives.base import Draws, Objective
 from soflow_core.passes import Network, Passes
 from soflow_core.rows import choose_rows, per_row
+from soflow_core.samplers.solution import sample_by_steps
 from soflow_core.times import LogitNormal
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where the rows of a batch stand: x_t and v_c (B, C, H, W), t and s (B,), labels after dropping, and
-    the dropped rows.
-    """
+    """Where the rows of a batch stand: x_t and v_c (B, C, H, W), t and s (B,), and labels after dropping."""
 
     x: Tensor
     velocity: Tensor
@@ -95,6 +95,25 @@ def differential_target(passes: Passes, start: Start, velocity: Tensor) -> Tenso
 def solution(network: Network, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
     """f(x, t, s) = x - (t - s) u(x, t, s)."""
     return x - per_row(t - s, x) * network(x, t, s, labels)
+
+
+class AverageVelocityModel(Objective):
+    """The sampler that they have in common."""
+
+    def sample(
+        self,
+        network: Network,
+        noise: Tensor,
+        labels: Tensor | None,
+        steps: int,
+        renoise: Sequence[Tensor] = (),
+    ) -> Tensor:
+        del renoise
+
+        def solve(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            return solution(network, x, t, s, labels)
+
+        return sample_by_steps(solve, noise, steps)
 
 
 def leading_rows(generator: torch.Generator | None, draws_rows: int, probability: float) -> Tensor:

@@ -155,14 +155,3 @@ def dropped_rows(draws: Draws) -> Tensor:
     if draws.dropped is None:
         raise ValueError("labels came with draws of unconditional training; draw with conditional=True")
     return draws.dropped
-
-
-def check_steps(steps: int) -> None:
-    """A sampler takes at least one step."""
-    if steps < 1:
-        raise ValueError(f"{steps} sampling steps were asked for; at least 1 is needed")
-
-
-def full_times(value: float, x: Tensor) -> Tensor:
-    """-> (B,): the same time for every row of x (B, C, H, W)."""
-    return torch.full((len(x),), value, dtype=torch.float32, device=x.device)

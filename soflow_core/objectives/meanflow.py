@@ -4,42 +4,38 @@ product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from soflow_core.guidance import VelocityGuidance, drop_labels
 from soflow_core.objectives.average_velocity import (
+    AverageVelocityModel,
     Start,
     branch_means,
     differential_target,
     draw_pairs,
     guided_target,
     leading_rows,
-    solution,
 )
 from soflow_core.objectives.base import (
     DEFAULT_POLICY,
     Batch,
     Draws,
     Loss,
-    Objective,
     draw_noise,
     dropped_rows,
 )
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
 from soflow_core.rows import row_mean, row_sum
-from soflow_core.samplers.solution import sample_by_steps
 from soflow_core.settings import check_share, check_weight_eps
 from soflow_core.times import LogitNormal
 
 
 @dataclass(frozen=True)
-class MeanFlow(Objective):
+class MeanFlow(AverageVelocityModel):
     """Settings of MeanFlow; the defaults are its ImageNet recipe without guidance."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -111,18 +107,3 @@ class MeanFlow(Objective):
         # Adaptive weight (MeanFlow, section 4.3): S / sg(S + eps)^p.
         loss = (total / (total.detach() + self.weight_eps) ** self.weight_power).mean()
         return Loss(loss, branch_means(draws, row_mean(squares)))
-
-    def sample(
-        self,
-        network: Network,
-        noise: Tensor,
-        labels: Tensor | None,
-        steps: int,
-        renoise: Sequence[Tensor] = (),
-    ) -> Tensor:
-        del renoise
-
-        def solve(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            return solution(network, x, t, s, labels)
-
-        return sample_by_steps(solve, noise, steps)

@@ -15,27 +15,25 @@ import torch
 from torch import Tensor
 
 from soflow_core.guidance import draw_dropped, drop_labels, guide_prediction, null_labels
-from soflow_core.objectives.average_velocity import solution
+from soflow_core.objectives.average_velocity import AverageVelocityModel
 from soflow_core.objectives.base import (
     DEFAULT_POLICY,
     Batch,
     Draws,
     Loss,
-    Objective,
     draw_noise,
     dropped_rows,
 )
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
 from soflow_core.rows import choose_rows, per_row, row_mean
-from soflow_core.samplers.solution import sample_by_steps
 
 CLIP = 4.0
 """Bound of the elements of states between half steps, and of targets (the official code)."""
 
 
 @dataclass(frozen=True)
-class Shortcut(Objective):
+class Shortcut(AverageVelocityModel):
     """Settings of Shortcut models; the defaults are the official code's."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -123,16 +121,11 @@ class Shortcut(Objective):
         steps: int,
         renoise: Sequence[Tensor] = (),
     ) -> Tensor:
-        del renoise
-        if self.base_steps % steps:
+        if steps < 1 or self.base_steps % steps:
             raise ValueError(
                 f"{steps} steps are not on the grid of {self.base_steps}; give a power of 2 up to it"
             )
-
-        def solve(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            return solution(network, x, t, s, labels)
-
-        return sample_by_steps(solve, noise, steps)
+        return super().sample(network, noise, labels, steps, renoise)
 
     def _two_half_steps(
         self, passes: Passes, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None

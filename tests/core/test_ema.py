@@ -43,6 +43,13 @@ def test_the_widths_of_the_edm2_paper(width, gamma):
     assert Power(width).gamma == pytest.approx(gamma, abs=0.01)
 
 
+def test_an_update_does_not_solve_for_gamma_again(monkeypatch):
+    ema = EMA({"w": torch.zeros(1)}, power_widths=(0.1,))
+    ema.update([torch.ones(1)], step=1)
+    monkeypatch.setattr("soflow_core.ema._relative_width", None)
+    ema.update([torch.ones(1)], step=2)
+
+
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.2])
 def test_the_running_power_average_is_the_brute_force_average(width):
     values = trajectory()

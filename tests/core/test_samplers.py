@@ -170,10 +170,12 @@ def test_guidance_at_sampling_acts_in_every_channel():
 def test_too_few_noises_or_steps_are_refused():
     with pytest.raises(ValueError, match="3 steps need 2 noises in renoise; 1 were given"):
         SoFlow().sample(DATA.network, X, None, 3, [X])
-    with pytest.raises(ValueError, match="at least 1"):
-        SoFlow().sample(DATA.network, X, None, 0)
-    with pytest.raises(ValueError, match="not on the grid of 128"):
-        Shortcut().sample(DATA.network, X, None, 3)
+    for objective in (SoFlow(), MeanFlow(), FlowMatching()):
+        with pytest.raises(ValueError, match="at least 1"):
+            objective.sample(DATA.network, X, None, 0)
+    for steps in (0, 3):
+        with pytest.raises(ValueError, match=f"{steps} steps are not on the grid of 128"):
+            Shortcut().sample(DATA.network, X, None, steps)
     with pytest.raises(ValueError, match="give 1 to 1000"):
         Diffusion().sample(lambda x, *_: x, X, None, 1001)
 
