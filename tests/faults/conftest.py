@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 
-from watched import Outcome
+from watched import RUNNING, Outcome
 
 OUTCOMES: list[Outcome] = []
 
@@ -15,6 +16,19 @@ OUTCOMES: list[Outcome] = []
 def outcome() -> Callable[[Outcome], None]:
     """Notes what a fault came to."""
     return OUTCOMES.append
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """Ends what a test that failed left behind: its commands and their processes."""
+    yield
+    while RUNNING:
+        process = RUNNING.pop()
+        if process.poll() is None:
+            everyone = psutil.Process(process.pid).children(recursive=True)
+            for each in (process, *everyone):
+                each.kill()
+            process.wait()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

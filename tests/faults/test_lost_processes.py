@@ -12,8 +12,9 @@ import psutil
 import pytest
 from object_store import free_port
 
+from soflow_platform.stops import request_stop
 from soflow_platform.storage import Storage
-from watched import Outcome, Watched
+from watched import BATCH, LOG_EVERY, Outcome, Watched
 
 pytestmark = pytest.mark.faults
 Note = Callable[[Outcome], None]
@@ -35,7 +36,13 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
     assert sweep.record.attempts == 1
     sweep.expect_whole_curves()
     assert f"step {sweep.steps}" in printed
-    assert lost <= sweep.every
+    assert 0 < lost <= sweep.every + LOG_EVERY
+    if count == 1:
+        whole = Watched(Storage(tmp_path / "never-cut"), steps=600)
+        code, _, said = whole.end()
+        assert code == 0, said
+        for metric in ("train/loss", "eval/fd_nfe1"):
+            assert sweep.curve(metric) == whole.curve(metric)
     outcome(
         Outcome(
             f"kill -9 of 1 of {count} worker(s)", "state `restarting`, then `running`; exit 0", seconds, lost
@@ -57,7 +64,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path, outcome: 
     assert code == 0, said
     assert "going on with sweep" in printed
     again.expect_whole_curves()
-    assert lost <= sweep.every
+    assert lost <= sweep.every + LOG_EVERY
     outcome(
         Outcome(
             "kill -9 of the driver, same command again", '"going on with sweep ..."; exit 0', seconds, lost
@@ -123,7 +130,7 @@ def test_a_removed_node_is_replaced_by_a_spare_one(cluster: Any, tmp_path: Path,
     code, _, said = sweep.end()
     assert code == 0, said
     sweep.expect_whole_curves()
-    assert lost <= sweep.every
+    assert lost <= sweep.every + LOG_EVERY
     outcome(
         Outcome("node removed, another one free", "state `restarting`, then `running`; exit 0", seconds, lost)
     )
@@ -133,9 +140,7 @@ def test_with_fewer_nodes_an_elastic_trial_goes_on_at_the_same_batch(
     cluster: Any, tmp_path: Path, outcome: Note
 ) -> None:
     nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
-    elastic = WORKERS_ON_NODES.replace("workers: 2", "workers: 2, min_workers: 1").replace(
-        "num_cpus: 1", "num_cpus: 0"
-    )
+    elastic = WORKERS_ON_NODES.replace("workers: 2", "workers: 2, min_workers: 1")
     sweep = Watched(Storage(tmp_path / "runs"), elastic, steps=1500, address=str(cluster.address))
     sweep.trains()
     since = time.monotonic()
@@ -145,6 +150,9 @@ def test_with_fewer_nodes_an_elastic_trial_goes_on_at_the_same_batch(
     assert code == 0, said
     sweep.expect_whole_curves()
     assert "going on with 1 worker(s)" in sweep.log
+    assert lost <= sweep.every + LOG_EVERY
+    last = sweep.last_position
+    assert (last.step, last.images) == (1500, 1500 * BATCH)
     outcome(
         Outcome(
             "node removed, none free, min_workers 1",
@@ -153,6 +161,44 @@ def test_with_fewer_nodes_an_elastic_trial_goes_on_at_the_same_batch(
             lost,
         )
     )
+
+
+def test_a_node_that_never_comes_fails_the_trial_with_the_time_that_was_waited(
+    cluster: Any, tmp_path: Path, outcome: Note
+) -> None:
+    nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
+    impatient = WORKERS_ON_NODES.replace("workers: 2", "workers: 2, wait_minutes: 0.3")
+    sweep = Watched(Storage(tmp_path / "runs"), impatient, steps=1500, address=str(cluster.address))
+    sweep.trains()
+    since = time.monotonic()
+    cluster.remove_node(_busy(nodes), allow_graceful=False)
+    code, _, said = sweep.end()
+    seconds = time.monotonic() - since
+    assert code == 1
+    assert "no machine for its 2 worker(s) came within 0.3 min (resources.wait_minutes)" in said
+    assert "Traceback" not in said
+    assert sweep.status["state"] == "failed"
+    outcome(
+        Outcome(
+            "node removed, none comes within wait_minutes",
+            f"exit 1 and one sentence after {seconds:.0f} s, for wait_minutes: 0.3",
+            None,
+            None,
+        )
+    )
+
+
+def test_a_trial_that_waits_for_a_node_can_be_stopped(cluster: Any, tmp_path: Path) -> None:
+    nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
+    sweep = Watched(Storage(tmp_path / "runs"), WORKERS_ON_NODES, steps=1500, address=str(cluster.address))
+    sweep.trains()
+    cluster.remove_node(_busy(nodes), allow_graceful=False)
+    sweep.wait_for(lambda: time.time() - sweep.status["updated"] > 10)
+    request_stop(sweep.storage, sweep.record.id)
+    code, _, said = sweep.end(90)
+    assert code == 143, said
+    assert "asked to stop while it waited for machines" in sweep.log
+    assert sweep.status["state"] == "stopped"
 
 
 def _busy(nodes: list[Any]) -> Any:

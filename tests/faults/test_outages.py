@@ -11,13 +11,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from object_store import ACCESS_KEY, SECRET_KEY, S3Server, Wire, find_weed, free_port, uri
 from small_disks import mounted
 
+from soflow_pipelines.dataset_info import DatasetInfo
+from soflow_pipelines.loader import ShardLoader
+from soflow_pipelines.shards import Sample, write_shards
 from soflow_platform.storage import Storage
-from watched import Outcome, Watched
+from watched import BATCH, Outcome, Watched
 
 pytestmark = pytest.mark.faults
 Note = Callable[[Outcome], None]
@@ -215,6 +219,69 @@ def test_a_loss_that_is_not_finite_fails_the_trial_with_step_term_and_rank(
             "exit 1, one sentence with term, step and rank; older checkpoints kept",
             None,
             None,
+        )
+    )
+
+
+def test_a_sample_that_breaks_the_loss_of_one_rank_stops_all_and_names_that_rank(
+    tmp_path: Path, outcome: Note
+) -> None:
+    folder, odd = tmp_path / "set", 333
+    # All samples are 0 but one, which is finite, and whose square is not.
+    moments = np.zeros((640, 8, 8, 8), np.float16)
+    moments[odd, :4] = np.finfo(np.float16).max
+    info = DatasetInfo(kind="latents", shape=(4, 8, 8), dtype="float16", classes=2, scaling=3e33)
+    write_shards([Sample(f"{i:03d}", m, int(i == odd)) for i, m in enumerate(moments)], folder, info)
+    step, rank = _meets(folder)
+    settings = [f"data.source={folder}", "resources.workers=2", "training.checkpoint_every=1"]
+    sweep = Watched(Storage(tmp_path / "runs"), *settings, steps=20, every=20)
+    code, _, said = sweep.end()
+    assert code == 1
+    assert f" is not finite at step {step} on rank {rank}: the update was not made" in said
+    assert "Traceback" not in said
+    assert max(sweep.checkpoint_steps, default=0) == step - 1
+    outcome(
+        Outcome(
+            "one rank's batch breaks its loss",
+            "exit 1, one sentence with term, step and rank; older checkpoints kept",
+            None,
+            None,
+        )
+    )
+
+
+def _meets(folder: Path) -> tuple[int, int]:
+    """(step, rank) at which the sample of label 1 is read by two ranks."""
+    for rank in range(2):
+        with ShardLoader(folder, BATCH, rank, 2, seed=0) as loader:
+            for step in range(1, 21):
+                if bool((next(loader).labels == 1).any()):
+                    return step, rank
+    raise AssertionError("it is in no batch of the first epoch")
+
+
+def test_a_project_folder_on_a_full_disk_delays_and_costs_nothing_once_there_is_room(
+    small_disk: Path, outcome: Note
+) -> None:
+    sweep = Watched(Storage(small_disk / "runs"), steps=1200)
+    sweep.trains()
+    ballast = small_disk / "ballast"
+    with pytest.raises(OSError, match="No space left"):
+        fill(ballast)
+    since, before = time.monotonic(), sweep.checkpoint_steps[-1]
+    time.sleep(15)
+    ballast.unlink()
+    sweep.wait_for(lambda: sweep.checkpoint_steps[-1] > before)
+    seconds = time.monotonic() - since
+    code, _, said = sweep.end()
+    assert code == 0, said
+    sweep.expect_whole_curves()
+    outcome(
+        Outcome(
+            "project folder's disk full for 15 s (SQLite, log, checkpoints)",
+            "training goes on; no point of a curve missing; exit 0",
+            seconds,
+            0,
         )
     )
 

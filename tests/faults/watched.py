@@ -15,13 +15,14 @@ from typing import Any
 
 import psutil
 
-from soflow_platform.checkpoints import published, trial_root
+from soflow_platform.checkpoints import Position, published, trial_root
 from soflow_platform.storage import Storage, read_json
 from soflow_platform.sweep_record import SweepRecord, all_records
 from soflow_platform.tracking import Tracking, client_for
 
 ROOT = Path(__file__).parents[2]
 LOG_EVERY = 10
+BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Outcome:
         return f"| {self.fault} | {self.seen} | {seconds} | {'-' if self.lost is None else self.lost} |"
 
 
+RUNNING: list[subprocess.Popen[str]] = []
+"""Commands that were started; a test that fails leaves its own behind."""
+
+
 class Watched:
     """One running command; a sweep of one trial on the digits."""
 
@@ -51,7 +56,7 @@ class Watched:
         self.storage, self.steps, self.every = storage, steps, every
         own = [
             "network={patch: 4, hidden: 32, depth: 2, heads: 2}",
-            f"training={{steps: {steps}, batch: 32, ema: [0.9], log_every: {LOG_EVERY}}}",
+            f"training={{steps: {steps}, batch: {BATCH}, ema: [0.9], log_every: {LOG_EVERY}}}",
             f"evaluation={{every: {every}, samples: 64, nfe: [1], features: pooled, grid: 2}}",
             "search={space: {}, metric: eval/fd_nfe1}",
             "resources.cpus_per_worker=0.5",
@@ -67,6 +72,8 @@ class Watched:
             stderr=subprocess.PIPE,
             text=True,
         )  # fmt: skip
+
+        RUNNING.append(self.process)
 
     @property
     def record(self) -> SweepRecord:
@@ -84,6 +91,12 @@ class Watched:
         base = self.record.experiment["training"]["checkpoints"]
         root = trial_root(base, self.storage, self.record.id, self.record.trials[0]["name"])
         return [checkpoint.position.step for checkpoint in published(root)]
+
+    @property
+    def last_position(self) -> Position:
+        """Where the newest checkpoint of a trial stands that keeps them in the project folder."""
+        root = trial_root(None, self.storage, self.record.id, self.record.trials[0]["name"])
+        return published(root)[-1].position
 
     @property
     def status(self) -> dict[str, Any]:
@@ -111,28 +124,35 @@ class Watched:
             time.sleep(0.05)
 
     def trains(self, checkpoints: int = 2) -> int:
-        """Wait until it has saved a few times and is some steps beyond the last checkpoint. Returns its step."""
+        """Wait until it has saved a few times and tells, at this moment, a step beyond the last checkpoint. Returns that step."""
         self.wait_for(lambda: len(self.checkpoint_steps) >= checkpoints)
-        self.wait_for(lambda: self.status["step"] > self.checkpoint_steps[-1] + 5)
-        return int(self.status["step"])
+        told = self.status
+
+        def tells() -> bool:
+            nonlocal told
+            before, told = told, self.status
+            return told["updated"] > before["updated"] and told["step"] > self.checkpoint_steps[-1] + 5
+
+        self.wait_for(tells)
+        return int(told["step"])
 
     def recovery(self, since: float) -> tuple[float, int]:
-        """(seconds since a fault until training went on, steps trained twice), from the log's line of the new life."""
-        reached = 0
+        """(seconds since a fault until training went on, steps trained twice): from what the trial told at the fault, the points
+        that it logged, and the line of its new life in the log."""
         pattern = r"step (\d+)  going on"
-
-        def goes_on() -> bool:
-            nonlocal reached
-            status = self.status
-            if status["state"] != "starting":
-                reached = max(reached, status["step"])
-            return re.search(pattern, self.log) is not None
-
-        reached = self.status["step"]
-        self.wait_for(goes_on)
+        lives = len(re.findall(pattern, self.log))
+        reached = max(self.status["reached"], *self.curve("train/loss"))
+        self.wait_for(lambda: len(re.findall(pattern, self.log)) > lives)
         from_step = int(re.findall(pattern, self.log)[-1])
         self.wait_for(lambda: self.status["step"] > from_step or self.process.poll() is not None)
         return time.monotonic() - since, max(0, reached - from_step)
+
+    def curve(self, metric: str) -> dict[int, float]:
+        """A curve of the trial's run in the sweep's own SQLite store."""
+        tracking = Tracking(self.storage.tracking_uri, "digits", self.record.experiment_id or "")
+        (run,) = tracking.children(self.record.run or "")
+        history = tracking.client.get_metric_history(run.info.run_id, metric)
+        return {m.step: m.value for m in history}
 
     def end(self, seconds: float = 240) -> tuple[int, str, str]:
         """(exit code, stdout, stderr)"""
