@@ -11,11 +11,6 @@ from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import UserError
 from soflow_platform.storage import Storage
 
-HOW_TO_MAKE_LATENTS = (
-    "make latents with `soflowctl data prepare IMAGENET_FOLDER --autoencoder stabilityai/sd-vae-ft-mse --out FOLDER` "
-    "and pass --set data.source=FOLDER"
-)
-
 
 @dataclass(frozen=True)
 class Expected:
@@ -39,15 +34,24 @@ def expected(experiment: Experiment) -> Expected | None:
     return Expected(experiment.data.shape, experiment.data.classes)
 
 
+def how_to_make(experiment: Experiment) -> str:
+    """What to do where the data of a sweep file are not there: the end of a sentence."""
+    autoencoder = experiment.data.autoencoder
+    made = "a set of pixels with `soflowctl data prepare IMAGES"
+    if autoencoder is not None:
+        made = f"latents with `soflowctl data prepare IMAGENET_FOLDER --autoencoder {autoencoder}"
+    return f"make {made} --out FOLDER` and pass --set data.source=FOLDER"
+
+
 def check_data(experiment: Experiment) -> str:
     """The data source, known to be named, to be there and to fit the network. Creates nothing. Raises UserError."""
     source = experiment.data.source
     if source is None:
-        raise UserError(f"data.source is not set: {HOW_TO_MAKE_LATENTS}.")
+        raise UserError(f"data.source is not set: {how_to_make(experiment)}.")
     if source in BUILTIN:
         return source
     if "://" not in source and not Path(source).is_dir():
-        raise UserError(f"data.source {source!r} is not a folder: {HOW_TO_MAKE_LATENTS}.")
+        raise UserError(f"data.source {source!r} is not a folder: {how_to_make(experiment)}.")
     network_config(experiment, _read(experiment, _location(source)))
     return source
 
@@ -77,7 +81,7 @@ def _read(experiment: Experiment, location: str) -> DatasetInfo:
     except (ShardError, OSError) as error:
         source = experiment.data.source
         raise UserError(
-            f"data.source {source!r} cannot be read: {error} To make a set, {HOW_TO_MAKE_LATENTS}."
+            f"data.source {source!r} cannot be read: {error} To make a set, {how_to_make(experiment)}."
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from soflow_platform.network_evaluations import sampling_evaluations, training_e
 
 ROOT = Path(__file__).parents[2]
 METHODS = ROOT / "sweeps" / "methods-digits.yaml"
+CIFAR10 = ROOT / "sweeps" / "methods-cifar10.yaml"
 
 # Forward and backward are 3, each pass without gradient is 1, a Jacobian-vector product is 2; all on a batch of 128.
 TRAINING: list[tuple[Objective, float]] = [
@@ -121,8 +123,27 @@ def test_all_methods_of_the_sweep_share_everything_but_the_objective() -> None:
         assert point.experiment.training.model_copy(update={"steps": 600}) == experiment.training
 
 
-def test_guidance_of_the_methods_sweep_is_matched() -> None:
-    experiment, document = read_experiment(METHODS)
+def test_cifar10_compares_the_methods_and_the_sampling_of_the_digits() -> None:
+    digits, cifar = (trials(*reversed(read_experiment(path))) for path in (METHODS, CIFAR10))
+    assert [p.name for p in cifar] == [p.name for p in digits]
+    of_length = {"scm": "warmup_steps", "shortcut": "teacher_ema"}
+    for ours, theirs in zip(cifar, digits, strict=True):
+        setting = of_length.get(ours.experiment.objective.method)
+        known = {} if setting is None else {setting: getattr(theirs.experiment.objective, setting)}
+        assert replace(ours.experiment.objective, **known) == theirs.experiment.objective
+    rows = [
+        [row.model_copy(update={"samples": None}) for row in points[0].experiment.comparison]
+        for points in (cifar, digits)
+    ]
+    assert rows[0] == rows[1]
+    experiment = cifar[0].experiment
+    assert (experiment.network.size, experiment.data.shape) == ("S/2", (3, 32, 32))
+    assert (experiment.evaluation.features, experiment.evaluation.samples) == ("inception", 10_000)
+
+
+@pytest.mark.parametrize("sweep", [METHODS, CIFAR10])
+def test_guidance_of_the_methods_sweeps_is_matched(sweep: Path) -> None:
+    experiment, document = read_experiment(sweep)
     objectives = [p.experiment.objective for p in trials(document, experiment)]
     unguided = {o.method for o in objectives if "guidance" in vars(o) and not o.guidance.active}
     assert unguided == {"soflow", "meanflow"}

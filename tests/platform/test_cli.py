@@ -92,6 +92,10 @@ MISTAKES = {
         ["run", "xl2"],
         "data.source is not set: make latents with `soflowctl data prepare IMAGENET_FOLDER --autoencoder",
     ),
+    "pixels that are not set": (
+        ["run", "methods-cifar10"],
+        "data.source is not set: make a set of pixels with `soflowctl data prepare IMAGES --out FOLDER`",
+    ),
     "data that is not there": (
         ["run", "xl2", "--set", "data.source=absent-latents"],
         "data.source 'absent-latents' is not a folder: make latents with `soflowctl data prepare",

@@ -37,7 +37,7 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["digits", "xl2"])
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "sweeps").glob("*.yaml")])
 def test_the_sweeps_that_come_with_the_package_are_valid(name: str) -> None:
     experiment, document = read_experiment(ROOT / "sweeps" / f"{name}.yaml")
     assert len(trials(document, experiment)) >= 3

@@ -51,7 +51,7 @@ SweepArgument = Annotated[
     str,
     typer.Argument(
         metavar="SWEEP",
-        help="A sweep file, or the name of one that comes with soflow: digits, methods-digits, xl2.",
+        help="A sweep file, or the name of one that comes with soflow: digits, methods-digits, methods-cifar10, xl2.",
     ),
 ]
 NameArgument = typer.Argument(
