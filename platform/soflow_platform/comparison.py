@@ -30,9 +30,11 @@ BASELINE_STEPS = 1000
 """What images are compared with in speed: DDPM with all of its steps."""
 SHARED = (
     "features",
+    "evaluator",
     "reference",
     "reference_digest",
     "reference_samples",
+    "reference_crop",
     "autoencoder",
     "labels",
     "seed",
