@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from soflow_pipelines.metrics import FeatureStatistics, GaussianMoments, frechet_distance, label_agreement
+from soflow_pipelines.metrics import FeatureStatistics, GaussianMoments, frechet_distance
+from soflow_pipelines.metrics.label_agreement import agreed
 
 
 def gathered(features: np.ndarray, cuts: list[int]) -> FeatureStatistics:
@@ -154,10 +155,8 @@ def test_moments_that_do_not_fit_together_are_refused() -> None:
         frechet_distance(gaussian([0], [[1]]), gaussian([0, 0], np.eye(2)))
 
 
-def test_agreement_is_the_share_of_labels_met() -> None:
+def test_agreement_counts_the_labels_met() -> None:
     logits = torch.eye(4)
-    assert label_agreement(logits, torch.tensor([0, 1, 2, 0])) == 0.75
+    assert agreed(logits, torch.tensor([0, 1, 2, 0])) == 3
     with pytest.raises(ValueError, match="do not fit"):
-        label_agreement(logits, torch.zeros(3))
-    with pytest.raises(ValueError, match="no images"):
-        label_agreement(logits[:0], torch.zeros(0))
+        agreed(logits, torch.zeros(3))

@@ -1,7 +1,6 @@
 """Scores of generated images: streaming statistics that merge over workers, and the numbers taken of them."""
 
 from soflow_pipelines.metrics.frechet import FeatureStatistics, GaussianMoments, frechet_distance
-from soflow_pipelines.metrics.label_agreement import label_agreement
 from soflow_pipelines.metrics.reference import Reference
 from soflow_pipelines.metrics.score_statistics import METRICS, ScoreError, ScoreStatistics
 from soflow_pipelines.metrics.scores import ScoreResult, scores
@@ -17,6 +16,5 @@ __all__ = [
     "ScoreResult",
     "ScoreStatistics",
     "frechet_distance",
-    "label_agreement",
     "scores",
 ]

@@ -10,11 +10,3 @@ def agreed(logits: Tensor, labels: Tensor) -> int:
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit together")
     return int((logits.argmax(1).cpu() == labels.cpu()).sum())
-
-
-def label_agreement(logits: Tensor, labels: Tensor) -> float:
-    """The share of (B, K) logits whose largest entry is at the label (B,)."""
-    count = agreed(logits, labels)
-    if not len(labels):
-        raise ValueError("the agreement of no images is undefined")
-    return count / len(labels)
