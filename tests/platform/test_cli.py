@@ -73,7 +73,8 @@ MISTAKES = {
     ),
     "a batch that does not divide": (
         ["run", DIGITS, "--set", "resources.workers=3"],
-        "training.batch (128) does not divide over 3 worker(s) (resources.workers, training.accumulate): take a multiple.",
+        "training.batch (128) does not divide over 3 worker(s) (resources.workers, resources.min_workers, "
+        "training.accumulate): take a multiple, or workers of 1, 2, 4.",
     ),
     "a metric that is never reported": (
         ["run", DIGITS, "--set", "search.metric=eval/fid"],

@@ -96,7 +96,6 @@ class Experiment(Section):
         """Settings that name a step of the training."""
         return {
             "evaluation.every": self.evaluation.every,
-            "training.checkpoint_every": self.training.checkpoint_every,
             "optimizer.warmup_steps": self.optimizer.warmup_steps,
             "search.asha.first_rung": self.search.asha.first_rung if self.search.asha else None,
         }
