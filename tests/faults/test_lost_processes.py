@@ -167,7 +167,7 @@ def test_a_node_that_never_comes_fails_the_trial_with_the_time_that_was_waited(
     cluster: Any, tmp_path: Path, outcome: Note
 ) -> None:
     nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
-    impatient = WORKERS_ON_NODES.replace("workers: 2", "workers: 2, wait_minutes: 0.3")
+    impatient = WORKERS_ON_NODES.replace("workers: 2", "workers: 2, wait_minutes: 1.5")
     sweep = Watched(Storage(tmp_path / "runs"), impatient, steps=1500, address=str(cluster.address))
     sweep.trains()
     since = time.monotonic()
@@ -175,13 +175,13 @@ def test_a_node_that_never_comes_fails_the_trial_with_the_time_that_was_waited(
     code, _, said = sweep.end()
     seconds = time.monotonic() - since
     assert code == 1
-    assert "no machine for its 2 worker(s) came within 0.3 min (resources.wait_minutes)" in said
+    assert "no machine for its 2 worker(s) came within 1.5 min (resources.wait_minutes)" in said
     assert "Traceback" not in said
     assert sweep.status["state"] == "failed"
     outcome(
         Outcome(
             "node removed, none comes within wait_minutes",
-            f"exit 1 and one sentence after {seconds:.0f} s, for wait_minutes: 0.3",
+            f"exit 1 and one sentence after {seconds:.0f} s, for wait_minutes: 1.5",
             None,
             None,
         )
