@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from small_networks import exported
 from trained_state import differing_tensors, final_state
 
 from soflow_core.networks import DiT, DiTConfig
@@ -32,36 +31,6 @@ from soflow_platform.tracking import Tracking
 from soflow_platform.training import TrialWorker
 
 Make = Callable[..., TrialWorker]
-
-
-class Thumbnail(nn.Module):
-    """An image as a few averages."""
-
-    def __init__(self, side: int) -> None:
-        super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(side)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.pool(images).flatten(1)
-
-
-def exported(folder: Path, channels: int, size: int, side: int = 2) -> str:
-    """`file:PATH` of a network for such images."""
-    folder.mkdir(parents=True, exist_ok=True)
-    described = {
-        "name": "thumbnail",
-        "size": [size, size],
-        "range": [-1, 1],
-        "channels": channels,
-        "resize": "none",
-    }
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(
-        Thumbnail(side), (torch.zeros(2, channels, size, size),), dynamic_shapes=({0: batch},)
-    )
-    torch.export.save(program, folder / "net.pt2")
-    (folder / "net.json").write_text(json.dumps(described))
-    return f"file:{folder / 'net.pt2'}"
 
 
 @pytest.fixture(scope="module")
