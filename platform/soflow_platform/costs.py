@@ -89,8 +89,10 @@ def measure_costs(trained: Sequence[Trained], sampled: Sequence[Sampled]) -> Cos
         command = [sys.executable, "-m", "soflow_platform.costs", str(asked), str(answered)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no word of why"]
-            raise JobError(f"the costs could not be measured: {lines[-1]}")
+            said = done.stderr.strip().splitlines() or ["no word of why"]
+            # A process that is killed, for its memory, says nothing of it.
+            why = f"ended by signal {-done.returncode}" if done.returncode < 0 else said[-1]
+            raise JobError(f"the costs could not be measured: {why}")
         return Costs(**json.loads(answered.read_text()))
 
 

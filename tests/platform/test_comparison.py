@@ -179,6 +179,17 @@ def test_what_fails_in_measuring_costs_leaves_the_scores(
     assert table.device is None
 
 
+def test_a_measuring_process_that_is_killed_is_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\necho a word of something else >&2\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(killed))
+    with pytest.raises(JobError, match=r"^the costs could not be measured: ended by signal 9$"):
+        measure_costs([], [])
+
+
 def test_a_trial_that_has_not_had_its_budget_is_flagged_and_one_without_weights_left_out(
     scored: Storage, record: SweepRecord
 ) -> None:
