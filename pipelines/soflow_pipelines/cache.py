@@ -81,7 +81,9 @@ class ShardCache:
             try:
                 self._reserve(descriptor, record.bytes)
                 _download(storage, record, descriptor, stop or Event())
-                os.replace(part, path)
+                # Under the lock: who makes room meanwhile would count it under neither name.
+                with _locked(self.folder / "lock"):
+                    os.replace(part, path)
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
@@ -105,7 +107,7 @@ class ShardCache:
             try:
                 status = path.stat()
             except FileNotFoundError:
-                continue  # published or dropped by its owner just now
+                continue  # dropped by its owner just now
             if path.suffix == ".part" and status.st_size and _dropped(path):
                 continue
             total += status.st_size

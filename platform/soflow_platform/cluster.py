@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from soflow_platform.errors import UserError
+from soflow_platform.errors import JobError, UserError
 
 PROBE_SECONDS = 5.0
 HEALTH_SECONDS = 10.0
@@ -40,6 +40,10 @@ _QUIET = {
 }
 
 
+class RayLost(JobError):
+    """The Ray node that this process is connected to has died."""
+
+
 @dataclass(frozen=True)
 class Cluster:
     """What a connected Ray offers."""
@@ -51,6 +55,16 @@ class Cluster:
     nodes: int
     machines: int
     """Different addresses among the nodes."""
+
+    def require_alive(self) -> None:
+        """Raises RayLost where the node that this process is connected to has died: what waits for Ray would wait for ever."""
+        import ray
+
+        own = ray.get_runtime_context().get_node_id()
+        if not any(node["Alive"] and node["NodeID"] == own for node in ray.nodes()):
+            raise RayLost(
+                "the Ray node that this command is connected to has died. What is saved is kept: the same command goes on."
+            )
 
 
 @contextlib.contextmanager

@@ -57,6 +57,10 @@ class ProgressBoard:
         """Evaluations of steps beyond `after`."""
         return [e for e in self._evaluations.get(trial, []) if e["step"] > after]
 
+    def progress(self, trial: str) -> TrialProgress:
+        """One trial's progress."""
+        return self._progress.get(trial, TrialProgress())
+
     def snapshot(self) -> dict[str, TrialProgress]:
         """Every trial's progress."""
         return dict(self._progress)
@@ -68,4 +72,8 @@ def start_board(name: str) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return ray.remote(ProgressBoard).options(name=name, num_cpus=0, scheduling_strategy=here).remote()
+    # Where its process dies it begins anew, and what trials tell next is all that anybody asks of it.
+    lasting = {"max_restarts": -1, "max_task_retries": -1}
+    return (
+        ray.remote(ProgressBoard).options(name=name, num_cpus=0, scheduling_strategy=here, **lasting).remote()
+    )

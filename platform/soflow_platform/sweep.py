@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -24,12 +25,18 @@ from soflow_platform.progress import start_board
 from soflow_platform.registry import register
 from soflow_platform.retries import first_line, retry
 from soflow_platform.stops import clear_stops, stop_requested
-from soflow_platform.storage import Storage
+from soflow_platform.storage import Storage, read_json
 from soflow_platform.sweep_record import SweepRecord
 from soflow_platform.tracking import Tracking, host_tags, is_away, prepare_store, tracked_dataset
 from soflow_platform.trial import TrialTask, run_trial
+from soflow_platform.trial_report import STATUS
 
 T = TypeVar("T")
+
+LOOK_SECONDS = 5.0
+"""How often the driver looks whether its Ray is alive."""
+BOARD_SECONDS = 60.0
+"""A board whose process died takes seconds to begin anew."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ def run_sweep(
             board = start_board(f"progress-{record.id}")
             display.start(record, cluster, board)
             try:
-                failures = _run_trials(record, tasks, experiment, storage, concurrent, board)
+                failures = _run_trials(record, tasks, experiment, storage, concurrent, cluster, board)
             finally:
                 display.stop()
             if stop_requested(storage, record.id):
@@ -208,10 +215,10 @@ def _run_trials(
     experiment: Experiment,
     storage: Storage,
     concurrent: int,
+    cluster: Cluster,
     board: Any,
 ) -> dict[str, str]:
     """Run the trials under Ray Tune. Returns what failed: trial name -> sentence."""
-    import ray
     from ray import tune
 
     # What fails is told in a sentence each; Tune's tracebacks are in its files.
@@ -237,16 +244,48 @@ def _run_trials(
             # The function that drives a trial may be on the node that is lost.
             failure_config=tune.FailureConfig(max_failures=experiment.resources.max_failures),
             verbose=0,
+            callbacks=[_watch(cluster)],
         ),
     )
     results = tuner.fit()
-    told = ray.get(board.snapshot.remote())
-    failures = {name: progress.failure for name, progress in told.items() if progress.failure}
+    cluster.require_alive()
+    failures = _told_failures(record, tasks, storage, board)
     for index, task in enumerate(tasks):
         error = results[index].error
         if error is not None:
             failures.setdefault(task["trial"], str(error).strip().splitlines()[-1])
     return failures
+
+
+def _watch(cluster: Cluster) -> Any:
+    """Ends Tune's loop with RayLost where the Ray under it has died."""
+    from ray.tune import Callback
+
+    class Watch(Callback):
+        looked = 0.0
+
+        def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            del iteration, trials, info
+            if time.monotonic() - self.looked > LOOK_SECONDS:
+                self.looked = time.monotonic()
+                cluster.require_alive()
+
+    return Watch()
+
+
+def _told_failures(
+    record: SweepRecord, tasks: list[dict[str, Any]], storage: Storage, board: Any
+) -> dict[str, str]:
+    """What trials said of their failure in this attempt: to the board, or in their status where that has begun anew since."""
+    import ray
+
+    failures = {}
+    for task in tasks:
+        told = read_json(storage.trial(record.id, task["trial"]) / STATUS) or {}
+        if told.get("attempt") == record.attempts and told.get("failure"):
+            failures[task["trial"]] = str(told["failure"])
+    progress = ray.get(board.snapshot.remote(), timeout=BOARD_SECONDS)
+    return failures | {name: now.failure for name, now in progress.items() if now.failure}
 
 
 def _scheduler(experiment: Experiment) -> Any:

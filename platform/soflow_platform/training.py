@@ -34,6 +34,7 @@ from soflow_platform.errors import JobError
 from soflow_platform.evaluation import Evaluator
 from soflow_platform.network_evaluations import training_evaluations
 from soflow_platform.plan import forward_gmac
+from soflow_platform.reservations import note_reservation
 from soflow_platform.resuming import starting_point
 from soflow_platform.run_log import RunLog
 from soflow_platform.saving import CheckpointSaver
@@ -88,6 +89,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     # cuBLAS is deterministic only with this, and reads it when it is first used.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     job = TrialJob(**settings)
+    if context.get_world_rank() == 0:
+        note_reservation(Storage(Path(job.storage)).trial(job.sweep, job.trial))
     worker = TrialWorker(
         job,
         device=ray.train.torch.get_device(),

@@ -15,7 +15,8 @@ from typing import Any
 
 from soflow_platform.checkpoints import EMA, newest, trial_root
 from soflow_platform.config.experiment import Experiment, trial_params
-from soflow_platform.retries import retry
+from soflow_platform.reservations import free_reservation
+from soflow_platform.retries import first_line, retry
 from soflow_platform.stops import stop_requested
 from soflow_platform.storage import Storage
 from soflow_platform.tracking import Tracking, is_outage, tracked_dataset
@@ -76,7 +77,9 @@ def run_trial(config: dict[str, Any]) -> None:
     if stop_requested(storage, task.sweep, task.trial):
         journal.state("stopped", step=position.step if position else 0)
         return
-    journal.state("starting")
+    journal.state("starting", step=position.step if position else 0)
+    if free_reservation(storage.trial(task.sweep, task.trial)):
+        journal.say("freed what workers of its last start still held")
     tracking = Tracking(task.tracking_uri, task.tracking_experiment, task.tracking_experiment_id)
     run = retry(
         lambda: _open_run(tracking, task, experiment), "opening the run", patience, journal.say, is_outage
@@ -89,12 +92,15 @@ def run_trial(config: dict[str, Any]) -> None:
         for evaluation in ray.get(board.evaluations.remote(task.trial, reported)):
             reported = evaluation["step"]
             tune.report(evaluation)
-        now = ray.get(board.snapshot.remote())[task.trial]
+        now = ray.get(board.progress.remote(task.trial))
         asked = now.state in WAITING and stop_requested(storage, task.sweep, task.trial)
         waiting = now.state in WAITING and time.time() - now.since > limit
         if not running or asked or waiting:
             break
         time.sleep(POLL_SECONDS)
+    if fit.lost is not None:
+        journal.say(f"the process that watches over its workers was lost: {first_line(fit.lost)}")
+        raise fit.lost
     failure = now.failure or fit.failure
     if asked:
         # There are no workers that could hear of it.
@@ -106,12 +112,11 @@ def run_trial(config: dict[str, Any]) -> None:
             f"{experiment.resources.wait_minutes:g} min (resources.wait_minutes): add a node, lower resources.workers or set "
             "resources.min_workers; the same command goes on"
         )
-        journal.failure(failure)
+    if failure and not now.failure:
+        journal.failure(failure, step=now.step)
     state = "FAILED" if failure else "KILLED" if asked or now.state == "stopped" else "FINISHED"
+    # A failure is told and not raised: Tune would start the trial again, which is for lost machines alone.
     retry(lambda: tracking.finish(run, state), "closing the run", patience, journal.say, is_outage)
-    if failure:
-        # Told and not raised: Tune would start the trial again, which is for lost machines alone.
-        ray.get(board.update.remote(task.trial, {"state": "failed", "failure": failure}))
 
 
 class _Fit(threading.Thread):
@@ -121,10 +126,16 @@ class _Fit(threading.Thread):
         super().__init__(daemon=True)
         self.task, self.experiment, self.run_id = task, experiment, run
         self.failure: str | None = None
+        self.lost: Exception | None = None
+        """Set where Ray Train's controller died; what it watched over died with it."""
 
     def run(self) -> None:
+        from ray.exceptions import RayActorError
+
         try:
             self._trainer().fit()
+        except RayActorError as error:
+            self.lost = error
         except Exception as error:
             # Ray wraps a worker's exception in its own; the last line of the text names the cause.
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -103,10 +103,10 @@ class TrialReport:
         if self.board is not None:
             self.board.add_evaluation.remote(self.trial, step, metrics)
 
-    def failure(self, sentence: str) -> None:
+    def failure(self, sentence: str, **changes: Any) -> None:
         """Why the trial cannot go on, where starting it again would not help."""
         self.say(sentence)
-        self.state("failed")
+        self.state("failed", failure=sentence, **changes)
         if self.board is not None:
             import ray
 

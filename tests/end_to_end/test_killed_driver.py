@@ -17,6 +17,7 @@ from soflow_platform.storage import Storage
 from soflow_platform.sweep_record import SweepRecord, all_records
 from soflow_platform.tracking import Tracking, client_for
 
+pytestmark = pytest.mark.faults
 ARGUMENTS = ["run", "sweeps/digits.yaml", *REDUCED]
 ONE_AT_A_TIME = [
     *("--set", "resources.concurrent_trials=1"),
@@ -76,7 +77,6 @@ def test_finished_trials_are_kept_and_the_cut_one_goes_on_from_its_checkpoint(
     assert len(client.search_model_versions("name = 'digits'")) == 1
 
 
-@pytest.mark.faults
 def test_a_running_sweep_is_not_started_twice_and_a_terminated_one_closes_its_runs(
     soflowctl: Run, tmp_path: Path
 ) -> None:

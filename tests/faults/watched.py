@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,17 @@ class Watched:
     @property
     def workers(self) -> list[psutil.Process]:
         """The processes that train; their names say so."""
-        everyone = psutil.Process(self.process.pid).children(recursive=True)
-        return [p for p in everyone if any("RayTrainWorker" in part for part in p.cmdline())]
+        return self.processes("ray::RayTrainWorker")
+
+    def processes(self, *names: str) -> list[psutil.Process]:
+        """Those below the command with one of these in their command lines."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                line = " ".join(process.cmdline())
+                if any(name in line for name in names):
+                    found.append(process)
+        return found
 
     def wait_for(self, condition: Callable[[], Any], seconds: float = 150) -> None:
         """AssertionError where the command ends or the time does first."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def held(folder: Path) -> int:
-    """Bytes of all files at one moment: room is made and taken under the lock, and a file may be renamed meanwhile."""
+    """Bytes of all files at one moment: room is made and taken, and files are published, under the lock."""
     sizes: dict[int, int] = {}
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -153,6 +154,27 @@ def test_processes_that_race_read_right_bytes_within_the_bound(origin: Path, tmp
     assert good == [40, 40, 40]
     assert max(seen) <= cache.limit
     assert not list(cache.folder.glob("*.part"))
+
+
+def test_what_is_fetched_appears_only_while_nobody_counts_the_files(origin: Path, tmp_path: Path) -> None:
+    class Counted(LocalFolder):
+        """While a shard is read from it, somebody begins to count."""
+
+        def open(self, name: str, start: int = 0) -> Any:
+            self.counting = (cache.folder / "lock").open("w")
+            fcntl.flock(self.counting, fcntl.LOCK_EX)
+            return super().open(name, start)
+
+    cache, storage, record = ShardCache(tmp_path / "cache", 10**8), Counted(origin), read_manifest(origin)[2]
+    path = cache.folder / f"{record.sha256}.tar"
+    fetching = threading.Thread(target=cache.fetch, args=(storage, record))
+    fetching.start()
+    fetching.join(0.5)
+    assert fetching.is_alive()
+    assert not path.exists()
+    storage.counting.close()
+    fetching.join()
+    assert path.read_bytes() == (origin / record.name).read_bytes()
 
 
 def test_threads_that_want_one_shard_fetch_it_once(origin: Path, tmp_path: Path) -> None:

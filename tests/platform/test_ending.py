@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from soflow_platform.cli.display import SweepDisplay
-from soflow_platform.cli.run import _ending
+from soflow_platform.cli.run import _ending, _through_losses
+from soflow_platform.cluster import RayLost
 from soflow_platform.config.experiment import read_experiment
 from soflow_platform.errors import Stopped
 from soflow_platform.stops import stop_requested
@@ -69,3 +70,24 @@ def test_a_hang_up_that_is_ignored_stays_so(tmp_path: Path, training: SweepDispl
     with _ending(Storage(tmp_path), "sweep", training, grace=60):
         os.kill(os.getpid(), signal.SIGHUP)
     assert not stop_requested(Storage(tmp_path), "sweep")
+
+
+@pytest.mark.parametrize(("lost", "allowed", "goes_on"), [(0, 0, True), (2, 2, True), (2, 1, False)])
+def test_a_sweep_whose_ray_died_is_started_again_as_often_as_it_may_lose_machines(
+    training: SweepDisplay, lost: int, allowed: int, goes_on: bool
+) -> None:
+    starts = 0
+
+    def sweep() -> str:
+        nonlocal starts
+        starts += 1
+        if starts <= lost:
+            raise RayLost("Ray has died.")
+        return "finished"
+
+    if goes_on:
+        assert _through_losses(sweep, allowed, training) == "finished"
+    else:
+        with pytest.raises(RayLost):
+            _through_losses(sweep, allowed, training)
+    assert starts == 1 + min(lost, allowed)

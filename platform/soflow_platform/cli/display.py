@@ -65,6 +65,7 @@ class SweepDisplay(Display):
         )
         self.say("see it live: soflowctl ui")
         self.training = True
+        self._stopped.clear()
         self._thread = threading.Thread(target=self._watch, args=(board,), daemon=True)
         self._thread.start()
 

@@ -6,9 +6,9 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -22,6 +22,8 @@ from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.stops import request_stop
 from soflow_platform.storage import Storage, find_storage, require_writable
 from soflow_platform.sweep_record import SweepRecord, exclusive, load_record, started_record, sweep_id
+
+T = TypeVar("T")
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes."""
@@ -113,7 +115,11 @@ def run_command(
     display = SweepDisplay(screen, experiment, points)
     grace = experiment.training.grace_seconds
     with _ending(storage, sweep, display, grace), exclusive(storage, sweep):
-        outcomes = run_sweep(record, experiment, points, storage, address, display)
+        outcomes = _through_losses(
+            lambda: run_sweep(record, experiment, points, storage, address, display),
+            experiment.resources.max_failures if address is None else 0,
+            display,
+        )
     show_result(screen, record, storage, outcomes)
     failed = [o for o in outcomes if o.state == "failed"]
     if failed:
@@ -121,6 +127,19 @@ def run_command(
             f"{len(failed)} of {len(outcomes)} trials failed ({failed[0].name}: {failed[0].failure}); "
             "the same command tries them again."
         )
+
+
+def _through_losses(run: Callable[[], T], failures: int, display: SweepDisplay) -> T:
+    """The result of `run`, which is started again where the Ray of this command has died, up to so many times."""
+    from soflow_platform.cluster import RayLost
+
+    try:
+        return run()
+    except RayLost as error:
+        if not failures:
+            raise
+        display.say(f"{error} Starting Ray again.")
+    return _through_losses(run, failures - 1, display)
 
 
 def _require_checkpoints(storage: Storage, record: SweepRecord, experiment: Experiment) -> None:

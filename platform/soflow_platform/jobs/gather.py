@@ -18,7 +18,7 @@ from soflow_pipelines.storage import StorageError
 from soflow_platform.cluster import Cluster, connected
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.evaluation import feature_network
-from soflow_platform.jobs.spread import Counter, Spread, TaskError, first_line, share_cluster
+from soflow_platform.jobs.spread import Spread, TaskError, counted, first_line, new_counter, share_cluster
 from soflow_platform.measurement import Measurement, MeasurementFolder, measure_block
 from soflow_platform.storage import Storage
 
@@ -134,7 +134,7 @@ class Gathering:
         if self._cluster is None:
             self._cluster = self._stack.enter_context(connected(self._address))
         share = share_cluster(self._cluster, len(todo), uses_gpu=True)
-        counter = ray.remote(Counter).options(num_cpus=0).remote()
+        counter = new_counter()
 
         def new_actor() -> Any:
             actor = ray.remote(Scorer).options(num_cpus=share.cpus, num_gpus=share.gpus)
@@ -145,8 +145,10 @@ class Gathering:
             start=lambda actor, task: actor.make.remote(task[0].measurement, task[1]),
             named=lambda task: f"block {task[1]} of {task[0].folder.name}",
             kept="Finished blocks are kept",
+            cluster=self._cluster,
         )
         done = total - sum(folder.measurement.size(block) for folder, block in todo)
+        made = 0
         left = Counted(folder.folder for folder, _ in todo)
         try:
             for finished in spread.run(todo, share.actors):
@@ -156,7 +158,7 @@ class Gathering:
                     if not left[folder.folder]:
                         # At once: the blocks of a large measurement take gigabytes, the whole takes as much as one of them.
                         folder.whole()
-                made = ray.get(counter.images.remote())
+                made = counted(counter, made)
                 self._report(Progress(min(total, done + made), total))
         except TaskError as error:
             if isinstance(error.cause, REFUSED):

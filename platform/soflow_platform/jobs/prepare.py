@@ -28,7 +28,7 @@ from soflow_pipelines.sources import SourceError, open_source
 from soflow_pipelines.storage import Storage, StorageError, open_storage
 from soflow_platform.cluster import Cluster, connected
 from soflow_platform.errors import JobError, UserError
-from soflow_platform.jobs.spread import Counter, Spread, TaskError, first_line, share_cluster
+from soflow_platform.jobs.spread import Spread, TaskError, counted, first_line, new_counter, share_cluster
 
 NAMED_DAMAGES = 20
 
@@ -149,7 +149,7 @@ def _build(
     import ray
 
     share = share_cluster(cluster, len(todo), plan.autoencoder is not None)
-    counter = ray.remote(Counter).options(num_cpus=0).remote()
+    counter, made = new_counter(), 0
     shared_plan = ray.put(plan)
 
     def new_builder() -> Any:
@@ -163,12 +163,14 @@ def _build(
         start=lambda builder, shard: builder.build.remote(shard),
         named=lambda shard: f"shard {shard}",
         kept="Finished shards are kept",
+        cluster=cluster,
     )
     try:
         for finished in spread.run(todo, share.actors):
             if finished is not None:
                 damages += finished[1]
-            report(Progress(done + max(0, ray.get(counter.images.remote())), plan.samples))
+            made = counted(counter, made)
+            report(Progress(done + made, plan.samples))
     except TaskError as error:
         raise JobError(
             f"shard {error.task} failed: {first_line(error.cause)}. Finished shards are kept: the same command goes on."

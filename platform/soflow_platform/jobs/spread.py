@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -14,6 +15,8 @@ TaskT = TypeVar("TaskT")
 ATTEMPTS = 3
 THREADS_PER_GPU = 8
 POLL_SECONDS = 0.5
+LOOK_SECONDS = 5.0
+"""How often it is looked whether Ray is alive."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,23 @@ class Counter:
         return self._images
 
 
+def new_counter() -> Any:
+    """A Counter's handle. Where its process dies it begins at 0 again: it is for showing alone."""
+    import ray
+
+    return ray.remote(Counter).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+
+
+def counted(counter: Any, before: int) -> int:
+    """Images so far; `before` while the counter does not answer."""
+    import ray
+
+    try:
+        return max(0, int(ray.get(counter.images.remote(), timeout=LOOK_SECONDS)))
+    except ray.exceptions.GetTimeoutError:
+        return before
+
+
 class TaskError(Exception):
     """A task that failed for a reason of its own, which is the cause."""
 
@@ -68,11 +88,12 @@ class Spread(Generic[TaskT]):
     """A task in words."""
     kept: str
     """What is kept when the work ends early, in words."""
+    cluster: Cluster
 
     def run(self, tasks: Sequence[TaskT], actors: int) -> Iterator[tuple[TaskT, Any] | None]:
         """Have every task done; yields each with its result as it is done, and None now and then while waiting.
 
-        Raises TaskError where a task fails, and JobError where its actor is lost again and again.
+        Raises TaskError where a task fails, and JobError where its actor is lost again and again or Ray itself is.
         """
         import ray
 
@@ -80,7 +101,11 @@ class Spread(Generic[TaskT]):
         lost = dict.fromkeys(waiting, 0)
         working: dict[Any, tuple[Any, int]] = {}
         idle = [self.new_actor() for _ in range(actors)]
+        looked = time.monotonic()
         while waiting or working:
+            if time.monotonic() - looked > LOOK_SECONDS:
+                looked = time.monotonic()
+                self.cluster.require_alive()
             while idle and waiting:
                 actor, number = idle.pop(), waiting.pop()
                 working[self.start(actor, tasks[number])] = (actor, number)

@@ -1,0 +1,96 @@
+"""Processes of Ray's that die beside those that train: the trial goes on, and where it cannot, the command says so and ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from soflow_platform.storage import Storage
+from watched import LOG_EVERY, Outcome, Watched
+
+pytestmark = pytest.mark.faults
+Note = Callable[[Outcome], None]
+STEPS = 1500
+
+BOARD, DRIVER, CONTROLLER, CLEANER, WORKER = (
+    "ray::ProgressBoard",
+    "ray::ImplicitFunc",
+    "ray::TrainController",
+    "ray::PlacementGroupCleaner",
+    "ray::RayTrainWorker",
+)
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        ([DRIVER], "the function that drives a trial"),
+        ([CONTROLLER], "Ray Train's controller of a trial"),
+        ([DRIVER, CONTROLLER, CLEANER, WORKER, BOARD], "every process of a trial, and the sweep's board"),
+        (["raylet/raylet"], "the local Ray's raylet, and all workers with it"),
+    ],
+)
+def test_a_trial_goes_on_where_part_of_ray_is_killed(
+    tmp_path: Path, outcome: Note, names: list[str], what: str
+) -> None:
+    sweep = Watched(Storage(tmp_path / "runs"), steps=STEPS)
+    sweep.trains()
+    victims = sweep.processes(*names)
+    assert len(victims) == len(names)
+    since = time.monotonic()
+    for victim in victims:
+        victim.kill()
+    seconds, lost = sweep.recovery(since)
+    code, _, said = sweep.end()
+    assert code == 0, said
+    assert "Traceback" not in said
+    sweep.expect_whole_curves()
+    assert lost <= sweep.every + LOG_EVERY
+    outcome(Outcome(f"kill -9 of {what}", "state `restarting`, then `running`; exit 0", seconds, lost))
+
+
+def test_a_board_that_is_killed_costs_nothing(tmp_path: Path, outcome: Note) -> None:
+    sweep = Watched(Storage(tmp_path / "runs"), steps=STEPS)
+    step = sweep.trains()
+    (board,) = sweep.processes(BOARD)
+    since = time.monotonic()
+    board.kill()
+    sweep.wait_for(lambda: sweep.status["step"] > step + 2 * LOG_EVERY)
+    seconds = time.monotonic() - since
+    code, printed, said = sweep.end()
+    assert code == 0, said
+    sweep.expect_whole_curves()
+    assert f"step {STEPS:,}: eval/fd_nfe1" in printed
+    assert "going on with 1 worker" not in sweep.log
+    outcome(Outcome("kill -9 of the sweep's board", "training goes on; exit 0", seconds, 0))
+
+
+def test_a_ray_that_dies_again_and_again_ends_the_command_with_a_sentence(
+    tmp_path: Path, outcome: Note
+) -> None:
+    sweep = Watched(Storage(tmp_path / "runs"), "resources.max_failures=0", steps=STEPS)
+    sweep.trains()
+    (raylet,) = sweep.processes("raylet/raylet")
+    since = time.monotonic()
+    raylet.kill()
+    code, _, said = sweep.end(60)
+    seconds = time.monotonic() - since
+    assert code == 1
+    assert said.startswith("soflowctl: failed: the Ray node that this command is connected to has died.")
+    assert said.count("\n") == 1
+    again = Watched(sweep.storage, "resources.max_failures=0", steps=STEPS)
+    _, lost = again.recovery(time.monotonic())
+    code, _, said = again.end()
+    assert code == 0, said
+    again.expect_whole_curves()
+    outcome(
+        Outcome(
+            "the local Ray's raylet killed, max_failures: 0",
+            f"exit 1 and one sentence after {seconds:.0f} s; the same command goes on",
+            None,
+            lost,
+        )
+    )
