@@ -35,11 +35,11 @@ from soflow_pipelines.loader import ShardLoader
 from soflow_platform import sweeps_folder
 from soflow_platform.config.experiment import Experiment, read_experiment
 from soflow_platform.data import network_config, open_data
+from soflow_platform.draws import step_generator
 from soflow_platform.journal import LOG
 from soflow_platform.storage import Storage, read_json
 from soflow_platform.sweep_record import all_records
 from soflow_platform.tracking import client_for
-from soflow_platform.training import step_generator
 from soflow_platform.trial_report import STATUS
 
 BAR = 1.05

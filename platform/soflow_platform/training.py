@@ -6,7 +6,6 @@ and then split over ranks, so that one worker and N workers train the same netwo
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
@@ -19,7 +18,7 @@ import torch
 
 from soflow_core.checkpoints import save_weights
 from soflow_core.networks import DiT
-from soflow_core.objectives import Batch
+from soflow_core.objectives import Batch, Draws
 from soflow_core.states import HostCopy
 from soflow_core.training import StepRecord
 from soflow_pipelines.loader import ShardLoader
@@ -30,6 +29,7 @@ from soflow_platform.averaged_network import Merge, averaged_network
 from soflow_platform.checkpoints import Checkpoint, Position
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.data import network_config
+from soflow_platform.draws import DrawsAhead, step_generator
 from soflow_platform.errors import JobError
 from soflow_platform.evaluation import Evaluator
 from soflow_platform.network_evaluations import training_evaluations
@@ -68,12 +68,6 @@ class TrialJob:
 
 class NonFiniteError(JobError):
     """A loss or gradient that is not finite; the update was not made."""
-
-
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """The randomness of one optimizer step: a function of (seed, step), so that a checkpoint needs no generator state."""
-    digest = hashlib.sha256(f"step {seed} {step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -122,6 +116,7 @@ class TrialWorker:
         self.loader = ShardLoader(
             job.data, batch_size=training.batch, rank=rank, world=world, seed=self.experiment.seed
         )
+        self.draws = DrawsAhead(self._draw)
         self.config = network_config(self.experiment, self.loader.info)
         self.train_step = parallel.build_train_step(self.experiment, self.config, device, world, rank)
         # Shares are gathered inside a sharded network's forward pass, so its time says nothing of a rank.
@@ -183,19 +178,21 @@ class TrialWorker:
         self.throughput.begin()
         loaded = next(self.loader)
         self.throughput.loaded()
-        objective, conditional = self.experiment.objective, self.experiment.data.conditional
-        draws = objective.draw(
-            step_generator(self.experiment.seed, step),
-            self.experiment.training.batch,
-            tuple(self.loader.info.shape),
-            conditional,
-        )
-        batch = Batch(loaded.x0, loaded.labels if conditional else None)
-        record = self.train_step(batch, draws.rows(self.rank, self.world))
+        batch = Batch(loaded.x0, loaded.labels if self.experiment.data.conditional else None)
+        record = self.train_step(batch, self.draws.take(step))
         if not record.finite:
             self._refuse(step, record)
         self.throughput.end(step)
         return record
+
+    def _draw(self, step: int) -> Draws:
+        """This rank's rows of a step's draws for the whole batch."""
+        experiment = self.experiment
+        generator, shape = step_generator(experiment.seed, step), tuple(self.loader.info.shape)
+        draws = experiment.objective.draw(
+            generator, experiment.training.batch, shape, experiment.data.conditional
+        )
+        return draws.rows(self.rank, self.world)
 
     def _refuse(self, step: int, record: StepRecord) -> None:
         told = [(self.rank, str(record.culprit))]
@@ -357,6 +354,7 @@ class TrialWorker:
     def _close(self) -> None:
         """Wait until everything is saved and sent. Raises JobError where something cannot be."""
         self.loader.close()
+        self.draws.close()
         if self.log is not None:
             self.saver.close()
             self.log.flush()
@@ -364,6 +362,7 @@ class TrialWorker:
     def _abandon(self) -> None:
         """After a failure: let what is being saved and sent come to its end, without trying again."""
         self.loader.close()
+        self.draws.close()
         if self.report is not None:
             self.saver.abandon()
         if self.log is not None:
