@@ -42,6 +42,15 @@ Merge = Callable[[list[Any]], list[Any]]
 """All ranks' contributions, in rank order."""
 
 
+class Interrupted(Exception):
+    """An evaluation that was asked to stop before its end; nothing of it is kept."""
+
+
+def never() -> bool:
+    """For an evaluation that nobody asks to stop."""
+    return False
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Metrics by name, and one sample grid (H, W, 3) uint8 for each number of evaluations."""
@@ -115,15 +124,17 @@ class Evaluator:
         rank: int = 0,
         world: int = 1,
         merge: Merge = list,
+        stop: Callable[[], bool] = never,
     ) -> Evaluation:
         """Score `network`; each rank makes every world-th batch, and `merge` brings the parts together.
 
-        A number that is refused, because a sample is not finite, is nan on every rank.
+        A number that is refused, because a sample is not finite, is nan on every rank. `stop` is asked before every batch, on all
+        ranks equally often, and must answer all of them alike: Interrupted on all of them where it says so.
         """
         metrics: dict[str, float] = {}
         flags: list[str] = []
         for nfe in self.config.nfe:
-            part = self._part(network, objective, nfe, device, rank, world)
+            part = self._part(network, objective, nfe, device, rank, world, stop)
             values, said = self._values(merge([part]))
             # A refusal is of this number; the others are said of all.
             flags += said if values else [f"{sentence} (nfe {nfe})" for sentence in said]
@@ -135,19 +146,31 @@ class Evaluator:
         return Evaluation(metrics, grids, list(dict.fromkeys(flags)))
 
     def _part(
-        self, network: DiT, objective: Objective, nfe: int, device: torch.device, rank: int, world: int
+        self,
+        network: DiT,
+        objective: Objective,
+        nfe: int,
+        device: torch.device,
+        rank: int,
+        world: int,
+        stop: Callable[[], bool] = never,
     ) -> dict[str, Any]:
         """What this rank gathers of its batches: the arrays of statistics, or the sentence that refuses a sample."""
         statistics = ScoreStatistics(self.features, self._metrics(), samples=self.config.samples)
         steps = steps_for(objective, nfe, self.classes is not None)
-        try:
-            for indices in self._batches(rank, world):
-                labels = self._labels(indices)
-                samples = generate(network, objective, self.config.seed, indices, labels, steps, device)
+        refused = None
+        for indices in self._batches(rank, world):
+            if stop():
+                raise Interrupted
+            if refused or indices is None:
+                continue
+            labels = self._labels(indices)
+            samples = generate(network, objective, self.config.seed, indices, labels, steps, device)
+            try:
                 statistics.update(indices, decoded(samples, self.decoder), labels)
-        except ScoreError as error:
-            return {"refused": str(error)}
-        return {"state": statistics.state()}
+            except ScoreError as error:
+                refused = str(error)
+        return {"refused": refused} if refused else {"state": statistics.state()}
 
     def _values(self, parts: list[dict[str, Any]]) -> tuple[dict[str, float], list[str]]:
         refused = [part["refused"] for part in parts if "refused" in part]
@@ -208,9 +231,11 @@ class Evaluator:
         agrees = any("label_agreement" in name for name in self.config.metrics(self.classes is not None))
         return [_kind(self.config), *(["label_agreement"] if agrees else [])]
 
-    def _batches(self, rank: int, world: int) -> Iterator[Tensor]:
+    def _batches(self, rank: int, world: int) -> Iterator[Tensor | None]:
+        """This rank's batches, as many on every rank: None where there is none left for it."""
         everything = torch.arange(self.config.samples).split(self.config.batch)
-        yield from everything[rank::world]
+        for first in range(0, len(everything), world):
+            yield everything[first + rank] if first + rank < len(everything) else None
 
     def _labels(self, indices: Tensor) -> Tensor | None:
         if self.classes is None:

@@ -31,7 +31,7 @@ from soflow_platform.config.experiment import Experiment
 from soflow_platform.data import network_config
 from soflow_platform.draws import DrawsAhead, step_generator
 from soflow_platform.errors import JobError
-from soflow_platform.evaluation import Evaluator
+from soflow_platform.evaluation import Evaluator, Interrupted, never
 from soflow_platform.network_evaluations import training_evaluations
 from soflow_platform.plan import forward_gmac
 from soflow_platform.reservations import note_reservation
@@ -151,16 +151,15 @@ class TrialWorker:
         save_every = training.checkpoint_every or every
         try:
             self._resume()
-            stopping = False
+            stopping = self._owes_evaluation() and not self._evaluate(self.train_step.step)
             while self.train_step.step < training.steps and not stopping:
                 step = self.train_step.step + 1
                 record = self._step(step)
                 self._note(record)
-                scored = step % every == 0 or step == training.steps
-                if scored:
-                    self._evaluate(step)
-                stopping = self._stop_asked() and step < training.steps
-                if scored or stopping or step % save_every == 0:
+                evaluates = step % every == 0 or step == training.steps
+                interrupted = evaluates and not self._evaluate(step)
+                stopping = interrupted or (self._stop_asked() and step < training.steps)
+                if evaluates or stopping or step % save_every == 0:
                     self._save(step, needed=stopping or step == training.steps)
         except BaseException:
             self._abandon()
@@ -259,16 +258,36 @@ class TrialWorker:
         self.log = RunLog.resume(self.job.tracking_uri, self.job.run, say, patience)
         return starting_point(self.root, self.report, patience, self.loader.info.digest)
 
-    def _evaluate(self, step: int) -> None:
-        """Score the first EMA. All ranks take part, rank 0 records."""
+    def _owes_evaluation(self) -> bool:
+        """Whether the checkpoint that training goes on from was made in the middle of an evaluation."""
+        step = self.train_step.step
+        told = self.evaluations[-1]["step"] if self.evaluations else 0
+        return told < step and step % self.experiment.evaluation.every == 0
+
+    def _evaluate(self, step: int) -> bool:
+        """Score the first EMA. All ranks take part, rank 0 records.
+
+        Returns False where a stop came meanwhile: it is scored when training goes on. The last step's evaluation is not interrupted.
+        """
         if self.report is not None:
             self.report.state("evaluating", step=step)
-        with self._averaged() as (network, merge):
-            result = self.evaluator.evaluate(
-                network, self.experiment.objective, self.device, self.rank, self.world, merge
-            )
+        # Ranks that hold shares make their passes each at its own pace, and agree on nothing in between.
+        waits = step == self.experiment.training.steps or self.train_step.mesh is not None
+        try:
+            with self._averaged() as (network, merge):
+                result = self.evaluator.evaluate(
+                    network,
+                    self.experiment.objective,
+                    self.device,
+                    self.rank,
+                    self.world,
+                    merge,
+                    never if waits else self._stop_asked,
+                )
+        except Interrupted:
+            return False
         if self.report is None or self.log is None:
-            return
+            return True
         self.evaluations.append({"step": step, **result.metrics})
         self.log.metrics(step, result.metrics)
         self.log.send()
@@ -278,6 +297,7 @@ class TrialWorker:
             self._flagged.add(flag)
             self.report.say(flag, step)
             self.log.flag(flag)
+        return True
 
     def _averaged(self) -> AbstractContextManager[tuple[DiT, Merge]]:
         return averaged_network(self.train_step, self.config, self.device, self.world)

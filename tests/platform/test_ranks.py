@@ -20,7 +20,7 @@ from soflow_platform import checkpoints
 from soflow_platform.errors import JobError
 from soflow_platform.progress import ProgressBoard
 from soflow_platform.stops import request_stop
-from soflow_platform.storage import Storage
+from soflow_platform.storage import Storage, read_json
 from soflow_platform.tracking import client_for
 from soflow_platform.training import TrialJob, TrialWorker
 
@@ -224,3 +224,34 @@ def test_ranks_that_are_asked_to_stop_stop_after_the_same_step_with_everything_s
     (saved,) = checkpoints.published(stopped.root)
     assert 0 < saved.position.step < 200
     assert saved.position.step == saved.position.images / 8 == max(curve(stopped.job, "train/loss"))
+
+
+def score_slowly(worker: TrialWorker) -> None:
+    """Of three batches, which two ranks share, the second rank has one."""
+    labels = worker.evaluator._labels
+
+    def slow(indices: torch.Tensor) -> Any:
+        time.sleep(0.7)
+        return labels(indices)
+
+    object.__setattr__(worker.evaluator, "_labels", slow)
+
+
+def test_ranks_that_are_asked_to_stop_while_they_score_stop_before_the_same_batch(
+    worker: Make, storage: Storage
+) -> None:
+    settings = ["training.steps=40", "evaluation={every: 3, samples: 24, batch: 8, nfe: [1, 2]}"]
+    stopped = worker("stopped", *settings)
+    ranks = start_ranks(stopped.job, 2, score_slowly)
+    wait_until(lambda: (stopped.folder / "status.json").exists() and step_3_is_scored(stopped))
+    request_stop(storage, "sweep", "stopped")
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    (saved,) = checkpoints.published(stopped.root)
+    assert (saved.position.step, saved.position.evaluations) == (3, [])
+
+
+def step_3_is_scored(worker: TrialWorker) -> bool:
+    status = read_json(worker.folder / "status.json") or {}
+    return bool(status["state"] == "evaluating" and status["step"] == 3)

@@ -191,3 +191,35 @@ def test_every_method_trains_and_is_scored_by_the_same_loop(worker: Make, method
         weights = load_weights(path)
     assert weights.objective is not None
     assert weights.objective.method == method
+
+
+def test_a_stop_that_comes_in_the_middle_of_scoring_is_heard_and_the_score_made_when_training_goes_on(
+    worker: Make,
+) -> None:
+    whole, cut = worker("whole", "evaluation.batch=8"), worker("cut", "evaluation.batch=8")
+    whole.run()
+    asked = 0
+
+    def at_the_third_batch_of_step_4() -> bool:
+        nonlocal asked
+        asked += cut.train_step.step == 4
+        return asked == 3
+
+    cut._sees_stop = at_the_third_batch_of_step_4  # type: ignore[method-assign]
+    assert not cut.run()
+    saved = checkpoints.published(cut.root)[-1].position
+    assert (saved.step, [e["step"] for e in saved.evaluations]) == (4, [2])
+    assert len(curve(cut, "eval/fd_nfe1")) == 1
+    again = worker("cut", "evaluation.batch=8")
+    assert again.run()
+    assert differing_tensors(final_state(whole.root), final_state(again.root)) == []
+    for metric in ("train/loss", "eval/fd_nfe1", "eval/fd_nfe2"):
+        assert curve(whole, metric) == curve(again, metric)
+    assert whole.evaluations == again.evaluations
+
+
+def test_a_stop_during_the_last_score_waits_for_it(worker: Make) -> None:
+    last = worker("last", "evaluation.every=6", "evaluation.batch=8")
+    last._sees_stop = lambda: last.train_step.step == 6  # type: ignore[method-assign]
+    assert last.run()
+    assert [e["step"] for e in last.evaluations] == [6]
