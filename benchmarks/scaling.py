@@ -34,6 +34,8 @@ HOST_COPY = 25e9
 """GPU to pinned host memory, bytes per second."""
 STORAGE = 1e9
 """Bytes per second to the checkpoint storage, hashing included."""
+DRAW = 21e-6
+"""Seconds of one core for the noise and times of a latent; `--check` measures them."""
 
 
 def table(*columns: str) -> None:
@@ -127,6 +129,18 @@ def print_data(work: Work) -> None:
         )
 
 
+def print_draws(work: Work) -> None:
+    """Every worker draws for the whole batch, in a thread, while the step before is at work."""
+    shown = (8, 64, 512)
+    table("batch", "drawn in, ms", *(f"step of {ranks} GPUs, ms" for ranks in shown))
+    for batch in BATCHES:
+        steps = [
+            ms(ddp_step(work, Device(), FAST, ranks, batch).total) if batch >= ranks else "-"
+            for ranks in shown
+        ]
+        row(batch, ms(batch * DRAW), *steps)
+
+
 def print_pauses(work: Work) -> None:
     """Evaluations and checkpoints, for the recipe's batch."""
     device = Device()
@@ -162,6 +176,7 @@ def print_tables() -> None:
         (f"Steps, {FAST.name}", lambda: print_steps(work, FAST)),
         (f"Steps, {SLOW.name}", lambda: print_steps(work, SLOW)),
         ("Data", lambda: print_data(work)),
+        ("Draws", lambda: print_draws(work)),
         ("Pauses", lambda: print_pauses(work)),
     ):
         print(f"\n## {title}\n")

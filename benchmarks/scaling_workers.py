@@ -210,6 +210,18 @@ def check_data() -> None:
     )
 
 
+def check_draws(batch: int = 256) -> None:
+    """How long one core takes for a batch's noise and times, which every worker draws whole."""
+    torch.set_num_threads(1)
+    taken = []
+    for step in range(10):
+        start = time.perf_counter()
+        SoFlow().draw(torch.Generator().manual_seed(step), batch, SHAPE, conditional=True)
+        taken.append(time.perf_counter() - start)
+    seconds = statistics.median(taken)
+    print(f"draws: {1e3 * seconds:.1f} ms for {batch} latents, {1e6 * seconds / batch:.0f} microseconds each")
+
+
 def check(size: str, batch: int, steps: int, counts: list[int]) -> int:
     """Measure and print the model beside it."""
     work = Work.of(network_config(size), SoFlow(), "float32")
@@ -256,6 +268,7 @@ def check(size: str, batch: int, steps: int, counts: list[int]) -> int:
             f"FSDP, {precision}: the network is gathered and scattered {told} times in a step (model {model})"
         )
     check_data()
+    check_draws()
     return 0 if agree else 1
 
 

@@ -111,6 +111,38 @@ def connected(address: str | None) -> Iterator[Cluster]:
         ray.shutdown()
 
 
+def start_coordinator() -> None:
+    """Start what Ray Train's controllers ask for machines, so that it outlasts its node.
+
+    Ray keeps one for a cluster and ties it to the node that first asks. Where that node dies, trials that may go on with fewer
+    workers ask in vain for ever. One of the same name that may run on any node is taken for it; where it restarts, who knew it
+    still does.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    try:
+        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+            _AutoscalingCoordinatorActor,
+        )
+    except ImportError:
+        logging.getLogger(__name__).warning(
+            "this version of Ray keeps its AutoscalingCoordinator elsewhere than 2.60: a node that is lost may stop elastic trials"
+        )
+        return
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    ray.remote(_AutoscalingCoordinatorActor).options(
+        name="AutoscalingCoordinator",
+        namespace="AutoscalingCoordinator",
+        get_if_exists=True,
+        lifetime="detached",
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=-1,
+        scheduling_strategy=here,
+    ).remote()
+
+
 def require_answer(address: str | None) -> None:
     """Raises UserError unless something listens at HOST:PORT; Ray's own attempt would wait for minutes."""
     if address is None:

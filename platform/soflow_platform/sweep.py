@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from soflow_pipelines.shards import DatasetInfo
 from soflow_platform import checkpoints
-from soflow_platform.cluster import DRIVER_CPUS, Cluster, connected
+from soflow_platform.cluster import DRIVER_CPUS, Cluster, connected, start_coordinator
 from soflow_platform.config.experiment import Experiment, flatten
 from soflow_platform.config.trials import Trial
 from soflow_platform.data import open_data
@@ -91,6 +91,8 @@ def run_sweep(
                 f"this cluster has {cluster.machines} machines and SQLite serves one: start a tracking server "
                 "(`mlflow server`) and set tracking.uri to its address."
             )
+        if not cluster.local:
+            start_coordinator()
         display.say("preparing data and reference statistics")
         location, info = open_data(experiment, storage)
         with display.describing() as report, Gathering(storage, report=report, cluster=cluster) as gathering:

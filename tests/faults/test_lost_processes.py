@@ -12,6 +12,7 @@ import psutil
 import pytest
 from object_store import free_port
 
+from soflow_platform.cluster import start_coordinator
 from soflow_platform.stops import request_stop
 from soflow_platform.storage import Storage
 from watched import BATCH, LOG_EVERY, Outcome, Watched
@@ -24,7 +25,7 @@ Note = Callable[[Outcome], None]
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
     tmp_path: Path, outcome: Note, count: int
 ) -> None:
-    sweep = Watched(Storage(tmp_path / "runs"), f"resources.workers={count}", steps=600)
+    sweep = Watched(Storage(tmp_path / "runs"), f"resources.workers={count}", steps=1500, every=100)
     sweep.trains()
     victims = sweep.workers
     assert len(victims) == count
@@ -38,7 +39,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
     assert f"step {sweep.steps}" in printed
     assert 0 < lost <= sweep.every + LOG_EVERY
     if count == 1:
-        whole = Watched(Storage(tmp_path / "never-cut"), steps=600)
+        whole = Watched(Storage(tmp_path / "never-cut"), steps=1500, every=100)
         code, _, said = whole.end()
         assert code == 0, said
         for metric in ("train/loss", "eval/fd_nfe1"):
@@ -51,14 +52,14 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
 
 
 def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path, outcome: Note) -> None:
-    sweep = Watched(Storage(tmp_path / "runs"), steps=600)
+    sweep = Watched(Storage(tmp_path / "runs"), steps=1500, every=100)
     sweep.trains()
     everyone = psutil.Process(sweep.process.pid).children(recursive=True)
     sweep.process.send_signal(signal.SIGKILL)
     psutil.wait_procs(everyone, timeout=60)
     sweep.process.communicate()
     since = time.monotonic()
-    again = Watched(sweep.storage, steps=600)
+    again = Watched(sweep.storage, steps=1500, every=100)
     seconds, lost = again.recovery(since)
     code, printed, said = again.end()
     assert code == 0, said
@@ -199,6 +200,35 @@ def test_a_trial_that_waits_for_a_node_can_be_stopped(cluster: Any, tmp_path: Pa
     assert code == 143, said
     assert "asked to stop while it waited for machines" in sweep.log
     assert sweep.status["state"] == "stopped"
+
+
+def test_what_trials_ask_for_machines_outlasts_its_node(cluster: Any) -> None:
+    import ray
+
+    def node_of(actor: Any) -> str:
+        del actor
+        return str(ray.get_runtime_context().get_node_id())
+
+    nodes = {
+        node.node_id: node for node in (cluster.add_node(num_cpus=2, resources={"node": 1}) for _ in range(2))
+    }
+    ray.init(address=str(cluster.address), namespace="soflow", log_to_driver=False)
+    try:
+        home, known = "", None
+        while home not in nodes:
+            # The head is where the preferred node cannot take it at once, and cannot be removed.
+            if known is not None:
+                ray.kill(known)
+            ray.get(ray.remote(start_coordinator).options(num_cpus=0, resources={"node": 1}).remote())
+            known = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+            home = ray.get(known.__ray_call__.remote(node_of), timeout=60)
+        cluster.remove_node(nodes[home], allow_graceful=False)
+        deadline = time.monotonic() + 90
+        while ray.get(known.__ray_call__.remote(node_of), timeout=90) == home:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+    finally:
+        ray.shutdown()
 
 
 def _busy(nodes: list[Any]) -> Any:

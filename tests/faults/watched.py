@@ -141,7 +141,9 @@ class Watched:
         def tells() -> bool:
             nonlocal told
             before, told = told, self.status
-            return told["updated"] > before["updated"] and told["step"] > self.checkpoint_steps[-1] + 5
+            beyond = told["step"] - self.checkpoint_steps[-1]
+            # Early enough that the next checkpoint does not come before the fault.
+            return told["updated"] > before["updated"] and 5 < beyond < 0.8 * self.every
 
         self.wait_for(tells)
         return int(told["step"])
