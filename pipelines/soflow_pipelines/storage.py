@@ -70,7 +70,9 @@ class LocalFolder:
         return path.stat().st_size if path.is_file() else None
 
     def names(self) -> list[str]:
-        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+        # Unlike Path.rglob, os.walk passes over a folder that is removed meanwhile.
+        files = (Path(folder, name) for folder, _, names in os.walk(self.folder) for name in names)
+        return sorted(str(path.relative_to(self.folder)) for path in files if path.is_file())
 
     def write(self, name: str, content: bytes) -> None:
         aside = self._aside(name)

@@ -173,11 +173,22 @@ def _recorded(root: str | Path) -> dict[str, Checkpoint | None]:
     if isinstance(storage, LocalFolder) and not storage.folder.is_dir():
         return {}
     names = [path.partition("/") for path in storage.names()]
-    return {
-        name: read_record(storage, name)
-        for name, _, file in names
-        if file == RECORD and name.removeprefix("step-").isdecimal()
-    }
+    steps = [name for name, _, file in names if file == RECORD and name.removeprefix("step-").isdecimal()]
+    recorded: dict[str, Checkpoint | None] = {}
+    for name in steps:
+        with _unless_removed(storage, f"{name}/{RECORD}"):
+            recorded[name] = read_record(storage, name)
+    return recorded
+
+
+@contextlib.contextmanager
+def _unless_removed(storage: Storage, file: str) -> Iterator[None]:
+    """Passes over a failure to read a file that is there no more: a trial that runs removes its old checkpoints meanwhile."""
+    try:
+        yield
+    except StorageError:
+        if storage.size(file) is not None:
+            raise
 
 
 def read_record(storage: Storage, name: str) -> Checkpoint | None:

@@ -17,6 +17,8 @@ from soflow_platform.errors import JobError, UserError
 
 PROBE_SECONDS = 5.0
 HEALTH_SECONDS = 10.0
+COORDINATOR = "AutoscalingCoordinator"
+"""Name and namespace of the actor that Ray Train's controllers ask for machines."""
 DRIVER_CPUS = 0.1
 """What Tune holds for the function that drives one trial; the work is done by the trial's workers."""
 
@@ -132,8 +134,8 @@ def start_coordinator() -> None:
         return
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     ray.remote(_AutoscalingCoordinatorActor).options(
-        name="AutoscalingCoordinator",
-        namespace="AutoscalingCoordinator",
+        name=COORDINATOR,
+        namespace=COORDINATOR,
         get_if_exists=True,
         lifetime="detached",
         num_cpus=0,

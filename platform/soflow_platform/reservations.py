@@ -1,28 +1,31 @@
 """What a trial's workers hold of a Ray cluster, noted in the trial's folder, so that its next life frees what was left behind.
 
-Ray Train frees the CPUs and GPUs of a controller that was killed through one more process. Where both die at once nobody frees them
-before the sweep ends, and the trial's new workers would wait for them for ever.
+Ray Train's controller holds a placement group for its workers, and the promise of Ray's coordinator that these machines are its own.
+Where a controller is killed, one more process frees the group, unless it dies at the same time: then nobody does before the sweep ends.
+The coordinator forgets after three minutes. A trial's new workers would wait for both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 
+from soflow_platform.cluster import COORDINATOR
 from soflow_platform.storage import read_json, write_json
 
 RESERVATION = "reservation.json"
 
 
 def note_reservation(folder: Path) -> None:
-    """Called in a Ray Train worker: note the placement group that it and its like are in."""
+    """Called in a Ray Train worker: note the placement group that it and its like are in, and who asked for it."""
     from ray.util import get_current_placement_group
 
     group = get_current_placement_group()
     if group is None:
         return
     try:
-        write_json(folder / RESERVATION, {"placement_group": group.id.hex()})
+        write_json(folder / RESERVATION, {"placement_group": group.id.hex(), "requester": _requester()})
     except OSError as error:
         # A disk that is full: only a second fault would ask for the note.
         logging.getLogger(__name__).warning("%s cannot be written: %s", folder / RESERVATION, error)
@@ -30,13 +33,27 @@ def note_reservation(folder: Path) -> None:
 
 def free_reservation(folder: Path) -> bool:
     """Free what the workers that noted it last still hold, ending those that live. Returns whether there was something."""
-    from ray import PlacementGroupID
+    import ray
     from ray.util import placement_group_table, remove_placement_group
     from ray.util.placement_group import PlacementGroup
 
-    noted = (read_json(folder / RESERVATION) or {}).get("placement_group")
-    held = placement_group_table().get(noted)
+    noted = read_json(folder / RESERVATION) or {}
+    held = placement_group_table().get(noted.get("placement_group"))
     if held is None or held["state"] == "REMOVED":
         return False
-    remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(noted)))
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(noted["placement_group"])))
+    if noted.get("requester"):
+        # It may have gone with its node, and what it knew with it.
+        with contextlib.suppress(ValueError):
+            ray.get_actor(COORDINATOR, namespace=COORDINATOR).cancel_request.remote(noted["requester"])
     return True
+
+
+def _requester() -> str | None:
+    """The name under which this worker's controller asks for machines; None where this version of Ray does not say."""
+    try:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        return f"train-{get_train_context().train_run_context.run_id}"
+    except (ImportError, AttributeError):
+        return None

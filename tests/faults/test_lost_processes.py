@@ -25,7 +25,9 @@ Note = Callable[[Outcome], None]
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
     tmp_path: Path, outcome: Note, count: int
 ) -> None:
-    sweep = Watched(Storage(tmp_path / "runs"), f"resources.workers={count}", steps=1500, every=100)
+    sweep = Watched(
+        Storage(tmp_path / "runs"), f"resources.workers={count}", steps=1500, every=500, save_every=100
+    )
     sweep.trains()
     victims = sweep.workers
     assert len(victims) == count
@@ -36,10 +38,10 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
     assert code == 0, said
     assert sweep.record.attempts == 1
     sweep.expect_whole_curves()
-    assert f"step {sweep.steps}" in printed
-    assert 0 < lost <= sweep.every + LOG_EVERY
+    assert f"step {sweep.steps:,}" in printed
+    assert 0 < lost <= sweep.save_every + LOG_EVERY
     if count == 1:
-        whole = Watched(Storage(tmp_path / "never-cut"), steps=1500, every=100)
+        whole = Watched(Storage(tmp_path / "never-cut"), steps=1500, every=500, save_every=100)
         code, _, said = whole.end()
         assert code == 0, said
         for metric in ("train/loss", "eval/fd_nfe1"):
@@ -52,20 +54,20 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
 
 
 def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path, outcome: Note) -> None:
-    sweep = Watched(Storage(tmp_path / "runs"), steps=1500, every=100)
+    sweep = Watched(Storage(tmp_path / "runs"), steps=1500, every=500, save_every=100)
     sweep.trains()
     everyone = psutil.Process(sweep.process.pid).children(recursive=True)
     sweep.process.send_signal(signal.SIGKILL)
     psutil.wait_procs(everyone, timeout=60)
     sweep.process.communicate()
     since = time.monotonic()
-    again = Watched(sweep.storage, steps=1500, every=100)
+    again = Watched(sweep.storage, steps=1500, every=500, save_every=100)
     seconds, lost = again.recovery(since)
     code, printed, said = again.end()
     assert code == 0, said
     assert "going on with sweep" in printed
     again.expect_whole_curves()
-    assert lost <= sweep.every + LOG_EVERY
+    assert lost <= sweep.save_every + LOG_EVERY
     outcome(
         Outcome(
             "kill -9 of the driver, same command again", '"going on with sweep ..."; exit 0', seconds, lost
@@ -123,7 +125,14 @@ WORKERS_ON_NODES = "resources={workers: 2, cpus_per_worker: 1.5, max_failures: 3
 
 def test_a_removed_node_is_replaced_by_a_spare_one(cluster: Any, tmp_path: Path, outcome: Note) -> None:
     nodes = [cluster.add_node(num_cpus=2) for _ in range(3)]
-    sweep = Watched(Storage(tmp_path / "runs"), WORKERS_ON_NODES, steps=1500, address=str(cluster.address))
+    sweep = Watched(
+        Storage(tmp_path / "runs"),
+        WORKERS_ON_NODES,
+        steps=1500,
+        every=500,
+        save_every=100,
+        address=str(cluster.address),
+    )
     sweep.trains()
     since = time.monotonic()
     cluster.remove_node(_busy(nodes), allow_graceful=False)
@@ -131,7 +140,7 @@ def test_a_removed_node_is_replaced_by_a_spare_one(cluster: Any, tmp_path: Path,
     code, _, said = sweep.end()
     assert code == 0, said
     sweep.expect_whole_curves()
-    assert lost <= sweep.every + LOG_EVERY
+    assert lost <= sweep.save_every + LOG_EVERY
     outcome(
         Outcome("node removed, another one free", "state `restarting`, then `running`; exit 0", seconds, lost)
     )
@@ -142,7 +151,14 @@ def test_with_fewer_nodes_an_elastic_trial_goes_on_at_the_same_batch(
 ) -> None:
     nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
     elastic = WORKERS_ON_NODES.replace("workers: 2", "workers: 2, min_workers: 1")
-    sweep = Watched(Storage(tmp_path / "runs"), elastic, steps=1500, address=str(cluster.address))
+    sweep = Watched(
+        Storage(tmp_path / "runs"),
+        elastic,
+        steps=1500,
+        every=500,
+        save_every=100,
+        address=str(cluster.address),
+    )
     sweep.trains()
     since = time.monotonic()
     cluster.remove_node(_busy(nodes), allow_graceful=False)
@@ -151,7 +167,7 @@ def test_with_fewer_nodes_an_elastic_trial_goes_on_at_the_same_batch(
     assert code == 0, said
     sweep.expect_whole_curves()
     assert "going on with 1 worker(s)" in sweep.log
-    assert lost <= sweep.every + LOG_EVERY
+    assert lost <= sweep.save_every + LOG_EVERY
     last = sweep.last_position
     assert (last.step, last.images) == (1500, 1500 * BATCH)
     outcome(
@@ -169,7 +185,14 @@ def test_a_node_that_never_comes_fails_the_trial_with_the_time_that_was_waited(
 ) -> None:
     nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
     impatient = WORKERS_ON_NODES.replace("workers: 2", "workers: 2, wait_minutes: 1.5")
-    sweep = Watched(Storage(tmp_path / "runs"), impatient, steps=1500, address=str(cluster.address))
+    sweep = Watched(
+        Storage(tmp_path / "runs"),
+        impatient,
+        steps=1500,
+        every=500,
+        save_every=100,
+        address=str(cluster.address),
+    )
     sweep.trains()
     since = time.monotonic()
     cluster.remove_node(_busy(nodes), allow_graceful=False)
@@ -191,7 +214,14 @@ def test_a_node_that_never_comes_fails_the_trial_with_the_time_that_was_waited(
 
 def test_a_trial_that_waits_for_a_node_can_be_stopped(cluster: Any, tmp_path: Path) -> None:
     nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
-    sweep = Watched(Storage(tmp_path / "runs"), WORKERS_ON_NODES, steps=1500, address=str(cluster.address))
+    sweep = Watched(
+        Storage(tmp_path / "runs"),
+        WORKERS_ON_NODES,
+        steps=1500,
+        every=500,
+        save_every=100,
+        address=str(cluster.address),
+    )
     sweep.trains()
     cluster.remove_node(_busy(nodes), allow_graceful=False)
     sweep.wait_for(lambda: time.time() - sweep.status["updated"] > 10)

@@ -51,16 +51,17 @@ class Watched:
     """One running command; a sweep of one trial on the digits."""
 
     def __init__(
-        self, storage: Storage, *settings: str, steps: int = 400, every: int = 50, address: str | None = None,
-        environment: Mapping[str, str] | None = None,
+        self, storage: Storage, *settings: str, steps: int = 400, every: int = 50, save_every: int | None = None,
+        address: str | None = None, environment: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        self.storage, self.steps, self.every = storage, steps, every
+        self.storage, self.steps, self.every, self.save_every = storage, steps, every, save_every or every
         own = [
             "network={patch: 4, hidden: 32, depth: 2, heads: 2}",
             f"training={{steps: {steps}, batch: {BATCH}, ema: [0.9], log_every: {LOG_EVERY}}}",
             f"evaluation={{every: {every}, samples: 64, nfe: [1], features: pooled, grid: 2}}",
             "search={space: {}, metric: eval/fd_nfe1}",
             "resources.cpus_per_worker=0.5",
+            f"training.checkpoint_every={self.save_every}",
             *settings,
         ]
         flags = [part for setting in own for part in ("--set", setting)]
@@ -142,8 +143,10 @@ class Watched:
             nonlocal told
             before, told = told, self.status
             beyond = told["step"] - self.checkpoint_steps[-1]
-            # Early enough that the next checkpoint does not come before the fault.
-            return told["updated"] > before["updated"] and 5 < beyond < 0.8 * self.every
+            if self.save_every < self.every and beyond > 0.8 * self.save_every:
+                # The next checkpoint would come before the fault.
+                return False
+            return told["updated"] > before["updated"] and beyond > 5
 
         self.wait_for(tells)
         return int(told["step"])
@@ -153,7 +156,7 @@ class Watched:
         that it logged, and the line of its new life in the log."""
         pattern = r"step (\d+)  going on"
         lives = len(re.findall(pattern, self.log))
-        reached = max(self.status["reached"], *self.curve("train/loss"))
+        reached = max([self.status["reached"], *self.curve("train/loss")])
         self.wait_for(lambda: len(re.findall(pattern, self.log)) > lives)
         from_step = int(re.findall(pattern, self.log)[-1])
         self.wait_for(lambda: self.status["step"] > from_step or self.process.poll() is not None)

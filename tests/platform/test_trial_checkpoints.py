@@ -201,6 +201,18 @@ def test_the_best_checkpoint_there_is_is_kept_beside_the_newest(root: str) -> No
     assert steps(root) == [2, 5, 6]
 
 
+def test_a_checkpoint_that_is_removed_while_a_trials_are_listed_is_left_out(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        checkpoints.publish(root, Position(step, step, "run"), put(b"state"))
+    storage = open_storage(root)
+    before = storage.names()
+    storage.remove(f"step-00000001/{checkpoints.RECORD}")
+    monkeypatch.setattr(type(storage), "names", lambda self: before)
+    assert [checkpoint.position.step for checkpoint in checkpoints.published(root)] == [2]
+
+
 def test_nan_is_never_the_best_evaluation() -> None:
     evaluations = [{"step": 1, "fd": float("nan")}, {"step": 2, "fd": 3.0}, {"step": 3, "fd": 4.0}]
     assert checkpoints.best_evaluation(evaluations, "fd", "min") == evaluations[1]
