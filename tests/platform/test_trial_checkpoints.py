@@ -209,7 +209,7 @@ def test_a_checkpoint_that_is_removed_while_a_trials_are_listed_is_left_out(
     storage = open_storage(root)
     before = storage.names()
     storage.remove(f"step-00000001/{checkpoints.RECORD}")
-    monkeypatch.setattr(type(storage), "names", lambda self: before)
+    monkeypatch.setattr(type(storage), "names", lambda _: before)
     assert [checkpoint.position.step for checkpoint in checkpoints.published(root)] == [2]
 
 
