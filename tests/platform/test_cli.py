@@ -189,6 +189,7 @@ def test_an_address_where_no_ray_answers_is_told_at_once(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_something_else_that_listens_at_the_address_is_no_ray(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
