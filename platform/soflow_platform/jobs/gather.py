@@ -18,8 +18,9 @@ from soflow_pipelines.storage import StorageError
 from soflow_platform.cluster import Cluster, connected
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.evaluation import feature_network
-from soflow_platform.jobs.spread import Spread, TaskError, counted, first_line, new_counter, share_cluster
+from soflow_platform.jobs.spread import Spread, TaskError, counted, new_counter, share_cluster
 from soflow_platform.measurement import Measurement, MeasurementFolder, measure_block
+from soflow_platform.retries import first_line
 from soflow_platform.storage import Storage
 
 REFUSED = (UserError, ScoreError, SourceError, ShardError, StorageError, ImageError)

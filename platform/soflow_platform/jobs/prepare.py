@@ -28,7 +28,8 @@ from soflow_pipelines.sources import SourceError, open_source
 from soflow_pipelines.storage import Storage, StorageError, open_storage
 from soflow_platform.cluster import Cluster, connected
 from soflow_platform.errors import JobError, UserError
-from soflow_platform.jobs.spread import Spread, TaskError, counted, first_line, new_counter, share_cluster
+from soflow_platform.jobs.spread import Spread, TaskError, counted, new_counter, share_cluster
+from soflow_platform.retries import first_line
 
 NAMED_DAMAGES = 20
 

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from soflow_platform.cluster import Cluster
 from soflow_platform.errors import JobError
+from soflow_platform.retries import first_line
 
 TaskT = TypeVar("TaskT")
 
@@ -128,9 +129,3 @@ class Spread(Generic[TaskT]):
                 except ray.exceptions.RayTaskError as error:
                     raise TaskError(task, error.cause) from error
             yield None
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without its details."""
-    text = str(error).strip()
-    return (text.splitlines()[0] if text else type(error).__name__).rstrip(".")
