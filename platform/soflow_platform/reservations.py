@@ -38,14 +38,14 @@ def free_reservation(folder: Path) -> bool:
     from ray.util.placement_group import PlacementGroup
 
     noted = read_json(folder / RESERVATION) or {}
+    if noted.get("requester"):
+        # Ray frees a group that is left, but not the promise; who gave it may have gone with its node.
+        with contextlib.suppress(ValueError):
+            ray.get_actor(COORDINATOR, namespace=COORDINATOR).cancel_request.remote(noted["requester"])
     held = placement_group_table().get(noted.get("placement_group"))
     if held is None or held["state"] == "REMOVED":
         return False
     remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(noted["placement_group"])))
-    if noted.get("requester"):
-        # It may have gone with its node, and what it knew with it.
-        with contextlib.suppress(ValueError):
-            ray.get_actor(COORDINATOR, namespace=COORDINATOR).cancel_request.remote(noted["requester"])
     return True
 
 
