@@ -15,7 +15,7 @@ from torch import Tensor
 from soflow_core.networks import DiT, DiTConfig
 from soflow_core.objectives import Batch, Objective
 from soflow_core.passes import PassPolicy, Precision
-from soflow_platform.plan import forward_gmac
+from soflow_platform.training.flops import forward_gmac
 
 FLOAT = 4
 BUCKET = 25 * 2**20

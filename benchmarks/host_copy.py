@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 
+from soflow_core.host_copy import HostCopy, map_tensors
 from soflow_core.networks import DiT, dit_config
 from soflow_core.objectives import Batch, SoFlow
-from soflow_core.states import HostCopy, map_tensors
-from soflow_core.training import OptimizerConfig, TrainStep
-from soflow_platform.checkpoints import EMA, STATE, Position
-from soflow_platform.saving import CheckpointSaver
+from soflow_core.optimizer import OptimizerConfig
+from soflow_core.train_step import TrainStep
+from soflow_platform.storage.checkpoints import EMA, STATE, CheckpointState
+from soflow_platform.training.checkpointer import AsyncCheckpointer
 
 
 def median_seconds(run: Callable[[], object], device: torch.device, rounds: int) -> float:
@@ -44,7 +45,7 @@ def save_seconds(train: TrainStep, rounds: int) -> tuple[float, float]:
     state_copy, average_copy = HostCopy(), HostCopy()
     saves, copies = [], []
     with tempfile.TemporaryDirectory() as folder:
-        saver = CheckpointSaver(folder, keep=1, patience=0, say=lambda _: None)
+        saver = AsyncCheckpointer(folder, keep=1, patience=0, say=lambda _: None)
         for number in range(rounds + 1):
             saver.wait()
             start = time.perf_counter()
@@ -58,7 +59,7 @@ def save_seconds(train: TrainStep, rounds: int) -> tuple[float, float]:
                 torch.save(state, place / STATE)
                 torch.save(average, place / EMA)
 
-            saver.submit(Position(number, 0, "run"), [], write)
+            saver.submit(CheckpointState(number, 0, "run"), [], write)
             saves.append(time.perf_counter() - start)
             copies.append(copied - before)
         saver.close()

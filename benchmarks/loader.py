@@ -27,9 +27,10 @@ import numpy as np
 import torch
 import webdataset
 
-from soflow_pipelines.dataset_info import DatasetInfo
-from soflow_pipelines.loader import ShardLoader
-from soflow_pipelines.shards import Sample, read_manifest, write_shards
+from soflow_pipelines.shards.info import DatasetInfo
+from soflow_pipelines.shards.loader import ShardLoader
+from soflow_pipelines.shards.tables import read_manifest
+from soflow_pipelines.shards.writer import Sample, write_shards
 
 SHAPE = (8, 32, 32)
 BATCH = 256

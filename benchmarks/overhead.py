@@ -30,17 +30,20 @@ import torch
 
 from soflow_core.networks import DiT
 from soflow_core.objectives import Batch
-from soflow_core.training import TrainStep
-from soflow_pipelines.loader import ShardLoader
+from soflow_core.train_step import TrainStep
+from soflow_pipelines.shards.loader import ShardLoader
+from soflow_pipelines.storage.files import read_json
 from soflow_platform import sweeps_folder
-from soflow_platform.config.experiment import Experiment, read_experiment
-from soflow_platform.data import network_config, open_data
-from soflow_platform.draws import step_generator
-from soflow_platform.journal import LOG
-from soflow_platform.storage import Storage, read_json
-from soflow_platform.sweep_record import all_records
-from soflow_platform.tracking import client_for
-from soflow_platform.trial_report import STATUS
+from soflow_platform.config.experiment import Experiment
+from soflow_platform.config.validation import read_experiment
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import client_for
+from soflow_platform.training.dataset import open_data
+from soflow_platform.training.model import network_config
+from soflow_platform.training.step_noise import step_generator
+from soflow_platform.training.trial_log import LOG
+from soflow_platform.training.trial_status import STATUS
+from soflow_platform.tuning.record import all_records
 
 BAR = 1.05
 LOG_EVERY = 50
@@ -85,7 +88,7 @@ def read(options: argparse.Namespace) -> Experiment:
     return read_experiment(sweeps_folder() / "digits.yaml", tuple(overrides(options)))[0]
 
 
-def train_bare(options: argparse.Namespace, storage: Storage) -> None:
+def train_bare(options: argparse.Namespace, storage: ProjectFolder) -> None:
     """The bare loop; prints its curve as JSON."""
     torch.set_num_threads(options.threads)
     experiment = read(options)
@@ -113,7 +116,7 @@ def train_bare(options: argparse.Namespace, storage: Storage) -> None:
     print(json.dumps({"moments": moments, "losses": losses, "niceness": psutil.Process().nice()}))
 
 
-def run_bare(options: argparse.Namespace, storage: Storage) -> Curve:
+def run_bare(options: argparse.Namespace, storage: ProjectFolder) -> Curve:
     command = [sys.executable, __file__, "--bare", str(storage.root), *settings(options)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -122,7 +125,7 @@ def run_bare(options: argparse.Namespace, storage: Storage) -> Curve:
     return Curve(_by_step(told["moments"]), _by_step(told["losses"]), told["niceness"])
 
 
-def run_platform(options: argparse.Namespace, storage: Storage) -> Curve:
+def run_platform(options: argparse.Namespace, storage: ProjectFolder) -> Curve:
     """One sweep of one trial, as a user starts it; its curve is read from MLflow."""
     changes = [word for override in overrides(options) for word in ("--set", override)]
     command = [sys.executable, "-m", "soflow_platform.cli.main", "run", "digits"]
@@ -154,7 +157,7 @@ def run_platform(options: argparse.Namespace, storage: Storage) -> Curve:
     )
 
 
-def _worker_niceness(sweep: subprocess.Popen[str], storage: Storage) -> int:
+def _worker_niceness(sweep: subprocess.Popen[str], storage: ProjectFolder) -> int:
     """Of the process that trains; waits until it says that it runs."""
     while sweep.poll() is None:
         for path in storage.sweeps.glob(f"*/trials/*/{STATUS}"):
@@ -195,7 +198,7 @@ def main() -> int:
     parser.add_argument("--bare", metavar="STORAGE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bare:
-        train_bare(options, Storage(Path(options.bare)))
+        train_bare(options, ProjectFolder(Path(options.bare)))
         return 0
     return compare(options)
 
@@ -210,7 +213,7 @@ def compare(options: argparse.Namespace) -> int:
         for number in range(options.rounds):
             order = ["bare", "platform"] if number % 2 == 0 else ["platform", "bare"]
             for kind in order:
-                storage = Storage(Path(folder) / f"{number}-{kind}")
+                storage = ProjectFolder(Path(folder) / f"{number}-{kind}")
                 storage.root.mkdir()
                 curve = (run_bare if kind == "bare" else run_platform)(options, storage)
                 curves.append(curve)

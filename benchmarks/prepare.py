@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from soflow_pipelines.autoencoders import KlAutoencoder, load_autoencoder
-from soflow_pipelines.images import centre_crop, decode_image, to_array, to_unit_range
+from soflow_pipelines.images.autoencoder import KlAutoencoder, load_autoencoder
+from soflow_pipelines.images.convert import to_unit_range
+from soflow_pipelines.images.decode import centre_crop, decode_image, to_array
 from soflow_platform.jobs.prepare import PrepareRequest, Progress, prepare
 
 SHARED = Path(os.environ.get("SOFLOW_TEST_DATA") or Path(__file__).parents[2] / "shared")

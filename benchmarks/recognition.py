@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import SVC
 
-from soflow_platform.storage import find_storage
+from soflow_platform.storage.project import find_project
 
 
 def samples(storage: str | None, model: str, num: int, steps: int, seed: int) -> np.ndarray:
@@ -27,7 +27,7 @@ def samples(storage: str | None, model: str, num: int, steps: int, seed: int) ->
     import mlflow
     import pandas as pd
 
-    uri = find_storage(storage).tracking_uri
+    uri = find_project(storage).tracking_uri
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     labels = pd.DataFrame({"label": np.arange(num) % 10})

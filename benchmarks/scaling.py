@@ -16,7 +16,6 @@ import argparse
 import sys
 
 from communication import FLOAT, SAMPLE_BYTES, Device, Fabric, Work, ddp_step, fsdp_messages, fsdp_step
-
 from soflow_core.networks import dit_config
 from soflow_core.objectives import SoFlow
 

@@ -20,16 +20,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from communication import BUCKET, FLOAT, SAMPLE_BYTES, Work, fsdp_messages
-from loader import INFO, latents
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
+from communication import BUCKET, FLOAT, SAMPLE_BYTES, Work, fsdp_messages
+from loader import INFO, latents
 from soflow_core.networks import DiT, DiTConfig, dit_config
 from soflow_core.objectives import Batch, SoFlow
-from soflow_core.training import OptimizerConfig, TrainStep
-from soflow_pipelines.loader import ShardLoader
-from soflow_pipelines.shards import write_shards
+from soflow_core.optimizer import OptimizerConfig
+from soflow_core.train_step import TrainStep
+from soflow_pipelines.shards.loader import ShardLoader
+from soflow_pipelines.shards.writer import write_shards
 
 SHAPE = (4, 32, 32)
 WARM_UP = 2

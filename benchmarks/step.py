@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from soflow_six_calls import six_call_loss
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,8 +44,10 @@ from soflow_core.kernels import step_kernels
 from soflow_core.networks import DiT, dit_config
 from soflow_core.objectives import Batch, FlowMatching, Loss, MeanFlow, Objective, SoFlow
 from soflow_core.objectives.base import DEFAULT_POLICY
+from soflow_core.optimizer import OptimizerConfig
 from soflow_core.passes import PassPolicy
-from soflow_core.training import MOST_GRAPHS, OptimizerConfig, TrainStep
+from soflow_core.train_step import MOST_GRAPHS, TrainStep
+from soflow_six_calls import six_call_loss
 
 MeasuredT = TypeVar("MeasuredT")
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from soflow_core.networks.dit import NULL_LABEL
+from soflow_core.labels import NULL_LABEL
 from soflow_core.rows import per_row
 from soflow_core.settings import check_drop
 

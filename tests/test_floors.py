@@ -20,6 +20,32 @@ BELOW = {
     "soflow_pipelines": {"soflow_core"},
     "soflow_platform": {"soflow_core", "soflow_pipelines"},
 }
+PACKAGES = {
+    "soflow_pipelines": [
+        "storage",
+        "images",
+        "shards",
+        "sources",
+        "preparation",
+        "features",
+        "metrics",
+        "references",
+    ],
+    "soflow_platform": [
+        "storage",
+        "config",
+        "cluster",
+        "tracking",
+        "generation",
+        "evaluation",
+        "training",
+        "registry",
+        "tuning",
+        "jobs",
+        "cli",
+    ],
+}
+"""The packages of a floor, lowest first: each imports only those before it."""
 CORE_MAY_IMPORT = {"torch", "timm", "safetensors"}
 FROM_PLATFORM_UP = {"ray", "mlflow"}
 FROM_PIPELINES_UP = {"webdataset"}
@@ -64,20 +90,41 @@ def test_ray_and_mlflow_stay_on_the_platform() -> None:
     assert offences("soflow_pipelines", FROM_PLATFORM_UP) == []
 
 
-def test_the_command_line_is_imported_by_nothing_below_it() -> None:
-    own = FLOORS["soflow_platform"] / "cli"
-    found = [
-        f"{path.relative_to(ROOT)}:{line}"
-        for path in modules("soflow_platform")
-        if own not in path.parents
+def package_of(floor: str, path: Path) -> str:
+    return path.relative_to(FLOORS[floor]).parts[0]
+
+
+@pytest.mark.parametrize("floor", PACKAGES)
+def test_every_package_of_a_floor_has_its_place_in_the_order(floor: str) -> None:
+    found = {path.parent.name for path in FLOORS[floor].glob("*/__init__.py")}
+    assert found == set(PACKAGES[floor])
+
+
+@pytest.mark.parametrize("floor", PACKAGES)
+def test_packages_import_only_those_before_them(floor: str) -> None:
+    """Imports inside functions count too."""
+    place = {name: number for number, name in enumerate(PACKAGES[floor])}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}: {package_of(floor, path)} comes before {parts[1]}"
+        for path in modules(floor)
+        if package_of(floor, path) in place
         for line, name in imported(path)
-        if name.startswith("soflow_platform.cli")
+        if len(parts := name.split(".")) > 1 and parts[0] == floor and parts[1] in place
+        if place[parts[1]] > place[package_of(floor, path)]
     ]
-    assert found == []
+    assert wrong == []
+
+
+def test_no_two_floors_have_a_module_of_one_name() -> None:
+    """So that a name alone leads to one file; packages of a floor may repeat one."""
+    names = {floor: {path.stem for path in modules(floor)} - {"__init__"} for floor in FLOORS}
+    floors = list(FLOORS)
+    shared = {(one, other): names[one] & names[other] for one in floors for other in floors if one < other}
+    assert {pair: both for pair, both in shared.items() if both} == {}
 
 
 def test_modules_do_not_import_each_other_in_a_circle() -> None:
-    """Imports that run when a module is read; those inside functions come later and cannot meet half-made modules."""
+    """Imports inside functions count too: they hide a circle, they do not undo it."""
     known = {
         ".".join((floor, *path.relative_to(FLOORS[floor]).with_suffix("").parts)).removesuffix(
             ".__init__"
@@ -85,7 +132,7 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
         for floor in FLOORS
         for path in modules(floor)
     }
-    needs = {name: {n for n in _at_import(path, known) if n != name} for name, path in known.items()}
+    needs = {name: {n for n in _imports(path, known) if n != name} for name, path in known.items()}
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
@@ -99,8 +146,8 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
         visit(name, ())
 
 
-def _at_import(path: Path, known: dict[str, Path]) -> Iterator[str]:
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+def _imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module in known:
             submodules = {f"{node.module}.{alias.name}" for alias in node.names} & set(known)
             yield from submodules or {node.module}

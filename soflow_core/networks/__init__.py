@@ -1,6 +1,7 @@
 """Networks F(x, t, s, labels)."""
 
-from soflow_core.networks.dit import NULL_LABEL, DiT, DiTConfig
+from soflow_core.labels import NULL_LABEL
+from soflow_core.networks.dit import DiT, DiTConfig
 from soflow_core.networks.sizes import SIZES, dit_config
 
 __all__ = ["NULL_LABEL", "SIZES", "DiT", "DiTConfig", "dit_config"]

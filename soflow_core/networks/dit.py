@@ -17,10 +17,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-NULL_LABEL = -1
-"""Stands for "no label" in a tensor of labels; the network looks it up in the last row of its table, index
-`classes`.
-"""
+from soflow_core.labels import NULL_LABEL
 
 FREQUENCIES = 256
 """Width of the sinusoidal time embedding."""

@@ -1,5 +1,4 @@
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ from safetensors.torch import load_file
 REFERENCE = Path(__file__).parents[1] / "reference"
 settings.register_profile("field", max_examples=40, deadline=None, derandomize=True)
 settings.load_profile("field")
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from random_networks import random_inputs, random_network
 from torch.testing import assert_close
 
 from soflow_core.guidance import Guidance, VelocityGuidance
 from soflow_core.objectives import OBJECTIVES, AlphaFlow, AlphaSchedule, MeanFlow, Objective, Shortcut, SoFlow
 from soflow_core.optimizer import OptimizerConfig
-from soflow_core.training import TrainStep
+from soflow_core.train_step import TrainStep
+from tests.support.random_networks import random_inputs, random_network
 
 CASES: dict[str, Objective] = {name: kind() for name, kind in OBJECTIVES.items()} | {
     "soflow, guided": SoFlow(guidance=Guidance(scale=3.0, mix=0.25, drop=0.3)),

@@ -4,7 +4,6 @@ definitions.
 
 import pytest
 import torch
-from random_networks import CONFIG, SHAPE, gradient, random_inputs, random_network
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
@@ -27,6 +26,7 @@ from soflow_core.objectives import (
 )
 from soflow_core.passes import Passes, PassPolicy
 from soflow_core.rows import row_mean, row_sum
+from tests.support.random_networks import CONFIG, SHAPE, gradient, random_inputs, random_network
 
 KEEP = torch.zeros(12, dtype=torch.bool)
 

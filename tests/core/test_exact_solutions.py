@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from gaussian import SHAPE, Gaussian, Mixture, column, grid_points, rows_along, runge_kutta
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -23,6 +22,7 @@ from soflow_core.objectives import (
     SoFlow,
 )
 from soflow_core.times import RatioSchedule
+from tests.support.gaussian import SHAPE, Gaussian, Mixture, column, grid_points, rows_along, runge_kutta
 
 UNGUIDED = Guidance(scale=1)
 DATA = [Gaussian(), Gaussian(0.0, 1.0), Gaussian(-1.0, 0.1)]

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gaussian import SHAPE, Gaussian
 from torch import Tensor, nn
 
 from soflow_core.guidance import Guidance, VelocityGuidance
@@ -22,9 +21,11 @@ from soflow_core.objectives import (
     SoFlow,
     SoFlowTimes,
 )
+from soflow_core.optimizer import OptimizerConfig
 from soflow_core.samplers.noise import sample_noise
 from soflow_core.times import LogitNormal
-from soflow_core.training import OptimizerConfig, TrainStep
+from soflow_core.train_step import TrainStep
+from tests.support.gaussian import SHAPE, Gaussian
 
 DATA = Gaussian(0.7, 0.5)
 STEPS = 2500

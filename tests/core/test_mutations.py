@@ -1,7 +1,8 @@
 """Every broken line turns a test red."""
 
 import pytest
-from mutations import MUTATIONS, NOTHING, run
+
+from tests.support.mutations import MUTATIONS, NOTHING, run
 
 
 @pytest.mark.slow

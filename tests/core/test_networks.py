@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference_cases import load_case
 from torch.testing import assert_close
 
 from soflow_core.networks import NULL_LABEL, DiT, DiTConfig, dit_config
 from soflow_core.networks.dit import sincos_positions
+from tests.support.reference_cases import load_case
 
 
 def parameters_in_millions(size: str) -> tuple[float, float]:

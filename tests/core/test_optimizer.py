@@ -5,13 +5,13 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from random_networks import random_inputs, random_network
 from torch import float32
 from torch.testing import assert_close
 
 from soflow_core.objectives import SoFlow
 from soflow_core.optimizer import OptimizerConfig
-from soflow_core.training import TrainStep
+from soflow_core.train_step import TrainStep
+from tests.support.random_networks import random_inputs, random_network
 
 TOTAL = 100
 

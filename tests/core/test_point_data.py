@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from gaussian import column, rows_along, runge_kutta
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -14,6 +13,7 @@ from soflow_core.guidance import Guidance
 from soflow_core.objectives import SoFlow
 from soflow_core.samplers.ode import euler
 from soflow_core.times import RatioSchedule
+from tests.support.gaussian import column, rows_along, runge_kutta
 
 A = 0.8
 

@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from random_networks import random_inputs, random_network
-from soflow_six_calls import six_call_loss
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -24,6 +22,8 @@ from soflow_core.objectives import (
     SoFlow,
 )
 from soflow_core.passes import PassPolicy, Precision
+from soflow_six_calls import six_call_loss
+from tests.support.random_networks import random_inputs, random_network
 
 MATCHED = VelocityGuidance(omega=0.75, kappa=0.75, end=0.8)
 TOTAL = 100

@@ -10,7 +10,7 @@ from torch.special import ndtr
 from soflow_core.objectives import OBJECTIVES, Draws, Shortcut
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.settings import to_dict
-from soflow_core.training import TrainStep
+from soflow_core.train_step import TrainStep
 
 DIFFUSION_STEPS = 1000
 WINDOW = {"start": 0.0, "end": 1.0, "drop": 0.1}

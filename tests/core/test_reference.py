@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from reference_cases import CASES, SCHEDULES, Case, load_case
 from torch.testing import assert_close
 
 from soflow_core.guidance import decay
 from soflow_core.passes import PassPolicy
 from soflow_core.times import RatioSchedule, middle_time
+from tests.support.reference_cases import CASES, SCHEDULES, Case, load_case
 
 BRANCHES = ["velocity", "consistency"]
 # Of a gradient's largest element. The consistency branch divides the float32 rounding of f_t - f_l by t - l, which moves

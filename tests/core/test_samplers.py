@@ -7,10 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from gaussian import Gaussian
 from hypothesis import given
 from hypothesis import strategies as st
-from random_networks import SHAPE, random_network
 from torch.testing import assert_close
 
 from soflow_core.objectives import OBJECTIVES, Diffusion, FlowMatching, MeanFlow, Shortcut, SoFlow
@@ -19,6 +17,8 @@ from soflow_core.samplers.diffusion import ddim, ddpm, linear_alpha_bar, respace
 from soflow_core.samplers.noise import MASK, philox, sample_labels, sample_noise
 from soflow_core.samplers.ode import euler, heun
 from soflow_core.samplers.solution import sample_by_steps, sample_with_renoising
+from tests.support.gaussian import Gaussian
+from tests.support.random_networks import SHAPE, random_network
 
 DATA = Gaussian(0.7, 0.5)
 X = torch.linspace(-2, 3, 101, dtype=torch.float64).reshape(-1, 1, 1, 1)

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from gloo_ranks import WORLD, average, gather, rank_rows, run_ranks
-from random_networks import random_inputs, random_network
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from soflow_core.guidance import Guidance
+from soflow_core.host_copy import HostCopy
 from soflow_core.objectives import MeanFlow, Objective, Shortcut, SoFlow
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.sharding import local, shard
-from soflow_core.states import HostCopy
-from soflow_core.training import TrainStep
+from soflow_core.train_step import TrainStep
+from tests.support.gloo_ranks import WORLD, average, gather, rank_rows, run_ranks
+from tests.support.random_networks import random_inputs, random_network
 
 GUIDED = SoFlow(guidance=Guidance(scale=3.0, mix=0.25, drop=0.3))
 TOTAL, HALF = 4, 2

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from random_networks import gradient, random_inputs, random_network
-from soflow_six_calls import consistency_loss, six_call_loss
 from torch.testing import assert_close
 
 from soflow_core.guidance import Guidance, drop_labels
@@ -12,6 +10,8 @@ from soflow_core.passes import PassPolicy
 from soflow_core.paths import PATHS
 from soflow_core.rows import row_mean
 from soflow_core.times import MINIMAL_GAP, RatioSchedule, middle_time
+from soflow_six_calls import consistency_loss, six_call_loss
+from tests.support.random_networks import gradient, random_inputs, random_network
 
 UNGUIDED = Guidance(scale=1)
 VARIANTS = [

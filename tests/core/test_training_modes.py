@@ -5,12 +5,11 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from gloo_ranks import WORLD, average, gather, rank_rows, run_ranks
-from random_networks import SHAPE, random_inputs, random_network
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+from soflow_core.host_copy import map_tensors
 from soflow_core.objectives import (
     Batch,
     ContinuousConsistency,
@@ -20,8 +19,10 @@ from soflow_core.objectives import (
     Shortcut,
     SoFlow,
 )
-from soflow_core.states import map_tensors
-from soflow_core.training import OptimizerConfig, TrainStep
+from soflow_core.optimizer import OptimizerConfig
+from soflow_core.train_step import TrainStep
+from tests.support.gloo_ranks import WORLD, average, gather, rank_rows, run_ranks
+from tests.support.random_networks import SHAPE, random_inputs, random_network
 
 # The gradient of a key's bias is 0 but for rounding, which a smaller eps would turn into full steps.
 OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-4)

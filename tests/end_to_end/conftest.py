@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import ROOT, Run, command, environment
+from tests.support.commands import ROOT, Run, command, environment
 
 
 @pytest.fixture(scope="session")

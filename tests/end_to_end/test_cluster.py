@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from object_store import free_port
 
-from commands import REDUCED, Run
-from soflow_platform.storage import Storage
-from soflow_platform.sweep_record import all_records
-from soflow_platform.tracking import Tracking, client_for
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import Tracking, client_for
+from soflow_platform.tuning.record import all_records
+from tests.support.commands import REDUCED, Run
+from tests.support.object_store import free_port
 
 ONE_TRIAL = ["--set", "search.space={objective.weight_power: [1.0]}", "--set", "resources.workers=2"]
 
@@ -35,7 +35,7 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_two_workers_on_two_nodes_train_one_network(soflowctl: Run, address: str, tmp_path: Path) -> None:
-    storage = Storage(tmp_path / "runs")
+    storage = ProjectFolder(tmp_path / "runs")
     arguments = ["run", "digits", "--storage", str(storage.root), *REDUCED, *ONE_TRIAL]
     done = soflowctl(*arguments, "--address", address)
     assert done.returncode == 0, done.stderr
@@ -48,7 +48,7 @@ def test_two_workers_on_two_nodes_train_one_network(soflowctl: Run, address: str
         for m in client_for(storage.tracking_uri).get_metric_history(run.info.run_id, "train/grad_norm")
     ]
 
-    alone = Storage(tmp_path / "alone")
+    alone = ProjectFolder(tmp_path / "alone")
     single = ["run", "digits", "--storage", str(alone.root), *REDUCED, *ONE_TRIAL[:2]]
     assert soflowctl(*single).returncode == 0
     (other,) = all_records(alone)

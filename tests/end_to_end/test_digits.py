@@ -11,34 +11,34 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from commands import REDUCED, Run
-from soflow_platform.storage import Storage
-from soflow_platform.sweep_record import SweepRecord, all_records
-from soflow_platform.tracking import Tracking, client_for
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import Tracking, client_for
+from soflow_platform.tuning.record import SweepRecord, all_records
+from tests.support.commands import REDUCED, Run
 
 
 @pytest.fixture(scope="module")
-def swept(soflowctl: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, str]:
+def swept(soflowctl: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[ProjectFolder, str]:
     """A finished sweep of four trials, and what the command printed."""
     root = tmp_path_factory.mktemp("digits") / "runs"
     done = soflowctl("run", "sweeps/digits.yaml", "--storage", str(root), *REDUCED)
     assert done.returncode == 0, done.stderr
-    return Storage(root), done.stdout
+    return ProjectFolder(root), done.stdout
 
 
 @pytest.fixture(scope="module")
-def record(swept: tuple[Storage, str]) -> SweepRecord:
+def record(swept: tuple[ProjectFolder, str]) -> SweepRecord:
     (only,) = all_records(swept[0])
     return only
 
 
 @pytest.fixture(scope="module")
-def parent(swept: tuple[Storage, str], record: SweepRecord) -> Any:
+def parent(swept: tuple[ProjectFolder, str], record: SweepRecord) -> Any:
     return client_for(swept[0].tracking_uri).get_run(record.run or "")
 
 
 def test_the_terminal_ends_with_the_result_and_the_next_command(
-    swept: tuple[Storage, str], record: SweepRecord
+    swept: tuple[ProjectFolder, str], record: SweepRecord
 ) -> None:
     storage, printed = swept
     assert record.best is not None
@@ -53,7 +53,7 @@ def test_the_terminal_ends_with_the_result_and_the_next_command(
 
 
 def test_every_trial_is_a_child_run_with_params_metrics_grids_and_tags(
-    swept: tuple[Storage, str], record: SweepRecord, parent: Any
+    swept: tuple[ProjectFolder, str], record: SweepRecord, parent: Any
 ) -> None:
     storage, _ = swept
     tracking = Tracking(storage.tracking_uri, "digits", parent.info.experiment_id)
@@ -78,7 +78,7 @@ def test_every_trial_is_a_child_run_with_params_metrics_grids_and_tags(
 
 
 def test_trials_vary_a_loss_weight_and_a_time_schedule(
-    swept: tuple[Storage, str], record: SweepRecord, parent: Any
+    swept: tuple[ProjectFolder, str], record: SweepRecord, parent: Any
 ) -> None:
     tracking = Tracking(swept[0].tracking_uri, "digits", parent.info.experiment_id)
     varied = {
@@ -89,7 +89,7 @@ def test_trials_vary_a_loss_weight_and_a_time_schedule(
 
 
 def test_the_best_trial_is_the_one_with_the_lowest_distance_at_one_step(
-    swept: tuple[Storage, str], record: SweepRecord, parent: Any
+    swept: tuple[ProjectFolder, str], record: SweepRecord, parent: Any
 ) -> None:
     client = client_for(swept[0].tracking_uri)
     tracking = Tracking(swept[0].tracking_uri, "digits", parent.info.experiment_id)
@@ -105,7 +105,7 @@ def test_the_best_trial_is_the_one_with_the_lowest_distance_at_one_step(
     assert parent.data.metrics["eval/fd_nfe1"] == pytest.approx(values[best])
 
 
-def test_the_shards_can_be_read_by_webdataset(swept: tuple[Storage, str]) -> None:
+def test_the_shards_can_be_read_by_webdataset(swept: tuple[ProjectFolder, str]) -> None:
     import webdataset
 
     shards = sorted(str(path) for path in (swept[0].data / "digits").glob("*.tar"))
@@ -115,7 +115,9 @@ def test_the_shards_can_be_read_by_webdataset(swept: tuple[Storage, str]) -> Non
     assert {int(sample["cls"]) for sample in samples} == set(range(10))
 
 
-def test_the_candidate_loads_with_mlflow_and_turns_labels_into_png_images(swept: tuple[Storage, str]) -> None:
+def test_the_candidate_loads_with_mlflow_and_turns_labels_into_png_images(
+    swept: tuple[ProjectFolder, str],
+) -> None:
     import mlflow
     import pandas as pd
 
@@ -132,7 +134,7 @@ def test_the_candidate_loads_with_mlflow_and_turns_labels_into_png_images(swept:
 
 
 def test_the_registered_weights_are_the_best_checkpoints_ema(
-    swept: tuple[Storage, str], record: SweepRecord
+    swept: tuple[ProjectFolder, str], record: SweepRecord
 ) -> None:
     client = client_for(swept[0].tracking_uri)
     version = client.get_model_version_by_alias("digits", "candidate")
@@ -146,7 +148,7 @@ def test_the_registered_weights_are_the_best_checkpoints_ema(
 
 
 def test_the_same_command_again_shows_the_result_and_changes_nothing(
-    swept: tuple[Storage, str], soflowctl: Run
+    swept: tuple[ProjectFolder, str], soflowctl: Run
 ) -> None:
     storage, _ = swept
     again = soflowctl("run", "sweeps/digits.yaml", "--storage", str(storage.root), *REDUCED)
@@ -158,7 +160,7 @@ def test_the_same_command_again_shows_the_result_and_changes_nothing(
 
 
 def test_promotion_then_images_from_the_champion(
-    swept: tuple[Storage, str], soflowctl: Run, tmp_path: Path
+    swept: tuple[ProjectFolder, str], soflowctl: Run, tmp_path: Path
 ) -> None:
     place = ("--storage", str(swept[0].root))
     early = soflowctl(
@@ -209,7 +211,7 @@ def test_promotion_then_images_from_the_champion(
 
 
 def test_images_differ_by_label_and_by_sample(
-    swept: tuple[Storage, str], soflowctl: Run, tmp_path: Path
+    swept: tuple[ProjectFolder, str], soflowctl: Run, tmp_path: Path
 ) -> None:
     place = ("--storage", str(swept[0].root))
     done = soflowctl(
@@ -222,7 +224,7 @@ def test_images_differ_by_label_and_by_sample(
 
 
 def test_runs_lists_the_sweep_and_its_trials(
-    swept: tuple[Storage, str], record: SweepRecord, soflowctl: Run
+    swept: tuple[ProjectFolder, str], record: SweepRecord, soflowctl: Run
 ) -> None:
     place = ("--storage", str(swept[0].root))
     listed = soflowctl("runs", *place)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from commands import REDUCED, ROOT, Run, command, environment
-from soflow_platform.checkpoints import published
-from soflow_platform.storage import Storage
-from soflow_platform.sweep_record import SweepRecord, all_records
-from soflow_platform.tracking import Tracking, client_for
+from soflow_platform.storage.checkpoints import published
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import Tracking, client_for
+from soflow_platform.tuning.record import SweepRecord, all_records
+from tests.support.commands import REDUCED, ROOT, Run, command, environment
 
 pytestmark = pytest.mark.faults
 ARGUMENTS = ["run", "sweeps/digits.yaml", *REDUCED]
@@ -33,7 +33,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], se
         time.sleep(0.1)
 
 
-def steps(storage: Storage, record: SweepRecord, number: int) -> list[int]:
+def steps(storage: ProjectFolder, record: SweepRecord, number: int) -> list[int]:
     root = storage.trial(record.id, record.trials[number]["name"]) / "checkpoints"
     return [checkpoint.position.step for checkpoint in published(root)]
 
@@ -41,7 +41,7 @@ def steps(storage: Storage, record: SweepRecord, number: int) -> list[int]:
 def test_finished_trials_are_kept_and_the_cut_one_goes_on_from_its_checkpoint(
     soflowctl: Run, tmp_path: Path
 ) -> None:
-    storage = Storage(tmp_path / "runs")
+    storage = ProjectFolder(tmp_path / "runs")
     arguments = [*ARGUMENTS, *ONE_AT_A_TIME, "--storage", str(storage.root)]
     process = subprocess.Popen(
         command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -80,7 +80,7 @@ def test_finished_trials_are_kept_and_the_cut_one_goes_on_from_its_checkpoint(
 def test_a_running_sweep_is_not_started_twice_and_a_terminated_one_closes_its_runs(
     soflowctl: Run, tmp_path: Path
 ) -> None:
-    storage = Storage(tmp_path / "runs")
+    storage = ProjectFolder(tmp_path / "runs")
     # More steps than the other commands take time.
     arguments = [*ARGUMENTS, "--set", "training.steps=4000", "--storage", str(storage.root)]
     process = subprocess.Popen(

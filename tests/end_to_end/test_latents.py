@@ -13,16 +13,18 @@ from PIL import Image
 from soflow_core.networks import DiT, dit_config
 from soflow_core.objectives import SoFlow
 from soflow_core.objectives.base import Batch
+from soflow_core.optimizer import OptimizerConfig
 from soflow_core.samplers.noise import sample_noise
-from soflow_core.training import OptimizerConfig, TrainStep
-from soflow_pipelines.autoencoders import load_autoencoder
-from soflow_pipelines.images import to_uint8
-from soflow_pipelines.inspection import sample_images
-from soflow_pipelines.loader import ShardLoader
-from soflow_pipelines.preparation import Preparation, PrepareSettings
-from soflow_pipelines.sources import open_source
-from soflow_pipelines.verification import verify
-from soflow_pipelines.writers import encode_png, image_grid, write_file
+from soflow_core.train_step import TrainStep
+from soflow_pipelines.images.autoencoder import load_autoencoder
+from soflow_pipelines.images.convert import to_uint8
+from soflow_pipelines.images.encode import encode_png, image_grid
+from soflow_pipelines.preparation.shard_plan import Preparation, PrepareSettings
+from soflow_pipelines.shards.loader import ShardLoader
+from soflow_pipelines.shards.preview import sample_images
+from soflow_pipelines.shards.verify import verify
+from soflow_pipelines.sources.opening import open_source
+from soflow_pipelines.storage.files import write_file
 from soflow_platform.jobs.prepare import PrepareRequest, prepare
 
 ROOT = Path(__file__).parents[2]

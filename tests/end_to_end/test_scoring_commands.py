@@ -6,23 +6,23 @@ import json
 from pathlib import Path
 
 import pytest
-from scored_sweep import SWEEP, trained_sweep
 
-from commands import Run
-from soflow_platform.storage import Storage
-from soflow_platform.subjects import find_subject
-from soflow_platform.tracking import client_for, prepare_store
+from soflow_platform.jobs.targets import find_target
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import client_for, prepare_store
+from tests.support.commands import Run
+from tests.support.scored_sweep import SWEEP, trained_sweep
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+def swept(tmp_path_factory: pytest.TempPathFactory) -> ProjectFolder:
     folder = tmp_path_factory.mktemp("swept")
     prepare_store(f"sqlite:///{folder / 'mlflow.db'}")
     return trained_sweep(folder / "runs", folder / "mlflow.db")
 
 
 def test_a_trial_is_scored_on_the_cluster_and_the_score_kept_and_logged(
-    swept: Storage, soflowctl: Run
+    swept: ProjectFolder, soflowctl: Run
 ) -> None:
     place = ("--storage", str(swept.root))
     asked = ("evaluate", f"{SWEEP}/trial-01", "--num", "200", "--steps", "1,2", "--guidance", "2", *place)
@@ -36,7 +36,7 @@ def test_a_trial_is_scored_on_the_cluster_and_the_score_kept_and_logged(
     assert again.returncode == 0, again.stderr
     scores = json.loads(again.stdout)
     assert [score["settings"]["nfe"] for score in scores] == ["2", "4"]
-    subject = find_subject(f"{SWEEP}/trial-01", swept, swept.tracking_uri)
+    subject = find_target(f"{SWEEP}/trial-01", swept, swept.tracking_uri)
     metrics = client_for(swept.tracking_uri).get_run(subject.run or "").data.metrics
     assert [metrics[f"evaluate/fd200_nfe{nfe}_uniform"] for nfe in (2, 4)] == [
         score["fd"] for score in scores
@@ -44,7 +44,9 @@ def test_a_trial_is_scored_on_the_cluster_and_the_score_kept_and_logged(
 
 
 @pytest.mark.slow
-def test_the_methods_of_a_sweep_are_compared_in_a_table_that_is_kept(swept: Storage, soflowctl: Run) -> None:
+def test_the_methods_of_a_sweep_are_compared_in_a_table_that_is_kept(
+    swept: ProjectFolder, soflowctl: Run
+) -> None:
     done = soflowctl("compare", "digits", "--storage", str(swept.root))
     assert done.returncode == 0, done.stderr
     assert "Equal training steps" in done.stdout

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from commands import REDUCED, ROOT, Run, command, environment
-from soflow_platform.storage import Storage
-from soflow_platform.sweep_record import all_records
-from soflow_platform.tracking import Tracking, client_for
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import Tracking, client_for
+from soflow_platform.tuning.record import all_records
+from tests.support.commands import REDUCED, ROOT, Run, command, environment
 
 STEPS = 1500
 ARGUMENTS = [
@@ -35,7 +35,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_trial_and_sweep_stop_with_their_work_saved_and_go_on(soflowctl: Run, tmp_path: Path) -> None:
-    storage = Storage(tmp_path / "runs")
+    storage = ProjectFolder(tmp_path / "runs")
     place = ("--storage", str(storage.root))
 
     def status() -> dict[str, dict[str, Any]]:

@@ -13,16 +13,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from commands import command, environment
-from soflow_platform.storage import Storage
-from soflow_platform.sweep_record import SweepRecord
-from soflow_platform.tracking import Tracking, prepare_store
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import Tracking, prepare_store
+from soflow_platform.tuning.record import SweepRecord
+from tests.support.commands import command, environment
 
 
 @pytest.fixture
 def page(tmp_path: Path) -> Iterator[tuple[int, str, str]]:
     """Process id of the command, the page it printed, and the id of the run the page should show."""
-    storage = Storage(tmp_path / "runs")
+    storage = ProjectFolder(tmp_path / "runs")
     prepare_store(storage.tracking_uri)
     tracking = Tracking.open(storage.tracking_uri, "digits", storage)
     parent = tracking.open_run("digits-1", "digits-1", params={}, tags={})

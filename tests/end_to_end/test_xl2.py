@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from commands import Run
-from soflow_core.checkpoints import load_weights
-from soflow_pipelines.shards import DatasetInfo, Sample, write_shards
-from soflow_platform.storage import Storage
-from soflow_platform.sweep_record import all_records
-from soflow_platform.tracking import client_for
+from soflow_core.weights import load_weights
+from soflow_pipelines.shards.info import DatasetInfo
+from soflow_pipelines.shards.writer import Sample, write_shards
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import client_for
+from soflow_platform.tuning.record import all_records
+from tests.support.commands import Run
 
 SMALL = {
     "network.size": "S/4",
@@ -59,7 +60,7 @@ def overrides(latents: Path, **changes: str) -> list[str]:
 def test_twenty_steps_of_the_recipe_on_latents_reach_the_registry(
     soflowctl: Run, latents: Path, tmp_path: Path
 ) -> None:
-    storage = Storage(tmp_path / "runs")
+    storage = ProjectFolder(tmp_path / "runs")
     done = soflowctl("run", "sweeps/xl2.yaml", "--storage", str(storage.root), *overrides(latents))
     assert done.returncode == 0, done.stderr
     (record,) = all_records(storage)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from watched import RUNNING, Outcome
+from tests.support.watched import RUNNING, Outcome
 
 OUTCOMES: list[Outcome] = []
 

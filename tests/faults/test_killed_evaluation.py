@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
-from scored_sweep import SWEEP, trained_sweep
 
-from soflow_platform.storage import Storage
-from soflow_platform.tracking import prepare_store
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import prepare_store
+from tests.support.scored_sweep import SWEEP, trained_sweep
 
 pytestmark = pytest.mark.faults
 SECONDS = 240
@@ -33,7 +33,7 @@ COMMAND = [
 ]
 
 
-def start(storage: Storage, log: Path) -> subprocess.Popen[str]:
+def start(storage: ProjectFolder, log: Path) -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-m",
@@ -53,11 +53,11 @@ def finished(process: subprocess.Popen[str], log: Path) -> Any:
     return json.loads(printed)
 
 
-def blocks(storage: Storage) -> list[Path]:
+def blocks(storage: ProjectFolder) -> list[Path]:
     return sorted((storage.root / "evaluations").glob("*/block-*.npz"))
 
 
-def until_some_blocks(storage: Storage, process: subprocess.Popen[str], log: Path) -> None:
+def until_some_blocks(storage: ProjectFolder, process: subprocess.Popen[str], log: Path) -> None:
     end = time.monotonic() + SECONDS
     while len(blocks(storage)) < 3:
         assert process.poll() is None, log.read_text()[-2000:]
@@ -66,18 +66,18 @@ def until_some_blocks(storage: Storage, process: subprocess.Popen[str], log: Pat
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+def swept(tmp_path_factory: pytest.TempPathFactory) -> ProjectFolder:
     folder = tmp_path_factory.mktemp("swept")
     prepare_store(f"sqlite:///{folder / 'mlflow.db'}")
     return trained_sweep(folder / "runs", folder / "mlflow.db")
 
 
 @pytest.fixture(scope="module")
-def uncut(swept: Storage, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def uncut(swept: ProjectFolder, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The numbers of a command that was left alone."""
     root = tmp_path_factory.mktemp("uncut")
     shutil.copytree(swept.root, root / "runs")
-    return numbers(finished(start(Storage(root / "runs"), root / "log"), root / "log"))
+    return numbers(finished(start(ProjectFolder(root / "runs"), root / "log"), root / "log"))
 
 
 def numbers(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -89,9 +89,9 @@ def numbers(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_a_killed_driver_goes_on_and_gives_the_same_numbers(
-    swept: Storage, uncut: Any, tmp_path: Path
+    swept: ProjectFolder, uncut: Any, tmp_path: Path
 ) -> None:
-    storage, log = Storage(tmp_path / "runs"), tmp_path / "log"
+    storage, log = ProjectFolder(tmp_path / "runs"), tmp_path / "log"
     shutil.copytree(swept.root, storage.root)
     cut = start(storage, log)
     until_some_blocks(storage, cut, log)
@@ -110,8 +110,8 @@ def test_a_killed_driver_goes_on_and_gives_the_same_numbers(
     assert blocks(storage) == []
 
 
-def test_a_killed_worker_costs_its_block_alone(swept: Storage, uncut: Any, tmp_path: Path) -> None:
-    storage, log = Storage(tmp_path / "runs"), tmp_path / "log"
+def test_a_killed_worker_costs_its_block_alone(swept: ProjectFolder, uncut: Any, tmp_path: Path) -> None:
+    storage, log = ProjectFolder(tmp_path / "runs"), tmp_path / "log"
     shutil.copytree(swept.root, storage.root)
     driver = start(storage, log)
     until_some_blocks(storage, driver, log)

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from soflow_platform.storage import Storage
-from watched import LOG_EVERY, Outcome, Watched
+from soflow_platform.storage.project import ProjectFolder
+from tests.support.watched import LOG_EVERY, Outcome, Watched
 
 pytestmark = pytest.mark.faults
 Note = Callable[[Outcome], None]
@@ -38,7 +38,7 @@ BOARD, DRIVER, CONTROLLER, CLEANER, WORKER = (
 def test_a_trial_goes_on_where_part_of_ray_is_killed(
     tmp_path: Path, outcome: Note, names: list[str], what: str
 ) -> None:
-    sweep = Watched(Storage(tmp_path / "runs"), steps=STEPS, every=500, save_every=100)
+    sweep = Watched(ProjectFolder(tmp_path / "runs"), steps=STEPS, every=500, save_every=100)
     sweep.trains()
     victims = sweep.processes(*names)
     assert len(victims) == len(names)
@@ -57,7 +57,7 @@ def test_a_trial_goes_on_where_part_of_ray_is_killed(
 
 
 def test_a_board_that_is_killed_costs_nothing(tmp_path: Path, outcome: Note) -> None:
-    sweep = Watched(Storage(tmp_path / "runs"), steps=STEPS, every=500, save_every=100)
+    sweep = Watched(ProjectFolder(tmp_path / "runs"), steps=STEPS, every=500, save_every=100)
     step = sweep.trains()
     (board,) = sweep.processes(BOARD)
     since = time.monotonic()
@@ -76,7 +76,7 @@ def test_a_ray_that_dies_again_and_again_ends_the_command_with_a_sentence(
     tmp_path: Path, outcome: Note
 ) -> None:
     sweep = Watched(
-        Storage(tmp_path / "runs"), "resources.max_failures=0", steps=STEPS, every=500, save_every=100
+        ProjectFolder(tmp_path / "runs"), "resources.max_failures=0", steps=STEPS, every=500, save_every=100
     )
     sweep.trains()
     (raylet,) = sweep.processes("raylet/raylet")

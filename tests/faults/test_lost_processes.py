@@ -10,12 +10,12 @@ from typing import Any
 
 import psutil
 import pytest
-from object_store import free_port
 
-from soflow_platform.cluster import start_coordinator
-from soflow_platform.stops import request_stop
-from soflow_platform.storage import Storage
-from watched import BATCH, LOG_EVERY, Outcome, Watched
+from soflow_platform.cluster.ray_internals import start_autoscaling_coordinator
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.training.stop_request import request_stop
+from tests.support.object_store import free_port
+from tests.support.watched import BATCH, LOG_EVERY, Outcome, Watched
 
 pytestmark = pytest.mark.faults
 Note = Callable[[Outcome], None]
@@ -26,7 +26,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
     tmp_path: Path, outcome: Note, count: int
 ) -> None:
     sweep = Watched(
-        Storage(tmp_path / "runs"), f"resources.workers={count}", steps=1500, every=500, save_every=100
+        ProjectFolder(tmp_path / "runs"), f"resources.workers={count}", steps=1500, every=500, save_every=100
     )
     sweep.trains()
     victims = sweep.workers
@@ -41,7 +41,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
     assert f"step {sweep.steps:,}" in printed
     assert 0 < lost <= sweep.save_every + LOG_EVERY
     if count == 1:
-        whole = Watched(Storage(tmp_path / "never-cut"), steps=1500, every=500, save_every=100)
+        whole = Watched(ProjectFolder(tmp_path / "never-cut"), steps=1500, every=500, save_every=100)
         code, _, said = whole.end()
         assert code == 0, said
         for metric in ("train/loss", "eval/fd_nfe1"):
@@ -54,7 +54,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
 
 
 def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path, outcome: Note) -> None:
-    sweep = Watched(Storage(tmp_path / "runs"), steps=1500, every=500, save_every=100)
+    sweep = Watched(ProjectFolder(tmp_path / "runs"), steps=1500, every=500, save_every=100)
     sweep.trains()
     everyone = psutil.Process(sweep.process.pid).children(recursive=True)
     sweep.process.send_signal(signal.SIGKILL)
@@ -76,7 +76,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path, outcome: 
 
 
 def test_a_sweep_told_to_terminate_saves_marks_its_runs_and_exits_143(tmp_path: Path, outcome: Note) -> None:
-    sweep = Watched(Storage(tmp_path / "runs"), steps=3000, every=100)
+    sweep = Watched(ProjectFolder(tmp_path / "runs"), steps=3000, every=100)
     sweep.trains()
     sweep.process.send_signal(signal.SIGTERM)
     since = time.monotonic()
@@ -126,7 +126,7 @@ WORKERS_ON_NODES = "resources={workers: 2, cpus_per_worker: 1.5, max_failures: 3
 def test_a_removed_node_is_replaced_by_a_spare_one(cluster: Any, tmp_path: Path, outcome: Note) -> None:
     nodes = [cluster.add_node(num_cpus=2) for _ in range(3)]
     sweep = Watched(
-        Storage(tmp_path / "runs"),
+        ProjectFolder(tmp_path / "runs"),
         WORKERS_ON_NODES,
         steps=1500,
         every=500,
@@ -152,7 +152,7 @@ def test_with_fewer_nodes_an_elastic_trial_goes_on_at_the_same_batch(
     nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
     elastic = WORKERS_ON_NODES.replace("workers: 2", "workers: 2, min_workers: 1")
     sweep = Watched(
-        Storage(tmp_path / "runs"),
+        ProjectFolder(tmp_path / "runs"),
         elastic,
         steps=1500,
         every=500,
@@ -186,7 +186,7 @@ def test_a_node_that_never_comes_fails_the_trial_with_the_time_that_was_waited(
     nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
     impatient = WORKERS_ON_NODES.replace("workers: 2", "workers: 2, wait_minutes: 1.5")
     sweep = Watched(
-        Storage(tmp_path / "runs"),
+        ProjectFolder(tmp_path / "runs"),
         impatient,
         steps=1500,
         every=500,
@@ -215,7 +215,7 @@ def test_a_node_that_never_comes_fails_the_trial_with_the_time_that_was_waited(
 def test_a_trial_that_waits_for_a_node_can_be_stopped(cluster: Any, tmp_path: Path) -> None:
     nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
     sweep = Watched(
-        Storage(tmp_path / "runs"),
+        ProjectFolder(tmp_path / "runs"),
         WORKERS_ON_NODES,
         steps=1500,
         every=500,
@@ -249,7 +249,9 @@ def test_what_trials_ask_for_machines_outlasts_its_node(cluster: Any) -> None:
             # The head is where the preferred node cannot take it at once, and cannot be removed.
             if known is not None:
                 ray.kill(known)
-            ray.get(ray.remote(start_coordinator).options(num_cpus=0, resources={"node": 1}).remote())
+            ray.get(
+                ray.remote(start_autoscaling_coordinator).options(num_cpus=0, resources={"node": 1}).remote()
+            )
             known = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
             home = ray.get(known.__ray_call__.remote(node_of), timeout=60)
         cluster.remove_node(nodes[home], allow_graceful=False)

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from object_store import ACCESS_KEY, SECRET_KEY, S3Server, Wire, find_weed, free_port, uri
-from small_disks import mounted
 
-from soflow_pipelines.dataset_info import DatasetInfo
-from soflow_pipelines.loader import ShardLoader
-from soflow_pipelines.shards import Sample, write_shards
-from soflow_platform.storage import Storage
-from watched import BATCH, Outcome, Watched
+from soflow_pipelines.shards.info import DatasetInfo
+from soflow_pipelines.shards.loader import ShardLoader
+from soflow_pipelines.shards.writer import Sample, write_shards
+from soflow_platform.storage.project import ProjectFolder
+from tests.support.object_store import ACCESS_KEY, SECRET_KEY, S3Server, Wire, find_weed, free_port, uri
+from tests.support.small_disks import mounted
+from tests.support.watched import BATCH, Outcome, Watched
 
 pytestmark = pytest.mark.faults
 Note = Callable[[Outcome], None]
@@ -45,7 +45,7 @@ def fill(path: Path) -> None:
 def test_a_disk_that_is_full_while_saving_delays_the_checkpoint(
     tmp_path: Path, small_disk: Path, outcome: Note
 ) -> None:
-    sweep = Watched(Storage(tmp_path / "runs"), f"training.checkpoints={small_disk}", steps=1200)
+    sweep = Watched(ProjectFolder(tmp_path / "runs"), f"training.checkpoints={small_disk}", steps=1200)
     sweep.trains()
     ballast = small_disk / "ballast"
     with pytest.raises(OSError, match="No space left"):
@@ -77,7 +77,7 @@ def test_a_disk_that_stays_full_fails_the_trial_at_its_end_with_what_is_older_ke
 ) -> None:
     (small_disk / "ballast").write_bytes(bytes(23 << 20))
     settings = [f"training.checkpoints={small_disk}", "training.patience_minutes=0.05"]
-    sweep = Watched(Storage(tmp_path / "runs"), *settings, steps=100, every=100)
+    sweep = Watched(ProjectFolder(tmp_path / "runs"), *settings, steps=100, every=100)
     code, _, said = sweep.end()
     assert code == 1
     assert "saving the checkpoint of step 100" in said
@@ -107,7 +107,7 @@ def test_s3_gone_for_a_minute_costs_no_step(
     wire = Wire(server.port)
     try:
         place = uri(wire.port, "runs/checkpoints")
-        sweep = Watched(Storage(tmp_path / "runs"), f"training.checkpoints='{place}'", steps=1200)
+        sweep = Watched(ProjectFolder(tmp_path / "runs"), f"training.checkpoints='{place}'", steps=1200)
         sweep.trains()
         since, before = time.monotonic(), sweep.status["step"]
         wire.cut_after = 0
@@ -177,7 +177,7 @@ def test_a_tracking_server_gone_for_a_minute_costs_no_point_of_a_curve(tmp_path:
     server = TrackingServer(tmp_path)
     server.start()
     try:
-        sweep = Watched(Storage(tmp_path / "runs"), f"tracking.uri={server.uri}", steps=1200)
+        sweep = Watched(ProjectFolder(tmp_path / "runs"), f"tracking.uri={server.uri}", steps=1200)
         sweep.trains()
         before, since = sweep.status["step"], time.monotonic()
         server.kill()
@@ -206,7 +206,7 @@ def test_a_loss_that_is_not_finite_fails_the_trial_with_step_term_and_rank(
     tmp_path: Path, outcome: Note
 ) -> None:
     settings = ["optimizer.lr=1.0e+30", "resources.workers=2"]
-    sweep = Watched(Storage(tmp_path / "runs"), *settings, steps=200, every=1)
+    sweep = Watched(ProjectFolder(tmp_path / "runs"), *settings, steps=200, every=1)
     code, _, said = sweep.end()
     assert code == 1
     assert " is not finite at step " in said
@@ -234,7 +234,7 @@ def test_a_sample_that_breaks_the_loss_of_one_rank_stops_all_and_names_that_rank
     write_shards([Sample(f"{i:03d}", m, int(i == odd)) for i, m in enumerate(moments)], folder, info)
     step, rank = _meets(folder)
     settings = [f"data.source={folder}", "resources.workers=2", "training.checkpoint_every=1"]
-    sweep = Watched(Storage(tmp_path / "runs"), *settings, steps=20, every=20)
+    sweep = Watched(ProjectFolder(tmp_path / "runs"), *settings, steps=20, every=20)
     code, _, said = sweep.end()
     assert code == 1
     assert f" is not finite at step {step} on rank {rank}: the update was not made" in said
@@ -263,7 +263,7 @@ def _meets(folder: Path) -> tuple[int, int]:
 def test_a_project_folder_on_a_full_disk_delays_and_costs_nothing_once_there_is_room(
     small_disk: Path, outcome: Note
 ) -> None:
-    sweep = Watched(Storage(small_disk / "runs"), steps=1200)
+    sweep = Watched(ProjectFolder(small_disk / "runs"), steps=1200)
     sweep.trains()
     ballast = small_disk / "ballast"
     with pytest.raises(OSError, match="No space left"):
@@ -287,7 +287,7 @@ def test_a_project_folder_on_a_full_disk_delays_and_costs_nothing_once_there_is_
 
 
 def test_a_slow_rank_is_named(tmp_path: Path, outcome: Note) -> None:
-    sweep = Watched(Storage(tmp_path / "runs"), "resources.workers=2", steps=2000, every=500)
+    sweep = Watched(ProjectFolder(tmp_path / "runs"), "resources.workers=2", steps=2000, every=500)
     sweep.wait_for(lambda: sweep.status["step"] > 20)
     slowed, done = sweep.workers[0], threading.Event()
 

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from scored_sweep import trained_sweep
 
 from soflow_platform.config.document import apply_override, read_document
-from soflow_platform.config.experiment import Experiment, validate
-from soflow_platform.data import open_data
-from soflow_platform.storage import Storage
-from soflow_platform.tracking import Tracking, prepare_store
-from soflow_platform.training import TrialJob, TrialWorker
+from soflow_platform.config.experiment import Experiment
+from soflow_platform.config.validation import validate
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import Tracking, prepare_store
+from soflow_platform.training.dataset import open_data
+from soflow_platform.training.worker import TrialJob, TrialWorker
+from tests.support.scored_sweep import trained_sweep
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,8 +41,8 @@ def one_thread() -> None:
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return Storage(tmp_path / "runs")
+def storage(tmp_path: Path) -> ProjectFolder:
+    return ProjectFolder(tmp_path / "runs")
 
 
 @pytest.fixture(scope="session")
@@ -53,27 +54,27 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def scored_once(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Storage:
+def scored_once(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> ProjectFolder:
     """A finished sweep of two methods. Tests read it; those that score take a copy."""
     return trained_sweep(tmp_path_factory.mktemp("scored") / "runs", empty_store)
 
 
 @pytest.fixture
-def scored(scored_once: Storage, tmp_path: Path) -> Storage:
+def scored(scored_once: ProjectFolder, tmp_path: Path) -> ProjectFolder:
     """A copy of the finished sweep, to score in."""
     shutil.copytree(scored_once.root, tmp_path / "scored")
-    return Storage(tmp_path / "scored")
+    return ProjectFolder(tmp_path / "scored")
 
 
 @pytest.fixture
-def tracking(storage: Storage, empty_store: Path) -> Tracking:
+def tracking(storage: ProjectFolder, empty_store: Path) -> Tracking:
     storage.root.mkdir()
     shutil.copy(empty_store, storage.root)
     return Tracking.open(storage.tracking_uri, "digits", storage)
 
 
 @pytest.fixture
-def worker(storage: Storage, tracking: Tracking) -> Callable[..., TrialWorker]:
+def worker(storage: ProjectFolder, tracking: Tracking) -> Callable[..., TrialWorker]:
     """Makes one worker of one trial, as Ray Train would, without Ray."""
 
     def make(trial: str, *overrides: str) -> TrialWorker:

@@ -18,7 +18,7 @@ from soflow_pipelines.features.network import (
     normalized,
     reason,
 )
-from soflow_pipelines.features.weights import FoundWeights, WeightFile, find_weights, read_tensors
+from soflow_pipelines.features.weight_files import FoundWeights, WeightFile, find_weights, read_tensors
 
 _SHA256 = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
 WEIGHTS = WeightFile(

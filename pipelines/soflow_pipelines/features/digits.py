@@ -13,10 +13,11 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from soflow_pipelines.datasets import LabelledImages, load_digits
 from soflow_pipelines.features.network import DISTANCES, Features, full_float32
-from soflow_pipelines.images import to_unit_range
-from soflow_pipelines.writers import write_file
+from soflow_pipelines.images.convert import to_unit_range
+from soflow_pipelines.sources.digits import load_digits
+from soflow_pipelines.sources.source import LabelledImages
+from soflow_pipelines.storage.files import write_file
 
 DIGITS_VERSION = "digits-cnn-1"
 HELD_OUT_EVERY = 5

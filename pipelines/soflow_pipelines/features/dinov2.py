@@ -19,7 +19,7 @@ from soflow_pipelines.features.network import (
     normalized,
     reason,
 )
-from soflow_pipelines.features.weights import FoundWeights, WeightFile, find_weights, read_tensors
+from soflow_pipelines.features.weight_files import FoundWeights, WeightFile, find_weights, read_tensors
 
 WEIGHTS = WeightFile(
     network="dinov2",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from soflow_pipelines.features.network import DISTANCES, FeatureError, Features, as_rgb, full_float32, reason
-from soflow_pipelines.features.weights import FoundWeights, WeightFile, find_weights, read_tensors
+from soflow_pipelines.features.weight_files import FoundWeights, WeightFile, find_weights, read_tensors
 
 WEIGHTS = WeightFile(
     network="inception",

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from soflow_pipelines.metrics.reservoir import mixed
+from soflow_pipelines.metrics.reservoir import splitmix64
 
 SPLITS = 10
 
@@ -26,7 +26,7 @@ class InceptionScoreSums:
         self.classes, self.samples = classes, samples
         starts = np.arange(1, SPLITS) * samples // SPLITS
         self._split = np.empty(samples, np.int64)
-        self._split[np.argsort(mixed(np.arange(samples)))] = np.searchsorted(
+        self._split[np.argsort(splitmix64(np.arange(samples)))] = np.searchsorted(
             starts, np.arange(samples), side="right"
         )
         self.counts = np.zeros(SPLITS, np.int64)

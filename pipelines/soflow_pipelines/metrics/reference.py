@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from soflow_pipelines.metrics.frechet import GaussianMoments
-from soflow_pipelines.metrics.score_statistics import ScoreStatistics
-from soflow_pipelines.writers import write_file
+from soflow_pipelines.metrics.accumulator import ScoreStatistics
+from soflow_pipelines.metrics.fid import GaussianMoments
+from soflow_pipelines.storage.files import write_file
 
 
 @dataclass(frozen=True)

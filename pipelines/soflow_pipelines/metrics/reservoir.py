@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def mixed(indices: NDArray[np.int64]) -> NDArray[np.uint64]:
+def splitmix64(indices: NDArray[np.int64]) -> NDArray[np.uint64]:
     """(N,) -> (N,): a fixed permutation of the 64-bit numbers (SplitMix64; Steele, Lea and Flood, OOPSLA 2014)."""
     with np.errstate(over="ignore"):
         z = indices.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
@@ -39,7 +39,7 @@ class Reservoir:
         )
         if (times > 1).any():
             raise ValueError(f"sample {everyone[times > 1][0]} came twice")
-        keys = mixed(indices)
+        keys = splitmix64(indices)
         everything = np.concatenate([self._keys[: self.count], keys])
         chosen = np.ones(len(everything), bool)
         if len(everything) > self.capacity:
@@ -79,3 +79,8 @@ class Reservoir:
         reservoir = cls(state["features"].shape[1], int(state["capacity"]))
         reservoir.update(np.asarray(state["indices"], np.int64), np.asarray(state["features"], np.float32))
         return reservoir
+
+
+def fixed_subset(total: int, count: int) -> NDArray[np.int64]:
+    """(count,) of the numbers 0 .. total - 1, ascending: those that come first in a fixed permutation, for sets are sorted by class."""
+    return np.sort(np.argsort(splitmix64(np.arange(total)))[:count])

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from soflow_pipelines.metrics.frechet import GaussianMoments, frechet_distance
+from soflow_pipelines.metrics.accumulator import METRICS, ScoreError, ScoreStatistics, format_size
+from soflow_pipelines.metrics.fid import GaussianMoments, frechet_distance
 from soflow_pipelines.metrics.inception_score import SPLITS
-from soflow_pipelines.metrics.kernel_distance import SUBSET_SIZE, kernel_distance
-from soflow_pipelines.metrics.manifolds import NEIGHBOURS, precision_recall
+from soflow_pipelines.metrics.kid import SUBSET_SIZE, kernel_distance
+from soflow_pipelines.metrics.precision_recall import NEIGHBOURS, precision_recall
 from soflow_pipelines.metrics.reference import Reference
-from soflow_pipelines.metrics.score_statistics import METRICS, ScoreError, ScoreStatistics, as_size
 from soflow_pipelines.metrics.version import EVALUATOR
 
 
@@ -80,7 +80,7 @@ def _comparable(generated: ScoreStatistics, reference: Reference | None, result:
         )
     if reference.resolution is None:
         result.flags.append(
-            f"The reference {reference.name} does not say the size of its images; the samples are {as_size(generated.resolution)}."
+            f"The reference {reference.name} does not say the size of its images; the samples are {format_size(generated.resolution)}."
         )
     check_size(reference.name, reference.resolution, generated.resolution)
     result.flags.extend(warning for warning in reference.warnings if warning not in result.flags)
@@ -91,8 +91,8 @@ def check_size(reference: str, theirs: tuple[int, int] | None, samples: tuple[in
     """ScoreError where the images of a reference are known to have another size than the samples."""
     if theirs is not None and theirs != samples:
         raise ScoreError(
-            f"the images of the reference {reference} are {as_size(theirs)}, the samples {as_size(samples)}: take a reference of "
-            "the samples' size."
+            f"the images of the reference {reference} are {format_size(theirs)}, the samples {format_size(samples)}: take a "
+            "reference of the samples' size."
         )
 
 

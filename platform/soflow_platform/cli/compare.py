@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from soflow_platform.cli.evaluate import progress_bar, work_on_stderr
 from soflow_platform.cli.terminal import console, plain_table
 from soflow_platform.errors import UserError
-from soflow_platform.storage import Storage, find_storage, require_writable
+from soflow_platform.storage.project import ProjectFolder, find_project, require_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from soflow_platform.comparison import Comparison
     from soflow_platform.config.comparison import SamplingConfig
-    from soflow_platform.sweep_record import SweepRecord
+    from soflow_platform.jobs.compare import Comparison
+    from soflow_platform.tuning.record import SweepRecord
 
 
 def compare_command(
@@ -32,14 +32,14 @@ def compare_command(
 
     It is kept before costs are measured and again with them: what fails there leaves the scores.
     """
-    storage = find_storage(storage_option)
+    storage = find_project(storage_option)
     record, protocol = find_protocol(name, overrides, storage)
     require_writable(storage)
     from rich.console import Console
 
-    from soflow_platform.cluster import require_answer
-    from soflow_platform.comparison import compare
-    from soflow_platform.comparison_report import save
+    from soflow_platform.cluster.connection import require_answer
+    from soflow_platform.jobs.compare import compare
+    from soflow_platform.jobs.compare_report import save
 
     require_answer(address)
     errors = Console(stderr=True)
@@ -63,19 +63,19 @@ def compare_command(
 
 
 def find_protocol(
-    name: str, overrides: tuple[str, ...], storage: Storage
+    name: str, overrides: tuple[str, ...], storage: ProjectFolder
 ) -> tuple[SweepRecord, tuple[SamplingConfig, ...]]:
     """The sweep meant, and how it is to be sampled: as its file says now where a file is named, else as it said when it ran.
 
     Raises UserError where no such sweep ran.
     """
     from soflow_platform.config.experiment import Experiment
-    from soflow_platform.sweep_names import find
-    from soflow_platform.sweep_record import load_record
+    from soflow_platform.tuning.lookup import resolve
+    from soflow_platform.tuning.record import load_record
 
     if Path(name).is_file() or overrides:
         from soflow_platform.cli.run import read
-        from soflow_platform.sweep_record import sweep_id
+        from soflow_platform.tuning.record import sweep_id
 
         _, experiment, _ = read(name, overrides)
         record = load_record(storage, sweep_id(storage, experiment, again=False))
@@ -85,7 +85,7 @@ def find_protocol(
                 "`soflowctl runs` lists."
             )
         return record, experiment.comparison
-    found = find(storage, name)
+    found = resolve(storage, name)
     if found.trial is not None:
         raise UserError(f"{found} is one trial: name its sweep, {found.record.id}.")
     return found.record, Experiment(**found.record.experiment).comparison
@@ -93,7 +93,7 @@ def find_protocol(
 
 def _log(record: SweepRecord, uri: str, paths: list[Path], comparison: Comparison) -> None:
     """The files on the sweep's run."""
-    from soflow_platform.tracking import client_for
+    from soflow_platform.tracking.store import client_for
 
     if record.run is None:
         return
@@ -104,7 +104,7 @@ def _log(record: SweepRecord, uri: str, paths: list[Path], comparison: Compariso
 
 
 def _print(screen: Console, comparison: Comparison, folder: Path) -> None:
-    from soflow_platform.comparison_report import COLUMNS, FILES, TITLES, cells
+    from soflow_platform.jobs.compare_report import COLUMNS, FILES, TITLES, cells
 
     for budget in comparison.budgets:
         rows = comparison.of(budget)

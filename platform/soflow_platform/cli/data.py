@@ -11,7 +11,7 @@ import typer
 from soflow_platform.errors import JobError, UserError
 
 if TYPE_CHECKING:
-    from soflow_pipelines.dataset_info import DatasetInfo
+    from soflow_pipelines.shards.info import DatasetInfo
     from soflow_platform.jobs.prepare import Prepared, PrepareRequest
 
 app = typer.Typer(
@@ -159,9 +159,9 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what a shard set holds, and its images as a contact sheet."""
-    from soflow_pipelines.dataset_info import ShardError
-    from soflow_pipelines.shards import read_info, read_manifest
-    from soflow_pipelines.storage import StorageError
+    from soflow_pipelines.shards.info import ShardError
+    from soflow_pipelines.shards.tables import read_info, read_manifest
+    from soflow_pipelines.storage.object_store import StorageError
 
     try:
         info, records = read_info(uri), read_manifest(uri)
@@ -215,9 +215,10 @@ def _print_classes(info: DatasetInfo, counts: dict[int, int]) -> None:
 def _write_sheet(
     uri: str, info: DatasetInfo, sheet: Path, images: int, seed: int, autoencoder: str | None
 ) -> None:
-    from soflow_pipelines.autoencoders import AutoencoderError, load_autoencoder
-    from soflow_pipelines.inspection import sample_images
-    from soflow_pipelines.writers import encode_png, image_grid, write_file
+    from soflow_pipelines.images.autoencoder import AutoencoderError, load_autoencoder
+    from soflow_pipelines.images.encode import encode_png, image_grid
+    from soflow_pipelines.shards.preview import sample_images
+    from soflow_pipelines.storage.files import write_file
 
     decoder = None
     if info.kind == "latents":
@@ -252,10 +253,10 @@ def verify(
     from rich.console import Console
     from rich.progress import Progress
 
-    from soflow_pipelines.dataset_info import ShardError
-    from soflow_pipelines.shards import ShardRecord, read_info
-    from soflow_pipelines.storage import StorageError
-    from soflow_pipelines.verification import verify as find_damages
+    from soflow_pipelines.shards.info import ShardError
+    from soflow_pipelines.shards.tables import ShardRecord, read_info
+    from soflow_pipelines.shards.verify import verify as find_damages
+    from soflow_pipelines.storage.object_store import StorageError
 
     try:
         info = read_info(uri)

@@ -15,14 +15,14 @@ from rich.table import Table
 
 from soflow_platform.cli.evaluate import progress_bar
 from soflow_platform.cli.terminal import duration, storage_flag
-from soflow_platform.cluster import Cluster
+from soflow_platform.cluster.connection import Cluster
 from soflow_platform.config.experiment import Experiment
-from soflow_platform.config.trials import Trial
-from soflow_platform.jobs.gather import Progress, Report
-from soflow_platform.progress import TrialProgress
-from soflow_platform.storage import Storage
-from soflow_platform.sweep import Display, TrialOutcome
-from soflow_platform.sweep_record import SweepRecord
+from soflow_platform.evaluation.runner import Progress, Report
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tuning.display import Display, TrialOutcome
+from soflow_platform.tuning.progress import TrialProgress
+from soflow_platform.tuning.record import SweepRecord
+from soflow_platform.tuning.search_space import Trial
 
 REFRESH_SECONDS = 0.5
 NEWS_SECONDS = 10
@@ -133,7 +133,7 @@ class SweepDisplay(Display):
 
 
 def show_result(
-    screen: Console, record: SweepRecord, storage: Storage, outcomes: list[TrialOutcome] | None = None
+    screen: Console, record: SweepRecord, storage: ProjectFolder, outcomes: list[TrialOutcome] | None = None
 ) -> None:
     """The best trial, its numbers, its grid, where to look, and what to type next."""
     for outcome in outcomes or []:
@@ -163,7 +163,7 @@ def show_result(
 
 def record_link(record: SweepRecord) -> str:
     """The sweep's page in MLflow."""
-    from soflow_platform.tracking import Tracking
+    from soflow_platform.tracking.store import Tracking
 
     tracking = Tracking(record.tracking_uri or "", record.name, record.experiment_id or "")
     return tracking.link(record.run or "", record.metric)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from soflow_platform.cli.terminal import console, plain_table
 from soflow_platform.errors import UserError
-from soflow_platform.storage import find_storage, require_writable
+from soflow_platform.storage.project import find_project, require_writable
 
 if TYPE_CHECKING:
+    from soflow_platform.evaluation.runner import Report
     from soflow_platform.jobs.evaluate import EvaluateRequest, Score
-    from soflow_platform.jobs.gather import Report
-    from soflow_platform.storage import Storage
-    from soflow_platform.subjects import Subject
+    from soflow_platform.jobs.targets import EvaluationTarget
+    from soflow_platform.storage.project import ProjectFolder
 
 
 def evaluate_command(
@@ -28,11 +28,11 @@ def evaluate_command(
     as_json: bool,
 ) -> None:
     """Score what was asked for, log it where it belongs, and print it."""
-    storage = find_storage(storage_option)
+    storage = find_project(storage_option)
     require_writable(storage)
-    from soflow_platform.cluster import require_answer
+    from soflow_platform.cluster.connection import require_answer
     from soflow_platform.jobs.evaluate import EvaluateRequest
-    from soflow_platform.score_log import log_scores
+    from soflow_platform.jobs.log_scores import log_scores
 
     require_answer(address)
     _quiet_libraries()
@@ -89,7 +89,7 @@ def progress_bar(what: str) -> tuple[Any, Report]:
         TimeRemainingColumn,
     )
 
-    from soflow_platform.jobs.gather import Progress as Gathered
+    from soflow_platform.evaluation.runner import Progress as Gathered
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
@@ -107,8 +107,8 @@ def work_on_stderr() -> contextlib.redirect_stdout[Any]:
 
 
 def _with_progress(
-    request: EvaluateRequest, storage: Storage, uri: str, address: str | None
-) -> tuple[Subject, list[Score]]:
+    request: EvaluateRequest, storage: ProjectFolder, uri: str, address: str | None
+) -> tuple[EvaluationTarget, list[Score]]:
     from soflow_platform.jobs.evaluate import evaluate
 
     bar, show = progress_bar("images")

@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 
 from soflow_platform.cli import data
-from soflow_platform.cli.failures import what_is_away
 from soflow_platform.errors import JobError, Stopped, UserError
+from soflow_platform.tracking.outages import describe_outage
 
 UsageError: type[BaseException] = typer.BadParameter.__mro__[1]
 """What a wrong option raises; typer brings its own click or uses the installed one, by version."""
@@ -128,7 +128,7 @@ def status(
     storage: StorageOption = None,
 ) -> None:
     """Show where trials stand: of one sweep or trial, else of every running sweep, else of the newest."""
-    from soflow_platform.cli.operations import status_command
+    from soflow_platform.cli.status import status_command
 
     status_command(name, as_json, storage)
 
@@ -141,7 +141,7 @@ def logs(
     storage: StorageOption = None,
 ) -> None:
     """Print what a trial has logged; of a sweep, what all its trials have, in the order of time."""
-    from soflow_platform.cli.operations import logs_command
+    from soflow_platform.cli.status import logs_command
 
     logs_command(name, follow, lines, storage)
 
@@ -155,7 +155,7 @@ def stop(
     storage: StorageOption = None,
 ) -> None:
     """Stop a running sweep or trial after the step it is at, with a checkpoint; `soflowctl run` goes on with it."""
-    from soflow_platform.cli.operations import stop_command
+    from soflow_platform.cli.status import stop_command
 
     stop_command(name, wait, storage)
 
@@ -187,7 +187,7 @@ def promote(
     tracking: TrackingOption = None,
 ) -> None:
     """Make a version the champion, if it is better than the present one on the same metric."""
-    from soflow_platform.cli.registry import promote_command
+    from soflow_platform.cli.promote import promote_command
 
     promote_command(model, force, rollback, storage, tracking)
 
@@ -211,7 +211,7 @@ def generate(
     tracking: TrackingOption = None,
 ) -> None:
     """Make images with a registered model: PNG files and one grid."""
-    from soflow_platform.cli.registry import generate_command
+    from soflow_platform.cli.generate import generate_command
 
     generate_command(model, out, num, steps, seed, label, storage, tracking)
 
@@ -348,7 +348,7 @@ def main() -> None:
         print("interrupted: run the same command to go on.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        away = what_is_away(error)
+        away = describe_outage(error)
         if away is not None:
             _report(JobError(f"{away}; the same command goes on once that is mended."), "failed")
             sys.exit(1)

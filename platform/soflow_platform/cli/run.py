@@ -12,16 +12,23 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from soflow_platform import sweeps_folder
-from soflow_platform.checkpoints import published, trial_root
 from soflow_platform.cli.display import SweepDisplay, show_result
 from soflow_platform.cli.terminal import console, plain_table
-from soflow_platform.config.experiment import Experiment, read_experiment
-from soflow_platform.config.trials import Trial, trials
+from soflow_platform.config.experiment import Experiment
+from soflow_platform.config.presets import sweeps_folder
+from soflow_platform.config.validation import read_experiment
 from soflow_platform.errors import JobError, Stopped, UserError
-from soflow_platform.stops import request_stop
-from soflow_platform.storage import Storage, find_storage, require_writable
-from soflow_platform.sweep_record import SweepRecord, exclusive, load_record, started_record, sweep_id
+from soflow_platform.storage.checkpoints import published, trial_root
+from soflow_platform.storage.project import ProjectFolder, find_project, require_writable
+from soflow_platform.training.stop_request import request_stop
+from soflow_platform.tuning.record import (
+    SweepRecord,
+    load_record,
+    lock_sweep,
+    new_or_resumed_record,
+    sweep_id,
+)
+from soflow_platform.tuning.search_space import Trial, trials
 
 T = TypeVar("T")
 
@@ -72,7 +79,8 @@ def _steps(points: list[Trial]) -> str:
 
 def _check_networks(points: list[Trial]) -> None:
     """Raises UserError where a trial's network cannot take the shape that the file names."""
-    from soflow_platform.data import describe_network, expected
+    from soflow_platform.training.dataset import expected
+    from soflow_platform.training.model import describe_network
 
     for trial in points:
         data = expected(trial.experiment)
@@ -91,14 +99,14 @@ def run_command(
     """Run a sweep, or print its plan."""
     path, experiment, points = read(name, overrides)
     _check_networks(points)
-    storage = find_storage(storage_option)
+    storage = find_project(storage_option)
     screen = console()
     if dry_run:
         _print_plan(screen, experiment, points, storage.root)
         return
-    from soflow_platform.cluster import require_answer
-    from soflow_platform.data import check_data
-    from soflow_platform.sweep import run_sweep
+    from soflow_platform.cluster.connection import require_answer
+    from soflow_platform.training.dataset import check_data
+    from soflow_platform.tuning.sweep import run_sweep
 
     check_data(experiment)
     require_writable(storage)
@@ -111,11 +119,11 @@ def run_command(
         return
     if record is not None:
         _require_checkpoints(storage, record, experiment)
-    record = started_record(record, sweep, str(path), experiment, points)
+    record = new_or_resumed_record(record, sweep, str(path), experiment, points)
     display = SweepDisplay(screen, experiment, points)
     grace = experiment.training.grace_seconds
-    with _ending(storage, sweep, display, grace), exclusive(storage, sweep):
-        outcomes = _through_losses(
+    with _graceful_shutdown(storage, sweep, display, grace), lock_sweep(storage, sweep):
+        outcomes = _retry_lost_ray(
             lambda: run_sweep(record, experiment, points, storage, address, display),
             experiment.resources.max_failures if address is None else 0,
             display,
@@ -129,9 +137,9 @@ def run_command(
         )
 
 
-def _through_losses(run: Callable[[], T], failures: int, display: SweepDisplay) -> T:
+def _retry_lost_ray(run: Callable[[], T], failures: int, display: SweepDisplay) -> T:
     """The result of `run`, which is started again where the Ray of this command has died, up to so many times."""
-    from soflow_platform.cluster import RayLost
+    from soflow_platform.cluster.connection import RayLost
 
     try:
         return run()
@@ -139,10 +147,10 @@ def _through_losses(run: Callable[[], T], failures: int, display: SweepDisplay) 
         if not failures:
             raise
         display.say(f"{error} Starting Ray again.")
-    return _through_losses(run, failures - 1, display)
+    return _retry_lost_ray(run, failures - 1, display)
 
 
-def _require_checkpoints(storage: Storage, record: SweepRecord, experiment: Experiment) -> None:
+def _require_checkpoints(storage: ProjectFolder, record: SweepRecord, experiment: Experiment) -> None:
     """Raises UserError where trials have checkpoints in the place that was set before and none in the one that is set now."""
     before, now = record.experiment["training"].get("checkpoints"), experiment.training.checkpoints
     if before == now:
@@ -157,7 +165,9 @@ def _require_checkpoints(storage: Storage, record: SweepRecord, experiment: Expe
 
 
 @contextlib.contextmanager
-def _ending(storage: Storage, sweep: str, display: SweepDisplay, grace: float) -> Iterator[None]:
+def _graceful_shutdown(
+    storage: ProjectFolder, sweep: str, display: SweepDisplay, grace: float
+) -> Iterator[None]:
     """SIGTERM, SIGHUP and Ctrl-C ask the trials to save and stop; the second one, or `grace` seconds gone by, ends the block at once.
 
     Either way what is open is closed, and the exit code says why: 143, or 130 for Ctrl-C.
@@ -206,8 +216,9 @@ def _leave_terminal() -> None:
 
 
 def _print_plan(screen: Console, experiment: Experiment, points: list[Trial], root: Path) -> None:
-    from soflow_platform.data import check_data, describe_network, expected
-    from soflow_platform.plan import cost, request
+    from soflow_platform.training.dataset import check_data, expected
+    from soflow_platform.training.flops import cost, request
+    from soflow_platform.training.model import describe_network
 
     screen.print(f"[bold]{experiment.name}[/bold]: {experiment.description}")
     table = plain_table("trial", "steps", "parameters", "GMAC/forward", "passes/sample", "PFLOP")

@@ -6,20 +6,20 @@ import time
 
 from rich.table import Table
 
-from soflow_platform.checkpoints import best_evaluation, published, trial_root
 from soflow_platform.cli.terminal import console, plain_table
-from soflow_platform.status import sweep_state, trial_steps
-from soflow_platform.storage import Storage, find_storage
-from soflow_platform.sweep_names import find
-from soflow_platform.sweep_record import SweepRecord, all_records
+from soflow_platform.storage.checkpoints import best_evaluation, published, trial_root
+from soflow_platform.storage.project import ProjectFolder, find_project
+from soflow_platform.tuning.lookup import resolve
+from soflow_platform.tuning.record import SweepRecord, all_records
+from soflow_platform.tuning.status import sweep_state, trial_steps
 
 
 def runs_command(sweep: str | None, storage_option: str | None) -> None:
     """Print every sweep of the project folder, or the trials of one."""
-    storage = find_storage(storage_option)
+    storage = find_project(storage_option)
     screen = console()
     if sweep is not None:
-        screen.print(_trials_table(storage, find(storage, sweep).record))
+        screen.print(_trials_table(storage, resolve(storage, sweep).record))
         return
     records = all_records(storage)
     if not records:
@@ -28,7 +28,7 @@ def runs_command(sweep: str | None, storage_option: str | None) -> None:
     screen.print(_sweeps_table(storage, records))
 
 
-def _sweeps_table(storage: Storage, records: list[SweepRecord]) -> Table:
+def _sweeps_table(storage: ProjectFolder, records: list[SweepRecord]) -> Table:
     table = plain_table("sweep", "started", "state", "trials", "best trial", "score", "registered")
     for record in records:
         metric = record.metric
@@ -46,7 +46,7 @@ def _sweeps_table(storage: Storage, records: list[SweepRecord]) -> Table:
     return table
 
 
-def _trials_table(storage: Storage, record: SweepRecord) -> Table:
+def _trials_table(storage: ProjectFolder, record: SweepRecord) -> Table:
     metric = record.metric
     table = plain_table("trial", "step", "best step", metric, "checkpoints")
     for trial in record.trials:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from soflow_platform.storage import Storage, find_storage
+from soflow_platform.storage.project import ProjectFolder, find_project
 
 FILE_WIDTH = 200
 """Columns where the output is no terminal, so that a log or a pipe gets whole names."""
@@ -26,9 +26,9 @@ def plain_table(name: str, *columns: str) -> Table:
     return table
 
 
-def storage_flag(storage: Storage) -> str:
+def storage_flag(storage: ProjectFolder) -> str:
     """The option that finds this project folder again, where it is not the default one."""
-    return "" if find_storage(None) == storage else f" --storage {storage.root}"
+    return "" if find_project(None) == storage else f" --storage {storage.root}"
 
 
 def duration(seconds: float) -> str:

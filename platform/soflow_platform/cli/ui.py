@@ -13,16 +13,16 @@ import urllib.request
 import webbrowser
 
 from soflow_platform.errors import JobError, UserError
-from soflow_platform.storage import Storage, find_storage
-from soflow_platform.sweep_record import all_records
-from soflow_platform.tracking import Tracking
+from soflow_platform.storage.project import ProjectFolder, find_project
+from soflow_platform.tracking.store import Tracking
+from soflow_platform.tuning.record import all_records
 
 START_SECONDS = 60.0
 
 
 def ui_command(storage_option: str | None, port: int, browser: bool) -> None:
     """Serve the project folder's MLflow on loopback until interrupted, and show the newest sweep's page."""
-    storage = find_storage(storage_option)
+    storage = find_project(storage_option)
     if not (storage.root / "mlflow.db").is_file():
         raise UserError(f"there are no runs under {storage.root}; start some with `soflowctl run digits`.")
     port = _free_port(port)
@@ -44,7 +44,7 @@ def ui_command(storage_option: str | None, port: int, browser: bool) -> None:
         server.wait()
 
 
-def _command(storage: Storage, port: int) -> list[str]:
+def _command(storage: ProjectFolder, port: int) -> list[str]:
     return [
         *(
             sys.executable,
@@ -97,7 +97,7 @@ def _wait(server: subprocess.Popen[bytes], address: str) -> None:
     raise JobError(f"the MLflow server did not answer on {address} within {START_SECONDS:g} s.")
 
 
-def _newest_page(storage: Storage, address: str) -> str:
+def _newest_page(storage: ProjectFolder, address: str) -> str:
     """The trials of the newest sweep that reached MLflow."""
     for record in all_records(storage):
         if record.run and record.experiment_id:

@@ -1,1 +1,1 @@
-"""What a sweep file may say, where each value came from, and the checks made before anything starts."""
+"""Sweep files: document, schema, validation, presets."""

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from soflow_platform.config.locations import FILE, absolute_autoencoder, absolute_features
 from soflow_platform.config.sections import Positive, Section
 
 POOLED = "pooled"
 DIGITS = "digits-classifier"
 NAMED_FEATURES = ("inception", "dinov2", "clip", DIGITS, POOLED)
-FILE = "file:"
-
-
-def absolute_features(name: str) -> str:
-    """`file:PATH` as processes with other working folders find it; other names as they are."""
-    if not name.startswith(FILE):
-        return name
-    return FILE + str(Path(name.removeprefix(FILE)).expanduser().absolute())
-
-
-def absolute_autoencoder(name: str | None) -> str | None:
-    """The folder of an autoencoder as processes with other working folders find it; an id as it is."""
-    folder = Path(name or "").expanduser()
-    return str(folder.absolute()) if name and folder.is_dir() else name
 
 
 class EvaluationConfig(Section):

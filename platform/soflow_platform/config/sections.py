@@ -5,10 +5,11 @@ Every section refuses unknown keys. Defaults are the paper's ImageNet recipe whe
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from soflow_platform.config.locations import absolute_tracking
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -55,30 +56,6 @@ class NetworkConfig(Section):
         if self.hidden is not None and self.heads is not None and self.hidden % self.heads:
             raise ValueError(f"`hidden` ({self.hidden}) must be a multiple of `heads` ({self.heads})")
         return self
-
-
-def absolute_place(place: str) -> str:
-    """A folder as processes with other working folders find it, or `s3://bucket/prefix`. Raises ValueError for other schemes."""
-    scheme, separator, rest = place.partition("://")
-    if not separator or scheme == "file":
-        return str(Path(rest if separator else place).expanduser().absolute())
-    if scheme != "s3":
-        raise ValueError(f"{scheme}:// cannot be written: give a folder or s3://bucket/prefix")
-    if not rest.partition("?")[0].partition("/")[0]:
-        raise ValueError(f"{place} names no bucket: give s3://bucket/prefix")
-    return place
-
-
-def absolute_tracking(uri: str) -> str:
-    """A tracking URI with the path of an SQLite file made absolute. Raises ValueError for a folder, which MLflow does not take."""
-    if uri.startswith("sqlite:"):
-        path = uri.removeprefix("sqlite:///")
-        if path in ("", uri):
-            raise ValueError(f"{uri} names no file: give sqlite:///FILE")
-        return f"sqlite:///{Path(path).expanduser().absolute()}"
-    if uri.startswith("file:") or ("://" not in uri and uri != "databricks"):
-        raise ValueError(f"{uri} is no tracking server: give http://HOST:PORT or sqlite:///FILE")
-    return uri
 
 
 class TrackingConfig(Section):

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from soflow_platform.config.sections import Positive, Section, absolute_place
+from soflow_platform.config.locations import absolute_place
+from soflow_platform.config.sections import Positive, Section
 
 
 class TrainingConfig(Section):

@@ -1,0 +1,1 @@
+"""What a command does: targets, evaluate, compare, benchmark, prepare."""

@@ -13,22 +13,25 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from soflow_pipelines.metrics import ScoreStatistics
-from soflow_platform.config.evaluation import POOLED, absolute_autoencoder, absolute_features
+from soflow_pipelines.storage.files import read_json, write_json
+from soflow_platform.config.evaluation import POOLED
+from soflow_platform.config.locations import absolute_autoencoder, absolute_features
 from soflow_platform.errors import UserError
-from soflow_platform.jobs.gather import REFUSED, Gathering, Report, silent
-from soflow_platform.measurement import LabelMode, Measurement
-from soflow_platform.real_images import given_images, holds_latents
-from soflow_platform.sampling import open_decoder
-from soflow_platform.scored_network import ScoredNetwork
-from soflow_platform.storage import Storage, read_json, write_json
-from soflow_platform.subjects import Subject, find_subject
-from soflow_platform.yardstick import (
-    RealImages,
-    Yardstick,
-    data_place,
-    make_yardstick,
-    usual_features,
+from soflow_platform.evaluation.image_sources import LabelMode
+from soflow_platform.evaluation.protocol import (
+    ReferenceLocation,
+    ScoringProtocol,
+    default_features,
+    open_protocol,
+    training_data_location,
 )
+from soflow_platform.evaluation.reference_store import holds_latents, stored_images
+from soflow_platform.evaluation.runner import INPUT_ERRORS, RayStatisticsRunner, Report, silent
+from soflow_platform.evaluation.statistics import StatisticsJob
+from soflow_platform.generation.decoding import open_decoder
+from soflow_platform.jobs.model_under_test import ModelUnderTest
+from soflow_platform.jobs.targets import EvaluationTarget, find_target
+from soflow_platform.storage.project import ProjectFolder
 
 USUAL_NUMBER = 50_000
 
@@ -79,16 +82,16 @@ def settings_digest(tags: dict[str, str]) -> str:
 
 def evaluate(
     request: EvaluateRequest,
-    storage: Storage,
+    storage: ProjectFolder,
     tracking_uri: str,
     address: str | None = None,
     report: Report = silent,
-) -> tuple[Subject, list[Score]]:
+) -> tuple[EvaluationTarget, list[Score]]:
     """Score what was asked for: one Score for each number of steps.
 
     Raises UserError for what is refused, JobError for what failed.
     """
-    subject = find_subject(request.subject, storage, tracking_uri)
+    subject = find_target(request.subject, storage, tracking_uri)
     # Actors have working folders of their own.
     request = replace(
         request,
@@ -96,23 +99,26 @@ def evaluate(
         autoencoder=absolute_autoencoder(request.autoencoder),
     )
     try:
-        with Gathering(storage, address, report) as gathering:
+        with RayStatisticsRunner(storage, address, report) as gathering:
             score = _score_network if subject.weights is not None else _score_images
             return subject, score(request, subject, storage, gathering)
     except UserError:
         raise
-    except REFUSED as error:
+    except INPUT_ERRORS as error:
         raise UserError(str(error)) from error
 
 
 def _score_network(
-    request: EvaluateRequest, subject: Subject, storage: Storage, gathering: Gathering
+    request: EvaluateRequest,
+    subject: EvaluationTarget,
+    storage: ProjectFolder,
+    gathering: RayStatisticsRunner,
 ) -> list[Score]:
     assert subject.weights is not None
-    network = ScoredNetwork.open(subject.weights, request.sampling)
+    network = ModelUnderTest.open(subject.weights, request.sampling)
     count = request.num or USUAL_NUMBER
     facts = [network.facts(steps, request.labels, request.seed, count) for steps in request.steps]
-    yardstick = network_yardstick(request, subject, network, storage, gathering)
+    yardstick = network_protocol(request, subject, network, storage, gathering)
     measurements = [
         network.measurement(yardstick, steps, request.labels, request.seed, count, request.autoencoder)
         for steps in request.steps
@@ -121,21 +127,21 @@ def _score_network(
     return scored(subjects, yardstick, measurements, facts, storage, gathering)
 
 
-def network_yardstick(
+def network_protocol(
     request: EvaluateRequest,
-    subject: Subject,
-    network: ScoredNetwork,
-    storage: Storage,
-    gathering: Gathering,
-) -> Yardstick:
+    subject: EvaluationTarget,
+    network: ModelUnderTest,
+    storage: ProjectFolder,
+    gathering: RayStatisticsRunner,
+) -> ScoringProtocol:
     """What this network's images are scored by."""
     decoder = open_decoder(network.data, request.autoencoder, "cpu")
     real = _named_reference(request, storage)
-    if real is None and (place := data_place(subject.data, network.data, storage)):
-        real = RealImages(place, request.autoencoder, expected=network.data.get("digest"))
+    if real is None and (place := training_data_location(subject.data, network.data, storage)):
+        real = ReferenceLocation(place, request.autoencoder, expected=network.data.get("digest"))
     factor = decoder.facts.factor if decoder else 1
-    return make_yardstick(
-        request.features or usual_features(network.data),
+    return open_protocol(
+        request.features or default_features(network.data),
         request.metrics,
         network.conditional,
         network.shape,
@@ -147,25 +153,28 @@ def network_yardstick(
     )
 
 
-def _named_reference(request: EvaluateRequest, storage: Storage) -> RealImages | None:
-    place = data_place(request.reference, {}, storage)
-    return None if place is None else RealImages(place, request.autoencoder)
+def _named_reference(request: EvaluateRequest, storage: ProjectFolder) -> ReferenceLocation | None:
+    place = training_data_location(request.reference, {}, storage)
+    return None if place is None else ReferenceLocation(place, request.autoencoder)
 
 
 def _score_images(
-    request: EvaluateRequest, subject: Subject, storage: Storage, gathering: Gathering
+    request: EvaluateRequest,
+    subject: EvaluationTarget,
+    storage: ProjectFolder,
+    gathering: RayStatisticsRunner,
 ) -> list[Score]:
     assert subject.images is not None
     real = _named_reference(request, storage)
     _refuse_unused(request, subject.name, [subject.images, *([real.place] if real else [])])
-    given = given_images(subject.images, request.autoencoder)
+    given = stored_images(subject.images, request.autoencoder)
     count = request.num or given.count
     if count > given.count:
         raise UserError(f"{subject.name} holds {given.count} images, {count} were asked for with --num.")
     decoder = open_decoder(given.data, request.autoencoder, "cpu")
     first, _ = given.open("cpu").read(0, 1)
     channels, height, width = first.shape[1:]
-    yardstick = make_yardstick(
+    yardstick = open_protocol(
         request.features or "inception",
         request.metrics,
         False,
@@ -180,7 +189,7 @@ def _score_images(
         part = f"{count} of the {given.count} images of {subject.name} are scored, chosen by a fixed permutation of their numbers."
         yardstick = replace(yardstick, flags=(*yardstick.flags, part))
     images = replace(given, count=count)
-    measurement = Measurement(images, yardstick.name, yardstick.features.id, yardstick.metrics)
+    measurement = StatisticsJob(images, yardstick.name, yardstick.features.id, yardstick.metrics)
     facts = {"images": given.digest.rsplit(":", 1)[-1], "samples": str(count)}
     return scored([subject.name], yardstick, [measurement], [facts], storage, gathering)
 
@@ -210,11 +219,11 @@ def _refuse_unused(request: EvaluateRequest, name: str, places: Sequence[str]) -
 
 def scored(
     subjects: Sequence[str],
-    yardstick: Yardstick,
-    measurements: Sequence[Measurement],
+    yardstick: ScoringProtocol,
+    measurements: Sequence[StatisticsJob],
     facts: Sequence[dict[str, str]],
-    storage: Storage,
-    gathering: Gathering,
+    storage: ProjectFolder,
+    gathering: RayStatisticsRunner,
 ) -> list[Score]:
     """A Score for each measurement, whose images the `facts` decide; those that were taken before are read."""
     tags = [{**own, **yardstick.facts} for own in facts]
@@ -228,7 +237,11 @@ def scored(
 
 
 def _take(
-    subject: str, yardstick: Yardstick, statistics: ScoreStatistics, tags: dict[str, str], storage: Storage
+    subject: str,
+    yardstick: ScoringProtocol,
+    statistics: ScoreStatistics,
+    tags: dict[str, str],
+    storage: ProjectFolder,
 ) -> Score:
     result = yardstick.score(statistics)
     score = Score(subject, result.values, result.spread, result.flags, tags)
@@ -236,11 +249,13 @@ def _take(
     return score
 
 
-def _kept(storage: Storage, subject: str, tags: dict[str, str], yardstick: Yardstick) -> Score | None:
+def _kept(
+    storage: ProjectFolder, subject: str, tags: dict[str, str], yardstick: ScoringProtocol
+) -> Score | None:
     content = read_json(_result_path(storage, tags, yardstick))
     return None if content is None else Score(**{**content, "subject": subject})
 
 
-def _result_path(storage: Storage, tags: dict[str, str], yardstick: Yardstick) -> Any:
+def _result_path(storage: ProjectFolder, tags: dict[str, str], yardstick: ScoringProtocol) -> Any:
     key = settings_digest({**tags, "metrics": ",".join(yardstick.metrics)})
     return storage.root / "evaluations" / "results" / f"{key}.json"

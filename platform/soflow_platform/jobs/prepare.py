@@ -3,7 +3,7 @@
 Each shard is one task of a builder actor, which decodes on threads while it encodes. The driver keeps every
 builder busy, gives the shards of a lost one to another, and writes the manifest at the end. Everything
 that makes a run exact (what each shard holds, complete-or-absent files, notes) is in
-`soflow_pipelines.preparation`; this spreads it.
+`soflow_pipelines.preparation.shard_plan`; this spreads it.
 """
 
 from __future__ import annotations
@@ -12,24 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from soflow_pipelines.autoencoders import AutoencoderError, load_autoencoder
-from soflow_pipelines.dataset_info import DatasetInfo, ShardError
-from soflow_pipelines.preparation import (
-    DamagedImages,
-    Preparation,
-    PrepareSettings,
-    build_shard,
-    finish,
-    only_one,
-    start,
-)
-from soflow_pipelines.shards import read_info
-from soflow_pipelines.sources import SourceError, open_source
-from soflow_pipelines.storage import Storage, StorageError, open_storage
-from soflow_platform.cluster import Cluster, connected
+from soflow_core.failures import summarize
+from soflow_pipelines.images.autoencoder import AutoencoderError, load_autoencoder
+from soflow_pipelines.preparation.build import build_shard
+from soflow_pipelines.preparation.shard_plan import DamagedImages, Preparation, PrepareSettings
+from soflow_pipelines.preparation.state import finish, only_one, start
+from soflow_pipelines.shards.info import DatasetInfo, ShardError
+from soflow_pipelines.shards.tables import read_info
+from soflow_pipelines.sources.opening import open_source
+from soflow_pipelines.sources.source import SourceError
+from soflow_pipelines.storage.object_store import ObjectStore, StorageError
+from soflow_pipelines.storage.opening import open_storage
+from soflow_platform.cluster.actor_pool import ActorPool, TaskError, new_counter, read_counter, share_cluster
+from soflow_platform.cluster.connection import Cluster, connected
 from soflow_platform.errors import JobError, UserError
-from soflow_platform.jobs.spread import Spread, TaskError, counted, new_counter, share_cluster
-from soflow_platform.retries import first_line
 
 NAMED_DAMAGES = 20
 
@@ -128,7 +124,7 @@ class Builder:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._encoder = load_autoencoder(request.autoencoder, device) if request.autoencoder else None
         self._plan = plan
-        self._storage: Storage = open_storage(request.out)
+        self._storage: ObjectStore = open_storage(request.out)
         self._threads = threads
         self._counter = counter
 
@@ -159,7 +155,7 @@ def _build(
 
     done = plan.samples - sum(len(plan.shard_samples(shard)) for shard in todo)
     damages: list[str] = []
-    spread: Spread[int] = Spread(
+    spread: ActorPool[int] = ActorPool(
         new_builder,
         start=lambda builder, shard: builder.build.remote(shard),
         named=lambda shard: f"shard {shard}",
@@ -170,11 +166,11 @@ def _build(
         for finished in spread.run(todo, share.actors):
             if finished is not None:
                 damages += finished[1]
-            made = counted(counter, made)
+            made = read_counter(counter, made)
             report(Progress(done + made, plan.samples))
     except TaskError as error:
         raise JobError(
-            f"shard {error.task} failed: {first_line(error.cause)}. Finished shards are kept: the same command goes on."
+            f"shard {error.task} failed: {summarize(error.cause)}. Finished shards are kept: the same command goes on."
         ) from error
     if damages:
         raise JobError(_damage_sentence(damages))

@@ -1,0 +1,1 @@
+"""Images as arrays and tensors: decoding, cropping, conversion, encoding, the KL autoencoder."""

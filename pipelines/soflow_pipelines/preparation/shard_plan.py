@@ -1,0 +1,146 @@
+"""From a source of images to a shard set, one shard at a time, so that the work can be spread and resumed.
+
+What each shard holds is a function of the source and the settings. A shard is built by one worker,
+published complete, and noted in `.preparing/`; a preparation that was cut builds the shards that are not
+noted, and its bytes are those of one that was not cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from soflow_pipelines.images.autoencoder import AutoencoderFacts
+from soflow_pipelines.images.decode import centre_crop, to_array
+from soflow_pipelines.shards.info import DatasetInfo
+from soflow_pipelines.shards.order import philox_permutation
+from soflow_pipelines.shards.writer import SHARD_BYTES, Sample, samples_per_shard
+from soflow_pipelines.sources.source import Source
+
+
+class DamagedImages(Exception):
+    """Images of a shard that cannot be used, each with its name and what is wrong."""
+
+    def __init__(self, errors: list[str]) -> None:
+        super().__init__(*errors)
+        self.errors = errors
+
+
+class Encoder(Protocol):
+    """Images to latents; an autoencoder."""
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """What decides the bytes of the shards, beside the source and the autoencoder."""
+
+    resolution: int  # pixels of a side
+    flips: bool = False  # each image a second time, mirrored before it is encoded
+    dtype: Literal["float16", "float32"] = "float16"  # of latents
+    seed: int = 0  # of the order in which images are dealt to shards
+    shard_bytes: int = SHARD_BYTES
+    batch: int = 32  # images encoded at once; rounding may depend on it
+    skip_damaged: bool = False
+
+    def __post_init__(self) -> None:
+        if self.resolution < 1 or self.shard_bytes < 1 or self.batch < 1:
+            raise ValueError("resolution, bytes of a shard and batch are 1 or more")
+
+
+class Preparation:
+    """The plan: which images make which shard."""
+
+    def __init__(
+        self, source: Source, settings: PrepareSettings, autoencoder: AutoencoderFacts | None = None
+    ) -> None:
+        self.source = source
+        self.settings = settings
+        self.autoencoder = autoencoder
+        size = settings.resolution
+        if autoencoder is None:
+            shape = (source.channels, size, size)
+        else:
+            if source.channels != 3:
+                raise ValueError(
+                    f"{autoencoder.id} encodes RGB images; {source.name} has {source.channels} channel."
+                )
+            if size % autoencoder.factor:
+                raise ValueError(
+                    f"a resolution of {size} is no multiple of {autoencoder.factor}, as {autoencoder.id} needs."
+                )
+            shape = (autoencoder.channels, size // autoencoder.factor, size // autoencoder.factor)
+        self.info = DatasetInfo(
+            kind="pixels" if autoencoder is None else "latents",
+            shape=shape,
+            dtype="uint8" if autoencoder is None else settings.dtype,
+            classes=None if source.labels is None else len(source.class_names),
+            class_names=source.class_names,
+            resolution=size,
+            crop="adm-centre",
+            flips=settings.flips,
+            autoencoder=autoencoder.id if autoencoder else None,
+            autoencoder_digest=autoencoder.digest if autoencoder else None,
+            scaling=autoencoder.scaling if autoencoder else 1.0,
+            shift=autoencoder.shift if autoencoder else 0.0,
+            recipe=self.recipe(),
+        )
+        self.samples = len(source) * (2 if settings.flips else 1)
+        self._per_shard = samples_per_shard(self.info, self.samples, settings.shard_bytes)
+        self._dealt = self._deal()
+
+    def recipe(self) -> dict[str, Any]:
+        """All that decides the bytes, as it stands in `dataset.json`."""
+        return {
+            "source": self.source.name,
+            "images": len(self.source),
+            "source_digest": self.source.digest,
+            **asdict(self.settings),
+            "autoencoder": self.autoencoder.id if self.autoencoder else None,
+            "autoencoder_digest": self.autoencoder.digest if self.autoencoder else None,
+        }
+
+    def _deal(self) -> NDArray[np.int64]:
+        """The images in the order in which they fill the shards: permuted, so that each shard has all classes.
+
+        Where images are cheap only when read in blocks, blocks are permuted instead of images.
+        """
+        seed, ends = self.settings.seed, self.source.block_ends
+        if ends is None:
+            return philox_permutation(len(self.source), seed, 0, stream=0)
+        starts = np.concatenate([[0], ends[:-1]])
+        blocks = philox_permutation(len(ends), seed, 0, stream=0)
+        return np.concatenate([np.arange(starts[block], ends[block]) for block in blocks])
+
+    @property
+    def shards(self) -> int:
+        return -(-self.samples // self._per_shard)
+
+    def shard_samples(self, shard: int) -> range:
+        """The numbers of a shard's samples in the dealt order."""
+        return range(shard * self._per_shard, min((shard + 1) * self._per_shard, self.samples))
+
+    def place(self, sample: int) -> tuple[int, bool]:
+        """(item of the source, mirrored) of a sample of the dealt order."""
+        if self.settings.flips:
+            return int(self._dealt[sample // 2]), bool(sample % 2)
+        return int(self._dealt[sample]), False
+
+    def pixels(self, sample: int) -> NDArray[np.uint8]:
+        """uint8 (C, H, W) of a sample, cropped and, where it is its turn, mirrored. ImageError."""
+        item, mirrored = self.place(sample)
+        image = centre_crop(self.source.image(item), self.settings.resolution)
+        if mirrored:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return to_array(image)
+
+    def sample(self, sample: int, array: NDArray[Any]) -> Sample:
+        item, mirrored = self.place(sample)
+        label = None if self.source.labels is None else int(self.source.labels[item])
+        return Sample(f"{item:08d}-flip" if mirrored else f"{item:08d}", array, label)

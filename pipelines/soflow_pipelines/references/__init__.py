@@ -1,0 +1,1 @@
+"""Image sets for evaluation, and reference statistics."""

@@ -1,0 +1,1 @@
+"""WebDataset shard sets: description, writing, reading, order, loading, verification."""

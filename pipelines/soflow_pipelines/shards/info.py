@@ -1,0 +1,117 @@
+"""What a shard set holds: `dataset.json`, and whether it fits a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+INFO_NAME = "dataset.json"
+WRITER_VERSION = 1
+
+
+class ShardError(Exception):
+    """A shard set that is damaged or is none. The text names set, shard, key and what is wrong."""
+
+
+class DataMismatch(ValueError):
+    """Data and network that do not fit. The text names both sides."""
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """The content of `dataset.json`.
+
+    `shape` is what the network sees, (C, H, W). Latents are stored as (2C, H, W): posterior mean, then
+    standard deviation, as the autoencoder gave them; the network sees ((mean + std eps) - shift) scaling.
+    """
+
+    kind: Literal["pixels", "latents"]
+    shape: tuple[int, int, int]
+    dtype: Literal["uint8", "float16", "float32"]
+    classes: int | None = None
+    class_names: tuple[str, ...] = field(default=(), repr=False)
+    resolution: int | None = None  # pixels of the images' sides, before the autoencoder
+    crop: str | None = None
+    flips: bool = False
+    autoencoder: str | None = None
+    autoencoder_digest: str | None = None
+    scaling: float = 1.0
+    shift: float = 0.0
+    left_out: tuple[str, ...] = ()  # damaged images that were left out when asked to
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # what it was made from, and how
+    writer_version: int = WRITER_VERSION
+    samples: int = 0
+    shards: int = 0
+    bytes: int = 0
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 3 or min(self.shape) < 1:
+            raise ValueError(f"a sample's shape is (C, H, W), not {self.shape}")
+        if (self.kind == "pixels") != (self.dtype == "uint8"):
+            raise ValueError(f"pixels are uint8 and latents float16 or float32; {self.kind} are {self.dtype}")
+        if self.class_names and len(self.class_names) != self.classes:
+            raise ValueError(f"{len(self.class_names)} class names for {self.classes} classes")
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the stored array."""
+        channels, height, width = self.shape
+        return (channels * 2 if self.kind == "latents" else channels), height, width
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> DatasetInfo:
+        """ValueError or TypeError where the text is no such record."""
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        known: dict[str, Any] = {
+            field.name: content[field.name] for field in fields(cls) if field.name in content
+        }
+        if content.get("writer_version", 0) > WRITER_VERSION:
+            raise ValueError(
+                f"the format is version {content['writer_version']}, this soflow reads up to {WRITER_VERSION}"
+            )
+        listed: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in known.items()
+        }
+        return cls(**listed)
+
+    def check_fits(
+        self,
+        shape: Sequence[int],
+        classes: int | None = None,
+        autoencoder: str | None = None,
+        scaling: float | None = None,
+        where: str = "the data",
+    ) -> None:
+        """DataMismatch, naming both sides, where a network for samples (C, H, W) cannot train on this data.
+
+        `classes` None is an unconditional network, which fits any data. `autoencoder` (an id, or the digest
+        of its weights) and `scaling` are compared where they are given.
+        """
+        if tuple(shape) != self.shape:
+            raise DataMismatch(
+                f"{where} holds {self.kind} of shape {format_shape(self.shape)}, the network takes {format_shape(shape)}."
+            )
+        if classes is not None and classes != self.classes:
+            held = "no labels" if self.classes is None else f"{self.classes} classes"
+            raise DataMismatch(f"{where} holds {held}, the network is conditioned on {classes} classes.")
+        if autoencoder is not None and autoencoder not in (self.autoencoder, self.autoencoder_digest):
+            held = f"latents of {self.autoencoder}" if self.kind == "latents" else "pixels"
+            raise DataMismatch(
+                f"{where} holds {held}, the configuration names the autoencoder {autoencoder}."
+            )
+        if scaling is not None and abs(scaling - self.scaling) > 1e-6 * abs(self.scaling):
+            raise DataMismatch(
+                f"{where} is scaled by {self.scaling:g}, the configuration says a scaling of {scaling:g}."
+            )
+
+
+def format_shape(shape: Sequence[int]) -> str:
+    return " x ".join(str(side) for side in shape)

@@ -1,0 +1,150 @@
+"""Random access to the samples of a shard set, wherever its shards lie."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from soflow_pipelines.shards.cache import ShardCache
+from soflow_pipelines.shards.info import DatasetInfo, ShardError
+from soflow_pipelines.shards.order import WINDOW_BYTES
+from soflow_pipelines.shards.tables import UNLABELLED, read_index, read_manifest
+from soflow_pipelines.shards.writer import npy_header
+from soflow_pipelines.storage.local import LocalFolder
+from soflow_pipelines.storage.opening import open_storage
+
+
+class SampleReader:
+    """Random access to the samples of a set, by row of its index; safe to use from several threads."""
+
+    def __init__(self, uri: str | Path, info: DatasetInfo, cache: ShardCache | None = None) -> None:
+        self._storage = open_storage(uri)
+        local = isinstance(self._storage, LocalFolder)
+        self.cache = None if local else cache or ShardCache.of_machine()
+        self._maps: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
+        self._mapped_bytes = 0
+        self._most_mapped = sys.maxsize if local else WINDOW_BYTES
+        self._lock = Lock()
+        self._info = info
+        self.shards = read_manifest(uri)
+        index = read_index(uri, ["shard", "label", "offset", "bytes", "crc32"])
+        self._shard = index["shard"].to_numpy()
+        self._label = index["label"].to_numpy().astype(np.int64)
+        self._offset = index["offset"].to_numpy()
+        self._crc = index["crc32"].to_numpy()
+        self._header = npy_header(info.dtype, info.stored_shape)
+        self._bytes = len(self._header) + int(np.prod(info.stored_shape)) * np.dtype(info.dtype).itemsize
+        self._checked = np.zeros(len(self._shard), np.bool_)
+        self._local = threading.local()
+        self._check_index(index["bytes"].to_numpy())
+        if local:
+            # All at once: mapped one by one between batches they would scatter small blocks over the heap,
+            # and memory would grow with their number. It also finds a missing or cut shard at the start.
+            for shard in range(len(self.shards)):
+                self._map(shard)
+
+    def _check_index(self, sizes: NDArray[Any]) -> None:
+        uri, listed = self._storage.uri, sum(shard.samples for shard in self.shards)
+        if not self._info.samples == listed == len(self._shard):
+            raise ShardError(
+                f"{uri}: dataset.json counts {self._info.samples} samples, manifest.parquet {listed} and "
+                f"index.parquet {len(self._shard)}."
+            )
+        counts = np.bincount(self._shard, minlength=len(self.shards))
+        for shard, count in zip(self.shards, counts, strict=True):
+            if count != shard.samples:
+                raise ShardError(
+                    f"{uri}: manifest.parquet counts {shard.samples} samples in {shard.name}, "
+                    f"index.parquet {count}."
+                )
+        wrong = np.flatnonzero(sizes != self._bytes)
+        if len(wrong):
+            raise self._damage(int(wrong[0]), f"{sizes[wrong[0]]} bytes listed, a sample has {self._bytes}")
+        if self._info.classes is not None and (self._label == UNLABELLED).any():
+            raise self._damage(int(np.argmin(self._label)), "no label")
+
+    def read(self, rows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """(B,) rows -> stored arrays (B, ...), valid until this thread's next read, and labels (B,) int64."""
+        stored = self._buffer(len(rows))
+        content = stored.reshape(len(rows), -1).view(np.uint8)
+        header = len(self._header)
+        shards, offsets = self._shard[rows].tolist(), self._offset[rows].tolist()
+        checked = self._checked[rows].tolist()
+        for number, row in enumerate(rows.tolist()):
+            shard, offset = self._map(shards[number]), offsets[number]
+            if not checked[number]:
+                self._check_sample(row, shard[offset : offset + self._bytes])
+            content[number] = shard[offset + header : offset + self._bytes]
+        return stored, self._label[rows]
+
+    def _buffer(self, count: int) -> NDArray[Any]:
+        """(B, ...) of the stored type, the same memory each time: fresh pages would cost more than the reading."""
+        buffer: NDArray[Any] | None = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) != count:
+            buffer = self._local.buffer = np.empty((count, *self._info.stored_shape), self._info.dtype)
+        return buffer
+
+    def _check_sample(self, row: int, member: NDArray[np.uint8]) -> None:
+        if len(member) != self._bytes:
+            raise self._damage(row, "the shard ends inside it")
+        if member[: len(self._header)].tobytes() != self._header:
+            raise self._damage(row, f"it is not {self._info.dtype} of shape {self._info.stored_shape}")
+        if zlib.crc32(member.tobytes()) != self._crc[row]:
+            raise self._damage(row, "its bytes are not those that were written (CRC-32 differs)")
+        self._checked[row] = True
+
+    def _map(self, shard: int) -> NDArray[np.uint8]:
+        """The bytes of a shard. Its file is unmapped when it is forgotten here and no batch is being read from it."""
+        mapped = self._maps.get(shard)
+        if mapped is not None:
+            return mapped
+        mapped = self._open_shard(shard)
+        with self._lock:
+            if shard not in self._maps:
+                self._maps[shard] = mapped
+                self._mapped_bytes += len(mapped)
+            while self._mapped_bytes > self._most_mapped and len(self._maps) > 1:
+                _, dropped = self._maps.popitem(last=False)
+                self._mapped_bytes -= len(dropped)
+        return mapped
+
+    def _open_shard(self, shard: int) -> NDArray[np.uint8]:
+        """ShardError where there is no such file, or it has another size."""
+        record = self.shards[shard]
+        place = f"{self._storage.uri}/{record.name}"
+        try:
+            if self.cache is not None:
+                descriptor = self.cache.open(self._storage, record)
+            else:
+                assert isinstance(self._storage, LocalFolder)
+                descriptor = os.open(self._storage.path(record.name), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ShardError(f"{place} cannot be opened: {error.strerror}.") from error
+        try:
+            size = os.fstat(descriptor).st_size
+            if size != record.bytes:
+                raise ShardError(f"{place} has {size} bytes, the manifest says {record.bytes}.")
+            # This mapping outlives the descriptor, so that a set may have more shards than a process may open files.
+            return torch.from_file(f"/proc/self/fd/{descriptor}", size=size, dtype=torch.uint8).numpy()
+        finally:
+            os.close(descriptor)
+
+    def fetch(self, shard: int, stop: Event) -> None:
+        """Brings a shard into the cache, unless it is stopped."""
+        if self.cache is not None:
+            self.cache.fetch(self._storage, self.shards[shard], stop)
+
+    def _damage(self, row: int, what: str) -> ShardError:
+        key = read_index(self._storage.uri, ["key"])["key"][row].as_py()
+        shard = self.shards[self._shard[row]].name
+        return ShardError(f"{self._storage.uri}/{shard}, sample {key}: {what}.")

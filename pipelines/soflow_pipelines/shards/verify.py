@@ -1,0 +1,227 @@
+"""Reading a shard set once, whole, and naming every damage in it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from soflow_pipelines.shards.info import INFO_NAME, DatasetInfo, ShardError
+from soflow_pipelines.shards.tables import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    UNLABELLED,
+    ShardRecord,
+    content_digest,
+    read_index,
+    read_info,
+    read_manifest,
+)
+from soflow_pipelines.shards.writer import BLOCK
+from soflow_pipelines.storage.http import WebFolder
+from soflow_pipelines.storage.object_store import ObjectStore, StorageError
+from soflow_pipelines.storage.opening import open_storage
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is wrong: in a file of the set, and in which sample where it is one."""
+
+    file: str
+    key: str | None
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}{f', sample {self.key}' if self.key else ''}: {self.what}"
+
+
+@dataclass
+class Member:
+    """A member found in a tar file."""
+
+    offset: int
+    content_crc: int
+    content: bytes | None  # of a label
+    cut: bool
+
+
+@dataclass
+class Scan:
+    """What a shard's bytes hold."""
+
+    members: dict[str, Member] = field(default_factory=dict)
+    damages: list[tuple[str | None, str]] = field(default_factory=list)
+    bytes: int = 0
+    sha256: str = ""
+
+
+def verify(
+    uri: str | Path, threads: int | None = None, on_shard: Callable[[ShardRecord], None] | None = None
+) -> list[Damage]:
+    """Every damage of the set, in the order of its shards; an empty list for a set as it was written.
+
+    ShardError where there is no set, or no manifest and index to compare with.
+    """
+    storage = open_storage(uri)
+    info, records, index = read_info(uri), read_manifest(uri), read_index(uri)
+    damages = _check_tables(storage, info, records, index)
+    rows: list[list[dict[str, Any]]] = [[] for _ in records]
+    for row in index.to_pylist():
+        if 0 <= row["shard"] < len(records):
+            rows[row["shard"]].append(row)
+
+    def check(number: int) -> list[Damage]:
+        found = _check_shard(storage, info, records[number], rows[number])
+        if on_shard is not None:
+            on_shard(records[number])
+        return found
+
+    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1), "verify") as pool:
+        for found in pool.map(check, range(len(records))):
+            damages += found
+    return damages
+
+
+def _check_tables(
+    storage: ObjectStore, info: DatasetInfo, records: list[ShardRecord], index: Any
+) -> list[Damage]:
+    damages = []
+    listed = sum(record.samples for record in records)
+    for file, what, count in (
+        (MANIFEST_NAME, "samples", listed),
+        (INDEX_NAME, "samples", len(index)),
+        (MANIFEST_NAME, "shards", len(records)),
+        (MANIFEST_NAME, "bytes", sum(record.bytes for record in records)),
+    ):
+        expected = getattr(info, what)
+        if count != expected:
+            damages.append(Damage(file, None, f"counts {count} {what}, {INFO_NAME} says {expected}"))
+    if content_digest(info, [record.sha256 for record in records]) != info.digest:
+        damages.append(
+            Damage(MANIFEST_NAME, None, f"its checksums are not those of the digest in {INFO_NAME}")
+        )
+    if not isinstance(storage, WebFolder):
+        known = {INFO_NAME, MANIFEST_NAME, INDEX_NAME, *(record.name for record in records)}
+        damages += [Damage(name, None, "an extra file") for name in storage.names() if name not in known]
+    return damages
+
+
+def _check_shard(
+    storage: ObjectStore, info: DatasetInfo, record: ShardRecord, rows: list[dict[str, Any]]
+) -> list[Damage]:
+    try:
+        if storage.size(record.name) is None:
+            return [Damage(record.name, None, "the shard is missing")]
+        content = memoryview(storage.read(record.name))
+    except StorageError as error:
+        return [Damage(record.name, None, str(error))]
+    scan = scan_shard(content)
+    damages = [Damage(record.name, key, what) for key, what in scan.damages]
+    if len(rows) != record.samples:
+        damages.append(
+            Damage(
+                record.name,
+                None,
+                f"{MANIFEST_NAME} counts {record.samples} samples, {INDEX_NAME} {len(rows)}",
+            )
+        )
+    for row in rows:
+        damages += [Damage(record.name, row["key"], what) for what in _check_sample(scan, info, row)]
+    expected = {f"{row['key']}.{kind}" for row in rows for kind in ("npy", "cls")}
+    damages += [
+        Damage(record.name, name.partition(".")[0], f"a member {name} that was not written")
+        for name in scan.members
+        if name not in expected
+    ]
+    labels = Counter(row["label"] for row in rows if row["label"] != UNLABELLED)
+    if dict(labels) != record.label_counts:
+        damages.append(Damage(record.name, None, f"{MANIFEST_NAME} has other label counts than {INDEX_NAME}"))
+    if scan.bytes != record.bytes:
+        damages.append(Damage(record.name, None, f"{scan.bytes} bytes instead of {record.bytes}"))
+    elif scan.sha256 != record.sha256 and not damages:
+        damages.append(Damage(record.name, None, "bytes between the samples differ (SHA-256)"))
+    return damages
+
+
+def _check_sample(scan: Scan, info: DatasetInfo, row: dict[str, Any]) -> Iterator[str]:
+    image = scan.members.get(f"{row['key']}.npy")
+    if image is None:
+        yield "the .npy is missing"
+    elif image.cut:
+        yield "cut inside its data"
+    elif image.content_crc != row["crc32"]:
+        yield "its bytes are not those that were written (CRC-32 differs)"
+    elif image.offset != row["offset"]:
+        yield f"it lies at byte {image.offset}, {INDEX_NAME} says {row['offset']}"
+    if info.classes is None:
+        return
+    label = scan.members.get(f"{row['key']}.cls")
+    if label is None:
+        yield "the .cls is missing"
+    elif label.cut:
+        yield "cut inside its label"
+    elif label.content != str(row["label"]).encode():
+        yield f"its label is {label.content!r}, {INDEX_NAME} says {row['label']}"
+
+
+def scan_shard(content: memoryview) -> Scan:
+    """Reads a tar file to its end, past damaged headers."""
+    scan = Scan(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    position, lost, last = 0, False, None
+    while position < len(content):
+        block = bytes(content[position : position + BLOCK])
+        if len(block) < BLOCK:
+            scan.damages.append((last, "cut in the header after it"))
+            return scan
+        if not any(block):
+            if any(content[position:]):
+                scan.damages.append((last, "data after the end mark"))
+            elif len(content) - position != 2 * BLOCK:
+                scan.damages.append((last, "the end mark is cut"))
+            return scan
+        header = _header(block)
+        if header is None:
+            if not lost:
+                scan.damages.append((last, f"a damaged header after it, at byte {position}"))
+            lost, position = True, position + BLOCK
+            continue
+        lost = False
+        start, end = position + BLOCK, position + BLOCK + header.size
+        data = content[start:end]
+        if header.name in scan.members:
+            scan.damages.append((header.name.partition(".")[0], f"{header.name} comes twice"))
+        scan.members[header.name] = Member(
+            offset=start,
+            content_crc=zlib.crc32(data),
+            content=bytes(data) if header.name.endswith(".cls") else None,
+            cut=end > len(content),
+        )
+        last = header.name.partition(".")[0]
+        position = end + -header.size % BLOCK
+    scan.damages.append((last, "the shard ends after it, without an end mark"))
+    return scan
+
+
+def _header(block: bytes) -> tarfile.TarInfo | None:
+    # A file's data may look like anything: only a block with tar's mark and checksum is a header.
+    if block[257:262] != b"ustar":
+        return None
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return None
+
+
+def require_intact(uri: str | Path) -> None:
+    """ShardError with the first damages where the set is not as it was written."""
+    damages = verify(uri)
+    if damages:
+        more = f" and {len(damages) - 3} more" if len(damages) > 3 else ""
+        raise ShardError(f"{uri} is damaged: {'; '.join(map(str, damages[:3]))}{more}.")

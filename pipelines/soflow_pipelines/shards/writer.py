@@ -1,0 +1,180 @@
+"""Shard sets: WebDataset tar files, an index of offsets, a manifest and `dataset.json`.
+
+A set is a folder or URI that holds
+
+    shard-000000.tar ...   <key>.npy and <key>.cls, readable by any WebDataset reader, byte-deterministic
+    index.parquet          a row for each sample: shard, key, label, offset and bytes of the .npy, its CRC-32
+    manifest.parquet       a row for each shard: name, samples, bytes, SHA-256, label counts
+    dataset.json           what it holds; written last, so that a set is complete or absent
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import secrets
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from soflow_pipelines.shards.info import INFO_NAME, DataMismatch, DatasetInfo, ShardError
+from soflow_pipelines.shards.tables import INDEX_SCHEMA, UNLABELLED, ShardRecord, StagingFolder, publish_set
+from soflow_pipelines.storage.opening import open_storage
+
+__all__ = ["DataMismatch", "DatasetInfo", "ShardError"]
+
+SHARD_BYTES = 256 * 2**20
+WRITE_BYTES = 8 * 2**20  # large writes are cached in large pages, which are faster to read again
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample to store: uint8 pixels (C, H, W), or posterior mean and std (2C, H, W) of latents."""
+
+    key: str
+    array: NDArray[Any]
+    label: int | None = None
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def npy_header(dtype: str, shape: Sequence[int]) -> bytes:
+    """What stands before the data in an .npy file of version 1.0; every sample of a set has the same."""
+    return npy_bytes(np.empty(tuple(shape), dtype))[: -int(np.prod(shape)) * np.dtype(dtype).itemsize]
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+class ShardWriter:
+    """Writes one tar file: USTAR, every time and owner zero, so that equal samples make equal bytes."""
+
+    def __init__(self, file: BinaryIO, number: int, info: DatasetInfo) -> None:
+        self._file = file
+        self._number = number
+        self._info = info
+        self._sha = hashlib.sha256()
+        self._rows: list[tuple[int, str, int, int, int, int]] = []
+        self._bytes = 0
+        self._keys: set[str] = set()
+
+    def add(self, sample: Sample) -> None:
+        """ValueError where the sample is not what `dataset.json` says, or its key was there before."""
+        self._check(sample)
+        content = npy_bytes(sample.array)
+        offset = self._member(f"{sample.key}.npy", content)
+        label = UNLABELLED
+        if sample.label is not None:
+            label = int(sample.label)
+            self._member(f"{sample.key}.cls", str(label).encode())
+        self._rows.append((self._number, sample.key, label, offset, len(content), zlib.crc32(content)))
+
+    def _check(self, sample: Sample) -> None:
+        info = self._info
+        name = f"sample {sample.key!r}"
+        if not sample.key or "." in sample.key or "/" in sample.key:
+            raise ValueError(f"{name}: a key has no dot and no slash, for readers split names there")
+        if sample.key in self._keys:
+            raise ValueError(f"{name} comes twice")
+        if sample.array.shape != info.stored_shape or sample.array.dtype != np.dtype(info.dtype):
+            raise ValueError(
+                f"{name} is {sample.array.dtype} {sample.array.shape}, "
+                f"the set holds {info.dtype} {info.stored_shape}"
+            )
+        if (sample.label is None) != (info.classes is None):
+            raise ValueError(f"{name} has label {sample.label}, the set has classes {info.classes}")
+        if sample.label is not None and info.classes and not 0 <= sample.label < info.classes:
+            raise ValueError(f"{name} has label {sample.label}, the set has classes 0 to {info.classes - 1}")
+        self._keys.add(sample.key)
+
+    def _member(self, name: str, content: bytes) -> int:
+        header = tarfile.TarInfo(name)
+        header.size, header.mode, header.mtime = len(content), 0o644, 0
+        self._write(header.tobuf(tarfile.USTAR_FORMAT))
+        offset = self._bytes
+        self._write(content + bytes(-len(content) % BLOCK))
+        return offset
+
+    def _write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._sha.update(content)
+        self._bytes += len(content)
+
+    def finish(self) -> ShardRecord:
+        self._write(bytes(2 * BLOCK))
+        columns = zip(*self._rows, strict=True) if self._rows else [()] * len(INDEX_SCHEMA)
+        arrays = [pa.array(c, field.type) for c, field in zip(columns, INDEX_SCHEMA, strict=True)]
+        labels = Counter(row[2] for row in self._rows if row[2] != UNLABELLED)
+        return ShardRecord(
+            name=shard_name(self._number),
+            samples=len(self._rows),
+            bytes=self._bytes,
+            sha256=self._sha.hexdigest(),
+            label_counts=dict(sorted(labels.items())),
+            index=pa.table(arrays, schema=INDEX_SCHEMA),
+        )
+
+
+def write_shard(path: Path, number: int, samples: Iterable[Sample], info: DatasetInfo) -> ShardRecord:
+    """Writes one shard to a local path, which is complete or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with aside.open("wb", buffering=WRITE_BYTES) as file:
+            writer = ShardWriter(file, number, info)
+            for sample in samples:
+                writer.add(sample)
+            record = writer.finish()
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return record
+
+
+def samples_per_shard(info: DatasetInfo, samples: int, shard_bytes: int = SHARD_BYTES) -> int:
+    """As many as fill `shard_bytes`; a small set is cut into eight, so that work on it can be spread."""
+    stored = int(np.prod(info.stored_shape)) * np.dtype(info.dtype).itemsize + 128
+    member = BLOCK + -(-stored // BLOCK) * BLOCK + (2 * BLOCK if info.classes is not None else 0)
+    return max(1, min(shard_bytes // member, -(-samples // 8)))
+
+
+def write_shards(
+    samples: Iterable[Sample],
+    out: str | Path,
+    info: DatasetInfo,
+    per_shard: int | None = None,
+    total: int | None = None,
+) -> DatasetInfo:
+    """Writes a whole set in the order given and returns its `dataset.json`.
+
+    `per_shard` defaults to what fills 256 MB; with the `total` known, a small set is cut into eight shards.
+    """
+    storage = open_storage(out)
+    if storage.size(INFO_NAME) is not None:
+        raise ShardError(f"{storage.uri} already holds a shard set; write to another place or remove it.")
+    if per_shard is None:
+        per_shard = samples_per_shard(info, total if total is not None else 2**62)
+    remaining = iter(samples)
+    records: list[ShardRecord] = []
+    with StagingFolder(storage) as staging:
+        while chunk := list(islice(remaining, per_shard)):
+            local = staging / shard_name(len(records))
+            record = write_shard(local, len(records), chunk, info)
+            storage.publish(record.name, local)
+            records.append(record)
+    return publish_set(storage, info, records)

@@ -1,0 +1,42 @@
+"""soflow_pipelines.sources.cifar10"""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from soflow_pipelines.sources.source import ArraySource, LabelledImages, SourceError
+
+
+class Cifar10Archive(ArraySource):
+    """`cifar-10-binary.tar.gz` as its authors publish it. The Python version is a pickle and is not read."""
+
+    def __init__(self, path: Path, name: str, split: str) -> None:
+        images, labels = [], []
+        try:
+            with tarfile.open(path) as archive:
+                for member in sorted(archive.getmembers(), key=lambda member: member.name):
+                    base = Path(member.name).name
+                    if not base.endswith(".bin") or base.startswith("data_batch") != (split == "train"):
+                        continue
+                    opened = archive.extractfile(member)
+                    assert opened is not None
+                    records = np.frombuffer(opened.read(), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+                    labels.append(records[:, 0].astype(np.int64))
+                    images.append(records[:, 1:].reshape(-1, 3, 32, 32))
+        except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+            raise SourceError(f"{path} cannot be read: {error}.") from error
+        if not images:
+            raise SourceError(
+                f"{path} holds no {split} batches; give cifar-10-binary.tar.gz, a folder or a zip."
+            )
+        data = LabelledImages(np.concatenate(images), np.concatenate(labels), CIFAR10_CLASSES)
+        super().__init__(name, data)
+
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+CIFAR10 = "cifar10:"

@@ -1,0 +1,136 @@
+"""Sources that are tables or archives: Parquet, WebDataset shards, CIFAR-10's own archive."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+
+from soflow_pipelines.images.decode import ImageError, decode_image
+from soflow_pipelines.sources.source import SourceError
+
+
+class ParquetSource:
+    """Parquet files with a column of encoded images (binary, or a struct with `bytes`) and one of labels.
+
+    Labels are integers, named by the `huggingface` metadata where there is some, or strings.
+    """
+
+    channels = 3
+    ignored = 0
+
+    def __init__(
+        self, files: Sequence[Path], name: str, image_column: str | None, label_column: str | None
+    ) -> None:
+        self.name = name
+        self.resolution: int | None = None
+        self._files = [str(path) for path in files]
+        self._local = threading.local()
+        tables = [self._file(number) for number in range(len(files))]
+        schema = tables[0].schema_arrow
+        self._image_column = image_column or _image_column(name, schema)
+        label = label_column or next(
+            (c for c in schema.names if c in ("label", "labels", "class", "cls")), None
+        )
+        for column in (self._image_column, label):
+            if column is not None and column not in schema.names:
+                raise SourceError(f"{name} has no column {column!r}; it has {', '.join(schema.names)}.")
+        groups = [
+            (n, g, t.metadata.row_group(g).num_rows)
+            for n, t in enumerate(tables)
+            for g in range(t.num_row_groups)
+        ]
+        self._groups = [(number, group) for number, group, rows in groups if rows]
+        self.block_ends: NDArray[np.int64] | None = np.cumsum(
+            [rows for *_, rows in groups if rows], dtype=np.int64
+        )
+        if not self._groups:
+            raise SourceError(f"{name} has no rows.")
+        self.labels, self.class_names = self._labels(tables, schema, label)
+        sizes = [(path.name, path.stat().st_size) for path in files]
+        listed = None if self.labels is None else hashlib.sha256(self.labels.tobytes()).hexdigest()
+        self.digest = hashlib.sha256(json.dumps([sizes, listed, self.class_names]).encode()).hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._local = threading.local()
+
+    def __len__(self) -> int:
+        assert self.block_ends is not None
+        return int(self.block_ends[-1])
+
+    def _file(self, number: int) -> pq.ParquetFile:
+        opened = self._local.__dict__.setdefault("files", {})
+        if number not in opened:
+            try:
+                opened[number] = pq.ParquetFile(self._files[number])
+            except (OSError, pa.ArrowException) as error:
+                raise SourceError(f"{self._files[number]} cannot be read as Parquet: {error}.") from error
+        return opened[number]
+
+    def _labels(
+        self, tables: Sequence[pq.ParquetFile], schema: pa.Schema, column: str | None
+    ) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+        if column is None:
+            return None, ()
+        values = pa.concat_tables([table.read([column]) for table in tables])[column]
+        if values.null_count:
+            raise SourceError(f"{self.name}: {values.null_count} rows have no {column}.")
+        if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+            names = sorted(set(values.to_pylist()))
+            return np.searchsorted(names, values.to_pylist()).astype(np.int64), tuple(names)
+        labels = values.to_numpy().astype(np.int64)
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        feature = metadata.get("info", {}).get("features", {}).get(column, {})
+        names = feature.get("names") or [str(label) for label in range(int(labels.max()) + 1)]
+        if labels.min() < 0 or labels.max() >= len(names):
+            raise SourceError(
+                f"{self.name}: labels go from {labels.min()} to {labels.max()}, for {len(names)} classes."
+            )
+        return labels, tuple(names)
+
+    def item_name(self, item: int) -> str:
+        group, row = self._place(item)
+        number, number_in_file = self._groups[group]
+        return f"{Path(self._files[number]).name}, row group {number_in_file}, row {row}"
+
+    def _place(self, item: int) -> tuple[int, int]:
+        assert self.block_ends is not None
+        group = int(np.searchsorted(self.block_ends, item, side="right"))
+        return group, item - (int(self.block_ends[group - 1]) if group else 0)
+
+    def image(self, item: int) -> Image.Image:
+        group, row = self._place(item)
+        if getattr(self._local, "group", None) != group:
+            number, number_in_file = self._groups[group]
+            self._local.column = self._file(number).read_row_group(number_in_file, [self._image_column])[0]
+            self._local.group = group
+        value = self._local.column[row].as_py()
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if content is None:
+            raise ImageError(f"{self.item_name(item)}: no image.")
+        return decode_image(content, self.item_name(item))
+
+
+def _image_column(name: str, schema: pa.Schema) -> str:
+    for field in schema:
+        kind = field.type
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            return str(field.name)
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            return str(field.name)
+    raise SourceError(
+        f"{name} has no column of images (binary, or a struct with bytes): {', '.join(schema.names)}."
+    )

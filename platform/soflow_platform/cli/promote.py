@@ -1,0 +1,23 @@
+"""soflow_platform.cli.promote"""
+
+from __future__ import annotations
+
+from soflow_platform.cli.generate import _tracking_uri
+from soflow_platform.storage.project import find_project
+
+
+def promote_command(
+    model: str, force: str | None, rollback: bool, storage_option: str | None, tracking: str | None
+) -> None:
+    """Change the champion and say why."""
+    from soflow_platform.cli.terminal import storage_flag
+    from soflow_platform.registry import promotion
+
+    storage = find_project(storage_option)
+    uri = _tracking_uri(storage, tracking)
+    done = promotion.rollback(uri, model) if rollback else promotion.promote(uri, model, force)
+    before = f" (before: version {done.previous})" if done.previous else ""
+    print(f"models:/{done.model}@champion is version {done.version}{before}: {done.reason}")
+    print(
+        f"next: soflowctl generate --model models:/{done.model}@champion --num 100 --out images{storage_flag(storage)}"
+    )

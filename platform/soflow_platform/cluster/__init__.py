@@ -1,0 +1,1 @@
+"""A Ray to work on: connection, placement groups, actor pool."""

@@ -1,0 +1,146 @@
+"""Connecting to Ray: a local one that lives as long as the command, or a cluster at an address."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from soflow_platform.errors import JobError, UserError
+
+PROBE_SECONDS = 5.0
+HEALTH_SECONDS = 10.0
+DRIVER_CPUS = 0.1
+"""What Tune holds for the function that drives one trial; the work is done by the trial's workers."""
+
+_QUIET = {
+    # Unset, a local start turns token authentication on and clients without the token fail.
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # A trial that may run with fewer workers does not wait a minute for the lost one.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Ctrl-C ends the sweep where it stands; Tune's own handler would go on as if the trials had been stopped.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # A trial that was stopped before its first evaluation ends without the metric.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+class RayLost(JobError):
+    """The Ray node that this process is connected to has died."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a connected Ray offers."""
+
+    address: str
+    local: bool
+    cpus: float
+    gpus: float
+    nodes: int
+    machines: int
+    """Different addresses among the nodes."""
+
+    def require_alive(self) -> None:
+        """Raises RayLost where the node that this process is connected to has died: what waits for Ray would wait for ever."""
+        import ray
+
+        own = ray.get_runtime_context().get_node_id()
+        if not any(node["Alive"] and node["NodeID"] == own for node in ray.nodes()):
+            raise RayLost(
+                "the Ray node that this command is connected to has died. What is saved is kept: the same command goes on."
+            )
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[Cluster]:
+    """Connect for the length of a block. None starts a local Ray on this machine, with all its cores.
+
+    Raises UserError where no Ray answers at `address`, within seconds.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    require_answer(address)
+    import ray
+
+    # Ray places trial drivers on logical CPUs; one more than the cores keeps every core for the workers.
+    local = {"num_cpus": (os.cpu_count() or 1) + 1, "include_dashboard": True, "dashboard_host": "127.0.0.1"}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        ray.init(
+            address="local" if address is None else address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace="soflow",
+            **(local if address is None else {}),
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"Ray at {address or 'this machine'} refused the connection: {first}") from None
+    if threading.current_thread() is threading.main_thread():
+        # Ray answers SIGTERM by aborting the process; the caller's own answer closes its runs first.
+        for number, answer in before.items():
+            signal.signal(number, answer)
+    try:
+        resources = ray.cluster_resources()
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        yield Cluster(
+            address=ray.get_runtime_context().gcs_address,
+            local=address is None,
+            cpus=resources.get("CPU", 0.0) - (1 if address is None else 0),
+            gpus=resources.get("GPU", 0.0),
+            nodes=len(alive),
+            machines=len({node["NodeManagerAddress"] for node in alive}),
+        )
+    finally:
+        ray.shutdown()
+
+
+def require_answer(address: str | None) -> None:
+    """Raises UserError unless something listens at HOST:PORT; Ray's own attempt would wait for minutes."""
+    if address is None:
+        return
+    if "://" in address:
+        raise UserError(
+            f"--address {address} is a Ray Client address: run on a machine of the cluster with --address HEAD:6379, "
+            "or submit the command with `ray job submit`."
+        )
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or not host:
+        raise UserError(f"--address {address!r} is not of the form HOST:PORT, such as 10.0.0.1:6379.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _no_answer(address, getattr(error, "strerror", None) or str(error)) from None
+    # Something listens; only Ray's own check tells whether it is Ray, and it may wait for ever for an answer.
+    check = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        healthy = (
+            subprocess.run(check, capture_output=True, timeout=HEALTH_SECONDS, check=False).returncode == 0
+        )
+    except subprocess.TimeoutExpired:
+        healthy = False
+    if not healthy:
+        raise _no_answer(address, "something else listens there")
+
+
+def _no_answer(address: str, reason: str) -> UserError:
+    return UserError(
+        f"no Ray answers at {address} ({reason}); start one with `ray start --head`, or leave --address out "
+        "to use this machine."
+    )

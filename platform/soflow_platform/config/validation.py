@@ -1,0 +1,110 @@
+"""soflow_platform.config.validation"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Union
+
+from pydantic import BaseModel, Field, ValidationError
+
+from soflow_core.objectives import OBJECTIVES
+from soflow_platform.config.document import Document, KeyPath, read_document
+from soflow_platform.errors import UserError
+
+if typing.TYPE_CHECKING:
+    ObjectiveConfig = Any
+else:
+    ObjectiveConfig = Annotated[Union[tuple(OBJECTIVES.values())], Field(discriminator="method")]  # noqa: UP007
+from soflow_platform.config.experiment import Experiment
+
+
+def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> tuple[Experiment, Document]:
+    """Read and check a sweep file. Raises UserError naming the first thing wrong with file and line."""
+    document = read_document(path, overrides)
+    return validate(document), document
+
+
+def validate(document: Document) -> Experiment:
+    """Check a document. Raises UserError: unknown keys first, with the nearest known name, then values."""
+    _refuse_unknown_keys(document, Experiment, document.data, ())
+    try:
+        return Experiment(**document.data)
+    except ValidationError as error:
+        raise UserError(_sentence(document, error)) from None
+
+
+def _sentence(document: Document, error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = _document_path(document, first["loc"])
+    key = ".".join(str(part) for part in path)
+    where = document.origin(path) if path else document.origin(("name",))
+    source = where if path else where.source
+    if first["type"] == "missing":
+        return f"{source}: `{'.'.join(str(part) for part in first['loc'])}` is missing."
+    if first["type"] == "union_tag_invalid":
+        expected = first["ctx"]["expected_tags"].replace("'", "")
+        return (
+            f"{document.origin((*path, 'method'))}: unknown method {first['ctx']['tag']!r} in `{key}`; "
+            f"known are {expected}."
+        )
+    if first["type"] == "union_tag_not_found":
+        return f"{source}: `{key}.method` is missing; known are {', '.join(OBJECTIVES)}."
+    message = first["msg"].removeprefix("Value error, ").rstrip(".")
+    message = message[:1].lower() + message[1:]
+    if first["type"] == "value_error":
+        return f"{source}: {f'`{key}`: ' if key else ''}{message}."
+    return f"{source}: `{key}` is {first['input']!r}: {message}."
+
+
+def _document_path(document: Document, loc: tuple[str | int, ...]) -> KeyPath:
+    """pydantic's location without the parts that are names of union members and not keys."""
+    path: KeyPath = ()
+    for part in loc:
+        try:
+            document.get((*path, part))
+        except KeyError:
+            continue
+        path = (*path, part)
+    return path
+
+
+def _refuse_unknown_keys(document: Document, annotation: Any, value: Any, path: KeyPath) -> None:
+    if not isinstance(value, dict):
+        return
+    fields = _known_fields(annotation, value)
+    if fields is None:
+        return
+    for key, below in value.items():
+        if key not in fields:
+            nearest = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            section = ".".join(str(part) for part in path)
+            known = f"did you mean `{nearest[0]}`?" if nearest else f"known are {', '.join(fields)}."
+            place = f" in `{section}`" if section else ""
+            raise UserError(f"{document.origin((*path, key))}: unknown key `{key}`{place}; {known}")
+        _refuse_unknown_keys(document, fields[key], below, (*path, key))
+
+
+def _known_fields(annotation: Any, value: dict[str, Any]) -> dict[str, Any] | None:
+    """Names and types of a section's keys; None for a free mapping or a section that cannot be told yet."""
+    if typing.get_origin(annotation) is Annotated:
+        return _known_fields(typing.get_args(annotation)[0], value)
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        members = [m for m in typing.get_args(annotation) if m is not type(None)]
+        if len(members) > 1:
+            members = [OBJECTIVES[m] for m in [value.get("method")] if m in OBJECTIVES]
+        return _known_fields(members[0], value) if members else None
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if annotation is Experiment:
+            return {
+                **{n: f.annotation for n, f in Experiment.model_fields.items()},
+                "objective": ObjectiveConfig,
+            }
+        return {name: f.annotation for name, f in annotation.model_fields.items()}
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        hints = typing.get_type_hints(annotation)
+        return {f.name: hints[f.name] for f in dataclasses.fields(annotation)}
+    return None

@@ -1,0 +1,1 @@
+"""How a number is made: image sources, feature statistics, references, scoring protocol, evaluator."""

@@ -1,0 +1,260 @@
+"""Scores of a network's samples during training: Fréchet distance and label agreement at given numbers of evaluations.
+
+Sample i is a function of (evaluation seed, i) and the weights alone, so that evaluating changes no random number of the training,
+and every evaluation of a sweep sees the same noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from soflow_core.networks import DiT
+from soflow_core.nfe import steps_for
+from soflow_core.objectives import Objective
+from soflow_core.samplers.noise import sample_labels
+from soflow_pipelines.features import FeatureNetwork
+from soflow_pipelines.images.autoencoder import KlAutoencoder
+from soflow_pipelines.images.encode import image_grid
+from soflow_pipelines.metrics import EVALUATOR, Reference, ScoreError, ScoreStatistics, scores
+from soflow_pipelines.shards.info import DatasetInfo
+from soflow_platform.config.evaluation import DIGITS, POOLED, EvaluationConfig
+from soflow_platform.errors import UserError
+from soflow_platform.evaluation.feature_networks import _device, feature_network
+from soflow_platform.evaluation.reference_store import (
+    ComputeStatistics,
+    reference_flags,
+    short_digest,
+    training_reference,
+)
+from soflow_platform.evaluation.statistics import StatisticsJob, compute_statistics
+from soflow_platform.generation.decoding import autoencoder_tag, decoded, open_decoder, viewable
+from soflow_platform.generation.sampling import generate
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import FLAGS_TAG
+
+QUICKLY_POOLED = 50_000
+"""Samples that one process takes block averages of in seconds."""
+VISIBLE_PIXELS = 48
+"""Smallest side of an image in a grid."""
+
+Merge = Callable[[list[Any]], list[Any]]
+"""All ranks' contributions, in rank order."""
+
+
+class Interrupted(Exception):
+    """An evaluation that was asked to stop before its end; nothing of it is kept."""
+
+
+def never() -> bool:
+    """For an evaluation that nobody asks to stop."""
+    return False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics by name, and one sample grid (H, W, 3) uint8 for each number of evaluations."""
+
+    metrics: dict[str, float]
+    grids: dict[str, np.ndarray[Any, Any]]
+    flags: list[str] = field(default_factory=list)
+    """Sentences: why a number is refused, and then not a number, or not comparable with others of its name."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores networks that make samples like those of one data set."""
+
+    config: EvaluationConfig
+    info: DatasetInfo
+    classes: int | None
+    """Number of classes; None for unconditional training."""
+    features: FeatureNetwork
+    reference: Reference
+    decoder: KlAutoencoder | None = None
+    """What turns latents into the images that `features` looks at."""
+
+    @classmethod
+    def open(
+        cls,
+        config: EvaluationConfig,
+        info: DatasetInfo,
+        data: str,
+        conditional: bool,
+        storage: ProjectFolder,
+        gather: ComputeStatistics | None = None,
+    ) -> Evaluator:
+        """Load the feature network and the reference statistics, making and keeping both where they are missing.
+
+        `gather` spreads the description of the real images over a cluster; without it, and where it takes seconds, this process
+        describes them. Raises UserError where the feature network or the autoencoder cannot be had.
+        """
+        features = feature_network(config.features, info.shape, storage)
+        decoder = None
+        if features.space == "images":
+            decoder = open_decoder(asdict(info), config.autoencoder, _device())
+        classes = info.classes if conditional else None
+
+        pooled_quickly = config.features == POOLED and info.samples <= QUICKLY_POOLED
+        quick = config.features == DIGITS or pooled_quickly
+
+        def here(measurement: StatisticsJob) -> ScoreStatistics:
+            return compute_statistics(measurement, features, _device())
+
+        try:
+            reference = training_reference(
+                config.features,
+                features,
+                [_kind(config)],
+                info,
+                data,
+                config.autoencoder,
+                storage.features,
+                here if gather is None or quick else gather,
+            )
+        except ScoreError as error:
+            raise UserError(f"evaluation.features {config.features}: {error}") from error
+        return cls(config, info, classes, features, reference, decoder)
+
+    def evaluate(
+        self,
+        network: DiT,
+        objective: Objective,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+        merge: Merge = list,
+        stop: Callable[[], bool] = never,
+    ) -> Evaluation:
+        """Score `network`; each rank makes every world-th batch, and `merge` brings the parts together.
+
+        A number that is refused, because a sample is not finite, is nan on every rank. `stop` is asked before every batch, on all
+        ranks equally often, and must answer all of them alike: Interrupted on all of them where it says so.
+        """
+        metrics: dict[str, float] = {}
+        flags: list[str] = []
+        for nfe in self.config.nfe:
+            part = self._part(network, objective, nfe, device, rank, world, stop)
+            values, said = self._values(merge([part]))
+            # A refusal is of this number; the others are said of all.
+            flags += said if values else [f"{sentence} (nfe {nfe})" for sentence in said]
+            names = {self.config.distance: _kind(self.config), "label_agreement": "label_agreement"}
+            for name, kind in names.items():
+                if f"eval/{name}_nfe{nfe}" in self.config.metrics(self.classes is not None):
+                    metrics[f"eval/{name}_nfe{nfe}"] = values.get(kind, math.nan)
+        grids = self.grids(network, objective, device) if rank == 0 else {}
+        return Evaluation(metrics, grids, list(dict.fromkeys(flags)))
+
+    def _part(
+        self,
+        network: DiT,
+        objective: Objective,
+        nfe: int,
+        device: torch.device,
+        rank: int,
+        world: int,
+        stop: Callable[[], bool] = never,
+    ) -> dict[str, Any]:
+        """What this rank gathers of its batches: the arrays of statistics, or the sentence that refuses a sample."""
+        statistics = ScoreStatistics(self.features, self._metrics(), samples=self.config.samples)
+        steps = steps_for(objective, nfe, self.classes is not None)
+        refused = None
+        for indices in self._batches(rank, world):
+            if stop():
+                raise Interrupted
+            if refused or indices is None:
+                continue
+            labels = self._labels(indices)
+            samples = generate(network, objective, self.config.seed, indices, labels, steps, device)
+            try:
+                statistics.update(indices, decoded(samples, self.decoder), labels)
+            except ScoreError as error:
+                refused = str(error)
+        return {"refused": refused} if refused else {"state": statistics.state()}
+
+    def _values(self, parts: list[dict[str, Any]]) -> tuple[dict[str, float], list[str]]:
+        refused = [part["refused"] for part in parts if "refused" in part]
+        if refused:
+            return {}, refused[:1]
+        whole = ScoreStatistics.from_state(parts[0]["state"])
+        for part in parts[1:]:
+            whole.merge(ScoreStatistics.from_state(part["state"]))
+        result = scores(whole, self.reference)
+        return result.values, result.flags
+
+    def grids(
+        self, network: DiT, objective: Objective, device: torch.device
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """One sample grid for each number of evaluations, by the name it is logged under."""
+        return {f"samples/nfe{nfe}": self.grid(network, objective, nfe, device) for nfe in self.config.nfe}
+
+    def grid(
+        self, network: DiT, objective: Objective, nfe: int, device: torch.device
+    ) -> np.ndarray[Any, Any]:
+        """A square of samples, one class to a row, from noise that no scored sample uses."""
+        side = self.config.grid
+        indices = torch.arange(side * side) + (1 << 40)
+        labels = None
+        if self.classes is not None:
+            labels = (torch.arange(side) * self.classes // side).repeat_interleave(side)
+        steps = steps_for(objective, nfe, self.classes is not None)
+        samples = generate(network, objective, self.config.seed, indices, labels, steps, device)
+        return grid_image(viewable(decoded(samples, self.decoder)), columns=side)
+
+    def tags(self) -> dict[str, str]:
+        """Everything besides the weights that can move the numbers."""
+        tags = {
+            "eval.evaluator": EVALUATOR,
+            "eval.features": self.features.id,
+            "eval.reference": f"{short_digest(self.info)} ({self.reference.count} samples)",
+            "eval.samples": str(self.config.samples),
+            "eval.nfe": ",".join(map(str, self.config.nfe)),
+            "eval.labels": self.config.labels if self.classes is not None else "none",
+            "eval.seed": str(self.config.seed),
+        }
+        if self.decoder is not None:
+            tags["eval.autoencoder"] = autoencoder_tag(self.decoder.facts)
+        flags = self.flags()
+        return tags | ({FLAGS_TAG: " ".join(flags)} if flags else {})
+
+    def flags(self) -> list[str]:
+        """What has to be said of every number of this evaluator, known before the first."""
+        flags = [*self.features.warnings, *reference_flags(asdict(self.info), self.features)]
+        if self.config.samples < self.features.dim:
+            flags.append(
+                f"{self.config.samples} samples in {self.features.dim} features: the covariance is singular, and the distance compares "
+                "with others of as many samples alone."
+            )
+        return flags
+
+    def _metrics(self) -> list[str]:
+        agrees = any("label_agreement" in name for name in self.config.metrics(self.classes is not None))
+        return [_kind(self.config), *(["label_agreement"] if agrees else [])]
+
+    def _batches(self, rank: int, world: int) -> Iterator[Tensor | None]:
+        """This rank's batches, as many on every rank: None where there is none left for it."""
+        everything = torch.arange(self.config.samples).split(self.config.batch)
+        for first in range(0, len(everything), world):
+            yield everything[first + rank] if first + rank < len(everything) else None
+
+    def _labels(self, indices: Tensor) -> Tensor | None:
+        if self.classes is None:
+            return None
+        balanced = self.config.labels == "balanced"
+        return sample_labels(self.config.seed, indices, self.classes, balanced)
+
+
+def _kind(config: EvaluationConfig) -> str:
+    """The metric of soflow_pipelines that the distance is."""
+    return "fid" if config.distance == "fid" else "fd"
+
+
+def grid_image(images: Tensor, columns: int) -> np.ndarray[Any, Any]:
+    """(N, C, H, W) uint8 -> one picture (H', W', 3); images too small to be seen are enlarged."""
+    return image_grid(images, columns=columns, enlarge=max(1, VISIBLE_PIXELS // images.shape[2]))

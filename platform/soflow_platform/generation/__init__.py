@@ -1,0 +1,1 @@
+"""Weights to images: sampling, decoding, the generator, MLflow's model."""

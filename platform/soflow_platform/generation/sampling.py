@@ -1,0 +1,91 @@
+"""From noise to what a user sees: samples of a network, the settings that act on them, and their images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from soflow_core.networks import DiT
+from soflow_core.objectives import Objective
+from soflow_core.samplers.noise import sample_noise
+from soflow_platform.errors import UserError
+
+SAMPLING_SETTINGS = ("sampler", "sampling_scale")
+"""Settings of a method that act at sampling alone, so that a trained network can be sampled with others."""
+
+
+class SampleNoises(Sequence[Tensor]):
+    """The noises of a batch, (B, C, H, W) each, made when they are asked for: a sampler of 1000 steps may need all or none."""
+
+    def __init__(
+        self, seed: int, indices: Tensor, shape: tuple[int, ...], count: int, device: torch.device
+    ) -> None:
+        self._seed, self._indices, self._shape = seed, indices, shape
+        self._count, self._device = count, device
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, draw: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, draw: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, draw: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(draw, slice):
+            return [self[i] for i in range(*draw.indices(self._count))]
+        if not 0 <= draw < self._count:
+            raise IndexError(draw)
+        # Draw 0 is the noise the sampler starts from.
+        return sample_noise(self._seed, self._indices, self._shape, draw + 1).to(self._device)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[draw] for draw in range(self._count))
+
+
+@torch.inference_mode()
+def generate(
+    network: DiT,
+    objective: Objective,
+    seed: int,
+    indices: Tensor,
+    labels: Tensor | None,
+    steps: int,
+    device: torch.device,
+) -> Tensor:
+    """Samples (B, C, H, W) float32 on the CPU; sample i is a function of (weights, seed, i, label, sampler, steps)."""
+    config = network.config
+    shape = (config.channels, config.height, config.width)
+    noise = sample_noise(seed, indices, shape).to(device)
+    labels = None if labels is None else labels.to(device)
+    renoise = SampleNoises(seed, indices, shape, steps - 1, device)
+    return objective.sample(network, noise, labels, steps, renoise).float().cpu()
+
+
+def with_sampling(objective: Objective, settings: Mapping[str, Any]) -> Objective:
+    """The same method, sampled with other settings. Raises UserError for one it does not have, or that cannot be."""
+    known = {field.name for field in dataclasses.fields(objective)} & set(SAMPLING_SETTINGS)  # type: ignore[arg-type]
+    for name in settings:
+        if name not in known:
+            has = f"it has {', '.join(sorted(known))}" if known else "it has one way of sampling"
+            raise UserError(f"{objective.method} has no sampling setting `{name}`: {has}.")
+    if not settings:
+        return objective
+    try:
+        kind = TypeAdapter(type(objective))
+        return kind.validate_python({**dataclasses.asdict(objective), **settings})  # type: ignore[call-overload]
+    except ValidationError as error:
+        first = error.errors()[0]
+        said = first["msg"].removeprefix("Value error, ")
+        name = ".".join(str(part) for part in first["loc"])
+        what = f"`{name}` is {first['input']!r}: " if name else ""
+        raise UserError(f"{objective.method}: {what}{said[:1].lower()}{said[1:]}.") from None
+
+
+def sampling_facts(objective: Objective) -> dict[str, str]:
+    """The settings by which this method is sampled, in words."""
+    return {name: str(getattr(objective, name)) for name in SAMPLING_SETTINGS if hasattr(objective, name)}

@@ -1,0 +1,301 @@
+"""A trial's checkpoints, in a folder or in S3: complete or absent, verified when read.
+
+step-00000200/
+  state.pt           TrainStep's state: network, EMAs, optimizer, step
+  ema.safetensors    the first EMA's weights, as they are registered
+  checkpoint.json    step, images seen, run, evaluations so far, checksums
+
+`checkpoint.json` is written last: a step without it does not exist, and one whose record cannot be read is damaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from soflow_pipelines.storage.local import LocalFolder
+from soflow_pipelines.storage.object_store import ObjectStore, StorageError
+from soflow_pipelines.storage.opening import open_storage
+from soflow_platform.storage.project import ProjectFolder
+
+STATE = "state.pt"
+EMA = "ema.safetensors"
+RECORD = "checkpoint.json"
+BLOCK = 1 << 20
+LITTLE_SPACE = 1 << 20
+"""Bytes; a failed write on a disk with less than this failed for want of space."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE_TEXT = os.strerror(errno.ENOSPC)
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """Where a trial stands, beside the state of its tensors."""
+
+    step: int
+    """Finished optimizer steps."""
+    images: int
+    """Samples seen, over all ranks: the loader's position."""
+    run: str
+    """MLflow run id."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """Every evaluation so far: its step and its metrics."""
+    unsent: list[Any] = field(default_factory=list)
+    """Points of the run's curves that the tracking server may not have."""
+    data: str | None = None
+    """Digest of the data it was trained on; None where an earlier version did not note it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint."""
+
+    storage: ObjectStore
+    name: str
+    position: CheckpointState
+    files: dict[str, str]
+    """SHA-256 of each file."""
+    compared: set[str] = field(default_factory=set, compare=False)
+    """Files of a folder that were found to be what was written: hashing many GB once is enough."""
+
+    @property
+    def location(self) -> str:
+        """Folder or URI."""
+        place, mark, options = self.storage.uri.partition("?")
+        return f"{place.rstrip('/')}/{self.name}{mark}{options}"
+
+    @contextlib.contextmanager
+    def opened(self, file: str) -> Iterator[Path]:
+        """One of its files as a local path for the length of a block, fetched where it lies elsewhere.
+
+        Raises StorageError where its content is not what was written, or the storage is away.
+        """
+        if isinstance(self.storage, LocalFolder):
+            if self.broken_files([file]):
+                raise self._damaged(file)
+            yield self.storage.path(f"{self.name}/{file}")
+            return
+        with tempfile.TemporaryDirectory(prefix="soflow-checkpoint-") as folder:
+            path = Path(folder) / file
+            with self.storage.open(f"{self.name}/{file}") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target, BLOCK)
+            with path.open("rb") as content:
+                if _sha256(content) != self.files[file]:
+                    raise self._damaged(file)
+            yield path
+
+    def broken_files(self, only: Collection[str] | None = None) -> list[str]:
+        """Names of the files, or of those asked for, that are not what was written. Raises StorageError where the storage is away."""
+        broken = []
+        for file in self.files if only is None else only:
+            if file in self.compared:
+                continue
+            if self._differs(file):
+                broken.append(file)
+            elif isinstance(self.storage, LocalFolder):
+                self.compared.add(file)
+        return broken
+
+    def _differs(self, file: str) -> bool:
+        path = f"{self.name}/{file}"
+        if file not in self.files or self.storage.size(path) is None:
+            return True
+        with self.storage.open(path) as content:
+            return _sha256(content) != self.files[file]
+
+    def _damaged(self, file: str) -> StorageError:
+        return StorageError(f"{self.location}/{file} is damaged: its checksum differs.")
+
+
+def trial_root(base: str | None, project: ProjectFolder, sweep: str, trial: str) -> str:
+    """Folder or URI of one trial's checkpoints: below `base`, the setting training.checkpoints, or in the project folder."""
+    if base is None:
+        return str(project.trial(sweep, trial) / "checkpoints")
+    place, mark, options = base.partition("?")
+    return f"{place.rstrip('/')}/{sweep}/{trial}{mark}{options}"
+
+
+def publish(root: str | Path, position: CheckpointState, write: Callable[[Path], None]) -> Checkpoint:
+    """Write a checkpoint aside with `write(folder)`, then file by file into its place, its record last.
+
+    Raises StorageError or OSError where it cannot be written, whatever its writer raised; nothing of it counts then.
+    """
+    storage = open_storage(root)
+    name = f"step-{position.step:08d}"
+    with _scratch(storage) as aside:
+        try:
+            write(aside)
+        except Exception as error:
+            raise StorageError(_why_unwritten(error, aside)) from error
+        files = {}
+        for path in sorted(aside.iterdir()):
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+                files[path.name] = _sha256(file)
+        # Once its record is gone an earlier checkpoint of the same step is no checkpoint, so that the files of two are never mixed.
+        storage.remove(f"{name}/{RECORD}")
+        for file_name in files:
+            storage.publish(f"{name}/{file_name}", aside / file_name)
+    record = {**asdict(position), "files": files}
+    storage.write(f"{name}/{RECORD}", json.dumps(record, indent=1).encode())
+    return Checkpoint(storage, name, position, files)
+
+
+def _why_unwritten(error: BaseException, folder: Path) -> str:
+    """What kept a writer from writing. The writers of tensors hide what the system said, or hold it in their text alone."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    told = any(getattr(cause, "errno", None) in NO_SPACE or NO_SPACE_TEXT in str(cause) for cause in causes)
+    # What a writer left lying is still there; what it took away again has told its reason.
+    if told or shutil.disk_usage(folder).free < LITTLE_SPACE:
+        return f"no space is left on the disk of {folder.parent}."
+    return f"{type(error).__name__}: {error}"
+
+
+def published(root: str | Path) -> list[Checkpoint]:
+    """Every complete checkpoint whose record can be read, oldest first; the content of their files is not."""
+    return [checkpoint for checkpoint in _recorded(root).values() if checkpoint is not None]
+
+
+def _recorded(root: str | Path) -> dict[str, Checkpoint | None]:
+    """Every step with a record, oldest first; None where the record is damaged."""
+    storage = open_storage(root)
+    if isinstance(storage, LocalFolder) and not storage.folder.is_dir():
+        return {}
+    names = [path.partition("/") for path in storage.names()]
+    steps = [name for name, _, file in names if file == RECORD and name.removeprefix("step-").isdecimal()]
+    recorded: dict[str, Checkpoint | None] = {}
+    for name in steps:
+        with _unless_removed(storage, f"{name}/{RECORD}"):
+            recorded[name] = read_record(storage, name)
+    return recorded
+
+
+@contextlib.contextmanager
+def _unless_removed(storage: ObjectStore, file: str) -> Iterator[None]:
+    """Passes over a failure to read a file that is there no more: a trial that runs removes its old checkpoints meanwhile."""
+    try:
+        yield
+    except StorageError:
+        if storage.size(file) is not None:
+            raise
+
+
+def read_record(storage: ObjectStore, name: str) -> Checkpoint | None:
+    """The checkpoint of this name; None where its record is damaged. Raises StorageError where it cannot be read at all."""
+    content = storage.read(f"{name}/{RECORD}")
+    try:
+        record = json.loads(content)
+        # A later version may have noted more.
+        known = {each.name: record[each.name] for each in fields(CheckpointState) if each.name in record}
+        return Checkpoint(storage, name, CheckpointState(**known), dict(record["files"]))
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def newest(root: str | Path, files: Collection[str] | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose content, or that of the files named, is what was written, and a sentence for each
+    damaged one passed over.
+    """
+    damaged: list[str] = []
+    for name, checkpoint in reversed(_recorded(root).items()):
+        broken = [RECORD] if checkpoint is None else checkpoint.broken_files(files)
+        if checkpoint is not None and not broken:
+            return checkpoint, damaged
+        damaged.append(f"{name} is damaged ({', '.join(broken)}): going back to the one before it.")
+    return None, damaged
+
+
+def best(root: str | Path, metric: str, mode: str) -> tuple[Checkpoint, dict[str, Any]] | None:
+    """The checkpoint with sound weights that has the best value of `metric`, and its evaluation; None where none was scored."""
+    complete = {checkpoint.position.step: checkpoint for checkpoint in published(root)}
+    evaluations = complete[max(complete)].position.evaluations if complete else []
+    for evaluation in ranked(evaluations, metric, mode):
+        checkpoint = complete.get(evaluation["step"])
+        if checkpoint is not None and not checkpoint.broken_files([EMA]):
+            return checkpoint, evaluation
+    return None
+
+
+def discard_after(root: str | Path, step: int) -> None:
+    """Training goes on from `step`: what is recorded of later steps is damaged, and from here on counts no more.
+
+    Its files go when old checkpoints are removed, what a killed process was writing goes now. Raises StorageError where the
+    storage refuses.
+    """
+    storage = open_storage(root)
+    shutil.rmtree(_scratch_place(storage), ignore_errors=True)
+    for name in _recorded(root):
+        if int(name.removeprefix("step-")) > step:
+            storage.remove(f"{name}/{RECORD}")
+
+
+def prune(root: str | Path, keep: int, ranking: Sequence[int] = ()) -> None:
+    """Remove all but the newest `keep` checkpoints and the first of the steps `ranking` that has one, and what
+    interrupted writing left behind.
+    """
+    storage = open_storage(root)
+    complete = {checkpoint.position.step: checkpoint.name for checkpoint in published(root)}
+    kept = {complete[step] for step in sorted(complete)[-keep:]}
+    kept |= {complete[step] for step in [step for step in ranking if step in complete][:1]}
+    for path in sorted(storage.names(), key=lambda path: not path.endswith(RECORD)):
+        name = path.partition("/")[0]
+        if name.startswith("step-") and name not in kept:
+            storage.remove(path)
+    if isinstance(storage, LocalFolder):
+        for folder in storage.folder.glob("step-*"):
+            if folder.name not in kept:
+                shutil.rmtree(folder)
+
+
+def ranked(evaluations: list[dict[str, Any]], metric: str, mode: str) -> list[dict[str, Any]]:
+    """The evaluations that have a value of `metric`, best first, the earlier of two equals before the later; NaN is none."""
+    scored = [e for e in evaluations if e.get(metric) is not None and e[metric] == e[metric]]
+    return sorted(scored, key=lambda e: e[metric] if mode == "min" else -e[metric])
+
+
+def best_evaluation(evaluations: list[dict[str, Any]], metric: str, mode: str) -> dict[str, Any] | None:
+    """The evaluation with the best value of `metric`; NaN is never best."""
+    return next(iter(ranked(evaluations, metric, mode)), None)
+
+
+@contextlib.contextmanager
+def _scratch(storage: ObjectStore) -> Iterator[Path]:
+    """The trial's scratch folder, empty, for the length of a block."""
+    place = _scratch_place(storage)
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True, mode=0o700)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _scratch_place(storage: ObjectStore) -> Path:
+    """On the file system that the files will be moved to, or among the temporary files; the same at each start of a trial,
+    which so finds what a killed one left.
+    """
+    if isinstance(storage, LocalFolder):
+        return storage.folder / ".writing"
+    digest = hashlib.sha256(storage.uri.encode()).hexdigest()
+    return Path(tempfile.gettempdir()) / f"soflow-writing-{os.getuid()}-{digest[:16]}"
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    file.seek(0)
+    while block := file.read(BLOCK):
+        digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,82 @@
+"""The project folder: where data, sweeps, checkpoints, the tracking database and its artifacts live.
+
+soflow-runs/
+  data/<name>/            shard sets made from built-in data
+  features/               feature networks trained here, and reference statistics
+  sweeps/<sweep>/         sweep.json, trials/<trial>/checkpoints/step-.../, tune/
+  mlflow.db, artifacts/   tracking, unless another tracking server is named
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from soflow_platform.errors import UserError
+
+VARIABLE = "SOFLOW_STORAGE"
+DEFAULT = "soflow-runs"
+
+
+@dataclass(frozen=True)
+class ProjectFolder:
+    """Paths below one root; nothing is created by asking for a path."""
+
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def features(self) -> Path:
+        return self.root / "features"
+
+    @property
+    def sweeps(self) -> Path:
+        return self.root / "sweeps"
+
+    def sweep(self, sweep: str) -> Path:
+        return self.sweeps / sweep
+
+    def trial(self, sweep: str, trial: str) -> Path:
+        return self.sweep(sweep) / "trials" / trial
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    @property
+    def tracking_uri(self) -> str:
+        """The embedded MLflow store: SQLite beside the data it describes."""
+        return f"sqlite:///{self.root / 'mlflow.db'}"
+
+
+def find_project(location: str | None) -> ProjectFolder:
+    """The project folder: the flag, else the variable SOFLOW_STORAGE, else ./soflow-runs. Creates nothing.
+
+    Raises UserError for a location that this version cannot keep runs in.
+    """
+    chosen = location or os.environ.get(VARIABLE) or DEFAULT
+    if "://" in chosen and not chosen.startswith("file://"):
+        raise UserError(
+            f"storage {chosen!r} is not a folder: runs are kept on a local disk or a file system that all nodes share; "
+            "pass --storage FOLDER."
+        )
+    return ProjectFolder(Path(chosen.removeprefix("file://")).expanduser().absolute())
+
+
+def require_writable(storage: ProjectFolder) -> None:
+    """Raises UserError where the project folder cannot be written; leaves nothing behind."""
+    folder = storage.root
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".soflow-"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"storage folder {storage.root} cannot be written ({error.strerror}); pass --storage or set {VARIABLE}."
+        ) from None

@@ -1,0 +1,1 @@
+"""MLflow runs: store, outages, metric logger, environment tags."""

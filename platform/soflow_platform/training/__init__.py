@@ -1,0 +1,1 @@
+"""One trial: data set, model, worker loop, launch, ranks, checkpoints, status."""

@@ -1,0 +1,73 @@
+"""Finding a sweep's training data and refusing what does not fit the configured network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from soflow_pipelines.preparation.builtin import BUILTIN, Expected, ensure_builtin
+from soflow_pipelines.shards.info import DatasetInfo, ShardError
+from soflow_pipelines.shards.tables import read_info
+from soflow_platform.config.experiment import Experiment
+from soflow_platform.errors import UserError
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.training.model import network_config
+
+
+def expected(experiment: Experiment) -> Expected | None:
+    """Sample shape and classes as far as the configuration says them."""
+    if experiment.data.source in BUILTIN:
+        return BUILTIN[experiment.data.source]
+    if experiment.data.shape is None:
+        return None
+    return Expected(experiment.data.shape, experiment.data.classes)
+
+
+def how_to_make(experiment: Experiment) -> str:
+    """What to do where the data of a sweep file are not there: the end of a sentence."""
+    autoencoder = experiment.data.autoencoder
+    made = "a set of pixels with `soflowctl data prepare IMAGES"
+    if autoencoder is not None:
+        made = f"latents with `soflowctl data prepare IMAGENET_FOLDER --autoencoder {autoencoder}"
+    return f"make {made} --out FOLDER` and pass --set data.source=FOLDER"
+
+
+def check_data(experiment: Experiment) -> str:
+    """The data source, known to be named, to be there and to fit the network. Creates nothing. Raises UserError."""
+    source = experiment.data.source
+    if source is None:
+        raise UserError(f"data.source is not set: {how_to_make(experiment)}.")
+    if source in BUILTIN:
+        return source
+    if "://" not in source and not Path(source).is_dir():
+        raise UserError(f"data.source {source!r} is not a folder: {how_to_make(experiment)}.")
+    network_config(experiment, _read(experiment, _location(source)))
+    return source
+
+
+def open_data(experiment: Experiment, storage: ProjectFolder) -> tuple[str, DatasetInfo]:
+    """The shard set's location and description; built-in data is written on first use.
+
+    Raises UserError where the data is not there or does not fit the configured network.
+    """
+    source = check_data(experiment)
+    location = _location(source)
+    if source in BUILTIN:
+        location = str(ensure_builtin(source, storage.data / source))
+    info = _read(experiment, location)
+    network_config(experiment, info)
+    return location, info
+
+
+def _location(source: str) -> str:
+    """A source as workers in other folders find it."""
+    return source if "://" in source else str(Path(source).absolute())
+
+
+def _read(experiment: Experiment, location: str) -> DatasetInfo:
+    try:
+        return read_info(location)
+    except (ShardError, OSError) as error:
+        source = experiment.data.source
+        raise UserError(
+            f"data.source {source!r} cannot be read: {error} To make a set, {how_to_make(experiment)}."
+        ) from None

@@ -1,0 +1,70 @@
+"""What a sweep will cost, told before anything is spent: parameters, FLOPs, memory, and what Ray will be asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from soflow_core.networks import DiTConfig
+from soflow_core.nfe import training_evaluations
+from soflow_platform.config.experiment import Experiment
+
+BYTES_PER_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one trial."""
+
+    parameters: int
+    forward_gmac: float
+    """Multiply-accumulates of one forward pass of one sample, in 1e9."""
+    evaluations_per_sample: float
+    """Forward passes that a training sample is worth, a backward pass counting two."""
+    state_gigabytes: float
+    """Weights, gradients, two Adam moments and the EMAs of one worker, in float32; activations come on top."""
+    total_petaflops: float
+    """FLOPs of the whole trial, in 1e15."""
+
+
+def cost(experiment: Experiment, network: DiTConfig) -> Cost:
+    """Count one trial's cost."""
+    parameters = count_parameters(network)
+    gmac = forward_gmac(network)
+    training = experiment.training
+    passes = training_evaluations(experiment.objective, training.batch, experiment.data.conditional)
+    copies = 4 + len(training.ema)
+    total = 2 * gmac * 1e9 * passes * training.batch * training.steps / 1e15
+    return Cost(parameters, gmac, passes, copies * parameters * BYTES_PER_FLOAT / 1e9, total)
+
+
+def count_parameters(network: DiTConfig) -> int:
+    """All parameters, the fixed position table included; nothing is allocated."""
+    import torch
+
+    from soflow_core.networks import DiT
+
+    with torch.device("meta"):
+        module = DiT(network)
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def forward_gmac(network: DiTConfig) -> float:
+    """Multiply-accumulates of one forward pass of one sample, in 1e9: patches, blocks, attention products, output."""
+    tokens = (network.height // network.patch) * (network.width // network.patch)
+    d = network.hidden
+    per_block = (4 + 2 * network.mlp_ratio) * tokens * d * d + 2 * tokens * tokens * d + 6 * d * d
+    patch = network.channels * network.patch**2 * d * tokens
+    embeddings = 2 * (256 * d + d * d) + 2 * d * d
+    return (network.depth * per_block + 2 * patch + embeddings) / 1e9
+
+
+def request(experiment: Experiment) -> str:
+    """What Ray will be asked for, in words."""
+    resources = experiment.resources
+    each = f"{resources.cpus_per_worker:g} CPU" + (
+        f" and {resources.gpus_per_worker:g} GPU" if resources.gpus_per_worker else ""
+    )
+    total_cpus = resources.workers * resources.cpus_per_worker
+    total_gpus = resources.workers * resources.gpus_per_worker
+    total = f"{total_cpus:g} CPU" + (f", {total_gpus:g} GPU" if total_gpus else "")
+    return f"{resources.workers} worker(s) of {each} for each trial ({total})"

@@ -1,0 +1,52 @@
+"""soflow_platform.training.model"""
+
+from __future__ import annotations
+
+from soflow_core.networks import DiTConfig, dit_config
+from soflow_pipelines.preparation.builtin import Expected
+from soflow_pipelines.shards.info import DataMismatch, DatasetInfo
+from soflow_platform.config.experiment import Experiment
+from soflow_platform.errors import UserError
+
+
+def network_config(experiment: Experiment, info: DatasetInfo) -> DiTConfig:
+    """The DiT for this data. Raises UserError where data and configuration do not fit, naming both sides."""
+    wanted = experiment.data
+    try:
+        info.check_fits(
+            wanted.shape or info.shape,
+            wanted.classes,
+            autoencoder=wanted.autoencoder,
+            scaling=wanted.scaling,
+            where=f"data.source {wanted.source}",
+        )
+    except DataMismatch as error:
+        raise UserError(f"{error} Name other data, or change what the section data expects.") from None
+    if wanted.conditional and info.classes is None:
+        raise UserError(f"data.source {wanted.source} holds no labels: set data.conditional to false.")
+    return describe_network(experiment, Expected(tuple(info.shape), info.classes))
+
+
+def describe_network(experiment: Experiment, data: Expected) -> DiTConfig:
+    """The DiT for such samples. Raises UserError where the network cannot take them."""
+    channels, height, width = data.shape
+    conditional = experiment.data.conditional
+    classes = data.classes if conditional else None
+    null_label = conditional and experiment.objective.needs_null_label
+    network = experiment.network
+    try:
+        if network.size is not None:
+            return dit_config(network.size, channels, height, width, classes=classes, null_label=null_label)
+        return DiTConfig(
+            channels=channels,
+            height=height,
+            width=width,
+            patch=network.patch or 0,
+            hidden=network.hidden or 0,
+            depth=network.depth or 0,
+            heads=network.heads or 0,
+            classes=classes,
+            null_label=null_label,
+        )
+    except ValueError as error:
+        raise UserError(f"network: {error}.") from None

@@ -1,0 +1,37 @@
+"""Where a trial goes on: its newest sound checkpoint, and what has to be said where that is not what was expected."""
+
+from __future__ import annotations
+
+from soflow_pipelines.storage.object_store import StorageError
+from soflow_platform.errors import JobError
+from soflow_platform.storage import checkpoints
+from soflow_platform.storage.checkpoints import Checkpoint
+from soflow_platform.storage.retry import retry
+from soflow_platform.training.trial_status import TrialStatusWriter
+
+
+def find_resume_point(root: str, report: TrialStatusWriter, patience: float, data: str) -> Checkpoint | None:
+    """The checkpoint that training goes on from, None where it begins; damaged ones after it count no more.
+
+    `data` is the digest of the data that is there now. Raises JobError where it is not that of the checkpoint, and where the
+    storage stays away for `patience` seconds.
+    """
+    found, damaged = retry(lambda: checkpoints.newest(root), f"reading {root}", patience, report.say)
+    for sentence in damaged:
+        report.say(sentence)
+    if found is not None and found.position.data not in (None, data):
+        raise JobError(
+            f"the checkpoint of step {found.position.step:,} was trained on data of digest {found.position.data} and the data now "
+            f"has digest {data}: put that data back, or train this as another sweep."
+        )
+    reached = report.reached()
+    if found is None and reached:
+        report.say(
+            f"WARNING: this trial has trained to step {reached:,} and no checkpoint of it is found in {root}: these steps are lost, "
+            "and it starts anew from step 0."
+        )
+    try:
+        checkpoints.discard_after(root, found.position.step if found else 0)
+    except (StorageError, OSError) as error:
+        report.say(f"damaged checkpoints stay where they are: {error}")
+    return found

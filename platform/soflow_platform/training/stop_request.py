@@ -1,0 +1,42 @@
+"""Asking a sweep or one of its trials to stop: a file in the project folder, which every machine of a cluster sees.
+
+The training loop looks for it between steps. Workers finish their step, save a checkpoint and end; the same `soflowctl run` goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+from soflow_pipelines.storage.files import write_json
+from soflow_platform.storage.project import ProjectFolder
+
+REQUEST = "stop.json"
+"""In the folder of the sweep or of the trial that is to stop."""
+
+
+def request_stop(storage: ProjectFolder, sweep: str, trial: str | None = None) -> None:
+    """Ask one trial to stop, or with None the whole sweep. Asking again changes nothing."""
+    folder = storage.sweep(sweep) if trial is None else storage.trial(sweep, trial)
+    if not (folder / REQUEST).exists():
+        write_json(
+            folder / REQUEST, {"asked": time.time(), "host": socket.gethostname(), "user": os.getuid()}
+        )
+
+
+def stop_requested(storage: ProjectFolder, sweep: str, trial: str | None = None) -> bool:
+    """Whether this trial was asked to stop, by itself or with its sweep; with None whether the whole sweep was.
+
+    One or two file system look-ups.
+    """
+    if (storage.sweep(sweep) / REQUEST).exists():
+        return True
+    return trial is not None and (storage.trial(sweep, trial) / REQUEST).exists()
+
+
+def clear_stops(storage: ProjectFolder, sweep: str) -> None:
+    """Forget every request, of the sweep and of its trials: called when the same sweep is started again."""
+    folder = storage.sweep(sweep)
+    for path in (folder / REQUEST, *folder.glob(f"trials/*/{REQUEST}")):
+        path.unlink(missing_ok=True)

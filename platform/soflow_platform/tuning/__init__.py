@@ -1,0 +1,1 @@
+"""A sweep: search space, record, status, Tune's trial function, driver."""

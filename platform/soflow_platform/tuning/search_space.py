@@ -1,0 +1,136 @@
+"""The trials a search space stands for, each a complete experiment, checked before anything starts."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import random
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from soflow_core.nfe import sampling_evaluations, steps_for, training_evaluations
+from soflow_platform.config.document import Document, Origin
+from soflow_platform.config.experiment import Experiment
+from soflow_platform.config.search import Budget, Range, SearchConfig
+from soflow_platform.config.validation import validate
+from soflow_platform.errors import UserError
+from soflow_platform.generation.sampling import with_sampling
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of the search. `name` is unique in the sweep and says what varies."""
+
+    index: int
+    name: str
+    settings: dict[str, Any]
+    experiment: Experiment
+    budgets: tuple[Budget, ...]
+    """What it has in common with the other trials of each; several where they give it the same steps."""
+
+
+def trials(document: Document, experiment: Experiment) -> list[Trial]:
+    """Every trial of a sweep, in order; the same document always gives the same list.
+
+    A point that two budgets give the same steps is one trial, of both. Raises UserError where a point of the space is not a valid
+    experiment.
+    """
+    search = experiment.search
+    points = _points(search, experiment.seed)
+    found: list[Trial] = []
+    for index, (budget, (place, point)) in enumerate(itertools.product(search.budgets, enumerate(points))):
+        trial = _trial(document, experiment, index, point, budget)
+        first = found[place] if index >= len(points) else None
+        if first is not None and first.experiment == trial.experiment:
+            both = (*first.budgets, budget)
+            found[place] = replace(
+                first, settings={**first.settings, "budget": ", ".join(both)}, budgets=both
+            )
+        else:
+            found.append(trial)
+    return found
+
+
+def _points(search: SearchConfig, seed: int) -> list[dict[str, Any]]:
+    keys = list(search.space)
+    if search.algorithm == "grid":
+        lists = [values for values in search.space.values() if isinstance(values, list)]
+        return [dict(zip(keys, combination, strict=True)) for combination in itertools.product(*lists)]
+    generator = random.Random(f"search-{seed}")
+    return [
+        {key: _draw(values, generator) for key, values in search.space.items()}
+        for _ in range(search.trials or 0)
+    ]
+
+
+def _draw(values: list[Any] | Range, generator: random.Random) -> Any:
+    if isinstance(values, list):
+        return generator.choice(values)
+    if values.uniform is not None:
+        return generator.uniform(*values.uniform)
+    low, high = values.log_uniform or (1.0, 1.0)
+    return math.exp(generator.uniform(math.log(low), math.log(high)))
+
+
+def _trial(document: Document, base: Experiment, index: int, point: dict[str, Any], budget: Budget) -> Trial:
+    own = Document(copy.deepcopy(document.data), dict(document.origins))
+    for key, value in point.items():
+        if key.split(".")[0] in ("search", "resources", "tracking", "registry", "name", "data"):
+            raise UserError(
+                f"{document.origin(('search', 'space', key))}: `{key}` cannot vary between trials; "
+                "vary settings of objective, network, optimizer or training."
+            )
+        where = document.origin(("search", "space", key))
+        own.put(tuple(key.split(".")), value, Origin(f"{where.source} (search.space {key})", where.line))
+    experiment = validate(own)
+    if budget == "evaluations":
+        where = document.origin(("search", "budgets"))
+        origin = Origin(f"{where.source} (search.budgets {budget})", where.line)
+        own.put(("training", "steps"), equal_evaluations(base, experiment), origin)
+        experiment = validate(own)
+    _check_sampling(own, experiment)
+    parts = [_said(key, value) for key, value in point.items()]
+    if len(base.search.budgets) > 1:
+        parts.append(f"equal-{budget}")
+        point = {**point, "budget": budget}
+    name = re.sub(r"[^\w.=+-]+", "_", "-".join([f"trial-{index:02d}", *parts]))[:120]
+    return Trial(index, name, point, experiment, (budget,))
+
+
+def _check_sampling(document: Document, experiment: Experiment) -> None:
+    """Raises UserError where the trained network could not be sampled as evaluation and comparison ask."""
+    objective, conditional = experiment.objective, experiment.data.conditional
+    try:
+        for nfe in experiment.evaluation.nfe:
+            steps_for(objective, nfe, conditional)
+    except ValueError as error:
+        raise UserError(f"{document.origin(('evaluation', 'nfe'))}: `evaluation.nfe`: {error}.") from None
+    try:
+        for row in experiment.comparison:
+            if row.covers(objective.method):
+                sampled = with_sampling(objective, row.settings)
+                for steps in row.steps:
+                    sampling_evaluations(sampled, steps, conditional)
+    except (UserError, ValueError) as error:
+        said = str(error).rstrip(".")
+        raise UserError(f"{document.origin(('comparison',))}: `comparison`: {said}.") from None
+
+
+def equal_evaluations(base: Experiment, experiment: Experiment) -> int:
+    """Steps in which `experiment` evaluates its network as often as `base` does in its own."""
+    spent = base.training.steps * _evaluations_of_a_step(base)
+    return max(1, round(spent / _evaluations_of_a_step(experiment)))
+
+
+def _evaluations_of_a_step(experiment: Experiment) -> float:
+    batch = experiment.training.batch
+    return batch * training_evaluations(experiment.objective, batch, experiment.data.conditional)
+
+
+def _said(key: str, value: Any) -> str:
+    """`weight_power=1`; of a whole section its method, or what it sets: part of a trial's name."""
+    if isinstance(value, dict):
+        return str(value.get("method") or "-".join(_said(k, v) for k, v in value.items()))
+    return f"{key.rsplit('.', 1)[-1]}={f'{value:.4g}' if isinstance(value, float) else value}"

@@ -1,0 +1,213 @@
+"""One trial as Ray Tune sees it: a function that drives a Ray Train run and hands its evaluations to the scheduler.
+
+What was evaluated before an interruption is reported first, from the trial's own checkpoint, so that a scheduler and a searcher that
+start anew know what they knew.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from soflow_core.failures import summarize
+from soflow_platform.cluster.placement import release_placement_group
+from soflow_platform.config.experiment import Experiment, trial_params
+from soflow_platform.storage.checkpoints import EMA, newest, trial_root
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.storage.retry import retry
+from soflow_platform.tracking.outages import is_outage
+from soflow_platform.tracking.store import Tracking, tracked_dataset
+from soflow_platform.training.launch import train_worker
+from soflow_platform.training.stop_request import stop_requested
+from soflow_platform.training.trial_status import TrialStatusWriter
+from soflow_platform.training.worker import TrialJob
+
+POLL_SECONDS = 0.5
+GROUP_SECONDS = 1800
+"""How long a rank waits for the others before it takes them for lost, where nothing is tried again."""
+WAITING = ("starting", "restarting")
+"""States in which a trial has no workers yet."""
+
+
+@dataclass(frozen=True)
+class TrialTask:
+    """What Tune passes to a trial: plain data."""
+
+    sweep: str
+    attempt: int
+    trial: str
+    experiment: dict[str, Any]
+    data: str
+    storage: str
+    tracking_uri: str
+    tracking_experiment: str
+    tracking_experiment_id: str
+    parent: str
+    tags: dict[str, str]
+
+
+def run_trial(config: dict[str, Any]) -> None:
+    """Tune's entry point. Why a trial cannot reach its last step is told to the board."""
+    import ray
+    from ray import tune
+
+    task = TrialTask(**config["task"])
+    storage = ProjectFolder(Path(task.storage))
+    experiment = Experiment(**task.experiment)
+    board = ray.get_actor(f"progress-{task.sweep}")
+    patience = 60 * experiment.training.patience_minutes
+    journal = TrialStatusWriter(
+        storage.trial(task.sweep, task.trial), task.trial, experiment.training.steps, task.attempt, board
+    )
+    root = trial_root(experiment.training.checkpoints, storage, task.sweep, task.trial)
+    # Whether it can go on from there is for its workers to see; sound weights end a trial that has trained to its last step.
+    found, _ = retry(lambda: newest(root, [EMA]), f"reading {root}", patience, journal.say)
+    position = found.position if found else None
+    reported = 0
+    for evaluation in position.evaluations if position else []:
+        reported = evaluation["step"]
+        board.add_evaluation.remote(
+            task.trial, reported, {k: v for k, v in evaluation.items() if k != "step"}
+        )
+        tune.report(evaluation)
+    if position is not None and position.step == experiment.training.steps:
+        board.update.remote(task.trial, {"step": position.step, "state": "finished"})
+        return
+    if stop_requested(storage, task.sweep, task.trial):
+        journal.state("stopped", step=position.step if position else 0)
+        return
+    journal.state("starting", step=position.step if position else 0)
+    if release_placement_group(storage.trial(task.sweep, task.trial)):
+        journal.say("freed what workers of its last start still held")
+    tracking = Tracking(task.tracking_uri, task.tracking_experiment, task.tracking_experiment_id)
+    run = retry(
+        lambda: _open_run(tracking, task, experiment), "opening the run", patience, journal.say, is_outage
+    )
+    fit = _Fit(task, experiment, run)
+    fit.start()
+    limit = 60 * experiment.resources.wait_minutes
+    while True:
+        running = fit.is_alive()
+        for evaluation in ray.get(board.evaluations.remote(task.trial, reported)):
+            reported = evaluation["step"]
+            tune.report(evaluation)
+        now = ray.get(board.progress.remote(task.trial))
+        asked = now.state in WAITING and stop_requested(storage, task.sweep, task.trial)
+        waiting = now.state in WAITING and time.time() - now.since > limit
+        if not running or asked or waiting:
+            break
+        time.sleep(POLL_SECONDS)
+    if fit.lost is not None:
+        journal.say(f"the process that watches over its workers was lost: {summarize(fit.lost)}")
+        raise fit.lost
+    failure = now.failure or fit.failure
+    if asked:
+        # There are no workers that could hear of it.
+        journal.say("asked to stop while it waited for machines")
+        journal.state("stopped")
+    elif waiting:
+        failure = (
+            f"no machine for its {experiment.resources.workers} worker(s) came within "
+            f"{experiment.resources.wait_minutes:g} min (resources.wait_minutes): add a node, lower resources.workers or set "
+            "resources.min_workers; the same command goes on"
+        )
+    if failure and not now.failure:
+        journal.failure(failure, step=now.step)
+    state = "FAILED" if failure else "KILLED" if asked or now.state == "stopped" else "FINISHED"
+    # A failure is told and not raised: Tune would start the trial again, which is for lost machines alone.
+    retry(lambda: tracking.finish(run, state), "closing the run", patience, journal.say, is_outage)
+
+
+class _Fit(threading.Thread):
+    """`TorchTrainer.fit` blocks; the trial function meanwhile reports."""
+
+    def __init__(self, task: TrialTask, experiment: Experiment, run: str) -> None:
+        super().__init__(daemon=True)
+        self.task, self.experiment, self.run_id = task, experiment, run
+        self.failure: str | None = None
+        self.lost: Exception | None = None
+        """Set where Ray Train's controller died; what it watched over died with it."""
+
+    def run(self) -> None:
+        from ray.exceptions import RayActorError
+
+        try:
+            self._trainer().fit()
+        except RayActorError as error:
+            self.lost = error
+        except Exception as error:
+            # Ray wraps a worker's exception in its own; the last line of the text names the cause.
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            self.failure = lines[-1] if lines else type(error).__name__
+
+    def _trainer(self) -> Any:
+        from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        task, resources = self.task, self.experiment.resources
+        patience_minutes = self.experiment.training.patience_minutes
+        each = {"CPU": resources.cpus_per_worker}
+        if resources.gpus_per_worker:
+            each["GPU"] = resources.gpus_per_worker
+        job = TrialJob(
+            sweep=task.sweep,
+            trial=task.trial,
+            experiment=task.experiment,
+            data=task.data,
+            storage=task.storage,
+            tracking_uri=task.tracking_uri,
+            run=self.run_id,
+            attempt=task.attempt,
+        )
+        return TorchTrainer(
+            train_worker,
+            train_loop_config=job.settings(),
+            # Ranks wait for each other while rank 0 waits out an outage: of storage, of tracking, of both.
+            torch_config=TorchConfig(timeout_s=int(GROUP_SECONDS + 180 * patience_minutes)),
+            scaling_config=ScalingConfig(
+                num_workers=resources.workers
+                if resources.min_workers is None
+                else (resources.min_workers, resources.workers),
+                use_gpu=resources.gpus_per_worker > 0,
+                resources_per_worker=each,
+            ),
+            run_config=RunConfig(
+                # Ray Train would go on with a run of the same name, and with what it remembers of its workers.
+                name=f"{task.trial}-{secrets.token_hex(4)}",
+                storage_path=str(ProjectFolder(Path(task.storage)).sweep(task.sweep) / "train"),
+                failure_config=FailureConfig(max_failures=resources.max_failures),
+                callbacks=[_on_lost_workers(task.sweep, task.trial)],
+                logging_config=LoggingConfig("ERROR"),
+            ),
+        )
+
+
+def _open_run(tracking: Tracking, task: TrialTask, experiment: Experiment) -> str:
+    return tracking.open_run(
+        task.sweep,
+        task.trial,
+        params=trial_params(experiment),
+        tags=task.tags,
+        trial=task.trial,
+        parent=task.parent,
+        dataset=tracked_dataset(task.tags),
+    )
+
+
+def _on_lost_workers(sweep: str, trial: str) -> Any:
+    """Ray Train's controller calls this where workers end with an exception or are lost."""
+    import ray
+    from ray.train import UserCallback
+
+    class LostWorkers(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            del run_context
+            ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
+            board = ray.get_actor(f"progress-{sweep}", namespace="soflow")
+            board.update.remote(trial, {"state": "restarting", "lost": f"worker(s) {ranks}"})
+
+    return LostWorkers()

@@ -1,0 +1,89 @@
+"""The communication model: its messages in closed form, SoFlow's passes counted on its loss, and the tables of its document."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from communication import (
+    Device,
+    Fabric,
+    Pass,
+    Work,
+    ddp_step,
+    fsdp_messages,
+    fsdp_step,
+    passes,
+)
+from soflow_core.objectives import FlowMatching, SoFlow
+
+ROOT = Path(__file__).parents[2]
+
+EXACT = Fabric("exact", inside=8.0, between=2.0, node=4, share=1.0, latency=0.0)
+PLAIN = Work(parameters=100, forward_flops=6.0, passes=[Pass(1.0, gradient=True, bfloat16=True)])
+UNIT = Device(bfloat16=1.0, tf32=0.5, memory=64.0, utilization=1.0, memory_share=1.0)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "seconds"),
+    [
+        (1, 0.0),
+        (2, 2 * 1 / 2 * 64 / 8),
+        (4, 2 * 3 / 4 * 64 / 8),
+        (8, 2 * 3 / 4 * 64 / 8 + 2 * 1 / 2 * 64 / 2),
+        (16, 2 * 3 / 4 * 64 / 8 + 2 * 3 / 4 * 64 / 2),
+    ],
+)
+def test_an_all_reduce_is_two_gathers_of_a_ring_inside_nodes_and_between_them(
+    ranks: int, seconds: float
+) -> None:
+    assert EXACT.all_reduce(64, ranks) == seconds
+    assert 2 * EXACT.gather(64, ranks) == seconds
+
+
+def test_a_soflow_step_is_four_and_a_half_forward_passes_of_which_one_stays_exact() -> None:
+    mixed = passes(SoFlow(), "mixed")
+    assert sum(p.forwards for p in mixed) == sum(p.forwards for p in passes(SoFlow(), "float32")) == 4.5
+    assert sum(p.forwards for p in mixed if not p.bfloat16) == 1.0
+    assert [p.gradient for p in mixed] == [False, True, True, False]
+    assert passes(FlowMatching(), "bfloat16") == [Pass(1.0, gradient=True, bfloat16=True)]
+
+
+def test_fsdp_gathers_for_every_call_and_every_backward_pass() -> None:
+    for precision, messages in (("float32", (4, 1)), ("mixed", (6, 1))):
+        assert fsdp_messages(Work(1, 1.0, passes(SoFlow(), precision))) == messages  # type: ignore[arg-type]
+
+
+def test_an_exchange_is_hidden_up_to_the_backward_pass_that_completes_the_gradients() -> None:
+    alone = ddp_step(PLAIN, UNIT, EXACT, ranks=1, batch=8)
+    assert (alone.communication, alone.exposed, alone.efficiency) == (0.0, 0.0, 1.0)
+    # 400 bytes are 100 s among the 4 ranks of a node; 2 rows hide 24 s and the gradients' way through memory 25 s.
+    slow = Fabric("slow", inside=6.0, between=2.0, node=4, share=1.0, latency=0.0)
+    assert ddp_step(PLAIN, UNIT, slow, ranks=4, batch=8).communication == 100.0
+    many = Work(25 * 2**20 * 1000 // 4, 6.0, PLAIN.passes)
+    step = ddp_step(many, UNIT, slow, ranks=4, batch=8)
+    assert step.compute == 36.0
+    hidden = (2 * 6 * 2 + 16 * many.parameters / 64) * (1 - 1 / 1000)
+    assert step.exposed == pytest.approx(step.communication - hidden, rel=1e-12)
+
+
+def test_splitting_over_a_node_sends_less_than_splitting_over_all() -> None:
+    everywhere = fsdp_step(PLAIN, UNIT, EXACT, ranks=16, batch=16)
+    in_nodes = fsdp_step(PLAIN, UNIT, EXACT, ranks=16, batch=16, shards=4)
+    gather = EXACT.gather(400, 16)
+    assert everywhere.communication == 3 * gather
+    assert in_nodes.communication == 3 * EXACT.gather(400, 4) + EXACT.all_reduce_between(400, 16)
+    assert fsdp_step(PLAIN, UNIT, EXACT, 4, 16, shards=4) == fsdp_step(PLAIN, UNIT, EXACT, 4, 16)
+
+
+def test_the_document_holds_the_tables_that_the_program_prints() -> None:
+    printed = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "scaling.py"], capture_output=True, text=True, check=True
+    ).stdout
+    document = (ROOT / "docs" / "scaling.md").read_text().splitlines()
+    tables = [line for line in printed.splitlines() if line and not line.startswith("##")]
+    assert len(tables) > 30
+    assert [line for line in tables if line not in document] == []

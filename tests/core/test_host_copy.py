@@ -1,0 +1,99 @@
+"""A state in host memory is a copy: later steps do not change it, and it resumes as the state itself does."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from soflow_core.host_copy import HostCopy, map_tensors
+from soflow_core.objectives import SoFlow
+from soflow_core.optimizer import OptimizerConfig
+from soflow_core.train_step import TrainStep
+from tests.support.random_networks import random_inputs, random_network
+
+
+def make(device: str = "cpu") -> TrainStep:
+    network = random_network(torch.float32).to(device)
+    return TrainStep(network, SoFlow(), OptimizerConfig(lr=1e-3), 10, (0.9, 0.5))
+
+
+def run(train: TrainStep, first: int, last: int) -> list[float]:
+    inputs = (random_inputs(train.objective, dtype=torch.float32, seed=k) for k in range(first, last))
+    return [train(*pair).loss for pair in inputs]
+
+
+def tensors(state) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    map_tensors(state, found.append)
+    return found
+
+
+def without_tensors(state):
+    return map_tensors(state, lambda tensor: (tuple(tensor.shape), tensor.dtype))
+
+
+def assert_equal(found, expected) -> None:
+    assert without_tensors(found) == without_tensors(expected)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(tensors(found), tensors(expected), strict=True))
+
+
+devices = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    ],
+)
+
+
+@devices
+def test_a_copy_is_the_state_and_stays_it_while_training_goes_on(device):
+    train = make(device)
+    run(train, 0, 2)
+    copy, average = train.host_state(), train.host_ema_state(0.5)
+    state, ema = deepcopy(train.state_dict()), deepcopy(train.ema_state(0.5))
+    run(train, 2, 4)
+    assert_equal(copy, state)
+    assert_equal(average, ema)
+    assert {t.device.type for t in tensors(copy)} == {"cpu"}
+    assert all(t.is_pinned() for t in tensors(copy) if device == "cuda")
+
+
+def test_a_training_resumed_from_a_copy_is_the_uninterrupted_one():
+    """Also after the copy's memory was used again: nothing of it is kept."""
+    whole = make()
+    losses = run(whole, 0, 6)
+    part, copy = make(), HostCopy()
+    run(part, 0, 3)
+    resumed = make()
+    resumed.load_state_dict(part.host_state(copy))
+    run(part, 3, 4)
+    part.host_state(copy)
+    assert run(resumed, 3, 6) == losses[3:]
+    assert_equal(resumed.state_dict(), whole.state_dict())
+
+
+def test_the_next_copy_uses_the_same_memory():
+    train, copy = make(), HostCopy()
+    run(train, 0, 1)
+    first = tensors(train.host_state(copy))
+    run(train, 1, 2)
+    second = train.host_state(copy)
+    assert [t.data_ptr() for t in first] == [t.data_ptr() for t in tensors(second)]
+    assert_equal(second, train.state_dict())
+
+
+def test_memory_of_another_shape_or_kind_is_taken_anew():
+    copy = HostCopy()
+    states = [
+        {"a": torch.ones(2, 3), "b": [torch.zeros(2), 1]},
+        {"a": torch.ones(3, 2), "b": [torch.zeros(2, dtype=torch.int64), "x"]},
+        {"a": torch.ones(3, 2)},
+        {"a": torch.full((3, 2), 2.0), "b": (torch.ones(2, dtype=torch.int64), None), "c": torch.ones(())},
+    ]
+    for state in states:
+        assert_equal(copy.take(state), state)
+
+
+def test_the_state_before_the_first_step_is_copied_too():
+    assert_equal(make().host_state(), make().state_dict())

@@ -1,0 +1,93 @@
+"""What a command that trains does with SIGTERM, SIGHUP and Ctrl-C: signals that are really sent, to this process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from soflow_platform.cli.display import SweepDisplay
+from soflow_platform.cli.run import _graceful_shutdown, _retry_lost_ray
+from soflow_platform.cluster.connection import RayLost
+from soflow_platform.config.validation import read_experiment
+from soflow_platform.errors import Stopped
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.training.stop_request import stop_requested
+
+DIGITS = Path(__file__).parents[3] / "sweeps" / "digits.yaml"
+NUMBERS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+@pytest.fixture
+def training() -> Iterator[SweepDisplay]:
+    """The display of a sweep whose trials are under way; signals mean afterwards what they meant before."""
+    before = {number: signal.getsignal(number) for number in (*NUMBERS, signal.SIGALRM)}
+    display = SweepDisplay(Console(), read_experiment(DIGITS)[0], [])
+    display.training = True
+    yield display
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "code"), list(zip(NUMBERS, (143, 143, 130), strict=True)))
+def test_trials_are_asked_to_stop_and_the_exit_code_says_why(
+    tmp_path: Path, training: SweepDisplay, number: int, code: int
+) -> None:
+    storage = ProjectFolder(tmp_path)
+
+    def stopped() -> None:
+        with _graceful_shutdown(storage, "sweep", training, grace=60):
+            os.kill(os.getpid(), number)
+            assert stop_requested(storage, "sweep")
+            raise Stopped("it was asked to stop")
+
+    with pytest.raises(SystemExit) as ended:
+        stopped()
+    assert ended.value.code == code
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_what_takes_longer_than_the_grace_is_ended(tmp_path: Path, training: SweepDisplay) -> None:
+    def slow() -> None:
+        with _graceful_shutdown(ProjectFolder(tmp_path), "sweep", training, grace=0.3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
+
+    started = time.monotonic()
+    with pytest.raises(SystemExit) as ended:
+        slow()
+    assert ended.value.code == 143
+    assert 0.3 <= time.monotonic() - started < 10
+
+
+def test_a_hang_up_that_is_ignored_stays_so(tmp_path: Path, training: SweepDisplay) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with _graceful_shutdown(ProjectFolder(tmp_path), "sweep", training, grace=60):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop_requested(ProjectFolder(tmp_path), "sweep")
+
+
+@pytest.mark.parametrize(("lost", "allowed", "goes_on"), [(0, 0, True), (2, 2, True), (2, 1, False)])
+def test_a_sweep_whose_ray_died_is_started_again_as_often_as_it_may_lose_machines(
+    training: SweepDisplay, lost: int, allowed: int, goes_on: bool
+) -> None:
+    starts = 0
+
+    def sweep() -> str:
+        nonlocal starts
+        starts += 1
+        if starts <= lost:
+            raise RayLost("Ray has died.")
+        return "finished"
+
+    if goes_on:
+        assert _retry_lost_ray(sweep, allowed, training) == "finished"
+    else:
+        with pytest.raises(RayLost):
+            _retry_lost_ray(sweep, allowed, training)
+    assert starts == 1 + min(lost, allowed)

@@ -1,0 +1,263 @@
+"""What a user types wrong gets one sentence on stderr and exit code 2, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from soflow_platform.cli.main import main
+from soflow_platform.config.validation import read_experiment
+from soflow_platform.storage.checkpoints import CheckpointState, publish, trial_root
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tuning.record import new_or_resumed_record, sweep_id
+from soflow_platform.tuning.search_space import trials
+
+ROOT = Path(__file__).parents[3]
+DIGITS = str(ROOT / "sweeps" / "digits.yaml")
+COMMANDS = [
+    "run",
+    "ui",
+    "runs",
+    "promote",
+    "generate",
+    "validate",
+    "version",
+    "status",
+    "logs",
+    "stop",
+    "evaluate",
+    "compare",
+]
+
+
+def soflowctl(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SOFLOW_", "RAY_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "soflow_platform.cli.main", *arguments],
+        cwd=folder,
+        env={**environment, "COLUMNS": "160", "NO_COLOR": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+MISTAKES = {
+    "a misspelt key": (
+        ["run", DIGITS, "--set", "training.bacth=4"],
+        "--set training.bacth: unknown key `bacth` in `training`; did you mean `batch`?",
+    ),
+    "a wrong type": (
+        ["run", DIGITS, "--set", "training.steps=many"],
+        "--set training.steps: `training.steps` is 'many': input should be a valid integer",
+    ),
+    "a file that is not there": (
+        ["run", "absent.yaml"],
+        "there is no sweep file absent.yaml; give a path, or one of those that come with soflow: digits, ",
+    ),
+    "an unknown method": (
+        ["run", DIGITS, "--set", "objective.method=soflaw"],
+        "unknown method 'soflaw' in `objective`; known are soflow",
+    ),
+    "a batch that does not divide": (
+        ["run", DIGITS, "--set", "resources.workers=3"],
+        "training.batch (128) does not divide over 3 worker(s) (resources.workers, resources.min_workers, "
+        "training.accumulate): take a multiple, or workers of 1, 2, 4.",
+    ),
+    "a metric that is never reported": (
+        ["run", DIGITS, "--set", "search.metric=eval/fid"],
+        "search.metric 'eval/fid' is never reported: this sweep reports eval/fd_nfe1, eval/fd_nfe2",
+    ),
+    "a storage folder that cannot be written": (
+        ["run", DIGITS, "--storage", "/proc/soflow"],
+        "storage folder /proc/soflow cannot be written",
+    ),
+    "a storage URI of an unknown kind": (
+        ["run", DIGITS, "--storage", "ftp://host/runs"],
+        "storage 'ftp://host/runs' is not a folder",
+    ),
+    "an address that is none": (["run", DIGITS, "--address", "nowhere"], "is not of the form HOST:PORT"),
+    "data that is not set": (
+        ["run", "xl2"],
+        "data.source is not set: make latents with `soflowctl data prepare IMAGENET_FOLDER --autoencoder",
+    ),
+    "pixels that are not set": (
+        ["run", "methods-cifar10"],
+        "data.source is not set: make a set of pixels with `soflowctl data prepare IMAGES --out FOLDER`",
+    ),
+    "data that is not there": (
+        ["run", "xl2", "--set", "data.source=absent-latents"],
+        "data.source 'absent-latents' is not a folder: make latents with `soflowctl data prepare",
+    ),
+    "a patch that does not divide the image": (
+        ["run", DIGITS, "--set", "network.patch=3"],
+        "network: an input of 8 x 8 is not divisible by a patch of 3",
+    ),
+    "an override without a value": (
+        ["run", DIGITS, "--set", "training.steps"],
+        "is not of the form section.key=value",
+    ),
+    "an unknown option": (["run", DIGITS, "--dryrun"], "No such option"),
+    "a registry that is not there": (["promote", "digits"], "there is no model registry under"),
+    "runs that are not there": (["ui"], "there are no runs under"),
+    "a sweep that is not there": (["runs", "digits-123"], "there is no sweep 'digits-123'"),
+    "a weights file that is not there": (
+        ["generate", "--model", "some/weights.safetensors", "--out", "images"],
+        "there is no such file; registered models are named models:/NAME@ALIAS",
+    ),
+    "images that are not there": (
+        ["evaluate", "./images"],
+        "./images: there is no such file or folder; name",
+    ),
+    "a number of steps that is none": (
+        ["evaluate", "digits", "--steps", "1,two"],
+        "--steps '1,two': 'two' is no number of steps; give numbers such as 1,2,4.",
+    ),
+    "a model to score that is not registered": (
+        ["evaluate", "models:/digits@champion"],
+        "there is no model registry under",
+    ),
+    "a sweep to compare that is not there": (
+        ["compare", "methods-digits"],
+        "there is no sweep 'methods-digits' under",
+    ),
+    "a way of sampling that a method does not have": (
+        ["validate", "methods-digits", "--set", "comparison=[{steps: [1], sampler: ddim}]"],
+        "--set comparison: `comparison`: soflow has no sampling setting `sampler`: it has one way of sampling.",
+    ),
+    "a number of evaluations that cannot be had": (
+        [
+            "validate",
+            DIGITS,
+            "--set",
+            "objective={method: flow_matching, sampler: heun}",
+            "--set",
+            "search.space={}",
+        ],
+        "`evaluation.nfe`: 1 evaluations cannot be had, for flow_matching makes 2 in a step as it is sampled.",
+    ),
+    "features that are not known": (
+        ["validate", DIGITS, "--set", "evaluation.features=inceptoin"],
+        "`evaluation.features`: known are inception, dinov2, clip, digits-classifier, pooled and file:PATH.",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_with_exit_code_2_and_creates_nothing(
+    tmp_path: Path, mistake: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, through the console entry point: importing the networks anew for each would take minutes."""
+    arguments, said = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SOFLOW_STORAGE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["soflowctl", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capfd.readouterr().err
+    assert ended.value.code == 2, printed
+    assert said in printed
+    assert len(printed.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_ends_the_process_with_code_2_and_no_traceback(tmp_path: Path) -> None:
+    done = soflowctl(tmp_path, "run", DIGITS, "--set", "training.bacth=4")
+    assert done.returncode == 2
+    assert done.stderr.startswith("soflowctl: error: --set training.bacth: unknown key `bacth`")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_where_no_ray_answers_is_told_at_once(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    done = soflowctl(tmp_path, "run", DIGITS, "--address", address)
+    assert done.returncode == 2
+    assert f"no Ray answers at {address} (Connection refused)" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_something_else_that_listens_at_the_address_is_no_ray(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        done = soflowctl(tmp_path, "run", DIGITS, "--address", address)
+    assert done.returncode == 2, done.stderr
+    assert f"no Ray answers at {address}" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_a_command_does_and_imports_nothing_heavy(tmp_path: Path, command: str) -> None:
+    program = (
+        "import sys\n"
+        f"sys.argv = ['soflowctl', '{command}', '--help']\n"
+        "from soflow_platform.cli.main import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print('HEAVY', sorted({'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert done.returncode == 0
+    assert f"Usage: soflowctl {command}" in done.stdout
+    assert "HEAVY []" in done.stdout
+
+
+def test_validate_prints_what_a_file_stands_for(tmp_path: Path) -> None:
+    done = soflowctl(tmp_path, "validate", DIGITS)
+    assert done.returncode == 0
+    assert (
+        "is valid: 4 trial(s) of soflow, 600 steps of 128 samples, compared by eval/fd_nfe1 (min)"
+        in done.stdout
+    )
+
+
+def test_the_plan_of_xl2_names_trials_parameters_resources_and_how_to_make_the_data(tmp_path: Path) -> None:
+    done = soflowctl(tmp_path, "run", "xl2", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("676.7 M") == 4
+    assert "trial-03-weight_power=1-final=0.01" in done.stdout
+    assert "asks Ray for 8 worker(s) of 8 CPU and 1 GPU for each trial (64 CPU, 8 GPU)" in done.stdout
+    assert "make latents with `soflowctl data prepare IMAGENET_FOLDER" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version_is_that_of_the_distribution(tmp_path: Path) -> None:
+    from importlib.metadata import version
+
+    assert soflowctl(tmp_path, "version").stdout == f"soflow {version('soflow')}\n"
+
+
+def test_a_sweep_is_not_begun_anew_because_its_checkpoints_were_left_in_another_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    storage = ProjectFolder(tmp_path)
+    experiment, document = read_experiment(Path(DIGITS))
+    sweep = sweep_id(storage, experiment, again=False)
+    record = new_or_resumed_record(None, sweep, DIGITS, experiment, trials(document, experiment))
+    record.save(storage)
+    root = trial_root(None, storage, sweep, record.trials[1]["name"])
+    publish(root, CheckpointState(150, 19_200, "a-run"), lambda _: None)
+    elsewhere = tmp_path / "elsewhere"
+    arguments = ["run", DIGITS, "--storage", str(tmp_path), "--set", f"training.checkpoints={elsewhere}"]
+    monkeypatch.setattr(sys, "argv", ["soflowctl", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert f"are in {root} and not in {elsewhere}" in capfd.readouterr().err
+    assert not elsewhere.exists()

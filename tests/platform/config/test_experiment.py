@@ -1,0 +1,322 @@
+"""A sweep file is checked before anything starts, and what is wrong with it is said in one sentence with file and line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from soflow_platform.config.experiment import Experiment
+from soflow_platform.config.validation import read_experiment
+from soflow_platform.errors import UserError
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tuning.record import load_record, new_or_resumed_record, sweep_id
+from soflow_platform.tuning.search_space import trials
+
+ROOT = Path(__file__).parents[3]
+DIGITS = ROOT / "sweeps" / "digits.yaml"
+
+MINIMAL = """\
+name: small
+data: {source: digits}
+network: {patch: 2, hidden: 32, depth: 2, heads: 2}
+objective: {method: soflow}
+training: {steps: 40, batch: 16}
+evaluation: {every: 20}
+"""
+
+
+def write(folder: Path, text: str, name: str = "sweep.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        trials(*reversed(read_experiment(path, overrides)))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "sweeps").glob("*.yaml")])
+def test_the_sweeps_that_come_with_the_package_are_valid(name: str) -> None:
+    experiment, document = read_experiment(ROOT / "sweeps" / f"{name}.yaml")
+    assert len(trials(document, experiment)) >= 3
+
+
+def test_xl2_is_the_papers_recipe() -> None:
+    experiment, _ = read_experiment(ROOT / "sweeps" / "xl2.yaml")
+    objective, guidance = experiment.objective, experiment.objective.guidance
+    assert experiment.network.size == "XL/2"
+    assert (experiment.training.steps, experiment.training.batch) == (1_200_000, 256)
+    assert experiment.training.ema == (0.9999,)
+    assert experiment.training.clip_norm is None
+    assert (experiment.optimizer.name, experiment.optimizer.lr) == ("adamw", 1e-4)
+    assert (experiment.optimizer.betas, experiment.optimizer.weight_decay) == ((0.9, 0.99), 0.0)
+    assert (objective.flow_matching_share, objective.weight_power, objective.weight_eps) == (0.75, 1.0, 0.01)
+    assert (guidance.scale, guidance.mix, guidance.drop, guidance.decay_from) == (3.0, 0.25, 0.1, 0.8)
+    times = [(d.mean, d.std) for d in (objective.times.velocity, objective.times.end, objective.times.start)]
+    assert times == [(-0.2, 1.0), (-1.0, 0.8), (0.2, 0.8)]
+    schedule = objective.schedule
+    assert (schedule.kind, schedule.initial, schedule.final) == ("exponential", 0.1, 0.002)
+
+
+def test_a_misspelt_key_is_named_with_its_line_and_the_nearest_known_name(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL.replace("batch: 16", "bacth: 16"))
+    assert refusal(path) == f"{path}, line 5: unknown key `bacth` in `training`; did you mean `batch`?"
+
+
+def test_a_misspelt_key_deep_in_the_objective_is_found(tmp_path: Path) -> None:
+    text = MINIMAL.replace("{method: soflow}", "\n  method: soflow\n  guidance:\n    scael: 3.0")
+    sentence = refusal(write(tmp_path, text))
+    assert "line 7: unknown key `scael` in `objective.guidance`; did you mean `scale`?" in sentence
+
+
+def test_a_misspelt_override_is_named_as_one(tmp_path: Path) -> None:
+    sentence = refusal(write(tmp_path, MINIMAL), "training.stepps=10")
+    assert sentence == "--set training.stepps: unknown key `stepps` in `training`; did you mean `steps`?"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("steps: 40", "steps: many", "line 5: `training.steps` is 'many': input should be a valid integer"),
+        ("steps: 40", "steps: 0", "line 5: `training.steps` is 0: input should be greater than 0"),
+        (
+            "method: soflow",
+            "method: so-flow",
+            "line 4: unknown method 'so-flow' in `objective`; known are soflow",
+        ),
+        (
+            "method: soflow",
+            "flow_matching_share: 0.5",
+            "line 4: `objective.method` is missing; known are soflow",
+        ),
+        ("every: 20", "every: 50", "evaluation.every (50) is beyond training.steps (40): lower it"),
+        ("heads: 2", "heads: 3", "`hidden` (32) must be a multiple of `heads` (3)"),
+        ("heads: 2", "size: S/2", "give either `size` (such as XL/2) or all of"),
+        ("name: small", "name: Small Sweep", "line 1: `name` is 'Small Sweep'"),
+        ("training: {steps: 40, batch: 16}\n", "", "`training` is missing"),
+        ("steps: 40", "steps: [40", "line 5: "),
+        ("steps: 40", "steps: 40, steps: 50", "line 5: `steps` is given twice; keep one"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, old: str, new: str, said: str) -> None:
+    assert old in MINIMAL
+    sentence = refusal(write(tmp_path, MINIMAL.replace(old, new)))
+    assert said in sentence
+    assert "\n" not in sentence
+
+
+def test_a_batch_that_does_not_divide_names_both_numbers(tmp_path: Path) -> None:
+    sentence = refusal(write(tmp_path, MINIMAL), "resources.workers=3")
+    assert "training.batch (16) does not divide over 3 worker(s)" in sentence
+
+
+def test_a_batch_that_does_not_divide_names_the_workers_that_it_does(tmp_path: Path) -> None:
+    sentence = refusal(write(tmp_path, MINIMAL), "resources.workers=6", "training.accumulate=2")
+    assert "over 6 worker(s) in 2 pieces each" in sentence
+    assert sentence.endswith("or workers of 1, 2, 4, 8.")
+
+
+def test_a_short_trial_of_a_long_recipe_needs_no_other_setting(tmp_path: Path) -> None:
+    experiment, _ = read_experiment(write(tmp_path, MINIMAL), ("training.checkpoint_every=10_000",))
+    assert experiment.training.checkpoint_every == 10_000
+
+
+def test_a_trial_may_lose_any_number_of_workers_where_their_rows_can_be_uneven(tmp_path: Path) -> None:
+    path, elastic = write(tmp_path, MINIMAL), "resources={workers: 8, min_workers: 4}"
+    assert read_experiment(path, (elastic,))[0].resources.min_workers == 4
+    assert "does not divide over 5 worker(s)" in refusal(path, elastic, "training.parallel=fsdp")
+    assert "does not divide over 5 worker(s)" in refusal(path, elastic, "training.accumulate=2")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.ema=[0.5, 0.9, 0.5]", "`training.ema`: 0.5 is given twice: keep one"),
+        ("optimizer.warmup_steps=41", "optimizer.warmup_steps (41) is beyond training.steps (40): lower it"),
+        (
+            "search.asha={first_rung: 41}",
+            "search.asha.first_rung (41) is beyond training.steps (40): lower it",
+        ),
+        ("training.parallel=fsdp", "fsdp shares a network among workers: raise resources.workers above 1"),
+        (
+            "training.checkpoints=gs://bucket/x",
+            "`training.checkpoints`: gs:// cannot be written: give a folder or s3",
+        ),
+        ("training.checkpoints=https://host/x", "https:// cannot be written"),
+        ("training.checkpoints=s3://", "s3:// names no bucket: give s3://bucket/prefix"),
+        ("training.checkpoints=s3:///prefix", "s3:///prefix names no bucket"),
+        (
+            "tracking.uri=./mlruns",
+            "`tracking.uri`: ./mlruns is no tracking server: give http://HOST:PORT or sqlite:///FILE",
+        ),
+        ("tracking.uri=file:///mlruns", "file:///mlruns is no tracking server"),
+        ("tracking.uri=sqlite://", "sqlite:// names no file"),
+        ("training.grace_seconds=0", "`training.grace_seconds` is 0"),
+    ],
+)
+def test_what_would_fail_later_is_refused_now(tmp_path: Path, override: str, said: str) -> None:
+    sentence = refusal(write(tmp_path, MINIMAL), override)
+    assert said in sentence
+    assert "\n" not in sentence
+
+
+def test_places_are_the_same_from_every_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, MINIMAL)
+    monkeypatch.chdir(tmp_path)
+    relative = ("training.checkpoints=kept", "tracking.uri=sqlite:///runs.db")
+    experiment, _ = read_experiment(path, relative)
+    assert experiment.training.checkpoints == str(tmp_path / "kept")
+    assert experiment.tracking.uri == f"sqlite:///{tmp_path}/runs.db"
+    monkeypatch.chdir("/")
+    assert Experiment(**experiment.resolved()) == experiment
+    for place in ("s3://bucket/prefix?region=x", "s3://bucket"):
+        assert read_experiment(path, (f"training.checkpoints={place}",))[0].training.checkpoints == place
+
+
+def test_a_metric_that_is_never_reported_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    sentence = refusal(write(tmp_path, MINIMAL), "search.metric=eval/fid")
+    assert (
+        "search.metric 'eval/fid' is never reported: this sweep reports eval/fd_nfe1, eval/fd_nfe2"
+        in sentence
+    )
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert "absent.yaml cannot be read: No such file or directory" in refusal(tmp_path / "absent.yaml")
+
+
+def test_a_child_file_overrides_what_it_extends_and_lists_are_replaced(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL, "base.yaml")
+    child = write(tmp_path, "extends: base.yaml\ntraining: {steps: 80, ema: [0.5]}\n", "child.yaml")
+    experiment, _ = read_experiment(child)
+    assert (experiment.training.steps, experiment.training.batch, experiment.training.ema) == (80, 16, (0.5,))
+
+
+def test_an_error_in_an_extended_file_names_that_file(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL.replace("batch", "bacth"), "base.yaml")
+    sentence = refusal(write(tmp_path, "extends: base.yaml\ntraining: {steps: 80}\n", "child.yaml"))
+    assert "base.yaml, line 5: unknown key `bacth`" in sentence
+
+
+def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "extends: b.yaml\n", "a.yaml")
+    write(tmp_path, "extends: a.yaml\n", "b.yaml")
+    assert "`extends` goes in a circle: a.yaml -> b.yaml -> a.yaml" in refusal(tmp_path / "a.yaml")
+
+
+def test_numbers_in_exponent_form_are_numbers(tmp_path: Path) -> None:
+    experiment, _ = read_experiment(write(tmp_path, MINIMAL + "optimizer: {lr: 1e-3}\n"))
+    assert experiment.optimizer.lr == 1e-3
+
+
+def test_a_grid_tries_every_combination_and_names_each(tmp_path: Path) -> None:
+    space = "{objective.weight_power: [0.5, 1.0], objective.schedule.final: [0.002, 0.01]}"
+    experiment, document = read_experiment(write(tmp_path, MINIMAL), (f"search.space={space}",))
+    points = trials(document, experiment)
+    assert [p.name for p in points] == [
+        "trial-00-weight_power=0.5-final=0.002",
+        "trial-01-weight_power=0.5-final=0.01",
+        "trial-02-weight_power=1-final=0.002",
+        "trial-03-weight_power=1-final=0.01",
+    ]
+    assert points[3].experiment.objective.weight_power == 1.0
+    assert points[3].experiment.objective.schedule.final == 0.01
+
+
+def test_random_trials_are_the_same_each_time_and_inside_their_range(tmp_path: Path) -> None:
+    space = "search.space={optimizer.lr: {log_uniform: [1e-4, 1e-2]}}"
+    overrides = (space, "search.algorithm=random", "search.trials=20")
+    first, second = (
+        [p.settings["optimizer.lr"] for p in trials(document, experiment)]
+        for experiment, document in (read_experiment(write(tmp_path, MINIMAL), overrides) for _ in range(2))
+    )
+    assert first == second
+    assert len(set(first)) == 20
+    assert all(1e-4 <= lr <= 1e-2 for lr in first)
+
+
+def test_a_value_of_the_search_space_is_checked_like_one_in_the_file(tmp_path: Path) -> None:
+    sentence = refusal(write(tmp_path, MINIMAL), "search.space={objective.weight_power: [1.0, -1.0]}")
+    assert "weight_power is -1" in sentence
+
+
+def test_an_unknown_setting_in_the_search_space_is_refused(tmp_path: Path) -> None:
+    sentence = refusal(write(tmp_path, MINIMAL), "search.space={objective.wieght_power: [1.0]}")
+    assert "unknown key `wieght_power` in `objective`; did you mean `weight_power`?" in sentence
+
+
+def test_the_resolved_settings_read_back_to_the_same_experiment() -> None:
+    experiment, _ = read_experiment(DIGITS)
+    again = Experiment(**experiment.resolved())
+    assert again == experiment
+    assert again.digest() == experiment.digest()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "data.conditional=false",
+        "network.depth=2",
+        "objective.guidance.scale=2.0",
+        "optimizer.lr=2e-3",
+        "training.steps=601",
+        "training.batch=64",
+        "training.ema=[0.9]",
+        "training.precision=mixed",
+        "training.clip_norm=1.0",
+        "evaluation.samples=1000",
+        "search.space={objective.weight_power: [0.5]}",
+    ],
+)
+def test_what_decides_the_numbers_makes_another_sweep(override: str) -> None:
+    assert read_experiment(DIGITS, (override,))[0].digest() != read_experiment(DIGITS)[0].digest()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "resources={workers: 2, min_workers: 1, cpus_per_worker: 0.5, concurrent_trials: 1, max_failures: 9, wait_minutes: 1}",
+        "training.parallel=fsdp",
+        "training.accumulate=2",
+        "training.log_every=10",
+        "training.checkpoint_every=10",
+        "training.keep_checkpoints=5",
+        "training.checkpoints=/elsewhere",
+        "training.patience_minutes=60",
+        "training.grace_seconds=60",
+        "tracking.uri=http://tracking:5000",
+        "registry.enabled=false",
+        "description=said otherwise",
+        "comparison=[{steps: [1]}]",
+    ],
+)
+def test_what_only_runs_a_sweep_may_change_while_it_stays_the_same(override: str) -> None:
+    overrides = ("resources.workers=2", override)
+    assert read_experiment(DIGITS, overrides)[0].digest() == read_experiment(DIGITS)[0].digest()
+
+
+def test_a_sweep_started_again_keeps_its_runs_and_has_the_settings_of_the_newest_start(
+    tmp_path: Path,
+) -> None:
+    storage = ProjectFolder(tmp_path)
+    first, document = read_experiment(DIGITS)
+    sweep = sweep_id(storage, first, again=False)
+    begun = new_or_resumed_record(None, sweep, "digits.yaml", first, trials(document, first))
+    begun.run, begun.attempts = "a-run", 1
+    begun.save(storage)
+    second, document = read_experiment(DIGITS, ("resources.workers=2",))
+    points = trials(document, second)
+    assert sweep_id(storage, second, again=False) == sweep
+    new_or_resumed_record(load_record(storage, sweep), sweep, "digits.yaml", second, points).save(storage)
+    kept = load_record(storage, sweep)
+    assert kept is not None
+    assert (kept.run, kept.attempts, kept.created) == ("a-run", 1, begun.created)
+    assert kept.experiment["resources"]["workers"] == 2
+    assert {point.experiment.resources.workers for point in points} == {2}
+    assert kept.trials == begun.trials

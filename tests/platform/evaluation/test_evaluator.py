@@ -1,0 +1,214 @@
+"""Evaluation during training, on any feature network: what it sees, what it says of itself, and that it disturbs nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from soflow_core.networks import DiT, DiTConfig
+from soflow_core.objectives import SoFlow
+from soflow_pipelines.images.autoencoder import load_autoencoder
+from soflow_pipelines.preparation.build import prepare_here
+from soflow_pipelines.preparation.shard_plan import Preparation, PrepareSettings
+from soflow_pipelines.shards.tables import read_info
+from soflow_pipelines.sources.opening import open_source
+from soflow_pipelines.storage.opening import open_storage
+from soflow_platform.config.evaluation import EvaluationConfig
+from soflow_platform.errors import UserError
+from soflow_platform.evaluation.evaluator import Evaluator
+from soflow_platform.evaluation.reference_store import DECODED_LATENTS
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.metric_logger import MetricLogger
+from soflow_platform.tracking.store import Tracking
+from soflow_platform.training.trial_log import LOG
+from soflow_platform.training.worker import TrialWorker
+from tests.support.small_networks import exported
+from tests.support.trained_state import differing_tensors, final_state
+
+Make = Callable[..., TrialWorker]
+
+
+@pytest.fixture(scope="module")
+def thumbnail(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return exported(tmp_path_factory.mktemp("thumbnail"), 1, 8)
+
+
+def test_weights_with_and_without_evaluation_are_equal_bit_for_bit(worker: Make, thumbnail: str) -> None:
+    features = f"evaluation.features={thumbnail}"
+    states, generators = [], []
+    for name, every in (("often", 2), ("once", 6)):
+        trained = worker(name, f"evaluation.every={every}", features)
+        trained.run()
+        states.append(final_state(str(trained.root)))
+        generators.append(torch.get_rng_state())
+    assert {key.split(".")[0] for key in states[0]} == {"network", "ema", "optimizer"}
+    assert differing_tensors(*states) == []
+    assert torch.equal(*generators)
+
+
+def test_why_a_number_is_refused_stands_in_the_log_and_on_the_run_once(
+    worker: Make, tracking: Tracking
+) -> None:
+    settings = ("evaluation.samples=70", "evaluation.features=digits-classifier")
+    trained = worker("broken", *settings)
+    with torch.no_grad():
+        next(iter(trained.train_step.ema.average().values())).fill_(float("nan"))
+    trained.run()
+    assert [step["step"] for step in trained.evaluations] == [2, 4, 6]
+    assert all(math.isnan(step["eval/fd_nfe1"]) for step in trained.evaluations)
+    lines = [line for line in (trained.folder / LOG).read_text().splitlines() if "not finite" in line]
+    assert [(line.split("  ")[1], line[-7:]) for line in lines] == [
+        ("step 2", "(nfe 1)"),
+        ("step 2", "(nfe 2)"),
+    ]
+    said = tracking.client.get_run(trained.job.run).data.tags["eval.flags"]
+    assert [said.count(f"(nfe {nfe})") for nfe in (1, 2)] == [1, 1]
+    again = MetricLogger(tracking.uri, trained.job.run, print)
+    again.flag(lines[0].split("  ", 2)[2])
+    again.flush()
+    assert tracking.client.get_run(trained.job.run).data.tags["eval.flags"] == said
+
+
+@pytest.mark.parametrize(
+    ("features", "metrics"),
+    [
+        ("inception", ["eval/fid_nfe1", "eval/fid_nfe2"]),
+        ("dinov2", ["eval/fd_dinov2_nfe1", "eval/fd_dinov2_nfe2"]),
+        ("clip", ["eval/fd_clip_nfe1", "eval/fd_clip_nfe2"]),
+        ("file:net.pt2", ["eval/fd_nfe1", "eval/fd_nfe2"]),
+        (
+            "digits-classifier",
+            ["eval/fd_nfe1", "eval/fd_nfe2", "eval/label_agreement_nfe1", "eval/label_agreement_nfe2"],
+        ),
+    ],
+)
+def test_the_distance_on_inception_alone_is_called_fid(features: str, metrics: list[str]) -> None:
+    assert list(EvaluationConfig(every=1, features=features).metrics(conditional=True)) == metrics
+
+
+def test_a_network_of_ones_own_is_found_from_any_working_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    assert EvaluationConfig(every=1, features="file:net.pt2").features == "file:/net.pt2"
+
+
+def test_weights_that_cannot_be_had_are_named_before_training_starts(
+    worker: Make, storage: ProjectFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOFLOW_INCEPTION_WEIGHTS", "/nowhere/inception.pth")
+    with pytest.raises(UserError, match=r"/nowhere/inception\.pth") as caught:
+        worker("blind", "evaluation.features=inception", "search.metric=eval/fid_nfe1")
+    assert "\n" not in str(caught.value)
+    assert not storage.sweeps.exists()
+
+
+def test_fewer_samples_than_features_are_said_in_the_tags(
+    worker: Make, thumbnail: str, tmp_path: Path
+) -> None:
+    few = worker("few", f"evaluation.features={exported(tmp_path / 'net', 1, 8, side=6)}").evaluator
+    assert few.features.dim == 36
+    assert few.tags()["eval.flags"].startswith("32 samples in 36 features")
+    enough = worker("enough", f"evaluation.features={thumbnail}").evaluator
+    assert "eval.flags" not in enough.tags()
+
+
+def test_ranks_together_score_what_one_scores_alone(worker: Make) -> None:
+    trained = worker("alone", "evaluation={every: 6, samples: 600, features: digits-classifier, grid: 2}")
+    network = DiT(trained.config).eval()
+    objective, device = trained.experiment.objective, torch.device("cpu")
+    alone = trained.evaluator.evaluate(network, objective, device)
+    parts = [
+        [trained.evaluator._part(network, objective, nfe, device, rank, 2) for rank in (0, 1)]
+        for nfe in (1, 2)
+    ]
+    both = trained.evaluator.evaluate(
+        network, objective, device, 0, 2, lambda own: parts.pop(0) if own else []
+    )
+    assert both.metrics == pytest.approx(alone.metrics, rel=1e-9)
+
+
+def test_a_sample_that_is_not_finite_refuses_the_number_on_every_rank(worker: Make) -> None:
+    trained = worker("broken", "evaluation={every: 6, samples: 600, features: digits-classifier, grid: 2}")
+    network = DiT(trained.config).eval()
+    objective, device = trained.experiment.objective, torch.device("cpu")
+    sound = trained.evaluator._part(network, objective, 1, device, 1, 2)
+    with torch.no_grad():
+        next(network.parameters()).fill_(float("nan"))
+    for merge in (list, lambda parts: [sound, *parts]):
+        result = trained.evaluator.evaluate(network, objective, device, 0, 2, merge)
+        assert all(math.isnan(value) for value in result.metrics.values())
+        assert result.flags[0].startswith("sample 0 has values that are not finite")
+        assert result.flags[0].endswith("(nfe 1)")
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small autoencoder in diffusers' format, and a shard set of latents made with it."""
+    from diffusers import AutoencoderKL
+
+    root = tmp_path_factory.mktemp("latents")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+    ).save_pretrained(root / "autoencoder")
+    pixels = np.random.default_rng(0)
+    for number in range(40):
+        path = root / "images" / f"class{number % 4}" / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(path)
+    autoencoder = load_autoencoder(str(root / "autoencoder"))
+    plan = Preparation(open_source(str(root / "images")), PrepareSettings(resolution=16), autoencoder.facts)
+    prepare_here(plan, open_storage(root / "set"), autoencoder)
+    return root / "autoencoder", root / "set"
+
+
+def test_latents_are_decoded_before_features_of_images(
+    latents: tuple[Path, Path], tmp_path: Path, storage: ProjectFolder
+) -> None:
+    autoencoder, data = latents
+    info = read_info(data)
+    features = exported(tmp_path / "net", 3, 16)
+    config = EvaluationConfig(
+        every=1, samples=32, nfe=(1,), features=features, autoencoder=str(autoencoder), grid=2
+    )
+    evaluator = Evaluator.open(config, info, str(data), True, storage)
+    assert evaluator.reference.resolution == (16, 16)
+    assert evaluator.tags()["eval.autoencoder"].startswith("autoencoder (")
+    assert DECODED_LATENTS in evaluator.tags()["eval.flags"]
+    channels, height, width = info.shape
+    assert (channels, height, width) == (4, 8, 8)
+    network = DiT(DiTConfig(channels, height, width, 2, 16, 1, 2, classes=info.classes, null_label=True))
+    result = evaluator.evaluate(network, SoFlow(), torch.device("cpu"))
+    # The program refuses images of another size than 16 x 16.
+    assert math.isfinite(result.metrics["eval/fd_nfe1"])
+    assert result.grids["samples/nfe1"].shape[0] > 2 * 16
+
+
+def test_the_autoencoder_must_be_the_one_that_made_the_latents(
+    latents: tuple[Path, Path], tmp_path: Path, storage: ProjectFolder
+) -> None:
+    from diffusers import AutoencoderKL
+
+    autoencoder, data = latents
+    other = AutoencoderKL.from_pretrained(autoencoder)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    other.save_pretrained(tmp_path / "other")
+    features = exported(tmp_path / "net", 3, 16)
+    for named, said in (
+        (str(tmp_path / "other"), "the latents are of autoencoder"),
+        (None, "Name its folder"),
+    ):
+        config = EvaluationConfig(every=1, samples=32, features=features, autoencoder=named)
+        with pytest.raises(UserError, match=said):
+            Evaluator.open(config, read_info(data), str(data), True, storage)

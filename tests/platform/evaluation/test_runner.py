@@ -1,0 +1,108 @@
+"""Statistics gathered on a Ray: whole measurements as soon as their blocks are there, references of the training data too."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from soflow_pipelines.preparation.builtin import ensure_builtin
+from soflow_pipelines.shards.tables import read_info
+from soflow_pipelines.sources.digits import load_digits
+from soflow_platform.cli.display import SweepDisplay
+from soflow_platform.cluster.connection import Cluster, connected
+from soflow_platform.config.evaluation import EvaluationConfig
+from soflow_platform.config.validation import read_experiment
+from soflow_platform.evaluation.evaluator import Evaluator
+from soflow_platform.evaluation.feature_networks import feature_network
+from soflow_platform.evaluation.image_sources import StoredImages
+from soflow_platform.evaluation.runner import Progress, RayStatisticsRunner
+from soflow_platform.evaluation.statistics import MERGED, StatisticsJob
+from soflow_platform.storage.project import ProjectFolder
+from tests.support.small_networks import exported
+
+SWEEP_FILE = Path(__file__).parents[3] / "sweeps" / "digits.yaml"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with connected(None) as found:
+        yield found
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> ProjectFolder:
+    return ProjectFolder(tmp_path / "runs")
+
+
+def digits_file(path: Path, start: int, stop: int) -> StoredImages:
+    np.savez(path, arr_0=load_digits().images[start:stop].transpose(0, 2, 3, 1))
+    return StoredImages(str(path), f"digits-{start}-{stop}", stop - start)
+
+
+def test_a_measurement_is_merged_as_soon_as_its_last_block_is_there(
+    cluster: Cluster, storage: ProjectFolder, tmp_path: Path
+) -> None:
+    network = feature_network("digits-classifier", (1, 8, 8), storage)
+    sets = [digits_file(tmp_path / f"{start}.npz", start, start + 800) for start in (0, 900)]
+    measurements = [StatisticsJob(images, "digits-classifier", network.id, ("fd",)) for images in sets]
+    seen: list[int] = []
+
+    def look(progress: Progress) -> None:
+        assert progress.done <= progress.total == 1600
+        wholes = [gathering.folder(measurement).folder / MERGED for measurement in measurements]
+        merged = [whole for whole in wholes if whole.exists()]
+        seen.append(len(merged))
+        for whole in merged:
+            assert [path.name for path in whole.parent.iterdir()] == [MERGED]
+
+    gathering = RayStatisticsRunner(storage, report=look, cluster=cluster)
+    one, other = gathering.statistics(measurements)
+    assert set(seen) == {0, 1, 2}
+    assert (one.count, other.count) == (800, 800)
+    one.check_complete()
+
+
+@pytest.mark.parametrize("features", ["pooled", "file"])
+def test_the_reference_of_the_training_data_is_described_on_the_cluster_once(
+    cluster: Cluster, storage: ProjectFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, features: str
+) -> None:
+    monkeypatch.setattr("soflow_platform.evaluation.evaluator.QUICKLY_POOLED", 1000)
+    data = str(ensure_builtin("digits", storage.data / "digits"))
+    name = features if features == "pooled" else exported(tmp_path / "net", 1, 8)
+    config = EvaluationConfig(every=1, samples=32, features=name)
+    seen: list[Progress] = []
+    gathering = RayStatisticsRunner(storage, report=seen.append, cluster=cluster)
+    spread = Evaluator.open(config, read_info(data), data, True, storage, gathering.one)
+    assert seen[-1] == Progress(1797, 1797)
+    assert len({progress.done for progress in seen}) > 1
+    assert spread.reference.count == 1797
+    (kept,) = storage.features.glob("reference-*")
+    written = os.stat(kept).st_mtime_ns
+    # A worker of a trial finds it.
+    found = Evaluator.open(config, read_info(data), data, True, storage)
+    assert os.stat(kept).st_mtime_ns == written
+    # And has the same numbers where it finds none.
+    kept.unlink()
+    alone = Evaluator.open(config, read_info(data), data, True, storage)
+    for evaluator in (found, alone):
+        assert evaluator.reference.moments is not None
+        assert spread.reference.moments is not None
+        assert np.array_equal(evaluator.reference.moments.mean, spread.reference.moments.mean)
+        assert np.array_equal(evaluator.reference.moments.covariance, spread.reference.moments.covariance)
+
+
+def test_without_a_terminal_lines_say_how_many_real_images_are_described(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("soflow_platform.cli.display.NEWS_SECONDS", 0)
+    written = io.StringIO()
+    display = SweepDisplay(Console(file=written, width=100), read_experiment(SWEEP_FILE, ())[0], [])
+    with display.describing() as report:
+        report(Progress(640, 50_000))
+    assert written.getvalue().endswith("640 of 50,000 real images described\n")

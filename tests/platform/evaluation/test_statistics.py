@@ -1,0 +1,230 @@
+"""Statistics gathered in blocks are those of the images taken at once, whoever made the blocks and however often it was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from soflow_core.samplers.noise import sample_labels
+from soflow_pipelines.images.convert import to_unit_range
+from soflow_pipelines.metrics import ScoreError, ScoreStatistics
+from soflow_pipelines.shards.tables import read_info
+from soflow_pipelines.sources.digits import load_digits
+from soflow_platform.errors import UserError
+from soflow_platform.evaluation import statistics as measurements
+from soflow_platform.evaluation.feature_networks import feature_network
+from soflow_platform.evaluation.image_sources import GeneratedImages, StoredImages
+from soflow_platform.evaluation.reference_store import stored_shard_set
+from soflow_platform.evaluation.statistics import (
+    LARGEST_BLOCK,
+    BlockStore,
+    StatisticsJob,
+    compute_block,
+    compute_statistics,
+)
+from soflow_platform.generation.generator import BATCH, Generator
+from soflow_platform.jobs.targets import find_target
+from soflow_platform.storage.project import ProjectFolder
+from tests.support.scored_sweep import SWEEP
+
+
+@pytest.fixture
+def weights(scored_once: ProjectFolder) -> Path:
+    found = find_target(f"{SWEEP}/trial-00-soflow", scored_once, scored_once.tracking_uri).weights
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def measurement(weights: Path, scored_once: ProjectFolder) -> StatisticsJob:
+    images = GeneratedImages(str(weights), "digest", steps=2, seed=3, labels="uniform", count=200)
+    network = feature_network("digits-classifier", (1, 8, 8), scored_once)
+    return StatisticsJob(images, "digits-classifier", network.id, ("fd", "kid", "is", "label_agreement"))
+
+
+def make(
+    measurement: StatisticsJob, scored_once: ProjectFolder, folder: BlockStore, blocks: list[int]
+) -> None:
+    network = feature_network(measurement.features, (1, 8, 8), scored_once)
+    for block in blocks:
+        opened = measurement.images.open("cpu")
+        folder.publish(block, compute_block(measurement, block, opened, network))
+
+
+def test_a_sample_is_the_same_in_whichever_block_it_is_made(
+    measurement: StatisticsJob, weights: Path
+) -> None:
+    opened = measurement.images.open("cpu")
+    whole = torch.cat([opened.read(start, start + BATCH)[0] for start in (0, 64, 128)])
+    alone, labels = opened.read(70, 71)
+    assert torch.equal(alone[0], whole[70])
+    generator = Generator.open(weights)
+    (again,) = generator.samples([70], sample_labels(3, torch.tensor([70]), 10), seed=3, steps=2)
+    assert torch.equal(again, alone)
+    assert labels is not None
+    assert torch.equal(labels, sample_labels(3, torch.tensor([70]), 10))
+
+
+def test_blocks_made_in_any_order_by_anyone_give_the_same_statistics_to_the_last_bit(
+    measurement: StatisticsJob, scored_once: ProjectFolder, tmp_path: Path
+) -> None:
+    folders = [BlockStore.of(measurement, tmp_path / name) for name in ("one", "two")]
+    assert folders[0].missing() == [0, 1, 2, 3]
+    make(measurement, scored_once, folders[0], [0, 1, 2, 3])
+    make(measurement, scored_once, folders[1], [3, 1])
+    assert folders[1].missing() == [0, 2]
+    make(measurement, scored_once, folders[1], folders[1].missing())
+    states = [folder.whole().state() for folder in folders]
+    for key in states[0]:
+        assert np.array_equal(states[0][key], states[1][key]), key
+    assert [path.name for path in folders[0].folder.iterdir()] == ["statistics.npz"]
+    assert folders[0].missing() == []
+    again = folders[0].whole().state()
+    assert all(np.array_equal(again[key], states[0][key]) for key in again)
+
+
+def test_merged_blocks_are_the_statistics_of_all_images_at_once(
+    measurement: StatisticsJob, scored_once: ProjectFolder, tmp_path: Path
+) -> None:
+    folder = BlockStore.of(measurement, tmp_path)
+    make(measurement, scored_once, folder, folder.missing())
+    merged = folder.whole()
+    opened = measurement.images.open("cpu")
+    parts = [opened.read(start, min(start + BATCH, 200)) for start in range(0, 200, BATCH)]
+    network = feature_network(measurement.features, (1, 8, 8), scored_once)
+    whole = ScoreStatistics(network, measurement.metrics, samples=200)
+    whole.update(
+        torch.arange(200),
+        torch.cat([part[0] for part in parts]),
+        torch.cat([p[1] for p in parts if p[1] is not None]),
+    )
+    assert merged.count == whole.count == 200
+    assert merged.agreed == whole.agreed
+    assert merged.moments is not None
+    assert whole.moments is not None
+    np.testing.assert_allclose(merged.moments.mean, whole.moments.mean, rtol=1e-6)
+    np.testing.assert_allclose(merged.moments.covariance, whole.moments.covariance, rtol=1e-5, atol=1e-7)
+    merged.check_complete()
+
+
+def test_samples_of_a_shard_set_are_seen_as_a_network_sees_them_and_each_once(
+    scored_once: ProjectFolder, tmp_path: Path
+) -> None:
+    place = str(scored_once.data / "digits")
+    given = stored_shard_set(place, read_info(place), None, decodes=False)
+    network = feature_network("pooled", (1, 8, 8), scored_once)
+    measurement = StatisticsJob(given, "pooled", network.id, ("fd", "kid"), (1, 8, 8))
+    folder = BlockStore.of(measurement, tmp_path)
+    make(measurement, scored_once, folder, folder.missing()[::-1])
+    whole = folder.whole()
+    whole.check_complete()
+    exact = to_unit_range(torch.from_numpy(load_digits().images)).flatten(1).double()
+    assert whole.moments is not None
+    np.testing.assert_allclose(whole.moments.mean, exact.mean(0), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(whole.moments.covariance, exact.T.cov(), rtol=1e-5, atol=1e-9)
+    here = compute_statistics(measurement, network, "cpu").state()
+    assert all(np.array_equal(here[key], value) for key, value in whole.state().items())
+
+
+def test_the_weights_of_a_sample_that_is_not_finite_are_refused(
+    measurement: StatisticsJob, scored_once: ProjectFolder
+) -> None:
+    opened: Any = measurement.images.open("cpu")
+    with torch.no_grad():
+        next(iter(opened._generator.network.parameters())).fill_(float("nan"))
+    network = feature_network(measurement.features, (1, 8, 8), scored_once)
+    with pytest.raises(ScoreError, match="sample 64 has values that are not finite"):
+        compute_block(measurement, 1, opened, network)
+
+
+CHANGES: dict[str, Callable[[StatisticsJob], StatisticsJob]] = {
+    "weights": lambda m: replace(m, images=replace(m.images, digest="other")),
+    "steps": lambda m: replace(m, images=replace(m.images, steps=1)),
+    "seed": lambda m: replace(m, images=replace(m.images, seed=4)),
+    "labels": lambda m: replace(m, images=replace(m.images, labels="balanced")),
+    "count": lambda m: replace(m, images=replace(m.images, count=201)),
+    "sampler": lambda m: replace(m, images=replace(m.images, sampling={"sampler": "heun"})),
+    "features": lambda m: replace(m, features_id="digits-cnn-1-00000000"),
+    "metrics": lambda m: replace(m, metrics=("fd",)),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_every_setting_that_moves_the_statistics_changes_the_key(
+    measurement: StatisticsJob, what: str
+) -> None:
+    assert CHANGES[what](measurement).key != measurement.key
+
+
+def test_another_version_of_the_evaluator_changes_the_key(
+    measurement: StatisticsJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = measurement.key
+    monkeypatch.setattr("soflow_platform.evaluation.statistics.EVALUATOR", "another")
+    assert measurement.key != before
+
+
+def test_blocks_that_another_command_merges_meanwhile_are_found_as_the_whole(
+    measurement: StatisticsJob, scored_once: ProjectFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = BlockStore.of(measurement, tmp_path)
+    make(measurement, scored_once, folder, folder.missing())
+    load = measurements._load
+    other: list[ScoreStatistics] = []
+
+    def overtaken(path: Path) -> ScoreStatistics:
+        if path.name == "block-000001.npz" and not other:
+            monkeypatch.setattr(measurements, "_load", load)
+            other.append(folder.whole())
+        return load(path)
+
+    monkeypatch.setattr(measurements, "_load", overtaken)
+    mine = folder.whole()
+    assert len(other) == 1
+    assert np.array_equal(mine.state()["moments.mean"], other[0].state()["moments.mean"])
+    assert [path.name for path in folder.folder.iterdir()] == ["statistics.npz"]
+
+
+def test_a_block_that_is_missing_is_no_whole(
+    measurement: StatisticsJob, scored_once: ProjectFolder, tmp_path: Path
+) -> None:
+    folder = BlockStore.of(measurement, tmp_path)
+    make(measurement, scored_once, folder, [0, 2, 3])
+    with pytest.raises(FileNotFoundError, match="block-000001"):
+        folder.whole()
+
+
+def test_where_the_weights_lie_does_not_change_the_key(measurement: StatisticsJob) -> None:
+    assert (
+        replace(measurement, images=replace(measurement.images, weights="/elsewhere")).key == measurement.key
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "block", "blocks"),
+    [(2, 64, 1), (64, 64, 1), (200, 64, 4), (2000, 128, 16), (10_000, 640, 16), (50_000, LARGEST_BLOCK, 49)],
+)
+def test_blocks_are_whole_batches_and_hold_every_image_once(count: int, block: int, blocks: int) -> None:
+    cut = StatisticsJob(StoredImages("place", "digest", count), "inception", "id", ("fid",))
+    assert (cut.block, cut.blocks) == (block, blocks)
+    assert cut.block % BATCH == 0
+    assert sum(cut.size(number) for number in range(cut.blocks)) == count
+
+
+def test_a_machine_with_other_feature_weights_refuses_the_work(
+    measurement: StatisticsJob, scored_once: ProjectFolder, tmp_path: Path
+) -> None:
+    from soflow_platform.evaluation.runner import StatisticsActor
+
+    torch.backends.cudnn.allow_tf32 = True
+    scorer = StatisticsActor(str(scored_once.root), str(tmp_path), 1, None)
+    # Images are made and decoded in float32, as the features of them are.
+    assert not torch.backends.cudnn.allow_tf32
+    with pytest.raises(UserError, match=r"this machine has digits-cnn-1-\w+ where the command found other"):
+        scorer.make(replace(measurement, features_id="other"), 0)

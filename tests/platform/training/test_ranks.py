@@ -1,0 +1,258 @@
+"""Several workers train the network that one would, lose nothing when they are killed, and agree about what goes wrong."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from soflow_pipelines.storage.files import read_json
+from soflow_pipelines.storage.opening import open_storage
+from soflow_platform.errors import JobError
+from soflow_platform.storage import checkpoints
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import client_for
+from soflow_platform.training.stop_request import request_stop
+from soflow_platform.training.worker import TrialJob, TrialWorker
+from soflow_platform.tuning.progress import ProgressActor
+from tests.support.ranks import kill, start_ranks, train, wait_until
+from tests.support.trained_state import differing_tensors, final_state
+
+Make = Callable[..., TrialWorker]
+NOWHERE = "http://127.0.0.1:9"
+"""Where nothing listens."""
+
+
+def curve(job: TrialJob, metric: str) -> dict[int, float]:
+    history = client_for(job.tracking_uri).get_metric_history(job.run, metric)
+    found = {m.step: m.value for m in history}
+    assert len(found) == len(history), "a step was logged twice"
+    return found
+
+
+@pytest.mark.parametrize("method", ["soflow", "meanflow"])
+def test_any_number_of_workers_makes_the_same_losses_also_where_the_batch_does_not_divide(
+    worker: Make, method: str
+) -> None:
+    settings = [f"objective={{method: {method}}}", "evaluation.every=6", "training.precision=float32"]
+    alone = worker(f"{method}-1", *settings)
+    alone.run()
+    expected = curve(alone.job, "train/loss")
+    assert len(expected) == 6
+    for world in (2, 3, 4):
+        job = worker(f"{method}-{world}", *settings).job
+        assert train(job, world) == [0] * world
+        assert curve(job, "train/loss") == pytest.approx(expected, rel=2e-5)
+        norms, alone_norms = curve(job, "train/grad_norm"), curve(alone.job, "train/grad_norm")
+        assert norms[1] == pytest.approx(alone_norms[1], rel=1e-5)
+        # Adam's first updates are the signs of gradients, which rounding turns where they are nearly 0.
+        assert norms == pytest.approx(alone_norms, rel=2e-3)
+
+
+def test_sharded_workers_train_the_network_that_one_does_and_either_goes_on_with_the_others_checkpoint(
+    worker: Make,
+) -> None:
+    settings = [
+        "evaluation.every=3",
+        "training.parallel=fsdp",
+        "resources.workers=2",
+        "training.precision=float32",
+    ]
+    alone = worker("alone", *settings)
+    alone.run()
+    shared = worker("shared", *settings)
+    assert train(shared.job, 2) == [0, 0]
+    expected = curve(alone.job, "train/loss")
+    assert curve(shared.job, "train/loss") == pytest.approx(expected, rel=2e-5)
+    open_storage(shared.root).remove("step-00000006/checkpoint.json")
+    resumed = worker("shared", *settings)
+    resumed.run()
+    assert curve(shared.job, "train/loss") == pytest.approx(expected, rel=2e-5)
+    a, b = final_state(alone.root), final_state(resumed.root)
+    assert all(torch.allclose(a[key], b[key], atol=5e-4) for key in a)
+
+
+def slow_down(worker: TrialWorker) -> None:
+    take = worker._step
+
+    def step(number: int) -> Any:
+        time.sleep(0.05)
+        return take(number)
+
+    worker._step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("world", "deterministic"), [(1, False), (2, False), (3, True)])
+def test_training_killed_at_a_random_step_is_the_training_never_killed(
+    worker: Make, world: int, deterministic: bool
+) -> None:
+    settings = ["training.steps=20", "training.checkpoint_every=3", "evaluation.every=20"]
+    settings += ["training.batch=6", f"training.deterministic={str(deterministic).lower()}"]
+    whole = worker("whole", *settings)
+    assert train(whole.job, world) == [0] * world
+    cut = worker("cut", *settings)
+    ranks = start_ranks(cut.job, world, slow_down)
+    wait_until(lambda: checkpoints.published(cut.root))
+    time.sleep(random.uniform(0, 0.5))
+    kill(ranks)
+    stood = checkpoints.published(cut.root)[-1].position.step
+    assert 3 <= stood < 20
+    assert train(cut.job, world) == [0] * world
+    assert differing_tensors(final_state(whole.root), final_state(cut.root)) == []
+    for metric in ("train/loss", "train/velocity_mse", "eval/fd_nfe1"):
+        assert curve(whole.job, metric) == curve(cut.job, metric)
+
+
+def spoil_rank_one(worker: TrialWorker) -> None:
+    read = worker.loader._read
+
+    def nan_at_third_step(start: int) -> Any:
+        batch = read(start)
+        if start == 2 * 8 and worker.rank == 1:
+            batch.x0[0] = float("nan")
+        return batch
+
+    worker.loader._read = nan_at_third_step  # type: ignore[method-assign]
+
+
+def test_a_nan_in_one_ranks_batch_stops_all_ranks_before_the_update_and_names_the_rank(worker: Make) -> None:
+    job = worker("broken").job
+    assert train(job, 2, spoil_rank_one) == [1, 1]
+    root = checkpoints.trial_root(None, ProjectFolder(Path(job.storage)), job.sweep, job.trial)
+    assert [c.position.step for c in checkpoints.published(root)] == [2]
+    assert all(
+        torch.isfinite(value).all() for value in final_state(root).values() if value.is_floating_point()
+    )
+    assert sorted(curve(job, "train/loss")) == [1, 2]
+
+
+def hold_back_rank_one_in_two_spells(worker: TrialWorker) -> None:
+    def hold(*_: Any) -> None:
+        slow = worker.rank == 1 and worker.train_step.step not in range(6, 12)
+        time.sleep(0.1 if slow else 0.03)
+
+    worker.train_step.network.register_forward_pre_hook(hold)
+
+
+def test_a_slow_rank_is_named_once_in_each_spell(worker: Make) -> None:
+    slowed = worker("slowed", "training.steps=18", "evaluation.every=18")
+    assert train(slowed.job, 2, hold_back_rank_one_in_two_spells) == [0, 0]
+    log = (slowed.folder / "log.txt").read_text()
+    first, second = (int(step) for step in re.findall(r"step (\d+)  rank 1 takes ", log))
+    # The first steps of a process take either rank longer.
+    assert first <= 6
+    assert second == 15
+
+
+def lose_tracking_after_two_steps(worker: TrialWorker) -> None:
+    slow_down(worker)
+    take = worker._step
+
+    def step(number: int) -> Any:
+        if number == 3 and worker.log is not None:
+            worker.log.uri, worker.log.patience = NOWHERE, 0.1
+            worker.log.send()
+        return take(number)
+
+    worker._step = step  # type: ignore[method-assign]
+    note_failure(worker)
+
+
+def note_failure(worker: TrialWorker) -> None:
+    run = worker.run
+
+    def noted() -> bool:
+        try:
+            return run()
+        except JobError as error:
+            (worker.folder / f"failure-{worker.rank}").write_text(str(error))
+            raise
+
+    worker.run = noted  # type: ignore[method-assign]
+
+
+def failures(folder: Path) -> list[str]:
+    return [(folder / f"failure-{rank}").read_text() for rank in (0, 1)]
+
+
+def test_where_the_first_rank_gives_up_all_do_with_the_same_sentence(worker: Make) -> None:
+    lost = worker("lost", "training.steps=1000", "evaluation.every=1000")
+    assert train(lost.job, 2, lose_tracking_after_two_steps) == [1, 1]
+    first, second = failures(lost.folder)
+    assert first == second
+    assert first.startswith(f"logging to {NOWHERE} failed for ")
+
+
+def test_a_tracking_server_that_is_away_at_the_start_fails_all_ranks_with_the_same_sentence(
+    worker: Make,
+) -> None:
+    away = worker("away", "training.patience_minutes=0.001")
+    assert train(replace(away.job, tracking_uri=NOWHERE), 2, note_failure) == [1, 1]
+    first, second = failures(away.folder)
+    assert first == second
+    assert first.startswith("reading the run's curves failed for ")
+
+
+def test_a_failure_that_was_told_is_forgotten_once_the_trial_goes_on() -> None:
+    board = ProgressActor()
+    board.update("trial", {"state": "failed"})
+    board.update("trial", {"failure": "the tracking server stayed away"})
+    assert board.snapshot()["trial"].failure == "the tracking server stayed away"
+    board.update("trial", {"state": "running"})
+    board.update("trial", {"state": "finished"})
+    assert board.snapshot()["trial"].failure is None
+
+
+def test_ranks_that_are_asked_to_stop_stop_after_the_same_step_with_everything_saved(
+    worker: Make, storage: ProjectFolder
+) -> None:
+    settings = ["training.steps=200", "evaluation.every=200"]
+    stopped = worker("stopped", *settings)
+    ranks = start_ranks(stopped.job, 2, slow_down)
+    wait_until(lambda: (stopped.folder / "status.json").exists())
+    time.sleep(0.3)
+    request_stop(storage, "sweep", "stopped")
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    (saved,) = checkpoints.published(stopped.root)
+    assert 0 < saved.position.step < 200
+    assert saved.position.step == saved.position.images / 8 == max(curve(stopped.job, "train/loss"))
+
+
+def score_slowly(worker: TrialWorker) -> None:
+    """Of three batches, which two ranks share, the second rank has one."""
+    labels = worker.evaluator._labels
+
+    def slow(indices: torch.Tensor) -> Any:
+        time.sleep(0.7)
+        return labels(indices)
+
+    object.__setattr__(worker.evaluator, "_labels", slow)
+
+
+def test_ranks_that_are_asked_to_stop_while_they_score_stop_before_the_same_batch(
+    worker: Make, storage: ProjectFolder
+) -> None:
+    settings = ["training.steps=40", "evaluation={every: 3, samples: 24, batch: 8, nfe: [1, 2]}"]
+    stopped = worker("stopped", *settings)
+    ranks = start_ranks(stopped.job, 2, score_slowly)
+    wait_until(lambda: (stopped.folder / "status.json").exists() and step_3_is_scored(stopped))
+    request_stop(storage, "sweep", "stopped")
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    (saved,) = checkpoints.published(stopped.root)
+    assert (saved.position.step, saved.position.evaluations) == (3, [])
+
+
+def step_3_is_scored(worker: TrialWorker) -> bool:
+    status = read_json(worker.folder / "status.json") or {}
+    return bool(status["state"] == "evaluating" and status["step"] == 3)

@@ -1,0 +1,225 @@
+"""Training that was interrupted is the training that never was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from soflow_core.objectives import OBJECTIVES
+from soflow_core.weights import load_weights
+from soflow_platform.errors import JobError, UserError
+from soflow_platform.storage import checkpoints
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import Tracking, client_for
+from soflow_platform.training.trial_status import TrialStatusWriter
+from soflow_platform.training.worker import NonFiniteError, TrialWorker
+from tests.support.trained_state import differing_tensors, final_state
+
+Make = Callable[..., TrialWorker]
+
+
+class Killed(BaseException):
+    """Stands for the end of a process: nothing after it runs, and nothing may catch it."""
+
+
+def run_until(worker: TrialWorker, step: int) -> None:
+    """Train, and end without a word once `step` steps are done."""
+    take = worker.train_step
+
+    class Dying:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(take, name)
+
+        def __call__(self, *args: Any) -> Any:
+            if take.step == step:
+                raise Killed
+            return take(*args)
+
+    worker.train_step = Dying()  # type: ignore[assignment]
+    with pytest.raises(Killed):
+        worker.run()
+
+
+def curve(worker: TrialWorker, metric: str) -> list[tuple[int, float]]:
+    history = client_for(worker.job.tracking_uri).get_metric_history(worker.job.run, metric)
+    return [(m.step, m.value) for m in history]
+
+
+@pytest.mark.parametrize("killed_at", [1, 3, 5])
+def test_weights_and_curves_after_a_kill_are_those_of_the_run_never_killed(
+    worker: Make, killed_at: int
+) -> None:
+    whole = worker("whole")
+    whole.run()
+    run_until(worker("cut"), killed_at)
+    again = worker("cut")
+    again.run()
+    assert differing_tensors(final_state(whole.root), final_state(again.root)) == []
+    for metric in ("train/loss", "train/velocity_mse", "eval/fd_nfe1", "eval/fd_nfe2"):
+        assert curve(whole, metric) == curve(again, metric)
+        assert len(curve(again, metric)) == len({step for step, _ in curve(again, metric)})
+
+
+@pytest.mark.parametrize("file", [checkpoints.STATE, checkpoints.EMA, checkpoints.RECORD])
+def test_training_past_damaged_checkpoints_is_the_training_without_damage_and_keeps_none_of_them(
+    worker: Make, file: str
+) -> None:
+    settings = ["training.keep_checkpoints=1", "evaluation.every=6", "training.checkpoint_every=1"]
+    whole, cut = worker("whole", *settings), worker("cut", *settings)
+    whole.run()
+    cut.saver.keep = 10
+    run_until(cut, 4)
+    for step in (3, 4):
+        content = Path(cut.root, f"step-{step:08d}", file).read_bytes()
+        Path(cut.root, f"step-{step:08d}", file).write_bytes(content[: len(content) // 2])
+    again = worker("cut", *settings)
+    again._resume()
+    assert again.train_step.step == 2
+    assert [c.position.step for c in checkpoints.published(again.root)] == [1, 2]
+    again.run()
+    assert [path.name for path in Path(again.root).iterdir()] == ["step-00000006"]
+    assert differing_tensors(final_state(whole.root), final_state(again.root)) == []
+    log = (again.folder / "log.txt").read_text()
+    assert f"step-00000004 is damaged ({file}): going back to the one before it." in log
+
+
+def test_checkpoints_that_are_gone_are_missed_aloud(worker: Make) -> None:
+    first = worker("moved")
+    assert first.report is not None
+    run_until(first, 5)
+    assert "WARNING" not in (first.folder / "log.txt").read_text()
+    # A trial's own process tells its state before the workers look for checkpoints.
+    TrialStatusWriter(first.folder, "moved", 6, attempt=2).state("starting")
+    Path(first.root).rename(tmp := Path(first.root).with_name("elsewhere"))
+    again = worker("moved")
+    again._resume()
+    log = (again.folder / "log.txt").read_text()
+    assert (
+        f"WARNING: this trial has trained to step 4 and no checkpoint of it is found in {first.root}" in log
+    )
+    tmp.rename(first.root)
+    third = worker("moved")
+    third._resume()
+    assert third.train_step.step == 4
+    assert (again.folder / "log.txt").read_text().count("WARNING") == 1
+
+
+def test_a_trial_does_not_go_on_with_other_data(worker: Make) -> None:
+    run_until(worker("fed"), 3)
+    again = worker("fed")
+    seen = again.loader.info.digest
+    again.loader.info = replace(again.loader.info, digest="of other data")
+    with pytest.raises(
+        JobError, match=rf"step 2 was trained on data of digest {seen} and .* digest of other data"
+    ):
+        again._resume()
+    assert [c.position.data for c in checkpoints.published(again.root)] == [seen]
+
+
+def test_evaluating_changes_no_random_number_of_the_training(worker: Make) -> None:
+    often, once = worker("often", "evaluation.every=1"), worker("once", "evaluation.every=6")
+    often.run()
+    once.run()
+    assert differing_tensors(final_state(often.root), final_state(once.root)) == []
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_term_and_step(worker: Make) -> None:
+    broken = worker("broken")
+    read = broken.loader._read
+
+    def nan_at_third_step(start: int) -> Any:
+        batch = read(start)
+        if start == 2 * 8:
+            batch.x0[0] = float("nan")
+        return batch
+
+    broken.loader._read = nan_at_third_step  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteError, match=r"velocity_\w+ is not finite at step 3 on rank 0"):
+        broken.run()
+    assert [c.position.step for c in checkpoints.published(broken.root)] == [2]
+    assert all(torch.isfinite(p).all() for p in broken.train_step.parameters)
+
+
+def test_the_registered_weights_are_the_first_ema_and_say_what_they_are(worker: Make) -> None:
+    whole = worker("whole")
+    whole.run()
+    with checkpoints.published(whole.root)[-1].opened(checkpoints.EMA) as path:
+        weights = load_weights(path)
+    average = whole.train_step.ema.average()
+    assert all(torch.equal(weights.tensors[name], tensor) for name, tensor in average.items())
+    assert weights.objective == whole.experiment.objective
+    assert weights.network_config == whole.config
+    assert weights.data["class_names"][3] == "3"
+
+
+def test_grids_are_kept_once_for_each_step(worker: Make, tracking: Tracking) -> None:
+    whole = worker("whole")
+    whole.run()
+    assert whole.log is not None
+    image = np.zeros((4, 4, 3), np.uint8)
+    whole.log.grid(2, "samples/nfe1", image)
+    whole.log.flush()
+    names = [Path(item.path).name for item in tracking.client.list_artifacts(whole.job.run, "images")]
+    assert len([n for n in names if n.startswith("samples~nfe1+step+2+") and n.endswith(".png")]) == 1
+    assert len([n for n in names if n.endswith(".png")]) == 4 * 2
+
+
+def test_data_that_does_not_fit_the_network_is_refused_with_both_sides_named(
+    worker: Make, storage: ProjectFolder
+) -> None:
+    with pytest.raises(UserError, match=r"holds pixels of shape 1 x 8 x 8, the network takes 4 x 32 x 32"):
+        worker("misfit", "data={source: digits, shape: [4, 32, 32], classes: 10}")
+    with pytest.raises(UserError, match=r"holds 10 classes, the network is conditioned on 1000 classes"):
+        worker("misfit", "data={source: digits, shape: [1, 8, 8], classes: 1000}")
+    assert not storage.sweeps.exists()
+
+
+@pytest.mark.parametrize("method", sorted(OBJECTIVES))
+def test_every_method_trains_and_is_scored_by_the_same_loop(worker: Make, method: str) -> None:
+    trained = worker(method, f"objective={{method: {method}}}", "training.steps=2")
+    trained.run()
+    (evaluation,) = trained.evaluations
+    assert evaluation["step"] == 2
+    assert np.isfinite(evaluation["eval/fd_nfe1"])
+    with checkpoints.published(trained.root)[-1].opened(checkpoints.EMA) as path:
+        weights = load_weights(path)
+    assert weights.objective is not None
+    assert weights.objective.method == method
+
+
+def test_a_stop_that_comes_in_the_middle_of_scoring_is_heard_and_the_score_made_when_training_goes_on(
+    worker: Make,
+) -> None:
+    whole, cut = worker("whole", "evaluation.batch=8"), worker("cut", "evaluation.batch=8")
+    whole.run()
+    asked = 0
+
+    def at_the_third_batch_of_step_4() -> bool:
+        nonlocal asked
+        asked += cut.train_step.step == 4
+        return asked == 3
+
+    cut._sees_stop = at_the_third_batch_of_step_4  # type: ignore[method-assign]
+    assert not cut.run()
+    saved = checkpoints.published(cut.root)[-1].position
+    assert (saved.step, [e["step"] for e in saved.evaluations]) == (4, [2])
+    assert len(curve(cut, "eval/fd_nfe1")) == 1
+    again = worker("cut", "evaluation.batch=8")
+    assert again.run()
+    assert differing_tensors(final_state(whole.root), final_state(again.root)) == []
+    for metric in ("train/loss", "eval/fd_nfe1", "eval/fd_nfe2"):
+        assert curve(whole, metric) == curve(again, metric)
+    assert whole.evaluations == again.evaluations
+
+
+def test_a_stop_during_the_last_score_waits_for_it(worker: Make) -> None:
+    last = worker("last", "evaluation.every=6", "evaluation.batch=8")
+    last._sees_stop = lambda: last.train_step.step == 6  # type: ignore[method-assign]
+    assert last.run()
+    assert [e["step"] for e in last.evaluations] == [6]

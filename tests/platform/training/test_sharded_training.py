@@ -1,0 +1,77 @@
+"""A network of which every rank holds a share is scored and saved like one that is whole, and nobody holds more than is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from soflow_core.networks import DiT
+from soflow_platform.tracking.store import client_for
+from soflow_platform.training import ema_network
+from soflow_platform.training.worker import TrialJob, TrialWorker
+from tests.support.ranks import train
+from tests.support.trained_state import differing_tensors, final_state
+
+Make = Callable[..., TrialWorker]
+SHARDED = ("training.parallel=fsdp", "resources.workers=2", "training.precision=float32")
+UNEVEN = "evaluation={every: 3, samples: 40, batch: 16, nfe: [1, 2], features: pooled, grid: 2}"
+"""Three batches for two ranks."""
+
+
+def curve(job: TrialJob, metric: str) -> dict[int, float]:
+    history = client_for(job.tracking_uri).get_metric_history(job.run, metric)
+    return {m.step: m.value for m in history}
+
+
+def refuse_a_whole_network(worker: TrialWorker) -> None:
+    def whole(*_: object) -> DiT:
+        raise AssertionError(f"rank {worker.rank} builds a whole network beside its share")
+
+    ema_network.DiT = whole  # type: ignore[attr-defined, assignment]
+
+
+def test_shares_are_scored_as_the_whole_network_is_where_ranks_have_unequally_many_passes(
+    worker: Make,
+) -> None:
+    alone, shared = worker("alone", *SHARDED, UNEVEN), worker("shared", *SHARDED, UNEVEN)
+    alone.run()
+    assert train(shared.job, 2, refuse_a_whole_network) == [0, 0]
+    for metric in ("eval/fd_nfe1", "eval/fd_nfe2"):
+        expected = curve(alone.job, metric)
+        assert list(expected) == [3, 6]
+        assert curve(shared.job, metric) == pytest.approx(expected, rel=1e-3)
+    for step in (0, 3, 6):
+        assert (shared.folder / "samples" / f"nfe1-step-{step:08d}.png").exists()
+
+
+def test_scoring_shares_changes_nothing_of_their_training(worker: Make) -> None:
+    often, once = (
+        worker("often", *SHARDED, "evaluation.every=1"),
+        worker("once", *SHARDED, "evaluation.every=6"),
+    )
+    assert train(often.job, 2) == [0, 0]
+    assert train(once.job, 2) == [0, 0]
+    assert differing_tensors(final_state(often.root), final_state(once.root)) == []
+
+
+def note_copies(worker: TrialWorker) -> None:
+    run = worker.run
+
+    def noted() -> bool:
+        finished = run()
+        copies = [worker._state_copy, worker._ema_copy]
+        (worker.folder / f"copied-{worker.rank}").write_text(str(sum(len(copy._buffers) for copy in copies)))
+        return finished
+
+    worker.run = noted  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_only_the_rank_that_saves_holds_a_copy_of_the_state(worker: Make, parallel: str) -> None:
+    trial = worker("copied", f"training.parallel={parallel}", "resources.workers=2")
+    assert train(trial.job, 2, note_copies) == [0, 0]
+    copied = [int(Path(trial.folder, f"copied-{rank}").read_text()) for rank in (0, 1)]
+    assert copied[0] > 50
+    assert copied[1] == 0

@@ -1,0 +1,85 @@
+"""A finished sweep of two methods, trained for a few steps in this process: something to score."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from soflow_platform.config.document import apply_override, read_document
+from soflow_platform.config.validation import validate
+from soflow_platform.evaluation.statistics import BlockStore, StatisticsJob, compute_block
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import Tracking
+from soflow_platform.training.dataset import open_data
+from soflow_platform.training.worker import TrialJob, TrialWorker
+from soflow_platform.tuning.record import SweepRecord
+from soflow_platform.tuning.search_space import trials
+
+ROOT = Path(__file__).parents[2]
+SWEEP = "digits-00000000"
+SETTINGS = (
+    "network={patch: 4, hidden: 16, depth: 1, heads: 2}",
+    "training={steps: 6, batch: 8, ema: [0.5], log_every: 1, keep_checkpoints: 10}",
+    "search.space={objective: [{method: soflow}, {method: flow_matching}]}",
+    "evaluation={every: 2, samples: 100, nfe: [1, 2], features: digits-classifier, grid: 2}",
+    "comparison=[{steps: [1, 2]}, {methods: [flow_matching], steps: [2], sampling_scale: 2.0, samples: 80}]",
+)
+
+
+def trained_sweep(root: Path, empty_store: Path) -> ProjectFolder:
+    """A project folder with the sweep's record, its checkpoints and its runs in MLflow."""
+    storage = ProjectFolder(root)
+    root.mkdir(parents=True)
+    shutil.copy(empty_store, root)
+    document = read_document(ROOT / "sweeps" / "digits.yaml")
+    for override in SETTINGS:
+        apply_override(document, override)
+    experiment = validate(document)
+    location, info = open_data(experiment, storage)
+    tracking = Tracking.open(storage.tracking_uri, "digits", storage)
+    facts = {"data.source": "digits", "data.digest": info.digest}
+    parent = tracking.open_run(SWEEP, SWEEP, params={}, tags=facts)
+    points = trials(document, experiment)
+    for point in points:
+        run = tracking.open_run(SWEEP, point.name, params={}, tags=facts, trial=point.name, parent=parent)
+        job = TrialJob(
+            sweep=SWEEP,
+            trial=point.name,
+            experiment=point.experiment.resolved(),
+            data=location,
+            storage=str(root),
+            tracking_uri=tracking.uri,
+            run=run,
+        )
+        torch.set_num_threads(1)
+        TrialWorker(job, torch.device("cpu")).run()
+    SweepRecord(
+        id=SWEEP,
+        name="digits",
+        file="digits.yaml",
+        experiment=experiment.resolved(),
+        trials=[
+            {"name": p.name, "settings": p.settings, "steps": p.experiment.training.steps} for p in points
+        ],
+        metric=experiment.search.metric,
+        mode=experiment.mode,
+        run=parent,
+        experiment_id=tracking.experiment_id,
+        tracking_uri=tracking.uri,
+        finished=True,
+        best={"trial": points[0].name, "step": 6, "metrics": {}},
+    ).save(storage)
+    return storage
+
+
+def measure_here(storage: ProjectFolder, measurement: StatisticsJob) -> None:
+    """Make every block in this process, so that a command finds nothing left to make."""
+    from soflow_platform.evaluation.feature_networks import feature_network
+
+    folder = BlockStore.of(measurement, storage.root / "evaluations")
+    network = feature_network(measurement.features, measurement.shape, storage)
+    opened = measurement.images.open("cpu")
+    for block in folder.missing():
+        folder.publish(block, compute_block(measurement, block, opened, network))
