@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,7 @@ def save_weights(
         "data": dict(data),
     }
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         save_file(plain, aside, metadata={HEADER: json.dumps(header, sort_keys=True)})
         with aside.open("rb+") as file:

@@ -1,7 +1,9 @@
 """The two ways a command ends badly: the user's mistake (exit code 2) and a job that failed (exit code 1)."""
 
+from soflow_core.failures import InputError
 
-class UserError(Exception):
+
+class UserError(InputError):
     """A mistake the user can mend. The text is one sentence: what is wrong, where, and what to do."""
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from soflow_platform.storage.checkpoints import published
+from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, client_for
 from soflow_platform.tuning.record import SweepRecord, all_records
@@ -35,7 +35,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], se
 
 def steps(storage: ProjectFolder, record: SweepRecord, number: int) -> list[int]:
     root = storage.trial(record.id, record.trials[number]["name"]) / "checkpoints"
-    return [checkpoint.position.step for checkpoint in published(root)]
+    return [checkpoint.position.step for checkpoint in CheckpointStore(root).published()]
 
 
 def test_finished_trials_are_kept_and_the_cut_one_goes_on_from_its_checkpoint(

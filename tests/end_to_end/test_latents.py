@@ -24,7 +24,7 @@ from soflow_pipelines.shards.loader import ShardLoader
 from soflow_pipelines.shards.preview import sample_images
 from soflow_pipelines.shards.verify import verify
 from soflow_pipelines.sources.opening import open_source
-from soflow_pipelines.storage.files import write_file
+from soflow_pipelines.storage.files import write_bytes
 from soflow_platform.jobs.prepare import PrepareRequest, prepare
 
 ROOT = Path(__file__).parents[2]
@@ -102,5 +102,5 @@ def test_a_network_learns_from_the_latents_and_its_samples_decode_to_a_grid(
     images = to_uint8(load_autoencoder(str(AUTOENCODER)).decode(samples))
     assert images.shape == (4, 3, 256, 256)
     assert images.float().std() > 5
-    write_file(tmp_path / "grid.png", encode_png(image_grid(images, columns=2)))
+    write_bytes(tmp_path / "grid.png", encode_png(image_grid(images, columns=2)))
     assert Image.open(tmp_path / "grid.png").size == (2 * 258 + 2, 2 * 258 + 2)

@@ -1,7 +1,7 @@
 """Breaks the mathematics on purpose, one line at a time, and asks whether a test sees it.
 
-    python tests/core/mutations.py             # all, a table of what caught each
-    python tests/core/mutations.py MeanFlow    # those whose name holds this word
+    python -m tests.support.mutations             # all, a table of what caught each
+    python -m tests.support.mutations MeanFlow    # those whose name holds this word
 
 Each mutation is made in a copy of the sources; the checkout is not touched.
 """

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from soflow_platform.storage import checkpoints
+from soflow_platform.storage.checkpoints import CheckpointStore
 
 
 def final_state(root: str) -> dict[str, Tensor]:
     """Every tensor of the newest checkpoint, network, EMAs and optimizer, by its path in the state."""
-    found, damaged = checkpoints.newest(root)
+    found, damaged = CheckpointStore(root).newest()
     assert found is not None
     assert damaged == []
     with found.opened(checkpoints.STATE) as path:

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from soflow_pipelines.storage.files import read_json
-from soflow_platform.storage.checkpoints import CheckpointState, published, trial_root
+from soflow_platform.storage.checkpoints import CheckpointState, CheckpointStore, trial_root
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, client_for
 from soflow_platform.tuning.record import SweepRecord, all_records
@@ -93,13 +93,13 @@ class Watched:
             return []
         base = self.record.experiment["training"]["checkpoints"]
         root = trial_root(base, self.storage, self.record.id, self.record.trials[0]["name"])
-        return [checkpoint.position.step for checkpoint in published(root)]
+        return [checkpoint.position.step for checkpoint in CheckpointStore(root).published()]
 
     @property
     def last_position(self) -> CheckpointState:
         """Where the newest checkpoint of a trial stands that keeps them in the project folder."""
         root = trial_root(None, self.storage, self.record.id, self.record.trials[0]["name"])
-        return published(root)[-1].position
+        return CheckpointStore(root).published()[-1].position
 
     @property
     def status(self) -> dict[str, Any]:

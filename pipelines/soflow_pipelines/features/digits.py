@@ -17,7 +17,7 @@ from soflow_pipelines.features.network import DISTANCES, Features, full_float32
 from soflow_pipelines.images.convert import to_unit_range
 from soflow_pipelines.sources.digits import load_digits
 from soflow_pipelines.sources.source import LabelledImages
-from soflow_pipelines.storage.files import write_file
+from soflow_pipelines.storage.files import write_bytes
 
 DIGITS_VERSION = "digits-cnn-1"
 HELD_OUT_EVERY = 5
@@ -72,7 +72,7 @@ def digits_classifier(cache_dir: Path) -> DigitsClassifier:
     """
     path = Path(cache_dir) / f"{DIGITS_VERSION}.safetensors"
     if not path.exists():
-        write_file(path, save(train_digits_classifier(seed=0).state_dict()))
+        write_bytes(path, save(train_digits_classifier(seed=0).state_dict()))
     weights = path.read_bytes()
     with torch.random.fork_rng(devices=[]):
         network = DigitsClassifier()

@@ -10,10 +10,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from soflow_core.failures import InputError
 from soflow_core.kernels import tf32
 
 
-class FeatureError(Exception):
+class FeatureError(InputError):
     """A feature network that cannot be had. The text names it and the ways out."""
 
 

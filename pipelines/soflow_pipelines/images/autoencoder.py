@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from soflow_core.failures import InputError
 
-class AutoencoderError(Exception):
+
+class AutoencoderError(InputError):
     """An autoencoder that cannot be had. The text names it and the ways out."""
 
 

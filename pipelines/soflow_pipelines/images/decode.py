@@ -8,8 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from soflow_core.failures import InputError
 
-class ImageError(Exception):
+
+class ImageError(InputError):
     """An image that cannot be used. The text names it and says what is wrong."""
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from soflow_pipelines.storage.files import write_file
+from soflow_pipelines.storage.files import write_bytes
 
 Images = Tensor | NDArray[np.uint8]
 
@@ -74,5 +74,5 @@ def write_folder(
         raise ValueError(f"{len(names)} names for {len(images)} images")
     paths = [Path(folder) / f"{name}.png" for name in names]
     for path, image in zip(paths, images, strict=True):
-        write_file(path, encode_png(image))
+        write_bytes(path, encode_png(image))
     return paths

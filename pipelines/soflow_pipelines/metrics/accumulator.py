@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from soflow_core.failures import InputError
 from soflow_pipelines.features.network import FeatureNetwork, Features
 from soflow_pipelines.images.convert import to_uint8
 from soflow_pipelines.metrics.fid import FeatureStatistics
@@ -22,7 +23,7 @@ RESERVOIR = 50_000
 """Samples whose features are kept for KID, precision and recall, at most."""
 
 
-class ScoreError(ValueError):
+class ScoreError(InputError, ValueError):
     """A number that is refused because it would not be what it seems. The text says why, and what to do."""
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from soflow_pipelines.metrics.accumulator import ScoreStatistics
 from soflow_pipelines.metrics.fid import GaussianMoments
-from soflow_pipelines.storage.files import write_file
+from soflow_pipelines.storage.files import write_bytes
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Reference:
             arrays["samples"] = self.samples
         content = io.BytesIO()
         np.savez(content, **arrays)  # type: ignore[arg-type]
-        write_file(path, content.getvalue())
+        write_bytes(path, content.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> Reference:

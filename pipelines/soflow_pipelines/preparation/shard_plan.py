@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from soflow_core.failures import InputError
 from soflow_pipelines.images.autoencoder import AutoencoderFacts
 from soflow_pipelines.images.decode import centre_crop, to_array
 from soflow_pipelines.shards.info import DatasetInfo
@@ -23,7 +24,7 @@ from soflow_pipelines.shards.writer import SHARD_BYTES, Sample, samples_per_shar
 from soflow_pipelines.sources.source import Source
 
 
-class DamagedImages(Exception):
+class DamagedImages(InputError):
     """Images of a shard that cannot be used, each with its name and what is wrong."""
 
     def __init__(self, errors: list[str]) -> None:

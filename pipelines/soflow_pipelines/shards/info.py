@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from soflow_core.failures import InputError
+
 INFO_NAME = "dataset.json"
 WRITER_VERSION = 1
 
 
-class ShardError(Exception):
+class ShardError(InputError):
     """A shard set that is damaged or is none. The text names set, shard, key and what is wrong."""
 
 
-class DataMismatch(ValueError):
+class DataMismatch(InputError, ValueError):
     """Data and network that do not fit. The text names both sides."""
 
 

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from soflow_core.failures import InputError
+
 
 @dataclass(frozen=True)
 class LabelledImages:
@@ -26,7 +28,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 
-class SourceError(Exception):
+class SourceError(InputError):
     """A source that cannot be used. The text names it and says what is wrong."""
 
 

@@ -1,4 +1,4 @@
-"""soflow_pipelines.storage.local"""
+"""A folder of this machine as an object store."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import BinaryIO
 
+from soflow_pipelines.storage.files import sync_folder, write_bytes
 from soflow_pipelines.storage.object_store import StorageError
 
 
@@ -47,19 +48,13 @@ class LocalFolder:
         return sorted(str(path.relative_to(self.folder)) for path in files if path.is_file())
 
     def write(self, name: str, content: bytes) -> None:
-        aside = self._aside(name)
+        path = self.path(name)
         try:
-            with aside.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, self.path(name))
-            for folder in {self.path(name).parent, self.folder}:
-                _sync_names(folder)
+            write_bytes(path, content, durable=True)
+            if path.parent != self.folder:
+                sync_folder(self.folder)
         except OSError as error:
-            raise StorageError(f"{self.path(name)} cannot be written: {error.strerror}") from error
-        finally:
-            aside.unlink(missing_ok=True)
+            raise StorageError(f"{path} cannot be written: {error.strerror}") from error
 
     def publish(self, name: str, local: Path) -> None:
         aside = self._aside(name)
@@ -82,12 +77,3 @@ class LocalFolder:
 
     def remove(self, name: str) -> None:
         self.path(name).unlink(missing_ok=True)
-
-
-def _sync_names(folder: Path) -> None:
-    """The names in a folder reach the disk."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

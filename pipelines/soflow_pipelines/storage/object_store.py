@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from soflow_core.failures import InputError
 
-class StorageError(Exception):
+
+class StorageError(InputError):
     """A place that cannot be read or written. The text names it and says what is wrong."""
 
 

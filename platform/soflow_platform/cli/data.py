@@ -218,7 +218,7 @@ def _write_sheet(
     from soflow_pipelines.images.autoencoder import AutoencoderError, load_autoencoder
     from soflow_pipelines.images.encode import encode_png, image_grid
     from soflow_pipelines.shards.preview import sample_images
-    from soflow_pipelines.storage.files import write_file
+    from soflow_pipelines.storage.files import write_bytes
 
     decoder = None
     if info.kind == "latents":
@@ -236,7 +236,7 @@ def _write_sheet(
     columns = max(1, round(len(pictures) ** 0.5))
     grid = image_grid(pictures, columns=columns, enlarge=max(1, 64 // pictures.shape[-1]))
     try:
-        write_file(sheet, encode_png(grid))
+        write_bytes(sheet, encode_png(grid))
     except OSError as error:
         raise UserError(f"{sheet} cannot be written: {error.strerror}.") from error
     typer.echo(f"contact sheet of {len(pictures)} images: {sheet}")

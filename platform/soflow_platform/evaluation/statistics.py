@@ -20,7 +20,7 @@ import torch
 
 from soflow_pipelines.features import FeatureNetwork
 from soflow_pipelines.metrics import EVALUATOR, ScoreStatistics
-from soflow_pipelines.storage.files import write_file
+from soflow_pipelines.storage.files import write_bytes
 from soflow_platform.evaluation.image_sources import (
     GeneratedImages,
     OpenedGenerator,
@@ -159,7 +159,7 @@ def compute_statistics(
 def _save(path: Path, statistics: ScoreStatistics) -> None:
     content = io.BytesIO()
     np.savez(content, **statistics.state())  # type: ignore[arg-type]
-    write_file(path, content.getvalue())
+    write_bytes(path, content.getvalue())
 
 
 def _load(path: Path) -> ScoreStatistics:

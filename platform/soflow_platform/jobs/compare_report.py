@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from soflow_pipelines.storage.files import write_file
+from soflow_pipelines.storage.files import write_bytes
 from soflow_platform.jobs.compare import Comparison, Row
 
 TITLES = {"steps": "Equal training steps", "evaluations": "Equal network evaluations in training"}
@@ -34,7 +34,7 @@ def save(comparison: Comparison, folder: Path) -> list[Path]:
     record = json.dumps(comparison.as_record(), indent=1)
     contents = (markdown(comparison).encode(), table(comparison).encode(), record.encode(), plot(comparison))
     for name, content in zip(FILES, contents, strict=True):
-        write_file(folder / name, content)
+        write_bytes(folder / name, content)
     return [folder / name for name in FILES]
 
 

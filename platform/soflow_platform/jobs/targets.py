@@ -15,7 +15,7 @@ from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import StorageError
 from soflow_platform.errors import UserError
 from soflow_platform.storage import checkpoints
-from soflow_platform.storage.checkpoints import EMA, Checkpoint
+from soflow_platform.storage.checkpoints import EMA, Checkpoint, CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import STEP_TAG, SWEEP_TAG, TRIAL_TAG, client_for
 from soflow_platform.tuning.lookup import resolve
@@ -95,8 +95,8 @@ def trial_target(
 ) -> EvaluationTarget:
     """A trial's best checkpoint by the sweep's metric, or its newest one."""
     root = checkpoints.trial_root(record.experiment["training"].get("checkpoints"), storage, record.id, trial)
-    best = None if newest else checkpoints.best(root, record.metric, record.mode)
-    chosen = best[0] if best else checkpoints.newest(root, [EMA])[0]
+    best = None if newest else CheckpointStore(root).best(record.metric, record.mode)
+    chosen = best[0] if best else CheckpointStore(root).newest([EMA])[0]
     if chosen is None:
         raise UserError(f"trial {trial} of sweep {record.id} has no checkpoint yet.")
     return EvaluationTarget(
@@ -157,7 +157,7 @@ def _remote_checkpoint(uri: str, storage: ProjectFolder, tracking_uri: str) -> E
     place, mark, options = uri.partition("?")
     base, _, name = place.rstrip("/").rpartition("/")
     try:
-        found = {c.name: c for c in checkpoints.published(f"{base}{mark}{options}")}
+        found = {c.name: c for c in CheckpointStore(f"{base}{mark}{options}").published()}
         if name not in found:
             raise UserError(f"{uri} is no checkpoint; {base} has {', '.join(sorted(found)) or 'none'}.")
     except StorageError as error:

@@ -20,8 +20,9 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from soflow_pipelines.storage.files import sha256_of
 from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import ObjectStore, StorageError
 from soflow_pipelines.storage.opening import open_storage
@@ -89,7 +90,7 @@ class Checkpoint:
             with self.storage.open(f"{self.name}/{file}") as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target, BLOCK)
             with path.open("rb") as content:
-                if _sha256(content) != self.files[file]:
+                if sha256_of(content) != self.files[file]:
                     raise self._damaged(file)
             yield path
 
@@ -110,7 +111,7 @@ class Checkpoint:
         if file not in self.files or self.storage.size(path) is None:
             return True
         with self.storage.open(path) as content:
-            return _sha256(content) != self.files[file]
+            return sha256_of(content) != self.files[file]
 
     def _damaged(self, file: str) -> StorageError:
         return StorageError(f"{self.location}/{file} is damaged: its checksum differs.")
@@ -124,30 +125,105 @@ def trial_root(base: str | None, project: ProjectFolder, sweep: str, trial: str)
     return f"{place.rstrip('/')}/{sweep}/{trial}{mark}{options}"
 
 
-def publish(root: str | Path, position: CheckpointState, write: Callable[[Path], None]) -> Checkpoint:
-    """Write a checkpoint aside with `write(folder)`, then file by file into its place, its record last.
+@dataclass(frozen=True)
+class CheckpointStore:
+    """All checkpoints of one trial."""
 
-    Raises StorageError or OSError where it cannot be written, whatever its writer raised; nothing of it counts then.
-    """
-    storage = open_storage(root)
-    name = f"step-{position.step:08d}"
-    with _scratch(storage) as aside:
-        try:
-            write(aside)
-        except Exception as error:
-            raise StorageError(_why_unwritten(error, aside)) from error
-        files = {}
-        for path in sorted(aside.iterdir()):
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-                files[path.name] = _sha256(file)
-        # Once its record is gone an earlier checkpoint of the same step is no checkpoint, so that the files of two are never mixed.
-        storage.remove(f"{name}/{RECORD}")
-        for file_name in files:
-            storage.publish(f"{name}/{file_name}", aside / file_name)
-    record = {**asdict(position), "files": files}
-    storage.write(f"{name}/{RECORD}", json.dumps(record, indent=1).encode())
-    return Checkpoint(storage, name, position, files)
+    root: str | Path
+    """Folder or URI."""
+
+    def publish(self, position: CheckpointState, write: Callable[[Path], None]) -> Checkpoint:
+        """Write a checkpoint aside with `write(folder)`, then file by file into its place, its record last.
+
+        Raises StorageError or OSError where it cannot be written, whatever its writer raised; nothing of it counts then.
+        """
+        storage = open_storage(self.root)
+        name = f"step-{position.step:08d}"
+        with _scratch(storage) as aside:
+            try:
+                write(aside)
+            except Exception as error:
+                raise StorageError(_why_unwritten(error, aside)) from error
+            files = {}
+            for path in sorted(aside.iterdir()):
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+                    files[path.name] = sha256_of(file)
+            # Once its record is gone an earlier checkpoint of the same step is no checkpoint, so that the files of two are never mixed.
+            storage.remove(f"{name}/{RECORD}")
+            for file_name in files:
+                storage.publish(f"{name}/{file_name}", aside / file_name)
+        record = {**asdict(position), "files": files}
+        storage.write(f"{name}/{RECORD}", json.dumps(record, indent=1).encode())
+        return Checkpoint(storage, name, position, files)
+
+    def published(self) -> list[Checkpoint]:
+        """Every complete checkpoint whose record can be read, oldest first; the content of their files is not."""
+        return [checkpoint for checkpoint in self._recorded().values() if checkpoint is not None]
+
+    def newest(self, files: Collection[str] | None = None) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint whose content, or that of the files named, is what was written, and a sentence for each
+        damaged one passed over.
+        """
+        damaged: list[str] = []
+        for name, checkpoint in reversed(self._recorded().items()):
+            broken = [RECORD] if checkpoint is None else checkpoint.broken_files(files)
+            if checkpoint is not None and not broken:
+                return checkpoint, damaged
+            damaged.append(f"{name} is damaged ({', '.join(broken)}): going back to the one before it.")
+        return None, damaged
+
+    def best(self, metric: str, mode: str) -> tuple[Checkpoint, dict[str, Any]] | None:
+        """The checkpoint with sound weights that has the best value of `metric`, and its evaluation; None where none was scored."""
+        complete = {checkpoint.position.step: checkpoint for checkpoint in self.published()}
+        evaluations = complete[max(complete)].position.evaluations if complete else []
+        for evaluation in ranked(evaluations, metric, mode):
+            checkpoint = complete.get(evaluation["step"])
+            if checkpoint is not None and not checkpoint.broken_files([EMA]):
+                return checkpoint, evaluation
+        return None
+
+    def discard_after(self, step: int) -> None:
+        """Training goes on from `step`: what is recorded of later steps is damaged, and from here on counts no more.
+
+        Its files go when old checkpoints are removed, what a killed process was writing goes now. Raises StorageError where the
+        storage refuses.
+        """
+        storage = open_storage(self.root)
+        shutil.rmtree(_scratch_place(storage), ignore_errors=True)
+        for name in self._recorded():
+            if int(name.removeprefix("step-")) > step:
+                storage.remove(f"{name}/{RECORD}")
+
+    def prune(self, keep: int, ranking: Sequence[int] = ()) -> None:
+        """Remove all but the newest `keep` checkpoints and the first of the steps `ranking` that has one, and what
+        interrupted writing left behind.
+        """
+        storage = open_storage(self.root)
+        complete = {checkpoint.position.step: checkpoint.name for checkpoint in self.published()}
+        kept = {complete[step] for step in sorted(complete)[-keep:]}
+        kept |= {complete[step] for step in [step for step in ranking if step in complete][:1]}
+        for path in sorted(storage.names(), key=lambda path: not path.endswith(RECORD)):
+            name = path.partition("/")[0]
+            if name.startswith("step-") and name not in kept:
+                storage.remove(path)
+        if isinstance(storage, LocalFolder):
+            for folder in storage.folder.glob("step-*"):
+                if folder.name not in kept:
+                    shutil.rmtree(folder)
+
+    def _recorded(self) -> dict[str, Checkpoint | None]:
+        """Every step with a record, oldest first; None where the record is damaged."""
+        storage = open_storage(self.root)
+        if isinstance(storage, LocalFolder) and not storage.folder.is_dir():
+            return {}
+        names = [path.partition("/") for path in storage.names()]
+        steps = [name for name, _, file in names if file == RECORD and name.removeprefix("step-").isdecimal()]
+        recorded: dict[str, Checkpoint | None] = {}
+        for name in steps:
+            with _unless_removed(storage, f"{name}/{RECORD}"):
+                recorded[name] = read_record(storage, name)
+        return recorded
 
 
 def _why_unwritten(error: BaseException, folder: Path) -> str:
@@ -162,25 +238,6 @@ def _why_unwritten(error: BaseException, folder: Path) -> str:
     if told or shutil.disk_usage(folder).free < LITTLE_SPACE:
         return f"no space is left on the disk of {folder.parent}."
     return f"{type(error).__name__}: {error}"
-
-
-def published(root: str | Path) -> list[Checkpoint]:
-    """Every complete checkpoint whose record can be read, oldest first; the content of their files is not."""
-    return [checkpoint for checkpoint in _recorded(root).values() if checkpoint is not None]
-
-
-def _recorded(root: str | Path) -> dict[str, Checkpoint | None]:
-    """Every step with a record, oldest first; None where the record is damaged."""
-    storage = open_storage(root)
-    if isinstance(storage, LocalFolder) and not storage.folder.is_dir():
-        return {}
-    names = [path.partition("/") for path in storage.names()]
-    steps = [name for name, _, file in names if file == RECORD and name.removeprefix("step-").isdecimal()]
-    recorded: dict[str, Checkpoint | None] = {}
-    for name in steps:
-        with _unless_removed(storage, f"{name}/{RECORD}"):
-            recorded[name] = read_record(storage, name)
-    return recorded
 
 
 @contextlib.contextmanager
@@ -203,61 +260,6 @@ def read_record(storage: ObjectStore, name: str) -> Checkpoint | None:
         return Checkpoint(storage, name, CheckpointState(**known), dict(record["files"]))
     except (ValueError, TypeError, KeyError):
         return None
-
-
-def newest(root: str | Path, files: Collection[str] | None = None) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose content, or that of the files named, is what was written, and a sentence for each
-    damaged one passed over.
-    """
-    damaged: list[str] = []
-    for name, checkpoint in reversed(_recorded(root).items()):
-        broken = [RECORD] if checkpoint is None else checkpoint.broken_files(files)
-        if checkpoint is not None and not broken:
-            return checkpoint, damaged
-        damaged.append(f"{name} is damaged ({', '.join(broken)}): going back to the one before it.")
-    return None, damaged
-
-
-def best(root: str | Path, metric: str, mode: str) -> tuple[Checkpoint, dict[str, Any]] | None:
-    """The checkpoint with sound weights that has the best value of `metric`, and its evaluation; None where none was scored."""
-    complete = {checkpoint.position.step: checkpoint for checkpoint in published(root)}
-    evaluations = complete[max(complete)].position.evaluations if complete else []
-    for evaluation in ranked(evaluations, metric, mode):
-        checkpoint = complete.get(evaluation["step"])
-        if checkpoint is not None and not checkpoint.broken_files([EMA]):
-            return checkpoint, evaluation
-    return None
-
-
-def discard_after(root: str | Path, step: int) -> None:
-    """Training goes on from `step`: what is recorded of later steps is damaged, and from here on counts no more.
-
-    Its files go when old checkpoints are removed, what a killed process was writing goes now. Raises StorageError where the
-    storage refuses.
-    """
-    storage = open_storage(root)
-    shutil.rmtree(_scratch_place(storage), ignore_errors=True)
-    for name in _recorded(root):
-        if int(name.removeprefix("step-")) > step:
-            storage.remove(f"{name}/{RECORD}")
-
-
-def prune(root: str | Path, keep: int, ranking: Sequence[int] = ()) -> None:
-    """Remove all but the newest `keep` checkpoints and the first of the steps `ranking` that has one, and what
-    interrupted writing left behind.
-    """
-    storage = open_storage(root)
-    complete = {checkpoint.position.step: checkpoint.name for checkpoint in published(root)}
-    kept = {complete[step] for step in sorted(complete)[-keep:]}
-    kept |= {complete[step] for step in [step for step in ranking if step in complete][:1]}
-    for path in sorted(storage.names(), key=lambda path: not path.endswith(RECORD)):
-        name = path.partition("/")[0]
-        if name.startswith("step-") and name not in kept:
-            storage.remove(path)
-    if isinstance(storage, LocalFolder):
-        for folder in storage.folder.glob("step-*"):
-            if folder.name not in kept:
-                shutil.rmtree(folder)
 
 
 def ranked(evaluations: list[dict[str, Any]], metric: str, mode: str) -> list[dict[str, Any]]:
@@ -291,11 +293,3 @@ def _scratch_place(storage: ObjectStore) -> Path:
         return storage.folder / ".writing"
     digest = hashlib.sha256(storage.uri.encode()).hexdigest()
     return Path(tempfile.gettempdir()) / f"soflow-writing-{os.getuid()}-{digest[:16]}"
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    file.seek(0)
-    while block := file.read(BLOCK):
-        digest.update(block)
-    return digest.hexdigest()

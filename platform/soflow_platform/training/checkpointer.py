@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from soflow_platform.errors import JobError
-from soflow_platform.storage import checkpoints
-from soflow_platform.storage.checkpoints import CheckpointState
+from soflow_platform.storage.checkpoints import CheckpointState, CheckpointStore
 from soflow_platform.storage.retry import retry
 
 STUCK_POLL_SECONDS = 0.05
@@ -92,13 +91,13 @@ class AsyncCheckpointer:
         self._stuck.clear()
         self.say(f"checkpoint of step {position.step:,} saved in {time.monotonic() - started:.1f} s")
         try:
-            checkpoints.prune(self.root, self.keep, ranking)
+            CheckpointStore(self.root).prune(self.keep, ranking)
         except Exception as error:
             self.say(f"old checkpoints in {self.root} cannot be removed and take space: {error}")
 
     def _publish(self, position: CheckpointState, write: Callable[[Path], None]) -> None:
         try:
-            checkpoints.publish(self.root, position, write)
+            CheckpointStore(self.root).publish(position, write)
         except BaseException:
             self._stuck.set()
             raise

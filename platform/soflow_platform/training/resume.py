@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from soflow_pipelines.storage.object_store import StorageError
 from soflow_platform.errors import JobError
-from soflow_platform.storage import checkpoints
-from soflow_platform.storage.checkpoints import Checkpoint
+from soflow_platform.storage.checkpoints import Checkpoint, CheckpointStore
 from soflow_platform.storage.retry import retry
 from soflow_platform.training.trial_status import TrialStatusWriter
 
@@ -16,7 +15,7 @@ def find_resume_point(root: str, report: TrialStatusWriter, patience: float, dat
     `data` is the digest of the data that is there now. Raises JobError where it is not that of the checkpoint, and where the
     storage stays away for `patience` seconds.
     """
-    found, damaged = retry(lambda: checkpoints.newest(root), f"reading {root}", patience, report.say)
+    found, damaged = retry(lambda: CheckpointStore(root).newest(), f"reading {root}", patience, report.say)
     for sentence in damaged:
         report.say(sentence)
     if found is not None and found.position.data not in (None, data):
@@ -31,7 +30,7 @@ def find_resume_point(root: str, report: TrialStatusWriter, patience: float, dat
             "and it starts anew from step 0."
         )
     try:
-        checkpoints.discard_after(root, found.position.step if found else 0)
+        CheckpointStore(root).discard_after(found.position.step if found else 0)
     except (StorageError, OSError) as error:
         report.say(f"damaged checkpoints stay where they are: {error}")
     return found

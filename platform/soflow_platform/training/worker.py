@@ -23,7 +23,7 @@ from soflow_core.weights import save_weights
 from soflow_pipelines.images.encode import encode_png
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_pipelines.shards.loader import ShardLoader
-from soflow_pipelines.storage.files import write_file
+from soflow_pipelines.storage.files import write_bytes
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import JobError
 from soflow_platform.evaluation.evaluator import Evaluator, Interrupted, never
@@ -279,7 +279,7 @@ class TrialWorker:
                 self.log.grid(step, key, image)
             path = self.folder / "samples" / f"{key.rsplit('/', 1)[-1]}-step-{step:08d}.png"
             try:
-                write_file(path, encode_png(image))
+                write_bytes(path, encode_png(image))
             except OSError as error:
                 # A picture is not worth a trial.
                 if self.report is not None:

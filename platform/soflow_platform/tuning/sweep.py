@@ -20,6 +20,7 @@ from soflow_platform.evaluation.evaluator import Evaluator
 from soflow_platform.evaluation.runner import RayStatisticsRunner
 from soflow_platform.registry.versions import register
 from soflow_platform.storage import checkpoints
+from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.storage.retry import retry
 from soflow_platform.tracking.environment import host_tags
@@ -199,9 +200,9 @@ def _outcome(
 ) -> TrialOutcome:
     root = _checkpoint_root(storage, record, experiment, trial.name)
     # What is used from here on are weights; what training would go on from is verified when it does.
-    newest, _ = checkpoints.newest(root, [checkpoints.EMA])
+    newest, _ = CheckpointStore(root).newest([checkpoints.EMA])
     step = newest.position.step if newest else 0
-    scored = checkpoints.best(root, experiment.search.metric, experiment.mode)
+    scored = CheckpointStore(root).best(experiment.search.metric, experiment.mode)
     best = scored[1] if scored else None
     if trial.name in failures:
         return TrialOutcome(trial.name, "failed", step, best, failures[trial.name])
@@ -244,7 +245,7 @@ def _conclude(
     best = min(scored, key=lambda o: sign((o.best or {})[metric]))
     step = (best.best or {})["step"]
     root = _checkpoint_root(storage, record, experiment, best.name)
-    checkpoint = next((c for c in checkpoints.published(root) if c.position.step == step), None)
+    checkpoint = next((c for c in CheckpointStore(root).published() if c.position.step == step), None)
     if checkpoint is None:
         raise JobError(f"the best checkpoint, step {step} of {best.name}, is gone from {root}.")
     samples = storage.trial(record.id, best.name) / "samples"

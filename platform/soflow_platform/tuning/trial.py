@@ -16,7 +16,7 @@ from typing import Any
 from soflow_core.failures import summarize
 from soflow_platform.cluster.placement import release_placement_group
 from soflow_platform.config.experiment import Experiment, trial_params
-from soflow_platform.storage.checkpoints import EMA, newest, trial_root
+from soflow_platform.storage.checkpoints import EMA, CheckpointStore, trial_root
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.storage.retry import retry
 from soflow_platform.tracking.outages import is_outage
@@ -65,7 +65,7 @@ def run_trial(config: dict[str, Any]) -> None:
     )
     root = trial_root(experiment.training.checkpoints, storage, task.sweep, task.trial)
     # Whether it can go on from there is for its workers to see; sound weights end a trial that has trained to its last step.
-    found, _ = retry(lambda: newest(root, [EMA]), f"reading {root}", patience, journal.say)
+    found, _ = retry(lambda: CheckpointStore(root).newest([EMA]), f"reading {root}", patience, journal.say)
     position = found.position if found else None
     reported = 0
     for evaluation in position.evaluations if position else []:

@@ -22,7 +22,7 @@ from soflow_platform.jobs.evaluate import EvaluateRequest, Score, evaluate, sett
 from soflow_platform.jobs.log_scores import log_scores, metric_name
 from soflow_platform.jobs.targets import EvaluationTarget, find_target
 from soflow_platform.registry.versions import register
-from soflow_platform.storage import checkpoints
+from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, client_for
 from soflow_platform.tuning.record import load_record
@@ -282,7 +282,9 @@ def test_a_version_gets_a_score_that_its_run_has_already(scored: ProjectFolder) 
     tracking = Tracking(scored.tracking_uri, "digits", record.experiment_id or "")
     trial = "trial-00-soflow"
     of_trial = find_target(f"{SWEEP}/{trial}", scored, scored.tracking_uri)
-    steps = {c.position.step: c for c in checkpoints.published(scored.trial(SWEEP, trial) / "checkpoints")}
+    steps = {
+        c.position.step: c for c in CheckpointStore(scored.trial(SWEEP, trial) / "checkpoints").published()
+    }
     record.best = {"trial": trial, "step": of_trial.step, "metrics": {"eval/fd_nfe1": 1.0}}
     number = register(tracking, record.candidate("digits"), steps[of_trial.step or 0])
     (score,) = run(scored, of_trial.name.split(" ")[0], metrics=("fd",))

@@ -15,6 +15,7 @@ from soflow_platform.errors import UserError
 from soflow_platform.jobs.targets import EvaluationTarget, find_target, trial_target
 from soflow_platform.registry.versions import register
 from soflow_platform.storage import checkpoints
+from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking
 from soflow_platform.tuning.record import SweepRecord, load_record
@@ -39,7 +40,7 @@ def test_a_trial_is_its_best_checkpoint_or_its_newest(scored_once: ProjectFolder
     record = load_record(scored_once, SWEEP)
     assert record is not None
     root = scored_once.trial(SWEEP, "trial-00-soflow") / "checkpoints"
-    complete = checkpoints.published(root)
+    complete = CheckpointStore(root).published()
     scores = {e["step"]: e["eval/fd_nfe1"] for e in complete[-1].position.evaluations}
     best = trial_target(scored_once, record, "trial-00-soflow")
     assert best.step == min(scores, key=lambda step: scores[step])
@@ -117,7 +118,7 @@ def test_a_registered_version_is_its_weights_and_is_kept_where_every_machine_see
     assert record is not None
     tracking = Tracking(scored.tracking_uri, "digits", record.experiment_id or "")
     root = scored.trial(SWEEP, "trial-00-soflow") / "checkpoints"
-    newest = checkpoints.published(root)[-1]
+    newest = CheckpointStore(root).published()[-1]
     record.best = {"trial": "trial-00-soflow", "step": 6, "metrics": {"eval/fd_nfe1": 1.0}}
     version = register(tracking, record.candidate("digits"), newest)
     for name in ("models:/digits@candidate", f"models:/digits/{version}"):

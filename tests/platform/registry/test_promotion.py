@@ -9,7 +9,7 @@ import pytest
 
 from soflow_platform.errors import UserError
 from soflow_platform.registry import promotion, versions
-from soflow_platform.storage import checkpoints
+from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.tracking.store import Tracking, client_for
 from soflow_platform.training.worker import TrialWorker
 from soflow_platform.tuning.record import SweepRecord
@@ -23,7 +23,7 @@ def add(worker: Callable[..., TrialWorker], tracking: Tracking) -> Register:
     """Registers a trained trial as the result of a sweep that scored `value`."""
     trained = worker("trial")
     trained.run()
-    checkpoint = checkpoints.published(trained.root)[-1]
+    checkpoint = CheckpointStore(trained.root).published()[-1]
 
     def register(sweep: str, value: float, **tags: str) -> str:
         run = tracking.open_run(

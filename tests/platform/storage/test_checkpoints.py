@@ -15,7 +15,7 @@ import pytest
 from soflow_pipelines.storage.object_store import StorageError
 from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.storage import checkpoints
-from soflow_platform.storage.checkpoints import CheckpointState
+from soflow_platform.storage.checkpoints import CheckpointState, CheckpointStore
 from soflow_platform.training.checkpointer import AsyncCheckpointer
 from soflow_platform.training.worker import TrialWorker
 from tests.support.object_store import ACCESS_KEY, SECRET_KEY, S3Server, Wire, find_weed, uri
@@ -62,13 +62,13 @@ def put(content: bytes, name: str = checkpoints.STATE) -> Callable[[Path], None]
 
 
 def steps(root: str) -> list[int]:
-    return [checkpoint.position.step for checkpoint in checkpoints.published(root)]
+    return [checkpoint.position.step for checkpoint in CheckpointStore(root).published()]
 
 
 def test_what_is_published_is_read_back(root: str) -> None:
     position = CheckpointState(5, 40, "run", [{"step": 5, "fd": 1.5}])
-    checkpoints.publish(root, position, put(b"weights"))
-    found, damaged = checkpoints.newest(root)
+    CheckpointStore(root).publish(position, put(b"weights"))
+    found, damaged = CheckpointStore(root).newest()
     assert found is not None
     assert (found.position, damaged) == (position, [])
     with found.opened(checkpoints.STATE) as path:
@@ -81,25 +81,25 @@ def test_a_checkpoint_being_written_when_the_process_dies_does_not_exist(root: s
         raise Killed
 
     with pytest.raises(Killed):
-        checkpoints.publish(root, CheckpointState(5, 40, "run"), dies)
+        CheckpointStore(root).publish(CheckpointState(5, 40, "run"), dies)
     # Killed later, between two of its files: the record comes last.
     open_storage(root).write(f"step-00000006/{checkpoints.STATE}", b"whole")
-    assert checkpoints.newest(root) == (None, [])
-    checkpoints.publish(root, CheckpointState(7, 56, "run"), put(b"weights"))
-    checkpoints.prune(root, keep=1)
+    assert CheckpointStore(root).newest() == (None, [])
+    CheckpointStore(root).publish(CheckpointState(7, 56, "run"), put(b"weights"))
+    CheckpointStore(root).prune(keep=1)
     assert {name.partition("/")[0] for name in open_storage(root).names()} == {"step-00000007"}
 
 
 @pytest.mark.parametrize("damage", [b"weightz", b"weight", None], ids=["flipped", "cut", "gone"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(root: str, damage: bytes | None) -> None:
     for step in (4, 6):
-        checkpoints.publish(root, CheckpointState(step, 8 * step, "run"), put(b"weights"))
+        CheckpointStore(root).publish(CheckpointState(step, 8 * step, "run"), put(b"weights"))
     name, storage = f"step-00000006/{checkpoints.STATE}", open_storage(root)
     if damage is None:
         storage.remove(name)
     else:
         storage.write(name, damage)
-    found, damaged = checkpoints.newest(root)
+    found, damaged = CheckpointStore(root).newest()
     assert found is not None
     assert found.position.step == 4
     assert damaged == ["step-00000006 is damaged (state.pt): going back to the one before it."]
@@ -110,38 +110,38 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(root: str, damag
 )
 def test_a_record_that_cannot_be_read_is_damage_like_any_other(root: str, record: bytes) -> None:
     for step in (4, 6):
-        checkpoints.publish(
-            root, CheckpointState(step, 8 * step, "run", [{"step": step, "fd": 1.0}]), put(b"weights")
+        CheckpointStore(root).publish(
+            CheckpointState(step, 8 * step, "run", [{"step": step, "fd": 1.0}]), put(b"weights")
         )
     open_storage(root).write(f"step-00000006/{checkpoints.RECORD}", record)
-    found, damaged = checkpoints.newest(root)
+    found, damaged = CheckpointStore(root).newest()
     assert found is not None
     assert found.position.step == 4
     assert damaged == ["step-00000006 is damaged (checkpoint.json): going back to the one before it."]
     assert steps(root) == [4]
-    checkpoints.prune(root, keep=2)
+    CheckpointStore(root).prune(keep=2)
     assert {name.partition("/")[0] for name in open_storage(root).names()} == {"step-00000004"}
 
 
 def test_a_record_of_a_later_version_is_read(root: str) -> None:
-    checkpoints.publish(root, CheckpointState(4, 32, "run"), put(b"weights"))
+    CheckpointStore(root).publish(CheckpointState(4, 32, "run"), put(b"weights"))
     name, storage = f"step-00000004/{checkpoints.RECORD}", open_storage(root)
     storage.write(name, json.dumps({**json.loads(storage.read(name)), "mood": "good"}).encode())
-    found, damaged = checkpoints.newest(root)
+    found, damaged = CheckpointStore(root).newest()
     assert (found is not None, damaged) == (True, [])
 
 
 def test_damaged_checkpoints_that_training_went_back_from_do_not_outlive_sound_ones(root: str) -> None:
     for step in (300, 500, 537):
-        checkpoints.publish(root, CheckpointState(step, 8 * step, "run"), put(b"weights"))
+        CheckpointStore(root).publish(CheckpointState(step, 8 * step, "run"), put(b"weights"))
     open_storage(root).write(f"step-00000500/{checkpoints.STATE}", b"weightz")
     open_storage(root).write(f"step-00000537/{checkpoints.RECORD}", b"")
-    found, damaged = checkpoints.newest(root)
+    found, damaged = CheckpointStore(root).newest()
     assert found is not None
     assert (found.position.step, len(damaged)) == (300, 2)
-    checkpoints.discard_after(root, found.position.step)
-    checkpoints.publish(root, CheckpointState(310, 2480, "run"), put(b"weights"))
-    checkpoints.prune(root, keep=2)
+    CheckpointStore(root).discard_after(found.position.step)
+    CheckpointStore(root).publish(CheckpointState(310, 2480, "run"), put(b"weights"))
+    CheckpointStore(root).prune(keep=2)
     assert steps(root) == [300, 310]
     assert {name.partition("/")[0] for name in open_storage(root).names()} == {
         "step-00000300",
@@ -155,15 +155,15 @@ def test_the_best_checkpoint_is_the_best_whose_weights_are_sound(root: str) -> N
         evaluations.append({"step": step, "fd": distance})
         if step < 4:
             position = CheckpointState(step, 8 * step, "run", list(evaluations))
-            checkpoints.publish(root, position, put(b"weights", checkpoints.EMA))
-    found = checkpoints.best(root, "fd", "min")
+            CheckpointStore(root).publish(position, put(b"weights", checkpoints.EMA))
+    found = CheckpointStore(root).best("fd", "min")
     assert found is not None
     assert (found[0].position.step, found[1]) == (2, {"step": 2, "fd": 1.0})
     open_storage(root).write(f"step-00000002/{checkpoints.EMA}", b"weightz")
-    found = checkpoints.best(root, "fd", "min")
+    found = CheckpointStore(root).best("fd", "min")
     assert found is not None
     assert found[0].position.step == 1
-    assert checkpoints.best(root, "label_agreement", "max") is None
+    assert CheckpointStore(root).best("label_agreement", "max") is None
 
 
 def test_what_a_killed_writer_left_is_removed_at_the_next_start(root: str, tmp_path: Path) -> None:
@@ -175,18 +175,18 @@ def test_what_a_killed_writer_left_is_removed_at_the_next_start(root: str, tmp_p
         os.kill(os.getpid(), signal.SIGKILL)
 
     child = multiprocessing.get_context("fork").Process(
-        target=checkpoints.publish, args=(root, CheckpointState(5, 40, "run"), dies)
+        target=CheckpointStore(root).publish, args=(CheckpointState(5, 40, "run"), dies)
     )
     child.start()
     child.join(20)
     left = Path(half.read_text())
     assert (left / checkpoints.STATE).read_bytes() == b"half"
-    checkpoints.discard_after(root, 0)
+    CheckpointStore(root).discard_after(0)
     assert not left.exists()
 
 
 def test_a_damaged_file_is_not_opened(root: str) -> None:
-    published = checkpoints.publish(root, CheckpointState(1, 8, "run"), put(b"weights"))
+    published = CheckpointStore(root).publish(CheckpointState(1, 8, "run"), put(b"weights"))
     open_storage(root).write(f"{published.name}/{checkpoints.STATE}", b"weightz")
     with (
         pytest.raises(StorageError, match="is damaged: its checksum differs"),
@@ -197,8 +197,8 @@ def test_a_damaged_file_is_not_opened(root: str) -> None:
 
 def test_the_best_checkpoint_there_is_is_kept_beside_the_newest(root: str) -> None:
     for step in range(1, 7):
-        checkpoints.publish(root, CheckpointState(step, 8 * step, "run"), put(b"weights"))
-        checkpoints.prune(root, keep=2, ranking=[9, 2, 1])
+        CheckpointStore(root).publish(CheckpointState(step, 8 * step, "run"), put(b"weights"))
+        CheckpointStore(root).prune(keep=2, ranking=[9, 2, 1])
     assert steps(root) == [2, 5, 6]
 
 
@@ -206,12 +206,12 @@ def test_a_checkpoint_that_is_removed_while_a_trials_are_listed_is_left_out(
     root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (1, 2):
-        checkpoints.publish(root, CheckpointState(step, step, "run"), put(b"state"))
+        CheckpointStore(root).publish(CheckpointState(step, step, "run"), put(b"state"))
     storage = open_storage(root)
     before = storage.names()
     storage.remove(f"step-00000001/{checkpoints.RECORD}")
     monkeypatch.setattr(type(storage), "names", lambda _: before)
-    assert [checkpoint.position.step for checkpoint in checkpoints.published(root)] == [2]
+    assert [checkpoint.position.step for checkpoint in CheckpointStore(root).published()] == [2]
 
 
 def test_nan_is_never_the_best_evaluation() -> None:

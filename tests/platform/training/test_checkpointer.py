@@ -15,7 +15,7 @@ from soflow_core.objectives import SoFlow
 from soflow_core.weights import save_weights
 from soflow_platform.errors import JobError
 from soflow_platform.storage import checkpoints
-from soflow_platform.storage.checkpoints import CheckpointState
+from soflow_platform.storage.checkpoints import CheckpointState, CheckpointStore
 from soflow_platform.training.checkpointer import AsyncCheckpointer
 from soflow_platform.training.worker import TrialWorker
 from tests.support.small_disks import mounted
@@ -34,7 +34,7 @@ def put(content: bytes) -> Callable[[Path], None]:
 
 
 def steps(root: Path | str) -> list[int]:
-    return [checkpoint.position.step for checkpoint in checkpoints.published(root)]
+    return [checkpoint.position.step for checkpoint in CheckpointStore(root).published()]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_training_whose_storage_was_away_trains_the_same_numbers_and_saves_its
     assert steps(cut.root) == [1, 6]
     states = []
     for trial in (whole, cut):
-        found, _ = checkpoints.newest(trial.root)
+        found, _ = CheckpointStore(trial.root).newest()
         assert found is not None
         with found.opened(checkpoints.EMA) as path:
             states.append(path.read_bytes())

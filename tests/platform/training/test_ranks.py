@@ -17,6 +17,7 @@ from soflow_pipelines.storage.files import read_json
 from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.errors import JobError
 from soflow_platform.storage import checkpoints
+from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import client_for
 from soflow_platform.training.stop_request import request_stop
@@ -99,10 +100,10 @@ def test_training_killed_at_a_random_step_is_the_training_never_killed(
     assert train(whole.job, world) == [0] * world
     cut = worker("cut", *settings)
     ranks = start_ranks(cut.job, world, slow_down)
-    wait_until(lambda: checkpoints.published(cut.root))
+    wait_until(lambda: CheckpointStore(cut.root).published())
     time.sleep(random.uniform(0, 0.5))
     kill(ranks)
-    stood = checkpoints.published(cut.root)[-1].position.step
+    stood = CheckpointStore(cut.root).published()[-1].position.step
     assert 3 <= stood < 20
     assert train(cut.job, world) == [0] * world
     assert differing_tensors(final_state(whole.root), final_state(cut.root)) == []
@@ -126,7 +127,7 @@ def test_a_nan_in_one_ranks_batch_stops_all_ranks_before_the_update_and_names_th
     job = worker("broken").job
     assert train(job, 2, spoil_rank_one) == [1, 1]
     root = checkpoints.trial_root(None, ProjectFolder(Path(job.storage)), job.sweep, job.trial)
-    assert [c.position.step for c in checkpoints.published(root)] == [2]
+    assert [c.position.step for c in CheckpointStore(root).published()] == [2]
     assert all(
         torch.isfinite(value).all() for value in final_state(root).values() if value.is_floating_point()
     )
@@ -222,7 +223,7 @@ def test_ranks_that_are_asked_to_stop_stop_after_the_same_step_with_everything_s
     for process in ranks:
         process.join(60)
     assert [process.exitcode for process in ranks] == [0, 0]
-    (saved,) = checkpoints.published(stopped.root)
+    (saved,) = CheckpointStore(stopped.root).published()
     assert 0 < saved.position.step < 200
     assert saved.position.step == saved.position.images / 8 == max(curve(stopped.job, "train/loss"))
 
@@ -249,7 +250,7 @@ def test_ranks_that_are_asked_to_stop_while_they_score_stop_before_the_same_batc
     for process in ranks:
         process.join(60)
     assert [process.exitcode for process in ranks] == [0, 0]
-    (saved,) = checkpoints.published(stopped.root)
+    (saved,) = CheckpointStore(stopped.root).published()
     assert (saved.position.step, saved.position.evaluations) == (3, [])
 
 

@@ -15,6 +15,7 @@ from soflow_core.objectives import OBJECTIVES
 from soflow_core.weights import load_weights
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage import checkpoints
+from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, client_for
 from soflow_platform.training.trial_status import TrialStatusWriter
@@ -81,7 +82,7 @@ def test_training_past_damaged_checkpoints_is_the_training_without_damage_and_ke
     again = worker("cut", *settings)
     again._resume()
     assert again.train_step.step == 2
-    assert [c.position.step for c in checkpoints.published(again.root)] == [1, 2]
+    assert [c.position.step for c in CheckpointStore(again.root).published()] == [1, 2]
     again.run()
     assert [path.name for path in Path(again.root).iterdir()] == ["step-00000006"]
     assert differing_tensors(final_state(whole.root), final_state(again.root)) == []
@@ -119,7 +120,7 @@ def test_a_trial_does_not_go_on_with_other_data(worker: Make) -> None:
         JobError, match=rf"step 2 was trained on data of digest {seen} and .* digest of other data"
     ):
         again._resume()
-    assert [c.position.data for c in checkpoints.published(again.root)] == [seen]
+    assert [c.position.data for c in CheckpointStore(again.root).published()] == [seen]
 
 
 def test_evaluating_changes_no_random_number_of_the_training(worker: Make) -> None:
@@ -142,14 +143,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_term_and_st
     broken.loader._read = nan_at_third_step  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError, match=r"velocity_\w+ is not finite at step 3 on rank 0"):
         broken.run()
-    assert [c.position.step for c in checkpoints.published(broken.root)] == [2]
+    assert [c.position.step for c in CheckpointStore(broken.root).published()] == [2]
     assert all(torch.isfinite(p).all() for p in broken.train_step.parameters)
 
 
 def test_the_registered_weights_are_the_first_ema_and_say_what_they_are(worker: Make) -> None:
     whole = worker("whole")
     whole.run()
-    with checkpoints.published(whole.root)[-1].opened(checkpoints.EMA) as path:
+    with CheckpointStore(whole.root).published()[-1].opened(checkpoints.EMA) as path:
         weights = load_weights(path)
     average = whole.train_step.ema.average()
     assert all(torch.equal(weights.tensors[name], tensor) for name, tensor in average.items())
@@ -187,7 +188,7 @@ def test_every_method_trains_and_is_scored_by_the_same_loop(worker: Make, method
     (evaluation,) = trained.evaluations
     assert evaluation["step"] == 2
     assert np.isfinite(evaluation["eval/fd_nfe1"])
-    with checkpoints.published(trained.root)[-1].opened(checkpoints.EMA) as path:
+    with CheckpointStore(trained.root).published()[-1].opened(checkpoints.EMA) as path:
         weights = load_weights(path)
     assert weights.objective is not None
     assert weights.objective.method == method
@@ -207,7 +208,7 @@ def test_a_stop_that_comes_in_the_middle_of_scoring_is_heard_and_the_score_made_
 
     cut._sees_stop = at_the_third_batch_of_step_4  # type: ignore[method-assign]
     assert not cut.run()
-    saved = checkpoints.published(cut.root)[-1].position
+    saved = CheckpointStore(cut.root).published()[-1].position
     assert (saved.step, [e["step"] for e in saved.evaluations]) == (4, [2])
     assert len(curve(cut, "eval/fd_nfe1")) == 1
     again = worker("cut", "evaluation.batch=8")
