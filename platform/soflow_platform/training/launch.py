@@ -43,4 +43,4 @@ def train_worker(settings: dict[str, Any]) -> None:
         # Training again from the checkpoint would only meet the same: tell, and do not ask for a restart.
         logging.getLogger(__name__).error("%s", error)
         if worker.report is not None:
-            worker.report.failure(str(error))
+            worker.report.fail(str(error))

@@ -15,22 +15,22 @@ def find_resume_point(root: str, report: TrialStatusWriter, patience: float, dat
     `data` is the digest of the data that is there now. Raises JobError where it is not that of the checkpoint, and where the
     storage stays away for `patience` seconds.
     """
-    found, damaged = retry(lambda: CheckpointStore(root).newest(), f"reading {root}", patience, report.say)
+    found, damaged = retry(lambda: CheckpointStore(root).newest(), f"reading {root}", patience, report.log)
     for sentence in damaged:
-        report.say(sentence)
+        report.log(sentence)
     if found is not None and found.position.data not in (None, data):
         raise JobError(
             f"the checkpoint of step {found.position.step:,} was trained on data of digest {found.position.data} and the data now "
             f"has digest {data}: put that data back, or train this as another sweep."
         )
-    reached = report.reached()
+    reached = report.furthest_step()
     if found is None and reached:
-        report.say(
+        report.log(
             f"WARNING: this trial has trained to step {reached:,} and no checkpoint of it is found in {root}: these steps are lost, "
             "and it starts anew from step 0."
         )
     try:
         CheckpointStore(root).discard_after(found.position.step if found else 0)
     except (StorageError, OSError) as error:
-        report.say(f"damaged checkpoints stay where they are: {error}")
+        report.log(f"damaged checkpoints stay where they are: {error}")
     return found

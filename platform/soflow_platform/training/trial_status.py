@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import time
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,32 @@ STATUS_SECONDS = 2.0
 """How often the status file is written."""
 LINE_SECONDS = 30.0
 """How often the log gets a line of progress."""
+
+
+class TrialState(str, Enum):
+    """What a trial does, or how it ended; the values are those of status files and of the command line."""
+
+    NOT_STARTED = "not started"
+    WAITING = "waiting"
+    """Its sweep runs, it does not yet."""
+    STARTING = "starting"
+    RESTARTING = "restarting"
+    """Its workers were lost and new ones are started."""
+    RUNNING = "running"
+    EVALUATING = "evaluating"
+    STOPPING = "stopping"
+    """Asked to stop; it finishes its step and saves."""
+    STOPPED = "stopped"
+    """It was asked to stop and did; the same command goes on."""
+    PRUNED = "pruned"
+    """The scheduler ended it before its last step."""
+    FINISHED = "finished"
+    FAILED = "failed"
+    CUT = "cut"
+    """Its sweep's command ended without a word of this trial; the same command goes on."""
+
+    def __str__(self) -> str:
+        return self.value
 
 
 class TrialStatusWriter:
@@ -45,7 +72,7 @@ class TrialStatusWriter:
             return attempt
         return int(told.get("first_attempt", attempt))
 
-    def say(self, text: str, step: int | None = None) -> None:
+    def log(self, text: str, step: int | None = None) -> None:
         """One line in the trial's log."""
         try:
             self._journal.write(text, step)
@@ -54,7 +81,7 @@ class TrialStatusWriter:
                 "%s: %s (its log cannot be written: %s)", self.trial, text, error
             )
 
-    def state(self, state: str, **changes: Any) -> None:
+    def set_state(self, state: str, **changes: Any) -> None:
         """What the trial does now; told at once."""
         self._status.update(changes, state=state)
         self._to_board({"state": state, **{k: v for k, v in changes.items() if k == "step"}})
@@ -87,9 +114,9 @@ class TrialStatusWriter:
         if now - self._line > LINE_SECONDS:
             self._line = now
             left = "" if eta_seconds is None else f", {eta_seconds / 60:.1f} min left"
-            self.say(f"loss {loss:.4g}, {rate:,.0f} images/s{left}", step)
+            self.log(f"loss {loss:.4g}, {rate:,.0f} images/s{left}", step)
 
-    def reached(self) -> int:
+    def furthest_step(self) -> int:
         """The furthest step that any life of this trial has finished, as far as its status file knows."""
         try:
             told = read_json(self.folder / STATUS) or {}
@@ -99,14 +126,14 @@ class TrialStatusWriter:
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Scores of one step."""
-        self.say(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()), step)
+        self.log(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()), step)
         if self.board is not None:
             self.board.add_evaluation.remote(self.trial, step, metrics)
 
-    def failure(self, sentence: str, **changes: Any) -> None:
+    def fail(self, sentence: str, **changes: Any) -> None:
         """Why the trial cannot go on, where starting it again would not help."""
-        self.say(sentence)
-        self.state("failed", failure=sentence, **changes)
+        self.log(sentence)
+        self.set_state(TrialState.FAILED, failure=sentence, **changes)
         if self.board is not None:
             import ray
 
@@ -118,7 +145,7 @@ class TrialStatusWriter:
 
     def _write_status(self) -> None:
         self._written = time.monotonic()
-        reached = max(self.reached(), self._status["step"])
+        reached = max(self.furthest_step(), self._status["step"])
         try:
             write_json(self.folder / STATUS, {**self._status, "reached": reached, "updated": time.time()})
         except OSError as error:

@@ -110,7 +110,7 @@ class TrialWorker:
         if rank == 0:
             patience = 60 * training.patience_minutes
             self.report = TrialStatusWriter(self.folder, job.trial, training.steps, job.attempt, board)
-            self.saver = AsyncCheckpointer(self.root, training.keep_checkpoints, patience, self.report.say)
+            self.saver = AsyncCheckpointer(self.root, training.keep_checkpoints, patience, self.report.log)
         self._flagged: set[str] = set()
         self._state_copy, self._ema_copy = HostCopy(), HostCopy()
         self._looked = 0.0
@@ -136,7 +136,7 @@ class TrialWorker:
             raise
         self._close()
         if self.report is not None:
-            self.report.state("stopped" if stopping else "finished", step=self.train_step.step)
+            self.report.set_state("stopped" if stopping else "finished", step=self.train_step.step)
         return not stopping
 
     def _step(self, step: int) -> StepRecord:
@@ -185,7 +185,7 @@ class TrialWorker:
             values = distributed.mean_over_ranks(values, rows)
             slow = self.forward_timer.slow_rank() if self.forward_timer is not None else None
             if slow is not None and self.report is not None:
-                self.report.say(
+                self.report.log(
                     f"rank {slow[0]} takes {slow[1]:.1f} times as long as the others for a forward pass", step
                 )
         if self.report is None or self.log is None:
@@ -216,15 +216,15 @@ class TrialWorker:
                 if self.log is not None:
                     self._show(0, self.evaluator.grids(network, self.experiment.objective, self.device))
         if self.report is not None:
-            self.report.say(
+            self.report.log(
                 f"{'going on' if step else 'starting'} with {self.world} worker(s) on {self.device}", step
             )
-            self.report.state("running", step=step)
+            self.report.set_state("running", step=step)
 
     def _open(self) -> Checkpoint | None:
         """On rank 0: open the run's record and find the newest sound checkpoint. Raises JobError where an outage lasts."""
         assert self.report is not None
-        say, patience = self.report.say, 60 * self.experiment.training.patience_minutes
+        say, patience = self.report.log, 60 * self.experiment.training.patience_minutes
         self.log = MetricLogger.resume(self.job.tracking_uri, self.job.run, say, patience)
         return find_resume_point(self.root, self.report, patience, self.loader.info.digest)
 
@@ -240,7 +240,7 @@ class TrialWorker:
         Returns False where a stop came meanwhile: it is scored when training goes on. The last step's evaluation is not interrupted.
         """
         if self.report is not None:
-            self.report.state("evaluating", step=step)
+            self.report.set_state("evaluating", step=step)
         # Ranks that hold shares make their passes each at its own pace, and agree on nothing in between.
         waits = step == self.experiment.training.steps or self.train_step.mesh is not None
         try:
@@ -265,7 +265,7 @@ class TrialWorker:
         self.report.evaluation(step, result.metrics)
         for flag in [flag for flag in result.flags if flag not in self._flagged]:
             self._flagged.add(flag)
-            self.report.say(flag, step)
+            self.report.log(flag, step)
             self.log.flag(flag)
         return True
 
@@ -283,7 +283,7 @@ class TrialWorker:
             except OSError as error:
                 # A picture is not worth a trial.
                 if self.report is not None:
-                    self.report.say(f"{path} cannot be written: {error.strerror}", step)
+                    self.report.log(f"{path} cannot be written: {error.strerror}", step)
 
     def _save(self, step: int, needed: bool) -> None:
         """Copy the state to host memory; rank 0 publishes it while training goes on.
@@ -338,7 +338,7 @@ class TrialWorker:
         self._looked = now
         asked = stop_requested(self.storage, self.job.sweep, self.job.trial)
         if asked and self.report is not None:
-            self.report.say("asked to stop", self.train_step.step)
+            self.report.log("asked to stop", self.train_step.step)
         return asked
 
     def _close(self) -> None:

@@ -65,7 +65,7 @@ def run_trial(config: dict[str, Any]) -> None:
     )
     root = trial_root(experiment.training.checkpoints, storage, task.sweep, task.trial)
     # Whether it can go on from there is for its workers to see; sound weights end a trial that has trained to its last step.
-    found, _ = retry(lambda: CheckpointStore(root).newest([EMA]), f"reading {root}", patience, journal.say)
+    found, _ = retry(lambda: CheckpointStore(root).newest([EMA]), f"reading {root}", patience, journal.log)
     position = found.position if found else None
     reported = 0
     for evaluation in position.evaluations if position else []:
@@ -78,14 +78,14 @@ def run_trial(config: dict[str, Any]) -> None:
         board.update.remote(task.trial, {"step": position.step, "state": "finished"})
         return
     if stop_requested(storage, task.sweep, task.trial):
-        journal.state("stopped", step=position.step if position else 0)
+        journal.set_state("stopped", step=position.step if position else 0)
         return
-    journal.state("starting", step=position.step if position else 0)
+    journal.set_state("starting", step=position.step if position else 0)
     if release_placement_group(storage.trial(task.sweep, task.trial)):
-        journal.say("freed what workers of its last start still held")
+        journal.log("freed what workers of its last start still held")
     tracking = Tracking(task.tracking_uri, task.tracking_experiment, task.tracking_experiment_id)
     run = retry(
-        lambda: _open_run(tracking, task, experiment), "opening the run", patience, journal.say, is_outage
+        lambda: _open_run(tracking, task, experiment), "opening the run", patience, journal.log, is_outage
     )
     fit = _Fit(task, experiment, run)
     fit.start()
@@ -102,13 +102,13 @@ def run_trial(config: dict[str, Any]) -> None:
             break
         time.sleep(POLL_SECONDS)
     if fit.lost is not None:
-        journal.say(f"the process that watches over its workers was lost: {summarize(fit.lost)}")
+        journal.log(f"the process that watches over its workers was lost: {summarize(fit.lost)}")
         raise fit.lost
     failure = now.failure or fit.failure
     if asked:
         # There are no workers that could hear of it.
-        journal.say("asked to stop while it waited for machines")
-        journal.state("stopped")
+        journal.log("asked to stop while it waited for machines")
+        journal.set_state("stopped")
     elif waiting:
         failure = (
             f"no machine for its {experiment.resources.workers} worker(s) came within "
@@ -116,10 +116,10 @@ def run_trial(config: dict[str, Any]) -> None:
             "resources.min_workers; the same command goes on"
         )
     if failure and not now.failure:
-        journal.failure(failure, step=now.step)
+        journal.fail(failure, step=now.step)
     state = "FAILED" if failure else "KILLED" if asked or now.state == "stopped" else "FINISHED"
     # A failure is told and not raised: Tune would start the trial again, which is for lost machines alone.
-    retry(lambda: tracking.finish(run, state), "closing the run", patience, journal.say, is_outage)
+    retry(lambda: tracking.finish(run, state), "closing the run", patience, journal.log, is_outage)
 
 
 class _Fit(threading.Thread):
