@@ -7,7 +7,7 @@ and every evaluation of a sweep sees the same noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from soflow_core.networks import DiT
 from soflow_core.nfe import steps_for
 from soflow_core.objectives import Objective
 from soflow_core.samplers.noise import sample_labels
@@ -27,6 +26,7 @@ from soflow_pipelines.shards.info import DatasetInfo
 from soflow_platform.config.evaluation import DIGITS, POOLED, EvaluationConfig
 from soflow_platform.errors import UserError
 from soflow_platform.evaluation.feature_networks import _device, feature_network
+from soflow_platform.evaluation.ranks import Ranks, SingleProcess
 from soflow_platform.evaluation.reference_store import (
     ComputeStatistics,
     reference_flags,
@@ -35,7 +35,7 @@ from soflow_platform.evaluation.reference_store import (
 )
 from soflow_platform.evaluation.statistics import StatisticsJob, compute_statistics
 from soflow_platform.generation.decoding import autoencoder_tag, decoded, open_decoder, viewable
-from soflow_platform.generation.sampling import generate
+from soflow_platform.generation.sampling import SamplingNetwork, generate
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import FLAGS_TAG
 
@@ -43,18 +43,11 @@ QUICKLY_POOLED = 50_000
 """Samples that one process takes block averages of in seconds."""
 VISIBLE_PIXELS = 48
 """Smallest side of an image in a grid."""
-
-Merge = Callable[[list[Any]], list[Any]]
-"""All ranks' contributions, in rank order."""
+SINGLE_PROCESS = SingleProcess()
 
 
 class Interrupted(Exception):
     """An evaluation that was asked to stop before its end; nothing of it is kept."""
-
-
-def never() -> bool:
-    """For an evaluation that nobody asks to stop."""
-    return False
 
 
 @dataclass(frozen=True)
@@ -124,49 +117,39 @@ class Evaluator:
 
     def evaluate(
         self,
-        network: DiT,
+        network: SamplingNetwork,
         objective: Objective,
         device: torch.device,
-        rank: int = 0,
-        world: int = 1,
-        merge: Merge = list,
-        stop: Callable[[], bool] = never,
+        ranks: Ranks = SINGLE_PROCESS,
     ) -> Evaluation:
-        """Score `network`; each rank makes every world-th batch, and `merge` brings the parts together.
+        """Score `network`, together with the other ranks; all of them return the same metrics, and rank 0 the sample grids.
 
-        A number that is refused, because a sample is not finite, is nan on every rank. `stop` is asked before every batch, on all
-        ranks equally often, and must answer all of them alike: Interrupted on all of them where it says so.
+        A number that is refused, because a sample is not finite, is nan on every rank. Raises Interrupted on every rank where
+        `ranks.should_stop()`, which is called before every batch, returns True.
         """
         metrics: dict[str, float] = {}
         flags: list[str] = []
         for nfe in self.config.nfe:
-            part = self._part(network, objective, nfe, device, rank, world, stop)
-            values, said = self._values(merge([part]))
-            # A refusal is of this number; the others are said of all.
-            flags += said if values else [f"{sentence} (nfe {nfe})" for sentence in said]
+            part = self._part(network, objective, nfe, device, ranks)
+            values, sentences = self._values(ranks.gather([part]))
+            # A refusal concerns this number; the other sentences concern all.
+            flags += sentences if values else [f"{sentence} (nfe {nfe})" for sentence in sentences]
             names = {self.config.distance: _kind(self.config), "label_agreement": "label_agreement"}
             for name, kind in names.items():
                 if f"eval/{name}_nfe{nfe}" in self.config.metrics(self.classes is not None):
                     metrics[f"eval/{name}_nfe{nfe}"] = values.get(kind, math.nan)
-        grids = self.grids(network, objective, device) if rank == 0 else {}
+        grids = self.grids(network, objective, device) if ranks.rank == 0 else {}
         return Evaluation(metrics, grids, list(dict.fromkeys(flags)))
 
     def _part(
-        self,
-        network: DiT,
-        objective: Objective,
-        nfe: int,
-        device: torch.device,
-        rank: int,
-        world: int,
-        stop: Callable[[], bool] = never,
+        self, network: SamplingNetwork, objective: Objective, nfe: int, device: torch.device, ranks: Ranks
     ) -> dict[str, Any]:
-        """What this rank gathers of its batches: the arrays of statistics, or the sentence that refuses a sample."""
+        """Statistics of this rank's batches as arrays, or the sentence that refuses a sample."""
         statistics = ScoreStatistics(self.features, self._metrics(), samples=self.config.samples)
         steps = steps_for(objective, nfe, self.classes is not None)
         refused = None
-        for indices in self._batches(rank, world):
-            if stop():
+        for indices in self._batches(ranks.rank, ranks.world):
+            if ranks.should_stop():
                 raise Interrupted
             if refused or indices is None:
                 continue
@@ -189,13 +172,13 @@ class Evaluator:
         return result.values, result.flags
 
     def grids(
-        self, network: DiT, objective: Objective, device: torch.device
+        self, network: SamplingNetwork, objective: Objective, device: torch.device
     ) -> dict[str, np.ndarray[Any, Any]]:
         """One sample grid for each number of evaluations, by the name it is logged under."""
         return {f"samples/nfe{nfe}": self.grid(network, objective, nfe, device) for nfe in self.config.nfe}
 
     def grid(
-        self, network: DiT, objective: Objective, nfe: int, device: torch.device
+        self, network: SamplingNetwork, objective: Objective, nfe: int, device: torch.device
     ) -> np.ndarray[Any, Any]:
         """A square of samples, one class to a row, from noise that no scored sample uses."""
         side = self.config.grid

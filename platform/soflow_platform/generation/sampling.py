@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from soflow_core.networks import DiT
+from soflow_core.networks import DiTConfig
 from soflow_core.objectives import Objective
 from soflow_core.samplers.noise import sample_noise
 from soflow_platform.errors import UserError
 
 SAMPLING_SETTINGS = ("sampler", "sampling_scale")
 """Settings of a method that act at sampling alone, so that a trained network can be sampled with others."""
+
+
+class SamplingNetwork(Protocol):
+    """What sampling needs of a network: its config, and F(x, t, s, labels)."""
+
+    @property
+    def config(self) -> DiTConfig:
+        """Shape and classes of the samples."""
+
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor: ...
 
 
 class SampleNoises(Sequence[Tensor]):
@@ -49,7 +59,7 @@ class SampleNoises(Sequence[Tensor]):
 
 @torch.inference_mode()
 def generate(
-    network: DiT,
+    network: SamplingNetwork,
     objective: Objective,
     seed: int,
     indices: Tensor,

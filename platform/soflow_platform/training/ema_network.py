@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,31 +12,67 @@ from torch import Tensor
 
 from soflow_core.networks import DiT, DiTConfig
 from soflow_core.train_step import TrainStep
+from soflow_platform.evaluation.ranks import Ranks
+from soflow_platform.generation.sampling import SamplingNetwork
 from soflow_platform.training import distributed
-
-Merge = Callable[[list[Any]], list[Any]]
 
 
 @contextlib.contextmanager
 def ema_network(
-    train_step: TrainStep, config: DiTConfig, device: torch.device, world: int
-) -> Iterator[tuple[DiT, Merge]]:
-    """The network with the first EMA's weights for the length of a block, and what brings the ranks' parts of a score together.
+    train_step: TrainStep,
+    config: DiTConfig,
+    device: torch.device,
+    rank: int,
+    world: int,
+    should_stop: Callable[[], bool],
+) -> Iterator[tuple[SamplingNetwork, Ranks]]:
+    """The network with the first EMA's weights for the length of a block, and the ranks that evaluate it together.
 
-    All ranks must enter the block. Each may make passes of its own number there, before every merge and after.
+    All ranks must enter the block. Each may run its own number of forward passes there, before every `gather` and after.
+    `should_stop` is collective; a sharded network's evaluation is not interrupted, for its ranks run at their own pace.
     """
     if train_step.mesh is None:
         # A new network draws weights that are written over: those draws are not the training's.
         with torch.random.fork_rng(devices=[]):
             network = DiT(config).to(device).eval()
         network.load_state_dict(train_step.ema_state())
-        yield network, distributed.all_gather_list if world > 1 else list
+        yield network, DataParallel(rank, world, should_stop)
         return
     with train_step.averaged() as shares:
-        joint = LockstepNetwork(cast(DiT, shares), device)
-        # A sampler calls its network and reads its config, no more.
-        yield cast(DiT, joint), joint.gather
-        joint.attend()
+        lockstep = LockstepNetwork(cast(DiT, shares), device)
+        yield lockstep, Lockstep(rank, world, lockstep)
+        lockstep.drain()
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """Ranks that hold a copy of the network each."""
+
+    rank: int
+    world: int
+    should_stop: Callable[[], bool]
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The items of all ranks in rank order, on every rank."""
+        return distributed.all_gather_list(items) if self.world > 1 else items
+
+
+@dataclass(frozen=True)
+class Lockstep:
+    """Ranks that hold a share of the network each, so that every forward pass is a collective."""
+
+    rank: int
+    world: int
+    network: LockstepNetwork
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The items of all ranks in rank order, on every rank, once all have run their forward passes."""
+        self.network.drain()
+        return distributed.all_gather_list(items)
+
+    def should_stop(self) -> bool:
+        """False: ranks run at their own pace and agree on nothing between batches."""
+        return False
 
 
 class LockstepNetwork:
@@ -52,19 +89,14 @@ class LockstepNetwork:
         distributed.all_reduce_max(1, self.device)
         return self._pass(x, t, s, labels)
 
-    def attend(self) -> None:
-        """Take part in the others' passes until no rank makes any more."""
+    def drain(self) -> None:
+        """Run dummy passes until all ranks have run theirs."""
         config = self.config
         x = torch.zeros(1, config.channels, config.height, config.width, device=self.device)
         t = torch.zeros(1, device=self.device)
         labels = None if config.classes is None else torch.zeros(1, dtype=torch.long, device=self.device)
         while distributed.all_reduce_max(0, self.device):
             self._pass(x, t, t, labels)
-
-    def gather(self, items: list[Any]) -> list[Any]:
-        """Every rank's items, in rank order, on every rank, once all have made their passes."""
-        self.attend()
-        return distributed.all_gather_list(items)
 
     def _pass(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         # What is gathered in inference mode cannot be trained with afterwards, and the memory for it is kept.

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from soflow_core.host_copy import HostCopy
-from soflow_core.networks import DiT
 from soflow_core.nfe import training_evaluations
 from soflow_core.objectives import Batch, Draws
 from soflow_core.train_step import StepRecord
@@ -26,14 +25,16 @@ from soflow_pipelines.shards.loader import ShardLoader
 from soflow_pipelines.storage.files import write_bytes
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import JobError
-from soflow_platform.evaluation.evaluator import Evaluator, Interrupted, never
+from soflow_platform.evaluation.evaluator import Evaluator, Interrupted
+from soflow_platform.evaluation.ranks import Ranks
+from soflow_platform.generation.sampling import SamplingNetwork
 from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoints import Checkpoint, CheckpointState
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.metric_logger import MetricLogger
 from soflow_platform.training import distributed
 from soflow_platform.training.checkpointer import AsyncCheckpointer
-from soflow_platform.training.ema_network import Merge, ema_network
+from soflow_platform.training.ema_network import ema_network
 from soflow_platform.training.flops import forward_gmac
 from soflow_platform.training.model import network_config
 from soflow_platform.training.resume import find_resume_point
@@ -241,19 +242,10 @@ class TrialWorker:
         """
         if self.report is not None:
             self.report.set_state("evaluating", step=step)
-        # Ranks that hold shares make their passes each at its own pace, and agree on nothing in between.
-        waits = step == self.experiment.training.steps or self.train_step.mesh is not None
+        waits = step == self.experiment.training.steps
         try:
-            with self._averaged() as (network, merge):
-                result = self.evaluator.evaluate(
-                    network,
-                    self.experiment.objective,
-                    self.device,
-                    self.rank,
-                    self.world,
-                    merge,
-                    never if waits else self._stop_asked,
-                )
+            with self._averaged(interruptible=not waits) as (network, ranks):
+                result = self.evaluator.evaluate(network, self.experiment.objective, self.device, ranks)
         except Interrupted:
             return False
         if self.report is None or self.log is None:
@@ -269,8 +261,11 @@ class TrialWorker:
             self.log.flag(flag)
         return True
 
-    def _averaged(self) -> AbstractContextManager[tuple[DiT, Merge]]:
-        return ema_network(self.train_step, self.config, self.device, self.world)
+    def _averaged(self, interruptible: bool = False) -> AbstractContextManager[tuple[SamplingNetwork, Ranks]]:
+        def should_stop() -> bool:
+            return interruptible and self._stop_asked()
+
+        return ema_network(self.train_step, self.config, self.device, self.rank, self.world, should_stop)
 
     def _show(self, step: int, grids: dict[str, Any]) -> None:
         """Sample grids to the run's page and to the trial's folder."""

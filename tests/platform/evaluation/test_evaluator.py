@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ import torch
 from PIL import Image
 
 from soflow_core.networks import DiT, DiTConfig
-from soflow_core.objectives import SoFlow
+from soflow_core.objectives import Objective, SoFlow
 from soflow_pipelines.images.autoencoder import load_autoencoder
 from soflow_pipelines.preparation.build import prepare_here
 from soflow_pipelines.preparation.shard_plan import Preparation, PrepareSettings
@@ -21,7 +24,8 @@ from soflow_pipelines.sources.opening import open_source
 from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.config.evaluation import EvaluationConfig
 from soflow_platform.errors import UserError
-from soflow_platform.evaluation.evaluator import Evaluator
+from soflow_platform.evaluation.evaluator import Evaluation, Evaluator, Interrupted
+from soflow_platform.evaluation.ranks import SingleProcess
 from soflow_platform.evaluation.reference_store import DECODED_LATENTS
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.metric_logger import MetricLogger
@@ -117,33 +121,72 @@ def test_fewer_samples_than_features_are_said_in_the_tags(
     assert "eval.flags" not in enough.tags()
 
 
+class Threads:
+    """Ranks that are threads of this process."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, items: list[Any]) -> None:
+        self.rank, self.world = rank, barrier.parties
+        self._barrier, self._items = barrier, items
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        self._barrier.wait()
+        self._items[self.rank] = items
+        self._barrier.wait()
+        return [item for part in self._items for item in part]
+
+    def should_stop(self) -> bool:
+        return False
+
+
+def together(evaluator: Evaluator, networks: list[DiT], objective: Objective) -> list[Evaluation]:
+    """What each of several ranks returns; rank i samples from networks[i]."""
+    barrier, items = threading.Barrier(len(networks), timeout=60), [None] * len(networks)
+
+    def evaluate(rank: int) -> Evaluation:
+        ranks = Threads(rank, barrier, items)
+        return evaluator.evaluate(networks[rank], objective, torch.device("cpu"), ranks)
+
+    with ThreadPoolExecutor(len(networks)) as pool:
+        return list(pool.map(evaluate, range(len(networks))))
+
+
 def test_ranks_together_score_what_one_scores_alone(worker: Make) -> None:
     trained = worker("alone", "evaluation={every: 6, samples: 600, features: digits-classifier, grid: 2}")
-    network = DiT(trained.config).eval()
-    objective, device = trained.experiment.objective, torch.device("cpu")
-    alone = trained.evaluator.evaluate(network, objective, device)
-    parts = [
-        [trained.evaluator._part(network, objective, nfe, device, rank, 2) for rank in (0, 1)]
-        for nfe in (1, 2)
-    ]
-    both = trained.evaluator.evaluate(
-        network, objective, device, 0, 2, lambda own: parts.pop(0) if own else []
-    )
-    assert both.metrics == pytest.approx(alone.metrics, rel=1e-9)
+    network, objective = DiT(trained.config).eval(), trained.experiment.objective
+    alone = trained.evaluator.evaluate(network, objective, torch.device("cpu"))
+    first, second = together(trained.evaluator, [network, network], objective)
+    assert first.metrics == second.metrics == pytest.approx(alone.metrics, rel=1e-9)
+    assert list(first.grids) == ["samples/nfe1", "samples/nfe2"]
+    assert second.grids == {}
 
 
-def test_a_sample_that_is_not_finite_refuses_the_number_on_every_rank(worker: Make) -> None:
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_sample_that_is_not_finite_refuses_the_number_on_every_rank(worker: Make, broken: int) -> None:
     trained = worker("broken", "evaluation={every: 6, samples: 600, features: digits-classifier, grid: 2}")
-    network = DiT(trained.config).eval()
-    objective, device = trained.experiment.objective, torch.device("cpu")
-    sound = trained.evaluator._part(network, objective, 1, device, 1, 2)
+    networks = [DiT(trained.config).eval(), DiT(trained.config).eval()]
     with torch.no_grad():
-        next(network.parameters()).fill_(float("nan"))
-    for merge in (list, lambda parts: [sound, *parts]):
-        result = trained.evaluator.evaluate(network, objective, device, 0, 2, merge)
+        next(networks[broken].parameters()).fill_(float("nan"))
+    for result in together(trained.evaluator, networks, trained.experiment.objective):
         assert all(math.isnan(value) for value in result.metrics.values())
-        assert result.flags[0].startswith("sample 0 has values that are not finite")
+        assert result.flags[0].startswith(f"sample {256 * broken} has values that are not finite")
         assert result.flags[0].endswith("(nfe 1)")
+
+
+def test_an_evaluation_that_is_asked_to_stop_makes_no_further_batch(worker: Make) -> None:
+    class StopsAtThird(SingleProcess):
+        asked = 0
+
+        def should_stop(self) -> bool:
+            self.asked += 1
+            return self.asked == 3
+
+    trained = worker("stopped", "evaluation={every: 6, samples: 64, batch: 16, grid: 2}")
+    ranks = StopsAtThird()
+    with pytest.raises(Interrupted):
+        trained.evaluator.evaluate(
+            DiT(trained.config).eval(), trained.experiment.objective, torch.device("cpu"), ranks
+        )
+    assert ranks.asked == 3
 
 
 @pytest.fixture(scope="module")
