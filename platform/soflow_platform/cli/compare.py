@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from soflow_platform.cli.evaluate import progress_bar, work_on_stderr
-from soflow_platform.cli.terminal import console, plain_table
+from soflow_platform.cli.terminal import console, plain_table, progress_bar, stdout_to_stderr
 from soflow_platform.errors import UserError
 from soflow_platform.storage.project import ProjectFolder, find_project, require_writable
 
@@ -53,9 +52,18 @@ def compare_command(
     def keep(found: Comparison) -> None:
         _log(record, uri, save(found, folder), found)
 
-    bar, show = progress_bar("images")
-    with bar, work_on_stderr():
-        found = compare(record, protocol, storage, uri, address, show, costs, say, keep)
+    with progress_bar("images") as update, stdout_to_stderr():
+        found = compare(
+            record,
+            protocol,
+            storage,
+            uri,
+            address,
+            lambda progress: update(progress.done, progress.total),
+            costs,
+            say,
+            keep,
+        )
     if as_json:
         print(json.dumps(found.as_record(), indent=1))
         return

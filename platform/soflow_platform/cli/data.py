@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from soflow_platform.cli.terminal import progress_bar, quiet_libraries
 from soflow_platform.errors import JobError, UserError
 
 if TYPE_CHECKING:
@@ -94,41 +95,17 @@ def prepare(
         image_column=image_column,
         label_column=label_column,
     )
-    _quiet_libraries()
+    quiet_libraries()
     done = _with_progress(request, address)
     _print_prepared(done, out)
 
 
-def _quiet_libraries() -> None:
-    import logging
-
-    # diffusers and the hub's client warn of what the one sentence at the end says.
-    for name in ("diffusers", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
 def _with_progress(request: PrepareRequest, address: str | None) -> Prepared:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import Progress as Bar
+    from soflow_platform.jobs.prepare import prepare
 
-    from soflow_platform.jobs.prepare import Progress, prepare
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("listing the source", total=None)
-
-        def show(progress: Progress) -> None:
-            what = "encoding" if request.autoencoder else "preparing"
-            bar.update(task, description=what, completed=progress.images, total=progress.total)
-
-        return prepare(request, address, show)
+    what = "encoding" if request.autoencoder else "preparing"
+    with progress_bar(what, waiting="listing the source") as update:
+        return prepare(request, address, lambda progress: update(progress.images, progress.total))
 
 
 def _print_prepared(done: Prepared, out: str) -> None:
@@ -222,7 +199,7 @@ def _write_sheet(
 
     decoder = None
     if info.kind == "latents":
-        _quiet_libraries()
+        quiet_libraries()
         try:
             decoder = load_autoencoder(autoencoder or info.autoencoder or "")
         except AutoencoderError as error:

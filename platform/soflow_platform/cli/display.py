@@ -13,8 +13,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from soflow_platform.cli.evaluate import progress_bar
-from soflow_platform.cli.terminal import duration, storage_flag
+from soflow_platform.cli.terminal import duration, progress_bar, storage_flag
 from soflow_platform.cluster.connection import Cluster
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.evaluation.runner import Progress, Report
@@ -49,9 +48,8 @@ class SweepDisplay(Display):
         if not self.console.is_terminal:
             yield self._print_described
             return
-        bar, show = progress_bar("real images")
-        with bar:
-            yield show
+        with progress_bar("real images") as update:
+            yield lambda progress: update(progress.done, progress.total)
 
     def _print_described(self, progress: Progress) -> None:
         if time.monotonic() - self._described > NEWS_SECONDS:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from soflow_platform.cli.terminal import console, plain_table
+from soflow_platform.cli.terminal import console, plain_table, progress_bar, quiet_libraries, stdout_to_stderr
 from soflow_platform.errors import UserError
 from soflow_platform.storage.project import find_project, require_writable
 
 if TYPE_CHECKING:
-    from soflow_platform.evaluation.runner import Report
     from soflow_platform.jobs.evaluate import EvaluateRequest, Score
     from soflow_platform.jobs.targets import EvaluationTarget
     from soflow_platform.storage.project import ProjectFolder
@@ -35,7 +31,7 @@ def evaluate_command(
     from soflow_platform.jobs.log_scores import log_scores
 
     require_answer(address)
-    _quiet_libraries()
+    quiet_libraries()
     uri = tracking or storage.tracking_uri
     subject, scores = _with_progress(EvaluateRequest(**request), storage, uri, address)
     logged = log_scores(subject, scores, uri)
@@ -77,49 +73,15 @@ def as_record(score: Score) -> dict[str, Any]:
     }
 
 
-def progress_bar(what: str) -> tuple[Any, Report]:
-    """A bar of images on stderr, and the report that moves it."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    from soflow_platform.evaluation.runner import Progress as Gathered
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-    task = bar.add_task("opening", total=None)
-
-    def show(progress: Gathered) -> None:
-        bar.update(task, description=what, completed=progress.done, total=progress.total)
-
-    return bar, show
-
-
-def work_on_stderr() -> contextlib.redirect_stdout[Any]:
-    """Standard output is for results: what Ray prints of a lost worker goes where errors go."""
-    return contextlib.redirect_stdout(sys.stderr)
-
-
 def _with_progress(
     request: EvaluateRequest, storage: ProjectFolder, uri: str, address: str | None
 ) -> tuple[EvaluationTarget, list[Score]]:
     from soflow_platform.jobs.evaluate import evaluate
 
-    bar, show = progress_bar("images")
-    with bar, work_on_stderr():
-        return evaluate(request, storage, uri, address, show)
-
-
-def _quiet_libraries() -> None:
-    # diffusers and the hub's client warn of what the one sentence at the end says.
-    for name in ("diffusers", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    with progress_bar("images") as update, stdout_to_stderr():
+        return evaluate(
+            request, storage, uri, address, lambda progress: update(progress.done, progress.total)
+        )
 
 
 def _print_scores(scores: Sequence[Score]) -> None:

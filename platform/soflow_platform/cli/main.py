@@ -197,12 +197,13 @@ def generate(
     model: Annotated[
         str,
         typer.Option(
-            metavar="MODEL", help="models:/NAME@champion, or a .safetensors file or checkpoint folder."
+            metavar="MODEL",
+            help="models:/NAME@ALIAS, a sweep, SWEEP/TRIAL or MLflow run, a checkpoint folder or .safetensors file.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the images.")],
     num: Annotated[int, typer.Option(min=1, help="How many images.")] = 100,
-    steps: Annotated[int, typer.Option(min=1, help="Function evaluations for each image (NFE).")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps for each image.")] = 1,
     seed: Annotated[int, typer.Option(help="Image i is a function of the seed, i and its label.")] = 0,
     label: Annotated[
         int | None, typer.Option(help="One class for all images; default: every class in turn.")
@@ -210,10 +211,14 @@ def generate(
     storage: StorageOption = None,
     tracking: TrackingOption = None,
 ) -> None:
-    """Make images with a registered model: PNG files and one grid."""
-    from soflow_platform.cli.generate import generate_command
+    """Make images with a trained network: PNG files and one grid.
 
-    generate_command(model, out, num, steps, seed, label, storage, tracking)
+    A command that was cut makes what is missing with the same command.
+    """
+    from soflow_platform.cli.generate import generate_command
+    from soflow_platform.jobs.requests import GenerateRequest
+
+    generate_command(GenerateRequest(model, out, num, steps, seed, label), storage, tracking)
 
 
 @app.command()

@@ -1,8 +1,7 @@
-"""soflow_platform.cli.promote"""
+"""soflowctl promote."""
 
 from __future__ import annotations
 
-from soflow_platform.cli.generate import _tracking_uri
 from soflow_platform.storage.project import find_project
 
 
@@ -11,10 +10,12 @@ def promote_command(
 ) -> None:
     """Change the champion and say why."""
     from soflow_platform.cli.terminal import storage_flag
+    from soflow_platform.jobs.targets import require_registry
     from soflow_platform.registry import promotion
 
     storage = find_project(storage_option)
-    uri = _tracking_uri(storage, tracking)
+    uri = tracking or storage.tracking_uri
+    require_registry(storage, uri)
     done = promotion.rollback(uri, model) if rollback else promotion.promote(uri, model, force)
     before = f" (before: version {done.previous})" if done.previous else ""
     print(f"models:/{done.model}@champion is version {done.version}{before}: {done.reason}")

@@ -1,24 +1,33 @@
-"""How soflowctl prints: whole names where the output is no terminal, tables without lines."""
+"""Terminal output that commands share: console, tables, progress bars, durations, quiet libraries."""
 
 from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from soflow_platform.storage.project import ProjectFolder, find_project
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 FILE_WIDTH = 200
-"""Columns where the output is no terminal, so that a log or a pipe gets whole names."""
+"""Columns of output that goes to a file or a pipe, so that names are not cut."""
 
 
 def console() -> Console:
-    """The terminal; or a log, which is not wrapped."""
+    """A console for standard output: as wide as the terminal, or FILE_WIDTH columns where it is a file or a pipe."""
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=FILE_WIDTH)
 
 
 def plain_table(name: str, *columns: str) -> Table:
-    """A table without lines, whose first column is never shortened: it holds what the next command needs."""
+    """A table without lines. Its first column is never shortened, because it holds names that the next command needs."""
     table = Table(box=None, pad_edge=False)
     table.add_column(name, no_wrap=True, overflow="fold")
     for column in columns:
@@ -26,13 +35,47 @@ def plain_table(name: str, *columns: str) -> Table:
     return table
 
 
+@contextlib.contextmanager
+def progress_bar(description: str, waiting: str = "opening") -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for the length of a block. Yields `update(done, total)`; `waiting` is shown until its first call."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    task = bar.add_task(waiting, total=None)
+
+    def update(done: int, total: int) -> None:
+        bar.update(task, description=description, completed=done, total=total)
+
+    with bar:
+        yield update
+
+
+def stdout_to_stderr() -> contextlib.redirect_stdout[Any]:
+    """Redirects prints to stderr for the length of a block: Ray prints messages about lost workers to stdout, which is for results."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
+def quiet_libraries() -> None:
+    """Silence warnings of diffusers and of the Hugging Face client, which repeat what our own error sentence says."""
+    for name in ("diffusers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def storage_flag(storage: ProjectFolder) -> str:
-    """The option that finds this project folder again, where it is not the default one."""
+    """` --storage FOLDER`, for a command line to be copied; empty where the folder is the default one."""
     return "" if find_project(None) == storage else f" --storage {storage.root}"
 
 
 def duration(seconds: float) -> str:
-    """Two units at most: `45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
+    """A duration in at most two units: `45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -20,7 +20,7 @@ from soflow_platform.jobs.benchmark import Costs, SamplingBenchmark, TrainingBen
 from soflow_platform.jobs.evaluate import EvaluateRequest, Score, network_protocol, scored
 from soflow_platform.jobs.log_scores import log_scores
 from soflow_platform.jobs.model_under_test import ModelUnderTest
-from soflow_platform.jobs.targets import EvaluationTarget, trial_target
+from soflow_platform.jobs.targets import EvaluationTarget, TargetResolver
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tuning.record import SweepRecord
 from soflow_platform.tuning.search_space import Trial, trials
@@ -140,7 +140,8 @@ def compare(
     JobError where something failed.
     """
     experiment = Experiment(**record.experiment)
-    entries, left_out = _entries(record, experiment, protocol, storage)
+    resolver = TargetResolver.for_scoring(storage, tracking_uri)
+    entries, left_out = _entries(record, experiment, protocol, resolver)
     if not entries:
         raise UserError(f"sweep {record.id} has nothing to compare: {'; '.join(left_out)}.")
     say(f"scoring {len(entries)} ways of sampling")
@@ -174,14 +175,14 @@ def compare(
 
 
 def _entries(
-    record: SweepRecord, experiment: Experiment, protocol: Sequence[SamplingConfig], storage: ProjectFolder
+    record: SweepRecord, experiment: Experiment, protocol: Sequence[SamplingConfig], resolver: TargetResolver
 ) -> tuple[list[Entry], list[str]]:
     """Every way of sampling every trial on so many images once, and the trials that have no weights."""
     entries: list[Entry] = []
     left_out = []
     for trial in trials(Document(record.experiment), experiment):
         try:
-            subject = trial_target(storage, record, trial.name, newest=True)
+            subject = resolver.trial(record, trial.name, newest=True)
         except UserError as error:
             left_out.append(str(error).rstrip("."))
             continue

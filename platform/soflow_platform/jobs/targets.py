@@ -1,8 +1,7 @@
-"""What a user names to have it scored: a registered model, a run, a checkpoint, weights, a folder of images, an .npz file."""
+"""Resolves a name given on the command line to weights or images."""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import tempfile
@@ -10,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soflow_pipelines.storage.files import sha256
+from soflow_pipelines.shards.info import INFO_NAME
+from soflow_pipelines.storage.files import atomic, sha256
 from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import StorageError
+from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.errors import UserError
 from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoints import EMA, Checkpoint, CheckpointStore
@@ -22,197 +23,237 @@ from soflow_platform.tuning.lookup import resolve
 from soflow_platform.tuning.record import SweepRecord, load_record
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
-NAMED = "models:/NAME@ALIAS, a run, SWEEP/TRIAL, a checkpoint folder, a .safetensors file, a folder of images, or an .npz file"
+FILE_SUFFIXES = (".safetensors", ".npz")
 
 
 @dataclass(frozen=True)
 class EvaluationTarget:
-    """Something whose images can be scored."""
+    """The weights or the images that a name stands for, with the run or registered version they belong to."""
 
     name: str
-    """What tags and tables call it."""
+    """Name in tables and tags."""
     weights: Path | None = None
-    """A file that the machines of the cluster see; None where the images are there already."""
+    """Weights file, on a disk that all machines of the cluster share; None for a set of images."""
     images: str | None = None
-    """Where they are."""
+    """Folder, file or URI of a set of images; None for weights."""
     step: int | None = None
-    """Optimizer steps of the weights, where known."""
+    """Optimizer steps of the weights; None if unknown."""
     run: str | None = None
-    """The MLflow run that the numbers belong to."""
+    """MLflow run that scores are logged to."""
     version: tuple[str, str] | None = None
-    """Name and number of the registered version that the numbers belong to."""
+    """Name and number of the registered version that scores are logged to."""
     data: str | None = None
-    """The data it was trained on, as the sweep named it; None where nobody wrote it down."""
+    """Training data as the sweep named them; None if unknown."""
 
 
-def find_target(name: str, storage: ProjectFolder, tracking_uri: str) -> EvaluationTarget:
-    """What `name` stands for. Raises UserError where it stands for nothing that can be scored."""
-    path = Path(name).expanduser()
-    if name.startswith("models:/"):
-        return _model(name, storage, tracking_uri)
-    if "://" in name:
-        return _remote_checkpoint(name, storage, tracking_uri)
-    if path.is_file():
-        return _file(path)
-    if path.is_dir():
-        if (path / EMA).is_file():
-            return _checkpoint_folder(path, storage, tracking_uri)
-        return EvaluationTarget(str(path), images=str(path.absolute()))
-    if RUN_ID.fullmatch(name):
-        return _run(name, storage, tracking_uri)
-    if name.startswith((".", "/", "~")):
-        raise UserError(f"{name}: there is no such file or folder; name {NAMED}.")
-    return _sweep_or_model(name, storage, tracking_uri)
+@dataclass(frozen=True)
+class TargetResolver:
+    """Finds what a user names: a registered model (`models:/NAME@ALIAS`, `models:/NAME/VERSION`), a sweep, SWEEP/TRIAL, an MLflow run,
+    a checkpoint folder or URI, a weights file, an image folder, an .npz file or a shard set.
+    """
 
+    project: ProjectFolder
+    tracking_uri: str
+    copies: Path
+    """Folder for copies of weights that are fetched from a registry or from object storage."""
+    accepts_images: bool = True
+    """Whether a name may stand for images; otherwise for weights alone."""
 
-def _file(path: Path) -> EvaluationTarget:
-    if path.suffix == ".npz":
-        return EvaluationTarget(str(path), images=str(path.absolute()))
-    return EvaluationTarget(str(path), weights=path.absolute())
+    @classmethod
+    def for_scoring(cls, project: ProjectFolder, tracking_uri: str) -> TargetResolver:
+        """A resolver that keeps fetched weights in the project folder, where every machine of a cluster can read them."""
+        return cls(project, tracking_uri, project.root / "evaluations" / "weights")
 
+    def find(self, name: str) -> EvaluationTarget:
+        """The target of this name. Raises UserError where there is none."""
+        path = Path(name).expanduser()
+        if name.startswith("models:/"):
+            return self._registered_model(name)
+        if "://" in name:
+            return self._remote(name)
+        if path.is_file():
+            return self._file(path)
+        if path.is_dir():
+            if (path / EMA).is_file():
+                return self._checkpoint_folder(path)
+            return self._images(str(path), str(path.absolute()))
+        if RUN_ID.fullmatch(name):
+            return self._run(name)
+        if name.startswith((".", "/", "~")) or path.suffix in FILE_SUFFIXES:
+            raise UserError(f"{name}: there is no such file or folder; name {self._accepted}.")
+        return self._sweep_or_model(name)
 
-def _sweep_or_model(name: str, storage: ProjectFolder, tracking_uri: str) -> EvaluationTarget:
-    """A sweep or trial by name; else a registered model."""
-    try:
-        found = resolve(storage, name)
-    except UserError as unknown:
-        if "/" in name and load_record(storage, name.partition("/")[0]) is not None:
-            raise
+    def trial(self, record: SweepRecord, trial: str, newest: bool = False) -> EvaluationTarget:
+        """A trial's best checkpoint by the metric of its sweep, or its newest one. Raises UserError where it has none."""
+        root = checkpoints.trial_root(
+            record.experiment["training"].get("checkpoints"), self.project, record.id, trial
+        )
+        store = CheckpointStore(root)
+        best = None if newest else store.best(record.metric, record.mode)
+        checkpoint = best[0] if best else store.newest([EMA])[0]
+        if checkpoint is None:
+            raise UserError(f"trial {trial} of sweep {record.id} has no checkpoint yet.")
+        return EvaluationTarget(
+            f"{record.id}/{trial} at step {checkpoint.position.step}",
+            weights=self._weights(checkpoint),
+            step=checkpoint.position.step,
+            run=checkpoint.position.run,
+            data=record.experiment["data"]["source"],
+        )
+
+    @property
+    def _accepted(self) -> str:
+        """The names that are understood, for an error message."""
+        weights = "models:/NAME@ALIAS, a run, SWEEP/TRIAL, a checkpoint folder"
+        if self.accepts_images:
+            return f"{weights}, a .safetensors file, a folder of images, or an .npz file"
+        return f"{weights}, or a .safetensors file"
+
+    def _images(self, name: str, place: str) -> EvaluationTarget:
+        if not self.accepts_images:
+            raise UserError(f"{name} holds no weights: name {self._accepted}.")
+        return EvaluationTarget(name, images=place)
+
+    def _file(self, path: Path) -> EvaluationTarget:
+        if path.suffix == ".npz":
+            return self._images(str(path), str(path.absolute()))
+        return EvaluationTarget(str(path), weights=path.absolute())
+
+    def _sweep_or_model(self, name: str) -> EvaluationTarget:
+        """A sweep or trial of this name; else a registered model."""
         try:
-            return _model(name, storage, tracking_uri)
-        except UserError:
+            found = resolve(self.project, name)
+        except UserError as unknown:
+            if "/" in name and load_record(self.project, name.partition("/")[0]) is not None:
+                raise
+            try:
+                return self._registered_model(name)
+            except UserError:
+                purpose = "scored" if self.accepts_images else "sampled"
+                raise UserError(
+                    f"{name!r} is nothing that can be {purpose}: name {self._accepted}. As a sweep: {unknown}"
+                ) from None
+        trial = found.trial or (found.record.best or {}).get("trial")
+        if trial is None:
             raise UserError(
-                f"{name!r} is nothing that can be scored: name {NAMED}. As a sweep: {unknown}"
-            ) from None
-    trial = found.trial or (found.record.best or {}).get("trial")
-    if trial is None:
-        raise UserError(f"{found} has no best trial yet: name one of its trials, as {found.record.id}/TRIAL.")
-    return trial_target(storage, found.record, trial)
+                f"{found} has no best trial yet: name one of its trials, as {found.record.id}/TRIAL."
+            )
+        return self.trial(found.record, trial)
+
+    def _checkpoint_folder(self, path: Path) -> EvaluationTarget:
+        folder = path.absolute()
+        if not (folder / checkpoints.RECORD).is_file():
+            return EvaluationTarget(str(path), weights=folder / EMA)
+        checkpoint = checkpoints.read_record(LocalFolder(folder.parent), folder.name)
+        if checkpoint is None:
+            raise UserError(
+                f"{path / checkpoints.RECORD} is damaged: name {path / EMA} to take what is there."
+            )
+        return self._checkpoint(str(path), checkpoint)
+
+    def _checkpoint(self, name: str, checkpoint: Checkpoint) -> EvaluationTarget:
+        state = checkpoint.position
+        tags = run_tags(self.tracking_uri, state.run)
+        return EvaluationTarget(
+            name,
+            weights=self._weights(checkpoint),
+            step=state.step,
+            run=None if tags is None else state.run,
+            data=(tags or {}).get("data.source"),
+        )
+
+    def _remote(self, uri: str) -> EvaluationTarget:
+        """A checkpoint in object storage, `s3://.../step-00000600`, or a shard set."""
+        place, mark, options = uri.partition("?")
+        base, _, name = place.rstrip("/").rpartition("/")
+        try:
+            if not name.startswith("step-") and open_storage(uri).size(INFO_NAME) is not None:
+                return self._images(uri, uri)
+            published = {c.name: c for c in CheckpointStore(f"{base}{mark}{options}").published()}
+        except StorageError as error:
+            raise UserError(f"{uri}: {error}") from error
+        if name not in published:
+            raise UserError(f"{uri} is no checkpoint; {base} has {', '.join(sorted(published)) or 'none'}.")
+        return self._checkpoint(uri, published[name])
+
+    def _run(self, run: str) -> EvaluationTarget:
+        tags = run_tags(self.tracking_uri, run)
+        if tags is None:
+            raise UserError(f"there is no run {run} in {self.tracking_uri}.")
+        record = load_record(self.project, tags.get(SWEEP_TAG, ""))
+        if SWEEP_TAG not in tags or record is None:
+            raise UserError(
+                f"run {run} belongs to no sweep under {self.project.root}: its checkpoints are elsewhere."
+            )
+        trial = tags.get(TRIAL_TAG) or (record.best or {}).get("trial")
+        if trial is None:
+            raise UserError(
+                f"run {run} is that of sweep {record.id}, which has no best trial yet: name a trial."
+            )
+        return self.trial(record, trial)
+
+    def _registered_model(self, name: str) -> EvaluationTarget:
+        import mlflow
+
+        from soflow_platform.registry.versions import find_version
+
+        require_registry(self.project, self.tracking_uri)
+        version = find_version(self.tracking_uri, name)
+        uri = f"models:/{version.name}/{version.version}"
+        mlflow.set_tracking_uri(self.tracking_uri)
+        with tempfile.TemporaryDirectory(prefix="soflow-model-") as folder:
+            fetched = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder)) / "artifacts" / EMA
+            if not fetched.is_file():
+                raise UserError(f"{uri} was not registered by this platform: it holds no {EMA}.")
+            weights = copy_by_content(fetched, self.copies)
+        tags = {**(run_tags(self.tracking_uri, version.run_id) or {}), **version.tags}
+        step = tags.get(STEP_TAG)
+        return EvaluationTarget(
+            uri,
+            weights=weights,
+            step=int(step) if step else None,
+            run=version.run_id,
+            version=(version.name, str(version.version)),
+            data=tags.get("data.source"),
+        )
+
+    def _weights(self, checkpoint: Checkpoint) -> Path:
+        """The checkpoint's EMA weights, checked against their SHA-256; copied where they are in object storage."""
+        try:
+            with checkpoint.opened(EMA) as path:
+                return (
+                    path
+                    if isinstance(checkpoint.storage, LocalFolder)
+                    else copy_by_content(path, self.copies)
+                )
+        except StorageError as error:
+            raise UserError(str(error)) from error
 
 
-def trial_target(
-    storage: ProjectFolder, record: SweepRecord, trial: str, newest: bool = False
-) -> EvaluationTarget:
-    """A trial's best checkpoint by the sweep's metric, or its newest one."""
-    root = checkpoints.trial_root(record.experiment["training"].get("checkpoints"), storage, record.id, trial)
-    best = None if newest else CheckpointStore(root).best(record.metric, record.mode)
-    chosen = best[0] if best else CheckpointStore(root).newest([EMA])[0]
-    if chosen is None:
-        raise UserError(f"trial {trial} of sweep {record.id} has no checkpoint yet.")
-    return EvaluationTarget(
-        f"{record.id}/{trial} at step {chosen.position.step}",
-        weights=_weights_of(chosen, storage),
-        step=chosen.position.step,
-        run=chosen.position.run,
-        data=record.experiment["data"]["source"],
-    )
+def find_target(name: str, project: ProjectFolder, tracking_uri: str) -> EvaluationTarget:
+    """The target of this name, to be scored. Raises UserError where there is none."""
+    return TargetResolver.for_scoring(project, tracking_uri).find(name)
 
 
-def _weights_of(checkpoint: Checkpoint, storage: ProjectFolder) -> Path:
-    """Its averaged weights, compared with what was written. Raises UserError where they are damaged or away."""
-    try:
-        with checkpoint.opened(EMA) as path:
-            return path if isinstance(checkpoint.storage, LocalFolder) else kept_weights(path, storage)
-    except StorageError as error:
-        raise UserError(str(error)) from error
+def copy_by_content(path: Path, folder: Path) -> Path:
+    """A copy of a weights file in `folder`, named by its SHA-256; one that is there is not written again."""
+    copy = folder / f"{sha256(path)[:16]}.safetensors"
+    if not copy.exists():
+        with path.open("rb") as source, atomic(copy, durable=False) as target:
+            shutil.copyfileobj(source, target)
+    return copy
 
 
-def kept_weights(path: Path, storage: ProjectFolder) -> Path:
-    """A copy in the project folder, by content, which every machine of a cluster sees and no temporary folder takes away."""
-    kept = storage.root / "evaluations" / "weights" / f"{sha256(path)[:16]}.safetensors"
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        aside = kept.with_name(f".{kept.name}.{os.getpid()}")
-        shutil.copyfile(path, aside)
-        aside.replace(kept)
-    return kept
-
-
-def _checkpoint_folder(path: Path, storage: ProjectFolder, tracking_uri: str) -> EvaluationTarget:
-    folder = path.absolute()
-    if not (folder / checkpoints.RECORD).is_file():
-        return EvaluationTarget(str(path), weights=folder / EMA)
-    checkpoint = checkpoints.read_record(LocalFolder(folder.parent), folder.name)
-    if checkpoint is None:
-        raise UserError(f"{path / checkpoints.RECORD} is damaged: name {path / EMA} to score what is there.")
-    return _checkpoint(str(path), checkpoint, storage, tracking_uri)
-
-
-def _checkpoint(
-    name: str, checkpoint: Checkpoint, storage: ProjectFolder, tracking_uri: str
-) -> EvaluationTarget:
-    position = checkpoint.position
-    tags = _tags(tracking_uri, position.run)
-    return EvaluationTarget(
-        name,
-        weights=_weights_of(checkpoint, storage),
-        step=position.step,
-        run=None if tags is None else position.run,
-        data=(tags or {}).get("data.source"),
-    )
-
-
-def _remote_checkpoint(uri: str, storage: ProjectFolder, tracking_uri: str) -> EvaluationTarget:
-    """`s3://.../step-00000600`: a checkpoint that lies elsewhere."""
-    place, mark, options = uri.partition("?")
-    base, _, name = place.rstrip("/").rpartition("/")
-    try:
-        found = {c.name: c for c in CheckpointStore(f"{base}{mark}{options}").published()}
-        if name not in found:
-            raise UserError(f"{uri} is no checkpoint; {base} has {', '.join(sorted(found)) or 'none'}.")
-    except StorageError as error:
-        raise UserError(f"{uri}: {error}") from error
-    return _checkpoint(uri, found[name], storage, tracking_uri)
-
-
-def _run(run: str, storage: ProjectFolder, tracking_uri: str) -> EvaluationTarget:
-    tags = _tags(tracking_uri, run)
-    if tags is None:
-        raise UserError(f"there is no run {run} in {tracking_uri}.")
-    record = load_record(storage, tags.get(SWEEP_TAG, ""))
-    if SWEEP_TAG not in tags or record is None:
-        raise UserError(f"run {run} belongs to no sweep under {storage.root}: its checkpoints are elsewhere.")
-    trial = tags.get(TRIAL_TAG) or (record.best or {}).get("trial")
-    if trial is None:
-        raise UserError(f"run {run} is that of sweep {record.id}, which has no best trial yet: name a trial.")
-    return trial_target(storage, record, trial)
-
-
-def _model(name: str, storage: ProjectFolder, tracking_uri: str) -> EvaluationTarget:
-    import mlflow
-
-    from soflow_platform.registry.versions import find_version
-
-    _require_store(tracking_uri, storage)
-    version = find_version(tracking_uri, name)
-    mlflow.set_tracking_uri(tracking_uri)
-    uri = f"models:/{version.name}/{version.version}"
-    with tempfile.TemporaryDirectory(prefix="soflow-model-") as folder:
-        fetched = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder)) / "artifacts" / EMA
-        if not fetched.is_file():
-            raise UserError(f"{uri} was not registered by this platform: it holds no {EMA}.")
-        weights = kept_weights(fetched, storage)
-    tags = {**(_tags(tracking_uri, version.run_id) or {}), **version.tags}
-    step = tags.get(STEP_TAG)
-    return EvaluationTarget(
-        uri,
-        weights=weights,
-        step=int(step) if step else None,
-        run=version.run_id,
-        version=(version.name, str(version.version)),
-        data=tags.get("data.source"),
-    )
-
-
-def _require_store(tracking_uri: str, storage: ProjectFolder) -> None:
-    if tracking_uri == storage.tracking_uri and not (storage.root / "mlflow.db").is_file():
+def require_registry(project: ProjectFolder, tracking_uri: str) -> None:
+    """Raises UserError where the registry is that of a project folder which has no tracking store yet."""
+    if tracking_uri == project.tracking_uri and not (project.root / "mlflow.db").is_file():
         raise UserError(
-            f"there is no model registry under {storage.root}: run a sweep first, or pass --storage or --tracking."
+            f"there is no model registry under {project.root}: run a sweep first, or pass --storage or --tracking."
         )
 
 
-def _tags(tracking_uri: str, run: str | None) -> dict[str, Any] | None:
-    """The tags of a run; None where there is no such run."""
+def run_tags(tracking_uri: str, run: str | None) -> dict[str, Any] | None:
+    """The tags of an MLflow run; None where there is no such run."""
     from mlflow.exceptions import MlflowException
 
     path = Path(tracking_uri.removeprefix("sqlite:///"))

@@ -115,7 +115,15 @@ MISTAKES = {
     "a sweep that is not there": (["runs", "digits-123"], "there is no sweep 'digits-123'"),
     "a weights file that is not there": (
         ["generate", "--model", "some/weights.safetensors", "--out", "images"],
-        "there is no such file; registered models are named models:/NAME@ALIAS",
+        "some/weights.safetensors: there is no such file or folder; name models:/NAME@ALIAS, a run",
+    ),
+    "images to generate with": (
+        ["generate", "--model", str(ROOT), "--out", "images"],
+        "holds no weights: name models:/NAME@ALIAS, a run, SWEEP/TRIAL, a checkpoint folder, or a .safetensors file.",
+    ),
+    "a model to generate with that is not registered": (
+        ["generate", "--model", "models:/digits@champion", "--out", "images"],
+        "there is no model registry under",
     ),
     "images that are not there": (
         ["evaluate", "./images"],

@@ -1,8 +1,13 @@
-"""What can be scored is found by the names a user knows it by, with the run it belongs to and the data it was trained on."""
+"""A name given on the command line is resolved to weights or images, their run and their training data, or refused."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import shutil
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +17,7 @@ from PIL import Image
 from soflow_core.weights import load_weights
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import UserError
-from soflow_platform.jobs.targets import EvaluationTarget, find_target, trial_target
+from soflow_platform.jobs.targets import EvaluationTarget, TargetResolver, copy_by_content, find_target
 from soflow_platform.registry.versions import register
 from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoints import CheckpointStore
@@ -26,6 +31,20 @@ from tests.support.scored_sweep import SWEEP
 
 def find(name: str, storage: ProjectFolder) -> EvaluationTarget:
     return find_target(name, storage, storage.tracking_uri)
+
+
+def trial(storage: ProjectFolder, record: SweepRecord, name: str, newest: bool = False) -> EvaluationTarget:
+    return TargetResolver.for_scoring(storage, storage.tracking_uri).trial(record, name, newest)
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The URL of a web server for the files of a folder."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
 def run_of(storage: ProjectFolder, trial: str) -> str:
@@ -42,9 +61,9 @@ def test_a_trial_is_its_best_checkpoint_or_its_newest(scored_once: ProjectFolder
     root = scored_once.trial(SWEEP, "trial-00-soflow") / "checkpoints"
     complete = CheckpointStore(root).published()
     scores = {e["step"]: e["eval/fd_nfe1"] for e in complete[-1].position.evaluations}
-    best = trial_target(scored_once, record, "trial-00-soflow")
+    best = trial(scored_once, record, "trial-00-soflow")
     assert best.step == min(scores, key=lambda step: scores[step])
-    assert trial_target(scored_once, record, "trial-00-soflow", newest=True).step == 6
+    assert trial(scored_once, record, "trial-00-soflow", newest=True).step == 6
     assert best.run == run_of(scored_once, "trial-00-soflow")
     assert best.data == "digits"
 
@@ -52,17 +71,17 @@ def test_a_trial_is_its_best_checkpoint_or_its_newest(scored_once: ProjectFolder
 def test_damaged_weights_are_neither_chosen_nor_scored(scored: ProjectFolder) -> None:
     record = load_record(scored, SWEEP)
     assert record is not None
-    trial = next(t for t in trials_of(record) if t.name == "trial-00-soflow")
-    root = scored.trial(SWEEP, trial.name) / "checkpoints"
-    before = _outcome(scored, record, trial.experiment, trial, {})
+    first = next(t for t in trials_of(record) if t.name == "trial-00-soflow")
+    root = scored.trial(SWEEP, first.name) / "checkpoints"
+    before = _outcome(scored, record, first.experiment, first, {})
     assert (before.state, before.step) == ("finished", 6)
     assert before.best is not None
     weights = root / f"step-{before.best['step']:08d}" / checkpoints.EMA
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
-    after = _outcome(scored, record, trial.experiment, trial, {})
+    after = _outcome(scored, record, first.experiment, first, {})
     assert after.best is not None
     assert after.best["step"] != before.best["step"]
-    assert trial_target(scored, record, trial.name).step == after.best["step"]
+    assert trial(scored, record, first.name).step == after.best["step"]
     with pytest.raises(UserError, match=r"ema.safetensors is damaged: its checksum differs"):
         find(str(weights.parent), scored)
     (weights.parent / checkpoints.RECORD).write_text("")
@@ -111,7 +130,7 @@ def test_a_checkpoint_taken_elsewhere_is_scored_without_a_run(
     assert not empty.root.exists()
 
 
-def test_a_registered_version_is_its_weights_and_is_kept_where_every_machine_sees_it(
+def test_a_registered_version_is_a_copy_of_its_weights_in_the_project_folder(
     scored: ProjectFolder,
 ) -> None:
     record = load_record(scored, SWEEP)
@@ -137,9 +156,44 @@ def test_a_folder_and_an_npz_file_are_images(tmp_path: Path) -> None:
     assert find(str(tmp_path / "samples.npz"), storage).images == str(tmp_path / "samples.npz")
 
 
+def test_a_shard_set_in_a_folder_and_at_a_uri_is_images(scored_once: ProjectFolder) -> None:
+    shards = scored_once.data / "digits"
+    assert find(str(shards), scored_once).images == str(shards)
+    with served(shards.parent) as url:
+        assert find(f"{url}/digits", scored_once).images == f"{url}/digits"
+
+
+def test_copied_weights_are_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, copies = tmp_path / "ema.safetensors", tmp_path / "copies"
+    weights.write_bytes(b"weights")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfileobj", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            copy_by_content(weights, copies)
+    assert list(copies.iterdir()) == []
+    copy = copy_by_content(weights, copies)
+    assert copy.read_bytes() == b"weights"
+    assert copy_by_content(weights, copies) == copy
+
+
+@pytest.mark.parametrize("name", ["images", "samples.npz"])
+def test_images_are_refused_where_weights_are_needed(tmp_path: Path, name: str) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "samples.npz").touch()
+    storage = ProjectFolder(tmp_path / "runs")
+    resolver = TargetResolver(storage, storage.tracking_uri, tmp_path, accepts_images=False)
+    with pytest.raises(UserError, match=r"holds no weights: name .*, or a .safetensors file\.$"):
+        resolver.find(str(tmp_path / name))
+
+
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
+        ("absent/weights.safetensors", "there is no such file or folder; name models:/NAME@ALIAS, a run"),
         ("./absent", "there is no such file or folder; name models:/NAME@ALIAS, a run"),
         ("no-such-sweep", "'no-such-sweep' is nothing that can be scored"),
         (f"{SWEEP}/trial-07", f"sweep {SWEEP} has no trial 'trial-07'; it has trial-00-soflow, "),
@@ -148,10 +202,10 @@ def test_a_folder_and_an_npz_file_are_images(tmp_path: Path) -> None:
         ("gopher://place/step-00000006", "gopher:// is not understood"),
     ],
 )
-def test_a_name_that_stands_for_nothing_is_refused_in_a_sentence(
-    scored_once: ProjectFolder, name: str, said: str
+def test_an_unknown_name_is_refused_in_one_sentence(
+    scored_once: ProjectFolder, name: str, message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         find(name, scored_once)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
