@@ -14,12 +14,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from soflow_platform.cli.terminal import duration, progress_bar, storage_flag
+from soflow_platform.cluster.actor_pool import Progress, Report
 from soflow_platform.cluster.connection import Cluster
 from soflow_platform.config.experiment import Experiment
-from soflow_platform.evaluation.runner import Progress, Report
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.training.trial_status import TrialState, TrialStatus
 from soflow_platform.tuning.display import Display, TrialOutcome
-from soflow_platform.tuning.progress import TrialProgress
 from soflow_platform.tuning.record import SweepRecord
 from soflow_platform.tuning.search_space import Trial
 
@@ -56,7 +56,7 @@ class SweepDisplay(Display):
             self._described = time.monotonic()
             self.say(f"{progress.done:,} of {progress.total:,} real images described")
 
-    def start(self, record: SweepRecord, cluster: Cluster, board: Any) -> None:
+    def start(self, record: SweepRecord, cluster: Cluster, actor: Any) -> None:
         going_on = "going on with" if record.attempts > 1 else "running"
         self.say(
             f"{going_on} sweep {record.id} on {cluster.cpus:g} CPU, {cluster.gpus:g} GPU, {cluster.nodes} node(s)"
@@ -64,7 +64,7 @@ class SweepDisplay(Display):
         self.say("see it live: soflowctl ui")
         self.training = True
         self._stopped.clear()
-        self._thread = threading.Thread(target=self._watch, args=(board,), daemon=True)
+        self._thread = threading.Thread(target=self._watch, args=(actor,), daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -73,61 +73,54 @@ class SweepDisplay(Display):
         if self._thread is not None:
             self._thread.join()
 
-    def _watch(self, board: Any) -> None:
+    def _watch(self, actor: Any) -> None:
         if not self.console.is_terminal:
             while not self._stopped.wait(REFRESH_SECONDS):
-                self._print_news(self._snapshot(board))
-            self._print_news(self._snapshot(board))
+                self._print_news(self._snapshot(actor))
+            self._print_news(self._snapshot(actor))
             return
         with Live(console=self.console, refresh_per_second=2, transient=False) as live:
             while not self._stopped.wait(REFRESH_SECONDS):
-                live.update(self.table(self._snapshot(board)))
-            live.update(self.table(self._snapshot(board)))
+                live.update(self.table(self._snapshot(actor)))
+            live.update(self.table(self._snapshot(actor)))
 
-    def _snapshot(self, board: Any) -> dict[str, TrialProgress]:
+    def _snapshot(self, actor: Any) -> dict[str, TrialStatus]:
         import ray
 
         try:
-            progress: dict[str, TrialProgress] = ray.get(board.snapshot.remote(), timeout=5)
+            statuses: dict[str, TrialStatus] = ray.get(actor.snapshot.remote(), timeout=5)
         except (ray.exceptions.RayError, TimeoutError):
             # The table keeps what it last showed; the sweep itself reports its own failures.
             return {}
-        return progress
+        return statuses
 
-    def table(self, progress: dict[str, TrialProgress]) -> Table:
+    def table(self, statuses: dict[str, TrialStatus]) -> Table:
         """One row for each trial: state, progress, speed, loss, and the latest score."""
         metric = self.experiment.search.metric
         table = Table(
             "trial", "state", "progress", "step", "left", "images/s", "loss", metric, box=None, pad_edge=False
         )
         for trial in self.trials:
-            now, steps = progress.get(trial.name, TrialProgress()), trial.experiment.training.steps
-            score = now.metrics.get(metric)
-            state = (
-                "failed"
-                if now.failure
-                else "finished"
-                if now.step >= steps and score is not None
-                else now.state
-            )
+            status, steps = statuses.get(trial.name, TrialStatus()), trial.experiment.training.steps
+            score = status.metrics.get(metric)
             table.add_row(
                 trial.name,
-                state,
-                ProgressBar(total=steps, completed=now.step, width=20),
-                f"{now.step:,}/{steps:,}",
-                "-" if now.eta_seconds is None else duration(now.eta_seconds),
-                f"{now.images_per_second:,.0f}" if now.images_per_second else "-",
-                f"{now.loss:.3f}" if now.loss is not None else "-",
+                str(status.state),
+                ProgressBar(total=steps, completed=status.step, width=20),
+                f"{status.step:,}/{steps:,}",
+                "-" if status.eta_seconds is None else duration(status.eta_seconds),
+                f"{status.images_per_second:,.0f}" if status.images_per_second else "-",
+                f"{status.loss:.3f}" if status.loss is not None else "-",
                 f"{score:.4g}" if score is not None else "-",
             )
         return table
 
-    def _print_news(self, progress: dict[str, TrialProgress]) -> None:
-        for name, now in progress.items():
-            if now.metrics and self._told.get(name) != now.metrics:
-                self._told[name] = now.metrics
-                scores = ", ".join(f"{key} {value:.4g}" for key, value in now.metrics.items())
-                self.say(f"{name} step {now.scored_step:,}: {scores}")
+    def _print_news(self, statuses: dict[str, TrialStatus]) -> None:
+        for name, status in statuses.items():
+            if status.metrics and self._told.get(name) != status.metrics:
+                self._told[name] = status.metrics
+                scores = ", ".join(f"{key} {value:.4g}" for key, value in status.metrics.items())
+                self.say(f"{name} step {status.scored_step:,}: {scores}")
 
 
 def show_result(
@@ -135,9 +128,10 @@ def show_result(
 ) -> None:
     """The best trial, its numbers, its grid, where to look, and what to type next."""
     for outcome in outcomes or []:
-        if outcome.state != "finished":
-            reason = f": {outcome.failure}" if outcome.failure else ""
-            screen.print(f"{outcome.name} {outcome.state} at step {outcome.step:,}{reason}", highlight=False)
+        status = outcome.status
+        if status.state is not TrialState.FINISHED:
+            reason = f": {status.failure}" if status.failure else ""
+            screen.print(f"{outcome.name} {status.state} at step {status.step:,}{reason}", highlight=False)
     best = record.best
     if best is None:
         return

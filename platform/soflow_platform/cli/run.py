@@ -21,6 +21,7 @@ from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.storage.checkpoints import CheckpointStore, trial_root
 from soflow_platform.storage.project import ProjectFolder, find_project, require_writable
 from soflow_platform.training.stop_request import request_stop
+from soflow_platform.training.trial_status import TrialState
 from soflow_platform.tuning.record import (
     SweepRecord,
     load_record,
@@ -129,10 +130,10 @@ def run_command(
             display,
         )
     show_result(screen, record, storage, outcomes)
-    failed = [o for o in outcomes if o.state == "failed"]
+    failed = [o for o in outcomes if o.status.state is TrialState.FAILED]
     if failed:
         raise JobError(
-            f"{len(failed)} of {len(outcomes)} trials failed ({failed[0].name}: {failed[0].failure}); "
+            f"{len(failed)} of {len(outcomes)} trials failed ({failed[0].name}: {failed[0].status.failure}); "
             "the same command tries them again."
         )
 

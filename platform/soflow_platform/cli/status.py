@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.table import Table
@@ -18,7 +17,7 @@ from soflow_platform.training.stop_request import request_stop
 from soflow_platform.training.trial_log import LOG, TrialLogReader, read_tail
 from soflow_platform.tuning.lookup import SweepRef, resolve
 from soflow_platform.tuning.record import all_records
-from soflow_platform.tuning.status import ENDED, TrialStatus, sweep_runs, sweep_state, trial_statuses
+from soflow_platform.tuning.status import TrialReport, sweep_runs, sweep_state, trial_reports
 
 POLL_SECONDS = 0.5
 
@@ -84,8 +83,8 @@ def stop_command(name: str, wait: float, storage_option: str | None) -> None:
         )
     begun = True
     if found.trial is not None:
-        (status,) = trial_statuses(storage, record, [found.trial])
-        if status.state in ENDED:
+        (status,) = trial_reports(storage, record, [found.trial])
+        if status.state.ended:
             raise UserError(f"{found} is {status.state}: there is nothing to stop.")
         begun = status.heartbeat_seconds is not None
     request_stop(storage, record.id, found.trial)
@@ -125,14 +124,12 @@ def _still_running(storage: ProjectFolder, found: SweepRef) -> str:
     """What has not stopped yet; empty where all has."""
     if not sweep_runs(storage, found.record):
         return ""
-    statuses = trial_statuses(storage, found.record, found.trials)
-    live = [
-        status for status in statuses if status.state not in ENDED and status.heartbeat_seconds is not None
-    ]
+    statuses = trial_reports(storage, found.record, found.trials)
+    live = [status for status in statuses if not status.state.ended and status.heartbeat_seconds is not None]
     if live:
         return ", ".join(f"{status.trial} (step {status.step:,})" for status in live)
     if found.trial is not None:
-        return "" if statuses[0].state in ENDED else f"{found.trial} ({statuses[0].state})"
+        return "" if statuses[0].state.ended else f"{found.trial} ({statuses[0].state})"
     return "the sweep's command to end"
 
 
@@ -140,9 +137,9 @@ def status_command(name: str | None, as_json: bool, storage_option: str | None) 
     """Print where trials stand: of the sweep or trial named, else of every running sweep, else of the newest."""
     storage = find_project(storage_option)
     chosen = [resolve(storage, name)] if name else _running_or_newest(storage)
-    shown = [(found.record, trial_statuses(storage, found.record, found.trials)) for found in chosen]
+    shown = [(found.record, trial_reports(storage, found.record, found.trials)) for found in chosen]
     if as_json:
-        print(json.dumps([asdict(status) for _, statuses in shown for status in statuses], indent=1))
+        print(json.dumps([status.as_json() for _, statuses in shown for status in statuses], indent=1))
         return
     screen = console()
     if not shown:
@@ -161,15 +158,15 @@ def _running_or_newest(storage: ProjectFolder) -> list[SweepRef]:
     return [SweepRef(record) for record in running or records[:1]]
 
 
-def _table(statuses: list[TrialStatus]) -> Table:
+def _table(statuses: list[TrialReport]) -> Table:
     table = plain_table(
-        "trial", "state", "step", "images/s", "time left", "loss", "checkpoint", "heard of", "restarts"
+        "trial", "state", "step", "images/s", "time left", "loss", "checkpoint", "updated", "restarts"
     )
     for status in statuses:
         heartbeat = status.heartbeat_seconds
         table.add_row(
             status.trial,
-            f"{status.state}, silent for {heartbeat:.0f} s" if status.silent else status.state,
+            f"{status.state}, silent for {heartbeat:.0f} s" if status.stale else str(status.state),
             f"{status.step:,}/{status.steps:,}",
             "-" if status.images_per_second is None else f"{status.images_per_second:,.0f}",
             "-" if status.eta_seconds is None else duration(status.eta_seconds),

@@ -10,12 +10,15 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from soflow_platform.errors import JobError, UserError
 
 PROBE_SECONDS = 5.0
+HEALTH_CHECK_SECONDS = 5.0
+"""Between two looks at whether Ray is alive, in a loop that waits for it."""
 HEALTH_SECONDS = 10.0
 DRIVER_CPUS = 0.1
 """What Tune holds for the function that drives one trial; the work is done by the trial's workers."""
@@ -65,6 +68,18 @@ class Cluster:
             raise RayLost(
                 "the Ray node that this command is connected to has died. What is saved is kept: the same command goes on."
             )
+
+    def health_check(self) -> Callable[[], None]:
+        """A function to call in a loop: `require_alive`, at most every HEALTH_CHECK_SECONDS."""
+        checked = time.monotonic()
+
+        def check() -> None:
+            nonlocal checked
+            if time.monotonic() - checked > HEALTH_CHECK_SECONDS:
+                checked = time.monotonic()
+                self.require_alive()
+
+        return check
 
 
 @contextlib.contextmanager

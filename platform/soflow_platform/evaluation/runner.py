@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter as Counted
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +15,16 @@ from soflow_pipelines.metrics import ScoreError, ScoreStatistics
 from soflow_pipelines.shards.info import ShardError
 from soflow_pipelines.sources.source import SourceError
 from soflow_pipelines.storage.object_store import StorageError
-from soflow_platform.cluster.actor_pool import ActorPool, TaskError, new_counter, read_counter, share_cluster
+from soflow_platform.cluster.actor_pool import CallbackActorPool as ActorPool
+from soflow_platform.cluster.actor_pool import (
+    Progress,
+    Report,
+    TaskError,
+    new_counter,
+    read_counter,
+    share_cluster,
+)
+from soflow_platform.cluster.actor_pool import no_report as silent
 from soflow_platform.cluster.connection import Cluster, connected
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.evaluation.feature_networks import feature_network
@@ -25,22 +33,6 @@ from soflow_platform.storage.project import ProjectFolder
 
 INPUT_ERRORS = (UserError, ScoreError, SourceError, ShardError, StorageError, ImageError)
 """What a user can mend; the text is a sentence."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a gathering is, in images."""
-
-    done: int
-    total: int
-
-
-Report = Callable[[Progress], None]
-
-
-def silent(progress: Progress) -> None:
-    """For a caller that shows no progress."""
-    del progress
 
 
 class StatisticsActor:

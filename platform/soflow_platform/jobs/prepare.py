@@ -23,7 +23,8 @@ from soflow_pipelines.sources.opening import open_source
 from soflow_pipelines.sources.source import SourceError
 from soflow_pipelines.storage.object_store import ObjectStore, StorageError
 from soflow_pipelines.storage.opening import open_storage
-from soflow_platform.cluster.actor_pool import ActorPool, TaskError, new_counter, read_counter, share_cluster
+from soflow_platform.cluster.actor_pool import CallbackActorPool as ActorPool
+from soflow_platform.cluster.actor_pool import TaskError, new_counter, read_counter, share_cluster
 from soflow_platform.cluster.connection import Cluster, connected
 from soflow_platform.errors import JobError, UserError
 

@@ -12,6 +12,7 @@ import torch
 from soflow_platform.cluster.placement import record_placement_group
 from soflow_platform.errors import JobError
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.training.trial_status import progress_actor
 from soflow_platform.training.worker import TrialJob, TrialWorker
 
 
@@ -35,7 +36,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         device=ray.train.torch.get_device(),
         rank=context.get_world_rank(),
         world=context.get_world_size(),
-        board=ray.get_actor(f"progress-{job.sweep}"),
+        board=progress_actor(job.sweep),
     )
     try:
         worker.run()

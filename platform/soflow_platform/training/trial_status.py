@@ -1,4 +1,7 @@
-"""What rank 0 tells of its trial while it trains: the trial's log and status files, and the sweep's board."""
+"""State of one trial: the schema of status.json, and the writer that publishes it while the trial runs.
+
+One `TrialStatus` stands in the trial's status file, in the sweep's progress actor and behind `soflowctl status`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,8 +19,8 @@ from soflow_pipelines.storage.files import read_json, write_json
 from soflow_platform.training.trial_log import LOG, TrialLog
 
 STATUS = "status.json"
-PROGRESS_SECONDS = 0.5
-"""How often the terminal hears where a worker is."""
+ACTOR_SECONDS = 0.5
+"""How often progress goes to the progress actor."""
 STATUS_SECONDS = 2.0
 """How often the status file is written."""
 LINE_SECONDS = 30.0
@@ -36,79 +41,154 @@ class TrialState(str, Enum):
     STOPPING = "stopping"
     """Asked to stop; it finishes its step and saves."""
     STOPPED = "stopped"
-    """It was asked to stop and did; the same command goes on."""
+    """It was asked to stop and did; the same command goes on. Earlier versions also wrote this of a trial that was pruned."""
     PRUNED = "pruned"
     """The scheduler ended it before its last step."""
     FINISHED = "finished"
     FAILED = "failed"
     CUT = "cut"
-    """Its sweep's command ended without a word of this trial; the same command goes on."""
+    """Its sweep's command ended before the trial did; the same command goes on."""
 
     def __str__(self) -> str:
         return self.value
 
+    @property
+    def ended(self) -> bool:
+        """Whether the trial keeps this state until its sweep is started again."""
+        return self in (TrialState.FINISHED, TrialState.STOPPED, TrialState.PRUNED, TrialState.FAILED)
+
+    @property
+    def without_workers(self) -> bool:
+        """Whether a trial whose driver runs waits for machines."""
+        return self in (TrialState.STARTING, TrialState.RESTARTING)
+
+
+@dataclass(frozen=True)
+class TrialStatus:
+    """Where one trial stands. A value that is not known is None."""
+
+    state: TrialState = TrialState.WAITING
+    step: int = 0
+    """Finished optimizer steps."""
+    steps: int | None = None
+    """Optimizer steps in all."""
+    images: int | None = None
+    """Samples seen."""
+    images_per_second: float | None = None
+    loss: float | None = None
+    eta_seconds: float | None = None
+    """Seconds to the last step, at the pace so far."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The latest evaluation."""
+    scored_step: int = 0
+    """The step that was evaluated."""
+    failure: str | None = None
+    """Why the trial cannot go on, where restarting it would not help."""
+    lost: str | None = None
+    """The workers that were lost last."""
+    host: str | None = None
+    pid: int | None = None
+    """Process of rank 0, or of the trial's driver before there are workers."""
+    attempt: int | None = None
+    """The start of its sweep in which this was written."""
+    first_attempt: int | None = None
+    """The start of its sweep in which the trial first ran."""
+    reached: int = 0
+    """The furthest step that any attempt finished."""
+    since: float | None = None
+    """When the state began, in seconds since 1970, by the progress actor's clock."""
+    updated: float | None = None
+    """When the status file was written, in seconds since 1970."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of a status file: what is known."""
+        return {**{k: v for k, v in asdict(self).items() if v not in (None, {})}, "state": str(self.state)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> TrialStatus:
+        """The status in a file's content; fields of a later version are passed over. Raises ValueError where the state is unknown."""
+        known = {each.name: content[each.name] for each in fields(cls) if each.name in content}
+        return cls(**{**known, "state": TrialState(known.get("state", TrialState.WAITING))})
+
+
+def read_status(folder: Path) -> TrialStatus | None:
+    """The status file of a trial's folder; None where there is none. Raises OSError or ValueError where it cannot be read."""
+    content = read_json(folder / STATUS)
+    return None if content is None else TrialStatus.from_json(content)
+
+
+def progress_actor(sweep: str) -> Any:
+    """Handle of a running sweep's progress actor, from any process of its cluster."""
+    import ray
+
+    return ray.get_actor(progress_actor_name(sweep), namespace="soflow")
+
+
+def progress_actor_name(sweep: str) -> str:
+    return f"progress-{sweep}"
+
 
 class TrialStatusWriter:
-    """The voice of one trial. Nothing it cannot say stops the training."""
+    """Publishes a trial's state to status.json, log.txt and the progress actor.
 
-    def __init__(self, folder: Path, trial: str, steps: int, attempt: int, board: Any = None) -> None:
-        self.folder, self.trial, self.board = folder, trial, board
-        self._journal = TrialLog(folder / LOG)
-        self._status: dict[str, Any] = {
-            "state": "starting",
-            "step": 0,
-            "steps": steps,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "attempt": attempt,
-            "first_attempt": self._first_attempt(attempt),
-        }
-        self._told = self._written = self._line = 0.0
+    I/O errors are logged and never end the training.
+    """
 
-    def _first_attempt(self, attempt: int) -> int:
+    def __init__(self, folder: Path, trial: str, steps: int, attempt: int, actor: Any = None) -> None:
+        self.folder, self.trial, self.actor = folder, trial, actor
+        self._log = TrialLog(folder / LOG)
+        before = self._before()
+        first = attempt if before.first_attempt is None else before.first_attempt
+        self._status = TrialStatus(
+            state=TrialState.STARTING,
+            steps=steps,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            attempt=attempt,
+            first_attempt=first,
+        )
+        self._sent = self._written = self._line = 0.0
+
+    def _before(self) -> TrialStatus:
+        """What stands in the status file."""
         try:
-            told = read_json(self.folder / STATUS) or {}
+            return read_status(self.folder) or TrialStatus()
         except (OSError, ValueError):
-            return attempt
-        return int(told.get("first_attempt", attempt))
+            return TrialStatus()
 
     def log(self, text: str, step: int | None = None) -> None:
-        """One line in the trial's log."""
+        """Append one line to the trial's log."""
         try:
-            self._journal.write(text, step)
+            self._log.write(text, step)
         except OSError as error:
             logging.getLogger(__name__).warning(
                 "%s: %s (its log cannot be written: %s)", self.trial, text, error
             )
 
-    def set_state(self, state: str, **changes: Any) -> None:
-        """What the trial does now; told at once."""
-        self._status.update(changes, state=state)
-        self._to_board({"state": state, **{k: v for k, v in changes.items() if k == "step"}})
+    def set_state(self, state: TrialState, step: int | None = None, failure: str | None = None) -> None:
+        """Publish a change of state at once."""
+        changes: dict[str, Any] = {"state": state}
+        if step is not None:
+            changes["step"] = step
+        self._send(changes)
+        self._status = replace(self._status, **changes, failure=failure)
         self._write_status()
 
     def progress(self, step: int, images: int, rate: float, loss: float, eta_seconds: float | None) -> None:
-        """Where the trial is; told every so often."""
-        self._status.update(
-            state="running",
-            step=step,
-            images=images,
-            images_per_second=rate,
-            loss=loss,
-            eta_seconds=eta_seconds,
-        )
+        """Publish a finished step, not more often than the intervals above."""
+        changes: dict[str, Any] = {
+            "state": TrialState.RUNNING,
+            "step": step,
+            "images": images,
+            "images_per_second": rate,
+            "loss": loss,
+            "eta_seconds": eta_seconds,
+        }
+        self._status = replace(self._status, **changes)
         now = time.monotonic()
-        if now - self._told > PROGRESS_SECONDS:
-            self._told = now
-            self._to_board(
-                {
-                    "state": "running",
-                    "step": step,
-                    "images_per_second": rate,
-                    "loss": loss,
-                    "eta_seconds": eta_seconds,
-                }
-            )
+        if now - self._sent > ACTOR_SECONDS:
+            self._sent = now
+            self._send(changes)
         if now - self._written > STATUS_SECONDS:
             self._write_status()
         if now - self._line > LINE_SECONDS:
@@ -117,36 +197,36 @@ class TrialStatusWriter:
             self.log(f"loss {loss:.4g}, {rate:,.0f} images/s{left}", step)
 
     def furthest_step(self) -> int:
-        """The furthest step that any life of this trial has finished, as far as its status file knows."""
-        try:
-            told = read_json(self.folder / STATUS) or {}
-        except (OSError, ValueError):
-            return 0
-        return max(int(told.get("reached", 0)), int(told.get("step", 0)))
+        """The furthest step that any attempt of this trial has finished, by its status file."""
+        before = self._before()
+        return max(before.reached, before.step)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Scores of one step."""
+        """Publish the scores of one step."""
         self.log(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()), step)
-        if self.board is not None:
-            self.board.add_evaluation.remote(self.trial, step, metrics)
+        self._status = replace(self._status, metrics=metrics, scored_step=step)
+        if self.actor is not None:
+            self.actor.add_evaluation.remote(self.trial, step, metrics)
 
-    def fail(self, sentence: str, **changes: Any) -> None:
-        """Why the trial cannot go on, where starting it again would not help."""
+    def fail(self, sentence: str, step: int | None = None) -> None:
+        """Publish why the trial cannot go on, where starting it again would not help."""
         self.log(sentence)
-        self.set_state(TrialState.FAILED, failure=sentence, **changes)
-        if self.board is not None:
+        self.set_state(TrialState.FAILED, step, sentence)
+        if self.actor is not None:
             import ray
 
-            ray.get(self.board.update.remote(self.trial, {"failure": sentence}))
+            # The caller's process may end next, and with it what was sent and not received.
+            ray.get(self.actor.update.remote(self.trial, {"failure": sentence}))
 
-    def _to_board(self, changes: dict[str, Any]) -> None:
-        if self.board is not None:
-            self.board.update.remote(self.trial, changes)
+    def _send(self, changes: dict[str, Any]) -> None:
+        if self.actor is not None:
+            self.actor.update.remote(self.trial, changes)
 
     def _write_status(self) -> None:
         self._written = time.monotonic()
-        reached = max(self.furthest_step(), self._status["step"])
+        reached = max(self.furthest_step(), self._status.step)
+        status = replace(self._status, reached=reached, updated=time.time())
         try:
-            write_json(self.folder / STATUS, {**self._status, "reached": reached, "updated": time.time()})
+            write_json(self.folder / STATUS, status.as_json())
         except OSError as error:
             logging.getLogger(__name__).warning("%s: its status cannot be written: %s", self.trial, error)

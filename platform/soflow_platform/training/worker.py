@@ -43,7 +43,7 @@ from soflow_platform.training.step_noise import StepNoisePrefetcher, step_genera
 from soflow_platform.training.stop_request import stop_requested
 from soflow_platform.training.stragglers import ForwardTimer
 from soflow_platform.training.throughput import Throughput
-from soflow_platform.training.trial_status import TrialStatusWriter
+from soflow_platform.training.trial_status import TrialState, TrialStatusWriter
 
 SEND_SECONDS = 20.0
 """How often gathered metrics are sent between evaluations."""
@@ -137,7 +137,9 @@ class TrialWorker:
             raise
         self._close()
         if self.report is not None:
-            self.report.set_state("stopped" if stopping else "finished", step=self.train_step.step)
+            self.report.set_state(
+                TrialState.STOPPED if stopping else TrialState.FINISHED, step=self.train_step.step
+            )
         return not stopping
 
     def _step(self, step: int) -> StepRecord:
@@ -220,7 +222,7 @@ class TrialWorker:
             self.report.log(
                 f"{'going on' if step else 'starting'} with {self.world} worker(s) on {self.device}", step
             )
-            self.report.set_state("running", step=step)
+            self.report.set_state(TrialState.RUNNING, step=step)
 
     def _open(self) -> Checkpoint | None:
         """On rank 0: open the run's record and find the newest sound checkpoint. Raises JobError where an outage lasts."""
@@ -241,7 +243,7 @@ class TrialWorker:
         Returns False where a stop came meanwhile: it is scored when training goes on. The last step's evaluation is not interrupted.
         """
         if self.report is not None:
-            self.report.set_state("evaluating", step=step)
+            self.report.set_state(TrialState.EVALUATING, step=step)
         waits = step == self.experiment.training.steps
         try:
             with self._averaged(interruptible=not waits) as (network, ranks):

@@ -1,34 +1,36 @@
-"""soflow_platform.tuning.display"""
+"""What a sweep shows while it runs, and how its trials ended."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from soflow_platform.cluster.connection import Cluster
-from soflow_platform.evaluation.runner import Report, silent
-from soflow_platform.tuning.record import SweepRecord
+from soflow_platform.cluster.actor_pool import Report, no_report
+from soflow_platform.training.trial_status import TrialStatus
+
+if TYPE_CHECKING:
+    from soflow_platform.cluster.connection import Cluster
+    from soflow_platform.tuning.record import SweepRecord
 
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """How one trial ended. `state`: finished, stopped (by the scheduler), asked to stop, or failed."""
+    """How one trial ended."""
 
     name: str
-    state: str
-    step: int
+    status: TrialStatus
+    """`state` is FINISHED, PRUNED, STOPPED or FAILED."""
     best: dict[str, Any] | None
     """The evaluation with the best value of the search metric."""
-    failure: str | None = None
 
 
 class Display:
-    """What a sweep tells its watcher; this one is silent."""
+    """Receives the events of a sweep; this one shows nothing."""
 
-    def start(self, record: SweepRecord, cluster: Cluster, board: Any) -> None:
-        """Trials begin."""
+    def start(self, record: SweepRecord, cluster: Cluster, actor: Any) -> None:
+        """Trials begin; `actor` is the sweep's progress actor."""
 
     def stop(self) -> None:
         """Trials have ended."""
@@ -38,5 +40,5 @@ class Display:
 
     @contextlib.contextmanager
     def describing(self) -> Iterator[Report]:
-        """The real images are described; the report says how many are."""
-        yield silent
+        """Statistics of the reference images are computed for the length of a block; the report gets their progress."""
+        yield no_report

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
-from soflow_pipelines.storage.files import read_json
 from soflow_platform.cluster.connection import DRIVER_CPUS, Cluster
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import UserError
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.training.trial_status import STATUS
+from soflow_platform.training.trial_status import read_status
 from soflow_platform.tuning.record import SweepRecord
 from soflow_platform.tuning.trial import run_trial
 
-HEALTH_CHECK_SECONDS = 5.0
-"""How often the driver looks whether its Ray is alive."""
-
-
 PROGRESS_ACTOR_SECONDS = 60.0
-"""A board whose process died takes seconds to begin anew."""
+"""How long the progress actor may take to answer: one whose process died takes seconds to restart."""
 
 
 def concurrent_trials(experiment: Experiment, cluster: Cluster) -> int:
@@ -47,7 +41,7 @@ def run_trials(
     storage: ProjectFolder,
     concurrent: int,
     cluster: Cluster,
-    board: Any,
+    actor: Any,
 ) -> dict[str, str]:
     """Run the trials under Ray Tune. Returns what failed: trial name -> sentence."""
     from ray import tune
@@ -80,7 +74,7 @@ def run_trials(
     )
     results = tuner.fit()
     cluster.require_alive()
-    failures = _reported_failures(record, tasks, storage, board)
+    failures = _reported_failures(record, tasks, storage, actor)
     for index, task in enumerate(tasks):
         error = results[index].error
         if error is not None:
@@ -92,31 +86,29 @@ def _health_check(cluster: Cluster) -> Any:
     """Ends Tune's loop with RayLost where the Ray under it has died."""
     from ray.tune import Callback
 
-    class Watch(Callback):
-        looked = 0.0
+    check_ray = cluster.health_check()
 
+    class HealthCheck(Callback):
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
             del iteration, trials, info
-            if time.monotonic() - self.looked > HEALTH_CHECK_SECONDS:
-                self.looked = time.monotonic()
-                cluster.require_alive()
+            check_ray()
 
-    return Watch()
+    return HealthCheck()
 
 
 def _reported_failures(
-    record: SweepRecord, tasks: list[dict[str, Any]], storage: ProjectFolder, board: Any
+    record: SweepRecord, tasks: list[dict[str, Any]], storage: ProjectFolder, actor: Any
 ) -> dict[str, str]:
-    """What trials said of their failure in this attempt: to the board, or in their status where that has begun anew since."""
+    """Trials' failures in this attempt, from the progress actor, and from status files where it has restarted since."""
     import ray
 
     failures = {}
     for task in tasks:
-        told = read_json(storage.trial(record.id, task["trial"]) / STATUS) or {}
-        if told.get("attempt") == record.attempts and told.get("failure"):
-            failures[task["trial"]] = str(told["failure"])
-    progress = ray.get(board.snapshot.remote(), timeout=PROGRESS_ACTOR_SECONDS)
-    return failures | {name: now.failure for name, now in progress.items() if now.failure}
+        status = read_status(storage.trial(record.id, task["trial"]))
+        if status is not None and status.attempt == record.attempts and status.failure:
+            failures[task["trial"]] = status.failure
+    statuses = ray.get(actor.snapshot.remote(), timeout=PROGRESS_ACTOR_SECONDS)
+    return failures | {name: status.failure for name, status in statuses.items() if status.failure}
 
 
 def _scheduler(experiment: Experiment) -> Any:

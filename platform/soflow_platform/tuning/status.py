@@ -1,40 +1,35 @@
-"""Where the trials of a sweep stand, read from files of the project folder alone: any machine that sees the folder can tell.
+"""Status of a sweep and of its trials, derived from files of the project folder alone, on any machine that sees it.
 
-A trial's first worker writes `status.json` every few seconds. A process that was killed writes no last word, so what is read here is
-weighed against the time of writing and against the lock that a running sweep holds.
+A trial's first worker writes `status.json` every few seconds. A process that was killed leaves its last status behind, so the state
+that is shown is derived from it together with its age, the trial's checkpoints, and the lock that a running sweep holds.
 """
 
 from __future__ import annotations
 
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from soflow_pipelines.storage.files import read_json
 from soflow_platform.storage.checkpoints import RECORD, trial_root
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.training.stop_request import stop_requested
-from soflow_platform.training.trial_status import STATUS
+from soflow_platform.training.trial_status import TrialState, TrialStatus, read_status
 from soflow_platform.tuning.lookup import trial_names
 from soflow_platform.tuning.record import SweepRecord, is_running
 
 STALE_SECONDS = 60.0
-"""A status older than this is called silent; workers write theirs every few seconds."""
-ENDED = ("finished", "stopped", "failed")
-"""States that a trial does not leave until the sweep is started again."""
+"""A status older than this is stale; workers write theirs every few seconds."""
 
 
 @dataclass(frozen=True)
-class TrialStatus:
-    """One trial of a sweep. What is not known is None."""
+class TrialReport:
+    """One trial as `soflowctl status` shows it. A value that is not known is None."""
 
     sweep: str
     trial: str
-    state: str
-    """While the sweep runs `waiting`, what its workers tell (`starting`, `running`, `evaluating`, ...) or `stopping`; `finished`,
-    `stopped` or `failed`; and where the sweep ended before the trial could say so `cut` or `not started`."""
+    state: TrialState
     step: int
     """Finished optimizer steps, at the last heartbeat."""
     steps: int
@@ -49,99 +44,134 @@ class TrialStatus:
     """Step of the newest checkpoint, where checkpoints lie in a folder."""
     heartbeat_seconds: float | None
     """Age of the status file's content."""
-    silent: bool
-    """Whether a trial that should be running has not been heard of for a minute."""
+    stale: bool
+    """True where a trial that should be running has not written its status for STALE_SECONDS."""
     restarts: int
     """How often the sweep was started again since this trial's first start."""
     host: str | None
     pid: int | None
     """Of the first worker."""
 
+    def as_json(self) -> dict[str, Any]:
+        """The object that `soflowctl status --json` prints."""
+        # Scripts read the key `silent`, which the column had before it was renamed.
+        return {"silent" if key == "stale" else key: value for key, value in asdict(self).items()}
 
-def trial_statuses(storage: ProjectFolder, record: SweepRecord, trials: list[str]) -> list[TrialStatus]:
+
+@dataclass(frozen=True)
+class TrialFacts:
+    """What a trial's state is derived from."""
+
+    written: TrialState | None
+    """The state in its status file, where there is one of the sweep's present start."""
+    sweep_runs: bool
+    sweep_finished: bool
+    stop_requested: bool
+    begun: bool
+    """Whether it has a status or a checkpoint."""
+    complete: bool
+    """Whether it has a checkpoint of its last step."""
+
+
+def derive_state(facts: TrialFacts) -> TrialState:
+    """The state of a trial: that of the first row whose condition holds."""
+    written = facts.written
+    rows = (
+        (written is not None and written.ended, written),
+        (facts.sweep_runs and facts.stop_requested, TrialState.STOPPING),
+        (facts.sweep_runs, written or TrialState.WAITING),
+        (facts.complete, TrialState.FINISHED),
+        # A sweep is finished when its scheduler has ended every trial that has not reached its last step.
+        (facts.sweep_finished, TrialState.PRUNED),
+        (facts.begun, TrialState.CUT),
+    )
+    return next((state for holds, state in rows if holds and state is not None), TrialState.NOT_STARTED)
+
+
+def trial_reports(storage: ProjectFolder, record: SweepRecord, trials: list[str]) -> list[TrialReport]:
     """Where the named trials of a sweep stand."""
     running = sweep_runs(storage, record)
-    return [_trial_status(storage, record, trial, running) for trial in trials]
+    return [_trial_report(storage, record, trial, running) for trial in trials]
 
 
-def sweep_state(storage: ProjectFolder, record: SweepRecord) -> str:
-    """`running`, `stopping`, `finished`, `stopped` (because that was asked for) or `cut`."""
+def sweep_state(storage: ProjectFolder, record: SweepRecord) -> TrialState:
+    """RUNNING, STOPPING, FINISHED, STOPPED (because that was asked for) or CUT."""
+    asked = stop_requested(storage, record.id)
     if sweep_runs(storage, record):
-        return "stopping" if stop_requested(storage, record.id) else "running"
+        return TrialState.STOPPING if asked else TrialState.RUNNING
     if record.finished:
-        return "finished"
-    return "stopped" if stop_requested(storage, record.id) else "cut"
+        return TrialState.FINISHED
+    return TrialState.STOPPED if asked else TrialState.CUT
 
 
 def sweep_runs(storage: ProjectFolder, record: SweepRecord) -> bool:
     """Whether the sweep's command is running, here or on another machine.
 
-    Where a shared file system keeps no locks between machines, a trial on another machine that was heard of within the last
-    minute counts as well.
+    Where a shared file system keeps no locks between machines, a trial on another machine whose status was written within
+    STALE_SECONDS counts as well.
     """
     if is_running(storage, record.id):
         return True
-    here = socket.gethostname()
+    this_host = socket.gethostname()
     for trial in trial_names(record):
-        status = _read(storage, record.id, trial)
-        elsewhere = status.get("host") not in (None, here)
-        if elsewhere and status.get("state") not in ENDED and _age(status) < STALE_SECONDS:
+        status = read_status(storage.trial(record.id, trial)) or TrialStatus()
+        elsewhere = status.host not in (None, this_host)
+        if elsewhere and not status.state.ended and _age(status) < STALE_SECONDS:
             return True
     return False
 
 
-def _trial_status(storage: ProjectFolder, record: SweepRecord, trial: str, running: bool) -> TrialStatus:
-    told = _read(storage, record.id, trial)
-    if running and told.get("attempt", record.attempts) < record.attempts and told.get("state") != "finished":
-        # Said before the sweep was started again.
-        told = {k: v for k, v in told.items() if k in ("step", "steps", "images", "attempt", "first_attempt")}
+def _trial_report(storage: ProjectFolder, record: SweepRecord, trial: str, running: bool) -> TrialReport:
+    written = read_status(storage.trial(record.id, trial))
+    status = written or TrialStatus()
+    attempt = record.attempts if status.attempt is None else status.attempt
+    outdated = running and attempt < record.attempts and status.state is not TrialState.FINISHED
+    if outdated:
+        # Written before the sweep was started again: only the position holds.
+        status = replace(
+            TrialStatus(),
+            step=status.step,
+            steps=status.steps,
+            images=status.images,
+            attempt=status.attempt,
+            first_attempt=status.first_attempt,
+        )
     checkpoint = _checkpoint_step(storage, record, trial)
-    steps = told.get("steps") or trial_steps(record, trial)
-    begun = "state" in told or checkpoint is not None
-    state = _state(told.get("state"), running, record, begun, checkpoint == steps)
-    if running and state not in ENDED and stop_requested(storage, record.id, trial):
-        state = "stopping"
-    live = running and state not in ENDED
-    heartbeat = _age(told) if "updated" in told else None
-    return TrialStatus(
+    steps = status.steps or trial_steps(record, trial)
+    state = derive_state(
+        TrialFacts(
+            written=None if written is None or outdated else status.state,
+            sweep_runs=running,
+            sweep_finished=record.finished,
+            stop_requested=stop_requested(storage, record.id, trial),
+            begun=written is not None or checkpoint is not None,
+            complete=checkpoint == steps,
+        )
+    )
+    live = running and not state.ended
+    heartbeat = None if status.updated is None else _age(status)
+    return TrialReport(
         sweep=record.id,
         trial=trial,
         state=state,
-        step=told.get("step", checkpoint or 0),
+        step=(checkpoint or 0) if written is None else status.step,
         steps=steps,
-        images=told.get("images"),
-        images_per_second=told.get("images_per_second") if live else None,
-        eta_seconds=told.get("eta_seconds") if live else None,
-        loss=told.get("loss"),
+        images=status.images,
+        images_per_second=status.images_per_second if live else None,
+        eta_seconds=status.eta_seconds if live else None,
+        loss=status.loss,
         checkpoint_step=checkpoint,
         heartbeat_seconds=heartbeat,
-        silent=live and heartbeat is not None and heartbeat > STALE_SECONDS,
-        restarts=max(0, told.get("attempt", 1) - told.get("first_attempt", 1)),
-        host=told.get("host"),
-        pid=told.get("pid"),
+        stale=live and heartbeat is not None and heartbeat > STALE_SECONDS,
+        restarts=max(0, (status.attempt or 1) - (status.first_attempt or 1)),
+        host=status.host,
+        pid=status.pid,
     )
 
 
-def _state(told: str | None, running: bool, record: SweepRecord, begun: bool, complete: bool) -> str:
-    if told in ENDED:
-        return str(told)
-    if running:
-        return told or "waiting"
-    if complete:
-        return "finished"
-    if record.finished:
-        # The scheduler ended it, without a last word of its own.
-        return "stopped"
-    return "cut" if begun else "not started"
-
-
-def _read(storage: ProjectFolder, sweep: str, trial: str) -> dict[str, Any]:
-    return read_json(storage.trial(sweep, trial) / STATUS) or {}
-
-
-def _age(status: dict[str, Any]) -> float:
+def _age(status: TrialStatus) -> float:
     """Seconds since a status was written; clocks of two machines may differ, so it is never below 0."""
-    return max(0.0, time.time() - float(status.get("updated", 0.0)))
+    return max(0.0, time.time() - (status.updated or 0.0))
 
 
 def _checkpoint_step(storage: ProjectFolder, record: SweepRecord, trial: str) -> int | None:
@@ -149,11 +179,11 @@ def _checkpoint_step(storage: ProjectFolder, record: SweepRecord, trial: str) ->
     if "://" in root:
         # Listing a remote storage takes seconds, or minutes where it is away.
         return None
-    found = [path.parent.name for path in Path(root).glob(f"step-*/{RECORD}")]
-    return max((int(name.removeprefix("step-")) for name in found), default=None)
+    recorded = [path.parent.name for path in Path(root).glob(f"step-*/{RECORD}")]
+    return max((int(name.removeprefix("step-")) for name in recorded), default=None)
 
 
 def trial_steps(record: SweepRecord, trial: str) -> int:
     """The trial's own number of optimizer steps, where it differs from the sweep's."""
-    own = next(t for t in record.trials if t["name"] == trial)
-    return int(own.get("steps", record.experiment["training"]["steps"]))
+    entry = next(t for t in record.trials if t["name"] == trial)
+    return int(entry.get("steps", record.experiment["training"]["steps"]))

@@ -28,6 +28,7 @@ from soflow_platform.tracking.outages import is_away
 from soflow_platform.tracking.store import TRIAL_TAG, Tracking, prepare_store, tracked_dataset
 from soflow_platform.training.dataset import open_data
 from soflow_platform.training.stop_request import clear_stops, stop_requested
+from soflow_platform.training.trial_status import TrialState, TrialStatus
 from soflow_platform.tuning.display import Display, TrialOutcome
 from soflow_platform.tuning.progress import start_progress_actor
 from soflow_platform.tuning.ray_tune import concurrent_trials, run_trials
@@ -80,7 +81,7 @@ def run_sweep(
             record.attempts += 1
             record.save(storage)
             tasks = [_task(record, trial, storage, location, tracking, info, shared) for trial in trials]
-            board = start_progress_actor(f"progress-{record.id}")
+            board = start_progress_actor(record.id)
             display.start(record, cluster, board)
             try:
                 failures = run_trials(record, tasks, experiment, storage, concurrent, cluster, board)
@@ -205,11 +206,16 @@ def _outcome(
     scored = CheckpointStore(root).best(experiment.search.metric, experiment.mode)
     best = scored[1] if scored else None
     if trial.name in failures:
-        return TrialOutcome(trial.name, "failed", step, best, failures[trial.name])
-    if step == trial.experiment.training.steps:
-        return TrialOutcome(trial.name, "finished", step, best)
-    asked = stop_requested(storage, record.id, trial.name)
-    return TrialOutcome(trial.name, "asked to stop" if asked else "stopped", step, best)
+        state = TrialState.FAILED
+    elif step == trial.experiment.training.steps:
+        state = TrialState.FINISHED
+    else:
+        asked = stop_requested(storage, record.id, trial.name)
+        state = TrialState.STOPPED if asked else TrialState.PRUNED
+    status = TrialStatus(
+        state=state, step=step, steps=trial.experiment.training.steps, failure=failures.get(trial.name)
+    )
+    return TrialOutcome(trial.name, status, best)
 
 
 def _checkpoint_root(storage: ProjectFolder, record: SweepRecord, experiment: Experiment, trial: str) -> str:
@@ -217,8 +223,8 @@ def _checkpoint_root(storage: ProjectFolder, record: SweepRecord, experiment: Ex
 
 
 def _close_trials(tracking: Tracking, record: SweepRecord, outcomes: list[TrialOutcome]) -> None:
-    ends = {"failed": "FAILED", "asked to stop": "KILLED"}
-    states = {o.name: ends.get(o.state, "FINISHED") for o in outcomes}
+    ends = {TrialState.FAILED: "FAILED", TrialState.STOPPED: "KILLED"}
+    states = {o.name: ends.get(o.status.state, "FINISHED") for o in outcomes}
     for run in tracking.children(record.run or ""):
         state = states.get(run.data.tags.get(TRIAL_TAG, ""))
         if state and run.info.status != state:
@@ -235,9 +241,9 @@ def _conclude(
 ) -> None:
     """Choose the best trial, register its EMA weights, and close the sweep."""
     metric = experiment.search.metric
-    scored = [o for o in outcomes if o.best is not None and o.state != "failed"]
+    scored = [o for o in outcomes if o.best is not None and o.status.state is not TrialState.FAILED]
     if not scored:
-        reasons = "; ".join(f"{o.name}: {o.failure or 'not scored'}" for o in outcomes)
+        reasons = "; ".join(f"{o.name}: {o.status.failure or 'not scored'}" for o in outcomes)
         raise JobError(
             f"no trial of sweep {record.id} could be scored ({reasons}); the same command tries again."
         )
@@ -260,8 +266,8 @@ def _conclude(
         display.say("registering the best trial")
         version = register(tracking, record.candidate(experiment.model_name), checkpoint)
         record.best["model"], record.best["version"] = experiment.model_name, version
-    failed = [o for o in outcomes if o.state == "failed"]
-    record.finished = not failed and all(o.state != "asked to stop" for o in outcomes)
+    failed = [o for o in outcomes if o.status.state is TrialState.FAILED]
+    record.finished = not failed and all(o.status.state is not TrialState.STOPPED for o in outcomes)
     record.save(storage)
     run = record.run or ""
     tracking.log_result(run, record.best)

@@ -23,14 +23,12 @@ from soflow_platform.tracking.outages import is_outage
 from soflow_platform.tracking.store import Tracking, tracked_dataset
 from soflow_platform.training.launch import train_worker
 from soflow_platform.training.stop_request import stop_requested
-from soflow_platform.training.trial_status import TrialStatusWriter
+from soflow_platform.training.trial_status import TrialState, TrialStatusWriter, progress_actor
 from soflow_platform.training.worker import TrialJob
 
 POLL_SECONDS = 0.5
 GROUP_SECONDS = 1800
 """How long a rank waits for the others before it takes them for lost, where nothing is tried again."""
-WAITING = ("starting", "restarting")
-"""States in which a trial has no workers yet."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def run_trial(config: dict[str, Any]) -> None:
     task = TrialTask(**config["task"])
     storage = ProjectFolder(Path(task.storage))
     experiment = Experiment(**task.experiment)
-    board = ray.get_actor(f"progress-{task.sweep}")
+    board = progress_actor(task.sweep)
     patience = 60 * experiment.training.patience_minutes
     journal = TrialStatusWriter(
         storage.trial(task.sweep, task.trial), task.trial, experiment.training.steps, task.attempt, board
@@ -75,12 +73,12 @@ def run_trial(config: dict[str, Any]) -> None:
         )
         tune.report(evaluation)
     if position is not None and position.step == experiment.training.steps:
-        board.update.remote(task.trial, {"step": position.step, "state": "finished"})
+        board.update.remote(task.trial, {"step": position.step, "state": TrialState.FINISHED})
         return
     if stop_requested(storage, task.sweep, task.trial):
-        journal.set_state("stopped", step=position.step if position else 0)
+        journal.set_state(TrialState.STOPPED, step=position.step if position else 0)
         return
-    journal.set_state("starting", step=position.step if position else 0)
+    journal.set_state(TrialState.STARTING, step=position.step if position else 0)
     if release_placement_group(storage.trial(task.sweep, task.trial)):
         journal.log("freed what workers of its last start still held")
     tracking = Tracking(task.tracking_uri, task.tracking_experiment, task.tracking_experiment_id)
@@ -96,8 +94,8 @@ def run_trial(config: dict[str, Any]) -> None:
             reported = evaluation["step"]
             tune.report(evaluation)
         now = ray.get(board.progress.remote(task.trial))
-        asked = now.state in WAITING and stop_requested(storage, task.sweep, task.trial)
-        waiting = now.state in WAITING and time.time() - now.since > limit
+        asked = now.state.without_workers and stop_requested(storage, task.sweep, task.trial)
+        waiting = now.state.without_workers and time.time() - (now.since or 0.0) > limit
         if not running or asked or waiting:
             break
         time.sleep(POLL_SECONDS)
@@ -108,7 +106,7 @@ def run_trial(config: dict[str, Any]) -> None:
     if asked:
         # There are no workers that could hear of it.
         journal.log("asked to stop while it waited for machines")
-        journal.set_state("stopped")
+        journal.set_state(TrialState.STOPPED)
     elif waiting:
         failure = (
             f"no machine for its {experiment.resources.workers} worker(s) came within "
@@ -117,7 +115,7 @@ def run_trial(config: dict[str, Any]) -> None:
         )
     if failure and not now.failure:
         journal.fail(failure, step=now.step)
-    state = "FAILED" if failure else "KILLED" if asked or now.state == "stopped" else "FINISHED"
+    state = "FAILED" if failure else "KILLED" if asked or now.state is TrialState.STOPPED else "FINISHED"
     # A failure is told and not raised: Tune would start the trial again, which is for lost machines alone.
     retry(lambda: tracking.finish(run, state), "closing the run", patience, journal.log, is_outage)
 
@@ -200,14 +198,13 @@ def _open_run(tracking: Tracking, task: TrialTask, experiment: Experiment) -> st
 
 def _on_lost_workers(sweep: str, trial: str) -> Any:
     """Ray Train's controller calls this where workers end with an exception or are lost."""
-    import ray
     from ray.train import UserCallback
 
     class LostWorkers(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             del run_context
             ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
-            board = ray.get_actor(f"progress-{sweep}", namespace="soflow")
-            board.update.remote(trial, {"state": "restarting", "lost": f"worker(s) {ranks}"})
+            actor = progress_actor(sweep)
+            actor.update.remote(trial, {"state": TrialState.RESTARTING, "lost": f"worker(s) {ranks}"})
 
     return LostWorkers()

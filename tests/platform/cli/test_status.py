@@ -21,7 +21,7 @@ from soflow_platform.cli.main import main
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.training.stop_request import clear_stops, request_stop, stop_requested
 from soflow_platform.training.trial_log import LOG, TrialLog
-from soflow_platform.training.trial_status import STATUS, TrialStatusWriter
+from soflow_platform.training.trial_status import STATUS, TrialState, TrialStatusWriter
 from soflow_platform.tuning.record import LOCK_RETRY_SECONDS, SweepRecord, is_running, lock_sweep
 
 TRIALS = ("trial-00-lr=0.1", "trial-01-lr=0.2")
@@ -229,7 +229,7 @@ def test_a_trial_not_heard_of_for_a_minute_is_called_silent_while_its_sweep_runs
     storage: ProjectFolder, soflowctl: Command
 ) -> None:
     record = sweep(storage, "digits", "aa11")
-    tell(storage, record, TRIALS[0], age=59.0)
+    tell(storage, record, TRIALS[0], age=30.0)
     tell(storage, record, TRIALS[1], age=125.0, state="evaluating")
     with lock_sweep(storage, record.id):
         printed = soflowctl("status")[1]
@@ -339,8 +339,8 @@ def test_restarts_count_from_the_trials_own_first_start(
 ) -> None:
     record = sweep(storage, "digits", "aa11", attempts=attempts[-1])
     for attempt in attempts:
-        TrialStatusWriter(storage.trial(record.id, TRIALS[0]), TRIALS[0], 400, attempt).state(
-            "running", step=7
+        TrialStatusWriter(storage.trial(record.id, TRIALS[0]), TRIALS[0], 400, attempt).set_state(
+            TrialState.RUNNING, step=7
         )
     shown, _ = json.loads(soflowctl("status", record.id, "--json")[1])
     assert (shown["restarts"], shown["step"]) == (restarts, 7)

@@ -23,6 +23,7 @@ from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking
+from soflow_platform.training.trial_status import TrialState
 from soflow_platform.tuning.record import SweepRecord, load_record
 from soflow_platform.tuning.search_space import Trial
 from soflow_platform.tuning.sweep import _outcome
@@ -74,7 +75,7 @@ def test_damaged_weights_are_neither_chosen_nor_scored(scored: ProjectFolder) ->
     first = next(t for t in trials_of(record) if t.name == "trial-00-soflow")
     root = scored.trial(SWEEP, first.name) / "checkpoints"
     before = _outcome(scored, record, first.experiment, first, {})
-    assert (before.state, before.step) == ("finished", 6)
+    assert (before.status.state, before.status.step) == (TrialState.FINISHED, 6)
     assert before.best is not None
     weights = root / f"step-{before.best['step']:08d}" / checkpoints.EMA
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")

@@ -21,6 +21,7 @@ from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import client_for
 from soflow_platform.training.stop_request import request_stop
+from soflow_platform.training.trial_status import TrialState
 from soflow_platform.training.worker import TrialJob, TrialWorker
 from soflow_platform.tuning.progress import ProgressActor
 from tests.support.ranks import kill, start_ranks, train, wait_until
@@ -202,13 +203,13 @@ def test_a_tracking_server_that_is_away_at_the_start_fails_all_ranks_with_the_sa
 
 
 def test_a_failure_that_was_told_is_forgotten_once_the_trial_goes_on() -> None:
-    board = ProgressActor()
-    board.update("trial", {"state": "failed"})
-    board.update("trial", {"failure": "the tracking server stayed away"})
-    assert board.snapshot()["trial"].failure == "the tracking server stayed away"
-    board.update("trial", {"state": "running"})
-    board.update("trial", {"state": "finished"})
-    assert board.snapshot()["trial"].failure is None
+    actor = ProgressActor()
+    actor.update("trial", {"state": TrialState.FAILED})
+    actor.update("trial", {"failure": "the tracking server stayed away"})
+    assert actor.snapshot()["trial"].failure == "the tracking server stayed away"
+    actor.update("trial", {"state": TrialState.RUNNING})
+    actor.update("trial", {"state": TrialState.FINISHED})
+    assert actor.snapshot()["trial"].failure is None
 
 
 def test_ranks_that_are_asked_to_stop_stop_after_the_same_step_with_everything_saved(

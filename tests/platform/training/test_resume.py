@@ -18,7 +18,7 @@ from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, client_for
-from soflow_platform.training.trial_status import TrialStatusWriter
+from soflow_platform.training.trial_status import TrialState, TrialStatusWriter
 from soflow_platform.training.worker import NonFiniteError, TrialWorker
 from tests.support.trained_state import differing_tensors, final_state
 
@@ -96,7 +96,7 @@ def test_checkpoints_that_are_gone_are_missed_aloud(worker: Make) -> None:
     run_until(first, 5)
     assert "WARNING" not in (first.folder / "log.txt").read_text()
     # A trial's own process tells its state before the workers look for checkpoints.
-    TrialStatusWriter(first.folder, "moved", 6, attempt=2).state("starting")
+    TrialStatusWriter(first.folder, "moved", 6, attempt=2).set_state(TrialState.STARTING)
     Path(first.root).rename(tmp := Path(first.root).with_name("elsewhere"))
     again = worker("moved")
     again._resume()

@@ -1,0 +1,81 @@
+"""The state of a trial: one enumeration, one schema, one table that derives what `soflowctl status` shows."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from soflow_pipelines.storage.files import read_json, write_json
+from soflow_platform.training.trial_status import (
+    STATUS,
+    TrialState,
+    TrialStatus,
+    TrialStatusWriter,
+    read_status,
+)
+from soflow_platform.tuning.progress import ProgressActor
+from soflow_platform.tuning.status import TrialFacts, derive_state
+
+NOTHING = TrialFacts(
+    written=None, sweep_runs=False, sweep_finished=False, stop_requested=False, begun=False, complete=False
+)
+STATES = [
+    ({}, TrialState.NOT_STARTED),
+    ({"begun": True}, TrialState.CUT),
+    ({"begun": True, "written": TrialState.RUNNING}, TrialState.CUT),
+    ({"begun": True, "written": TrialState.RUNNING, "sweep_finished": True}, TrialState.PRUNED),
+    ({"begun": True, "written": TrialState.RUNNING, "complete": True}, TrialState.FINISHED),
+    ({"begun": True, "complete": True, "sweep_finished": True}, TrialState.FINISHED),
+    ({"sweep_runs": True}, TrialState.WAITING),
+    ({"sweep_runs": True, "begun": True}, TrialState.WAITING),
+    ({"sweep_runs": True, "written": TrialState.EVALUATING}, TrialState.EVALUATING),
+    ({"sweep_runs": True, "stop_requested": True}, TrialState.STOPPING),
+    (
+        {"sweep_runs": True, "stop_requested": True, "written": TrialState.RUNNING},
+        TrialState.STOPPING,
+    ),
+    ({"sweep_runs": True, "stop_requested": True, "written": TrialState.FINISHED}, TrialState.FINISHED),
+]
+
+
+@pytest.mark.parametrize(("facts", "state"), STATES)
+def test_a_state_is_derived_from(facts: dict[str, object], state: TrialState) -> None:
+    assert derive_state(replace(NOTHING, **facts)) is state  # type: ignore[arg-type]
+
+
+def test_an_ended_trial_keeps_its_state_whatever_else_holds() -> None:
+    ended = [state for state in TrialState if state.ended]
+    assert ended == [TrialState.STOPPED, TrialState.PRUNED, TrialState.FINISHED, TrialState.FAILED]
+    for state, flags in itertools.product(ended, itertools.product([False, True], repeat=5)):
+        assert derive_state(TrialFacts(state, *flags)) is state
+
+
+def test_the_status_file_is_the_status(tmp_path: Path) -> None:
+    writer = TrialStatusWriter(tmp_path, "trial", 400, attempt=2)
+    writer.set_state(TrialState.EVALUATING, step=7)
+    status = read_status(tmp_path)
+    assert status is not None
+    assert (status.state, status.step, status.steps, status.attempt) == (TrialState.EVALUATING, 7, 400, 2)
+    content = read_json(tmp_path / STATUS)
+    assert content is not None
+    assert content["state"] == "evaluating"
+    assert TrialStatus.from_json(content) == status
+
+
+def test_a_status_of_an_earlier_or_a_later_version_is_read(tmp_path: Path) -> None:
+    write_json(tmp_path / STATUS, {"state": "stopped", "step": 3, "colour": "green"})
+    assert read_status(tmp_path) == TrialStatus(state=TrialState.STOPPED, step=3)
+
+
+def test_a_state_begins_when_it_changes() -> None:
+    actor = ProgressActor()
+    actor.update("trial", {"state": TrialState.STARTING})
+    since = actor.progress("trial").since
+    assert since is not None
+    actor.update("trial", {"state": TrialState.STARTING, "step": 3})
+    assert (actor.progress("trial").since, actor.progress("trial").step) == (since, 3)
+    actor.update("trial", {"state": TrialState.RUNNING})
+    assert (actor.progress("trial").since or 0.0) > since
