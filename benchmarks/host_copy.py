@@ -24,7 +24,7 @@ from soflow_core.networks import DiT, dit_config
 from soflow_core.objectives import Batch, SoFlow
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.train_step import TrainStep
-from soflow_platform.storage.checkpoints import EMA, STATE, CheckpointState
+from soflow_platform.storage.checkpoints import EMA, STATE, CheckpointState, CheckpointStore
 from soflow_platform.training.checkpointer import AsyncCheckpointer
 
 
@@ -45,9 +45,9 @@ def save_seconds(train: TrainStep, rounds: int) -> tuple[float, float]:
     state_copy, average_copy = HostCopy(), HostCopy()
     saves, copies = [], []
     with tempfile.TemporaryDirectory() as folder:
-        saver = AsyncCheckpointer(folder, keep=1, patience=0, say=lambda _: None)
+        saver = AsyncCheckpointer(CheckpointStore(folder), keep=1, patience=0, log=lambda _: None)
         for number in range(rounds + 1):
-            saver.wait()
+            saver.drain()
             start = time.perf_counter()
             assert saver.ready(number, needed=False)
             before = time.perf_counter()

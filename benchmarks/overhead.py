@@ -37,7 +37,7 @@ from soflow_platform import sweeps_folder
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.validation import read_experiment
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import client_for
+from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.training.dataset import open_data
 from soflow_platform.training.model import network_config
 from soflow_platform.training.step_noise import step_generator
@@ -141,7 +141,7 @@ def run_platform(options: argparse.Namespace, storage: ProjectFolder) -> Curve:
     if sweep.returncode:
         raise SystemExit(f"the sweep failed:\n{printed}")
     record = all_records(storage)[0]
-    client = client_for(record.tracking_uri or "")
+    client = TrackingStore(record.tracking_uri or "").client
     (run,) = client.search_runs(
         [record.experiment_id or ""], f"tags.`mlflow.parentRunId` = '{record.run}'", max_results=2
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import Tracking, client_for
+from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.record import all_records
 from tests.support.commands import REDUCED, Run
 from tests.support.object_store import free_port
@@ -41,19 +41,24 @@ def test_two_workers_on_two_nodes_train_one_network(soflowctl: Run, address: str
     assert done.returncode == 0, done.stderr
     assert "on 2 CPU, 0 GPU, 3 node(s)" in done.stdout
     (record,) = all_records(storage)
-    tracking = Tracking(storage.tracking_uri, "digits", record.experiment_id or "")
+    tracking = Tracking(TrackingStore(storage.tracking_uri), record.experiment_id or "")
     (run,) = tracking.children(record.run or "")
     two = [
         m.value
-        for m in client_for(storage.tracking_uri).get_metric_history(run.info.run_id, "train/grad_norm")
+        for m in TrackingStore(storage.tracking_uri).client.get_metric_history(
+            run.info.run_id, "train/grad_norm"
+        )
     ]
 
     alone = ProjectFolder(tmp_path / "alone")
     single = ["run", "digits", "--storage", str(alone.root), *REDUCED, *ONE_TRIAL[:2]]
     assert soflowctl(*single).returncode == 0
     (other,) = all_records(alone)
-    (run,) = Tracking(alone.tracking_uri, "digits", other.experiment_id or "").children(other.run or "")
+    (run,) = Tracking(TrackingStore(alone.tracking_uri), other.experiment_id or "").children(other.run or "")
     one = [
-        m.value for m in client_for(alone.tracking_uri).get_metric_history(run.info.run_id, "train/grad_norm")
+        m.value
+        for m in TrackingStore(alone.tracking_uri).client.get_metric_history(
+            run.info.run_id, "train/grad_norm"
+        )
     ]
     assert two == pytest.approx(one, rel=1e-3)

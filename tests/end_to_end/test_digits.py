@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import Tracking, client_for
+from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.record import SweepRecord, all_records
 from tests.support.commands import REDUCED, Run
 
@@ -34,7 +34,7 @@ def record(swept: tuple[ProjectFolder, str]) -> SweepRecord:
 
 @pytest.fixture(scope="module")
 def parent(swept: tuple[ProjectFolder, str], record: SweepRecord) -> Any:
-    return client_for(swept[0].tracking_uri).get_run(record.run or "")
+    return TrackingStore(swept[0].tracking_uri).client.get_run(record.run or "")
 
 
 def test_the_terminal_ends_with_the_result_and_the_next_command(
@@ -56,7 +56,7 @@ def test_every_trial_is_a_child_run_with_params_metrics_grids_and_tags(
     swept: tuple[ProjectFolder, str], record: SweepRecord, parent: Any
 ) -> None:
     storage, _ = swept
-    tracking = Tracking(storage.tracking_uri, "digits", parent.info.experiment_id)
+    tracking = Tracking(TrackingStore(storage.tracking_uri), parent.info.experiment_id)
     assert parent.info.status == "FINISHED"
     children = tracking.children(record.run or "")
     assert sorted(run.info.run_name for run in children) == [trial["name"] for trial in record.trials]
@@ -80,7 +80,7 @@ def test_every_trial_is_a_child_run_with_params_metrics_grids_and_tags(
 def test_trials_vary_a_loss_weight_and_a_time_schedule(
     swept: tuple[ProjectFolder, str], record: SweepRecord, parent: Any
 ) -> None:
-    tracking = Tracking(swept[0].tracking_uri, "digits", parent.info.experiment_id)
+    tracking = Tracking(TrackingStore(swept[0].tracking_uri), parent.info.experiment_id)
     varied = {
         (run.data.params["objective.weight_power"], run.data.params["objective.schedule.initial"])
         for run in tracking.children(record.run or "")
@@ -91,8 +91,8 @@ def test_trials_vary_a_loss_weight_and_a_time_schedule(
 def test_the_best_trial_is_the_one_with_the_lowest_distance_at_one_step(
     swept: tuple[ProjectFolder, str], record: SweepRecord, parent: Any
 ) -> None:
-    client = client_for(swept[0].tracking_uri)
-    tracking = Tracking(swept[0].tracking_uri, "digits", parent.info.experiment_id)
+    client = TrackingStore(swept[0].tracking_uri).client
+    tracking = Tracking(TrackingStore(swept[0].tracking_uri), parent.info.experiment_id)
     assert record.best is not None
     values = {
         (run.info.run_name, m.step): m.value
@@ -136,7 +136,7 @@ def test_the_candidate_loads_with_mlflow_and_turns_labels_into_png_images(
 def test_the_registered_weights_are_the_best_checkpoints_ema(
     swept: tuple[ProjectFolder, str], record: SweepRecord
 ) -> None:
-    client = client_for(swept[0].tracking_uri)
+    client = TrackingStore(swept[0].tracking_uri).client
     version = client.get_model_version_by_alias("digits", "candidate")
     assert record.best is not None
     assert version.tags["soflow.trial"] == record.best["trial"]
@@ -156,7 +156,7 @@ def test_the_same_command_again_shows_the_result_and_changes_nothing(
     assert "is finished; --again runs it anew" in again.stdout
     assert "models:/digits@candidate (version 1)" in again.stdout
     assert len(all_records(storage)) == 1
-    assert len(client_for(storage.tracking_uri).search_model_versions("name = 'digits'")) == 1
+    assert len(TrackingStore(storage.tracking_uri).client.search_model_versions("name = 'digits'")) == 1
 
 
 def test_promotion_then_images_from_the_champion(

@@ -13,7 +13,7 @@ import pytest
 
 from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import Tracking, client_for
+from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.record import SweepRecord, all_records
 from tests.support.commands import REDUCED, ROOT, Run, command, environment
 
@@ -35,7 +35,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], se
 
 def steps(storage: ProjectFolder, record: SweepRecord, number: int) -> list[int]:
     root = storage.trial(record.id, record.trials[number]["name"]) / "checkpoints"
-    return [checkpoint.position.step for checkpoint in CheckpointStore(root).published()]
+    return [checkpoint.state.step for checkpoint in CheckpointStore(root).published()]
 
 
 def test_finished_trials_are_kept_and_the_cut_one_goes_on_from_its_checkpoint(
@@ -64,10 +64,10 @@ def test_finished_trials_are_kept_and_the_cut_one_goes_on_from_its_checkpoint(
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in finished.iterdir()} == before
     (after,) = all_records(storage)
     assert (after.run, after.finished, after.attempts) == (record.run, True, 2)
-    client = client_for(storage.tracking_uri)
+    client = TrackingStore(storage.tracking_uri).client
     parents = client.search_runs([after.experiment_id or ""], "tags.`soflow.trial` IS NULL")
     assert [run.info.run_id for run in parents] == [record.run]
-    tracking = Tracking(storage.tracking_uri, "digits", after.experiment_id or "")
+    tracking = Tracking(TrackingStore(storage.tracking_uri), after.experiment_id or "")
     children = tracking.children(record.run)
     assert sorted(run.info.run_name for run in children) == [trial["name"] for trial in after.trials]
     for run in children:
@@ -102,6 +102,6 @@ def test_a_running_sweep_is_not_started_twice_and_a_terminated_one_closes_its_ru
         "soflowctl: stopped: the sweep was asked to stop and its trials are saved: run the same command to go on.",
     ]
     (record,) = all_records(storage)
-    runs = client_for(storage.tracking_uri).search_runs([record.experiment_id or ""])
+    runs = TrackingStore(storage.tracking_uri).client.search_runs([record.experiment_id or ""])
     assert {run.info.status for run in runs} == {"KILLED"}
     assert " stopped " in soflowctl("runs", "--storage", str(storage.root)).stdout

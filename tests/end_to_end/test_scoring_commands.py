@@ -9,7 +9,7 @@ import pytest
 
 from soflow_platform.jobs.targets import find_target
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import client_for, prepare_store
+from soflow_platform.tracking.store import TrackingStore
 from tests.support.commands import Run
 from tests.support.scored_sweep import SWEEP, trained_sweep
 
@@ -17,7 +17,7 @@ from tests.support.scored_sweep import SWEEP, trained_sweep
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> ProjectFolder:
     folder = tmp_path_factory.mktemp("swept")
-    prepare_store(f"sqlite:///{folder / 'mlflow.db'}")
+    TrackingStore(f"sqlite:///{folder / 'mlflow.db'}").prepare()
     return trained_sweep(folder / "runs", folder / "mlflow.db")
 
 
@@ -36,8 +36,8 @@ def test_a_trial_is_scored_on_the_cluster_and_the_score_kept_and_logged(
     assert again.returncode == 0, again.stderr
     scores = json.loads(again.stdout)
     assert [score["settings"]["nfe"] for score in scores] == ["2", "4"]
-    subject = find_target(f"{SWEEP}/trial-01", swept, swept.tracking_uri)
-    metrics = client_for(swept.tracking_uri).get_run(subject.run or "").data.metrics
+    subject = find_target(f"{SWEEP}/trial-01", swept, TrackingStore(swept.tracking_uri))
+    metrics = TrackingStore(swept.tracking_uri).client.get_run(subject.run or "").data.metrics
     assert [metrics[f"evaluate/fd200_nfe{nfe}_uniform"] for nfe in (2, 4)] == [
         score["fd"] for score in scores
     ]
@@ -62,7 +62,7 @@ def test_the_methods_of_a_sweep_are_compared_in_a_table_that_is_kept(
     guided = record["rows"][-1]
     assert (guided["sampling"], guided["nfe"], guided["samples"]) == ("euler, guidance 2", 4, 80)
     parent = json.loads((swept.sweep(SWEEP) / "sweep.json").read_text())["run"]
-    client = client_for(swept.tracking_uri)
+    client = TrackingStore(swept.tracking_uri).client
     assert {Path(f.path).name for f in client.list_artifacts(parent, "comparison")} == {
         path.name for path in folder.iterdir()
     }

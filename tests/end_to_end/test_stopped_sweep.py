@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import Tracking, client_for
+from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.record import all_records
 from tests.support.commands import REDUCED, ROOT, Run, command, environment
 
@@ -70,8 +70,8 @@ def test_trial_and_sweep_stop_with_their_work_saved_and_go_on(soflowctl: Run, tm
         assert trial["checkpoint_step"] == trial["step"]
     assert soflowctl("status", *place).stdout.startswith(f"sweep {record.id}: stopped")
     (record,) = all_records(storage)
-    client = client_for(storage.tracking_uri)
-    tracking = Tracking(storage.tracking_uri, "digits", record.experiment_id or "")
+    client = TrackingStore(storage.tracking_uri).client
+    tracking = Tracking(TrackingStore(storage.tracking_uri), record.experiment_id or "")
     runs = [client.get_run(record.run or ""), *tracking.children(record.run or "")]
     assert [run.info.status for run in runs] == ["KILLED"] * 3
     again = soflowctl("stop", record.id, *place)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import Tracking, prepare_store
+from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.record import SweepRecord
 from tests.support.commands import command, environment
 
@@ -23,7 +23,7 @@ from tests.support.commands import command, environment
 def page(tmp_path: Path) -> Iterator[tuple[int, str, str]]:
     """Process id of the command, the page it printed, and the id of the run the page should show."""
     storage = ProjectFolder(tmp_path / "runs")
-    prepare_store(storage.tracking_uri)
+    TrackingStore(storage.tracking_uri).prepare()
     tracking = Tracking.open(storage.tracking_uri, "digits", storage)
     parent = tracking.open_run("digits-1", "digits-1", params={}, tags={})
     tracking.open_run("digits-1", "trial-00", params={}, tags={}, trial="trial-00", parent=parent)

@@ -11,7 +11,7 @@ from soflow_core.weights import load_weights
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_pipelines.shards.writer import Sample, write_shards
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import client_for
+from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.tuning.record import all_records
 from tests.support.commands import Run
 
@@ -67,7 +67,7 @@ def test_twenty_steps_of_the_recipe_on_latents_reach_the_registry(
     assert record.best is not None
     assert record.best["step"] == 20
     assert np.isfinite(record.best["metrics"]["eval/fd_nfe1"])
-    client = client_for(storage.tracking_uri)
+    client = TrackingStore(storage.tracking_uri).client
     assert client.get_model_version_by_alias("xl2", "candidate").tags["eval.features"] == "pooled-4x8x8-1"
     weights = load_weights(Path(record.best["checkpoint"]) / "ema.safetensors")
     config = weights.network_config

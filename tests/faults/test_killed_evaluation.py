@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import prepare_store
+from soflow_platform.tracking.store import TrackingStore
 from tests.support.scored_sweep import SWEEP, trained_sweep
 
 pytestmark = pytest.mark.faults
@@ -68,7 +68,7 @@ def until_some_blocks(storage: ProjectFolder, process: subprocess.Popen[str], lo
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> ProjectFolder:
     folder = tmp_path_factory.mktemp("swept")
-    prepare_store(f"sqlite:///{folder / 'mlflow.db'}")
+    TrackingStore(f"sqlite:///{folder / 'mlflow.db'}").prepare()
     return trained_sweep(folder / "runs", folder / "mlflow.db")
 
 

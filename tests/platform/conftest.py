@@ -13,7 +13,7 @@ from soflow_platform.config.document import apply_override, read_document
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.validation import validate
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import Tracking, prepare_store
+from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.training.dataset import open_data
 from soflow_platform.training.worker import TrialJob, TrialWorker
 from tests.support.scored_sweep import trained_sweep
@@ -49,7 +49,7 @@ def storage(tmp_path: Path) -> ProjectFolder:
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with its tables: making them takes seconds, copying the file does not."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    prepare_store(f"sqlite:///{path}")
+    TrackingStore(f"sqlite:///{path}").prepare()
     return path
 
 
@@ -87,7 +87,7 @@ def worker(storage: ProjectFolder, tracking: Tracking) -> Callable[..., TrialWor
             experiment=experiment.resolved(),
             data=location,
             storage=str(storage.root),
-            tracking_uri=tracking.uri,
+            tracking_uri=tracking.store.uri,
             run=run,
         )
         return TrialWorker(job, torch.device("cpu"))

@@ -50,7 +50,7 @@ def trained_sweep(root: Path, empty_store: Path) -> ProjectFolder:
             experiment=point.experiment.resolved(),
             data=location,
             storage=str(root),
-            tracking_uri=tracking.uri,
+            tracking_uri=tracking.store.uri,
             run=run,
         )
         torch.set_num_threads(1)
@@ -67,7 +67,7 @@ def trained_sweep(root: Path, empty_store: Path) -> ProjectFolder:
         mode=experiment.mode,
         run=parent,
         experiment_id=tracking.experiment_id,
-        tracking_uri=tracking.uri,
+        tracking_uri=tracking.store.uri,
         finished=True,
         best={"trial": points[0].name, "step": 6, "metrics": {}},
     ).save(storage)

@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 
 from soflow_pipelines.storage.files import read_json
-from soflow_platform.storage.checkpoints import CheckpointState, CheckpointStore, trial_root
+from soflow_platform.storage.checkpoints import CheckpointState
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import Tracking, client_for
+from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.record import SweepRecord, all_records
 
 ROOT = Path(__file__).parents[2]
@@ -91,15 +91,14 @@ class Watched:
     def checkpoint_steps(self) -> list[int]:
         if not all_records(self.storage):
             return []
-        base = self.record.experiment["training"]["checkpoints"]
-        root = trial_root(base, self.storage, self.record.id, self.record.trials[0]["name"])
-        return [checkpoint.position.step for checkpoint in CheckpointStore(root).published()]
+        store = self.record.checkpoints(self.storage, self.record.trials[0]["name"])
+        return [checkpoint.state.step for checkpoint in store.published()]
 
     @property
     def last_position(self) -> CheckpointState:
         """Where the newest checkpoint of a trial stands that keeps them in the project folder."""
-        root = trial_root(None, self.storage, self.record.id, self.record.trials[0]["name"])
-        return CheckpointStore(root).published()[-1].position
+        store = self.record.checkpoints(self.storage, self.record.trials[0]["name"])
+        return store.published()[-1].state
 
     @property
     def status(self) -> dict[str, Any]:
@@ -165,7 +164,7 @@ class Watched:
 
     def curve(self, metric: str) -> dict[int, float]:
         """A curve of the trial's run in the sweep's own SQLite store."""
-        tracking = Tracking(self.storage.tracking_uri, "digits", self.record.experiment_id or "")
+        tracking = Tracking(TrackingStore(self.storage.tracking_uri), self.record.experiment_id or "")
         (run,) = tracking.children(self.record.run or "")
         history = tracking.client.get_metric_history(run.info.run_id, metric)
         return {m.step: m.value for m in history}
@@ -184,10 +183,10 @@ class Watched:
     ) -> None:
         """Every point of every curve is there once, under one run."""
         uri, last = uri or self.storage.tracking_uri, last or self.steps
-        tracking = Tracking(uri, "digits", self.record.experiment_id or "")
+        tracking = Tracking(TrackingStore(uri), self.record.experiment_id or "")
         (run,) = tracking.children(self.record.run or "")
         assert run.info.status == status
-        client = client_for(uri)
+        client = TrackingStore(uri).client
         points = {
             "train/loss": [1, *range(LOG_EVERY, last + 1, LOG_EVERY)],
             "eval/fd_nfe1": list(range(self.every, last + 1, self.every)),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from soflow_platform.config.comparison import SamplingConfig
     from soflow_platform.jobs.compare import Comparison
+    from soflow_platform.tracking.store import TrackingStore
     from soflow_platform.tuning.record import SweepRecord
 
 
@@ -39,10 +40,11 @@ def compare_command(
     from soflow_platform.cluster.connection import require_answer
     from soflow_platform.jobs.compare import compare
     from soflow_platform.jobs.compare_report import save
+    from soflow_platform.tracking.store import TrackingStore
 
     require_answer(address)
     errors = Console(stderr=True)
-    uri = tracking or record.tracking_uri or storage.tracking_uri
+    store = TrackingStore(tracking or record.tracking_uri or storage.tracking_uri)
 
     folder = storage.sweep(record.id) / "comparison"
 
@@ -50,14 +52,14 @@ def compare_command(
         errors.print(f"[dim]{text}[/dim]", highlight=False)
 
     def keep(found: Comparison) -> None:
-        _log(record, uri, save(found, folder), found)
+        _log(record, store, save(found, folder), found)
 
     with progress_bar("images") as update, stdout_to_stderr():
         found = compare(
             record,
             protocol,
             storage,
-            uri,
+            store,
             address,
             lambda progress: update(progress.done, progress.total),
             costs,
@@ -99,13 +101,11 @@ def find_protocol(
     return found.record, Experiment(**found.record.experiment).comparison
 
 
-def _log(record: SweepRecord, uri: str, paths: list[Path], comparison: Comparison) -> None:
+def _log(record: SweepRecord, store: TrackingStore, paths: list[Path], comparison: Comparison) -> None:
     """The files on the sweep's run."""
-    from soflow_platform.tracking.store import client_for
-
     if record.run is None:
         return
-    client = client_for(uri)
+    client = store.client
     for path in paths:
         client.log_artifact(record.run, str(path), "comparison")
     client.set_tag(record.run, "comparison.conclusions", " ".join(comparison.conclusions()))

@@ -155,7 +155,6 @@ def show_result(
 
 def record_link(record: SweepRecord) -> str:
     """The sweep's page in MLflow."""
-    from soflow_platform.tracking.store import Tracking
+    from soflow_platform.tracking.links import sweep_page
 
-    tracking = Tracking(record.tracking_uri or "", record.name, record.experiment_id or "")
-    return tracking.link(record.run or "", record.metric)
+    return sweep_page(record.experiment_id or "", record.run or "", record.metric)

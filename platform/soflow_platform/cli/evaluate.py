@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from soflow_platform.jobs.evaluate import EvaluateRequest, Score
     from soflow_platform.jobs.targets import EvaluationTarget
     from soflow_platform.storage.project import ProjectFolder
+    from soflow_platform.tracking.store import TrackingStore
 
 
 def evaluate_command(
@@ -29,12 +30,13 @@ def evaluate_command(
     from soflow_platform.cluster.connection import require_answer
     from soflow_platform.jobs.evaluate import EvaluateRequest
     from soflow_platform.jobs.log_scores import log_scores
+    from soflow_platform.tracking.store import TrackingStore
 
     require_answer(address)
     quiet_libraries()
-    uri = tracking or storage.tracking_uri
-    subject, scores = _with_progress(EvaluateRequest(**request), storage, uri, address)
-    logged = log_scores(subject, scores, uri)
+    store = TrackingStore(tracking or storage.tracking_uri)
+    subject, scores = _with_progress(EvaluateRequest(**request), storage, store, address)
+    logged = log_scores(subject, scores, store)
     if as_json:
         print(json.dumps([as_record(score) for score in scores], indent=1))
         return
@@ -74,13 +76,13 @@ def as_record(score: Score) -> dict[str, Any]:
 
 
 def _with_progress(
-    request: EvaluateRequest, storage: ProjectFolder, uri: str, address: str | None
+    request: EvaluateRequest, storage: ProjectFolder, store: TrackingStore, address: str | None
 ) -> tuple[EvaluationTarget, list[Score]]:
     from soflow_platform.jobs.evaluate import evaluate
 
     with progress_bar("images") as update, stdout_to_stderr():
         return evaluate(
-            request, storage, uri, address, lambda progress: update(progress.done, progress.total)
+            request, storage, store, address, lambda progress: update(progress.done, progress.total)
         )
 
 

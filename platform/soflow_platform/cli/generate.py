@@ -12,8 +12,10 @@ def generate_command(request: GenerateRequest, storage: str | None, tracking: st
     require_writable(ProjectFolder(request.out.absolute()))
     project = find_project(storage)
     from soflow_platform.jobs.generate import generate
+    from soflow_platform.tracking.store import TrackingStore
 
+    store = TrackingStore(tracking or project.tracking_uri)
     with progress_bar("images") as update:
-        result = generate(request, project, tracking or project.tracking_uri, update)
+        result = generate(request, project, store, update)
     print(f"{result.made} images made, {result.kept} were there: {request.out}")
     print(f"grid: {result.grid}")

@@ -12,11 +12,12 @@ def promote_command(
     from soflow_platform.cli.terminal import storage_flag
     from soflow_platform.jobs.targets import require_registry
     from soflow_platform.registry import promotion
+    from soflow_platform.tracking.store import TrackingStore
 
     storage = find_project(storage_option)
-    uri = tracking or storage.tracking_uri
-    require_registry(storage, uri)
-    done = promotion.rollback(uri, model) if rollback else promotion.promote(uri, model, force)
+    store = TrackingStore(tracking or storage.tracking_uri)
+    require_registry(storage, store)
+    done = promotion.rollback(store, model) if rollback else promotion.promote(store, model, force)
     before = f" (before: version {done.previous})" if done.previous else ""
     print(f"models:/{done.model}@champion is version {done.version}{before}: {done.reason}")
     print(

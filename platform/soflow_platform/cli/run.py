@@ -18,7 +18,7 @@ from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.presets import sweeps_folder
 from soflow_platform.config.validation import read_experiment
 from soflow_platform.errors import JobError, Stopped, UserError
-from soflow_platform.storage.checkpoints import CheckpointStore, trial_root
+from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder, find_project, require_writable
 from soflow_platform.training.stop_request import request_stop
 from soflow_platform.training.trial_status import TrialState
@@ -157,10 +157,12 @@ def _require_checkpoints(storage: ProjectFolder, record: SweepRecord, experiment
     if before == now:
         return
     for trial in record.trials:
-        left, root = (trial_root(place, storage, record.id, trial["name"]) for place in (before, now))
-        if CheckpointStore(left).published() and not CheckpointStore(root).published():
+        left, chosen = (
+            CheckpointStore.of_trial(storage, record.id, trial["name"], base) for base in (before, now)
+        )
+        if left.published() and not chosen.published():
             raise UserError(
-                f"the checkpoints of sweep {record.id} are in {left} and not in {root}: move them there, or leave "
+                f"the checkpoints of sweep {record.id} are in {left.root} and not in {chosen.root}: move them there, or leave "
                 "training.checkpoints as it was."
             )
 

@@ -7,7 +7,7 @@ import time
 from rich.table import Table
 
 from soflow_platform.cli.terminal import console, plain_table
-from soflow_platform.storage.checkpoints import CheckpointStore, best_evaluation, trial_root
+from soflow_platform.storage.checkpoints import best_evaluation
 from soflow_platform.storage.project import ProjectFolder, find_project
 from soflow_platform.tuning.lookup import resolve
 from soflow_platform.tuning.record import SweepRecord, all_records
@@ -50,13 +50,12 @@ def _trials_table(storage: ProjectFolder, record: SweepRecord) -> Table:
     metric = record.metric
     table = plain_table("trial", "step", "best step", metric, "checkpoints")
     for trial in record.trials:
-        root = trial_root(record.experiment["training"].get("checkpoints"), storage, record.id, trial["name"])
-        found = CheckpointStore(root).published()
-        position = found[-1].position if found else None
-        best = best_evaluation(position.evaluations, metric, record.mode) if position else None
+        found = record.checkpoints(storage, trial["name"]).published()
+        state = found[-1].state if found else None
+        best = best_evaluation(state.evaluations, metric, record.mode) if state else None
         table.add_row(
             trial["name"],
-            f"{position.step if position else 0:,}/{trial_steps(record, trial['name']):,}",
+            f"{state.step if state else 0:,}/{trial_steps(record, trial['name']):,}",
             f"{best['step']:,}" if best else "-",
             f"{best[metric]:.4g}" if best else "-",
             str(len(found)),

@@ -14,7 +14,7 @@ import webbrowser
 
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage.project import ProjectFolder, find_project
-from soflow_platform.tracking.store import Tracking
+from soflow_platform.tracking.links import sweep_page
 from soflow_platform.tuning.record import all_records
 
 START_SECONDS = 60.0
@@ -101,6 +101,5 @@ def _newest_page(storage: ProjectFolder, address: str) -> str:
     """The trials of the newest sweep that reached MLflow."""
     for record in all_records(storage):
         if record.run and record.experiment_id:
-            tracking = Tracking(record.tracking_uri or "", record.name, record.experiment_id)
-            return tracking.link(record.run, record.metric, address)
+            return sweep_page(record.experiment_id, record.run, record.metric, address)
     return f"{address}/#/experiments"

@@ -22,6 +22,7 @@ from soflow_platform.jobs.log_scores import log_scores
 from soflow_platform.jobs.model_under_test import ModelUnderTest
 from soflow_platform.jobs.targets import EvaluationTarget, TargetResolver
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.tuning.record import SweepRecord
 from soflow_platform.tuning.search_space import Trial, trials
 
@@ -127,7 +128,7 @@ def compare(
     record: SweepRecord,
     protocol: Sequence[SamplingConfig],
     storage: ProjectFolder,
-    tracking_uri: str,
+    store: TrackingStore,
     address: str | None,
     report: Report,
     costs: bool,
@@ -140,14 +141,14 @@ def compare(
     JobError where something failed.
     """
     experiment = Experiment(**record.experiment)
-    resolver = TargetResolver.for_scoring(storage, tracking_uri)
+    resolver = TargetResolver.for_scoring(storage, store)
     entries, left_out = _entries(record, experiment, protocol, resolver)
     if not entries:
         raise UserError(f"sweep {record.id} has nothing to compare: {'; '.join(left_out)}.")
     say(f"scoring {len(entries)} ways of sampling")
     scores = _scores(entries, experiment, storage, address, report)
     for entry, score in zip(entries, scores, strict=True):
-        log_scores(entry.subject, [score], tracking_uri)
+        log_scores(entry.subject, [score], store)
     settings = {key: value for key, value in scores[0].tags.items() if key in SHARED}
 
     def found(measured: MeasuredCosts | None) -> Comparison:

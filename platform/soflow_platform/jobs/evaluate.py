@@ -32,6 +32,7 @@ from soflow_platform.generation.decoding import open_decoder
 from soflow_platform.jobs.model_under_test import ModelUnderTest
 from soflow_platform.jobs.targets import EvaluationTarget, find_target
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import TrackingStore
 
 USUAL_NUMBER = 50_000
 
@@ -83,7 +84,7 @@ def settings_digest(tags: dict[str, str]) -> str:
 def evaluate(
     request: EvaluateRequest,
     storage: ProjectFolder,
-    tracking_uri: str,
+    store: TrackingStore,
     address: str | None = None,
     report: Report = silent,
 ) -> tuple[EvaluationTarget, list[Score]]:
@@ -91,7 +92,7 @@ def evaluate(
 
     Raises UserError for what is refused, JobError for what failed.
     """
-    subject = find_target(request.subject, storage, tracking_uri)
+    subject = find_target(request.subject, storage, store)
     # Actors have working folders of their own.
     request = replace(
         request,

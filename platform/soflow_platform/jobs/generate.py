@@ -23,6 +23,7 @@ from soflow_platform.generation.generator import Generator
 from soflow_platform.jobs.requests import GenerateRequest
 from soflow_platform.jobs.targets import EvaluationTarget, TargetResolver
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import TrackingStore
 
 SETTINGS_FILE = "generation.json"
 """Settings of all images in a folder."""
@@ -48,7 +49,7 @@ class GeneratedFolder:
 def generate(
     request: GenerateRequest,
     project: ProjectFolder,
-    tracking_uri: str,
+    store: TrackingStore,
     report: Report | None = None,
 ) -> GeneratedFolder:
     """Make the images that are missing from the output folder, and the grid.
@@ -56,7 +57,7 @@ def generate(
     Raises InputError where the model cannot be found or sampled, or the folder holds images of other settings.
     """
     with tempfile.TemporaryDirectory(prefix="soflow-weights-") as copies:
-        target = TargetResolver(project, tracking_uri, Path(copies), accepts_images=False).find(request.model)
+        target = TargetResolver(project, store, Path(copies), accepts_images=False).find(request.model)
         assert target.weights is not None
         generator = Generator.open(target.weights)
     labels = choose_labels(generator.classes, request.label, request.num)

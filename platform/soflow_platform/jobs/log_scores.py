@@ -10,12 +10,12 @@ from typing import Any
 from soflow_platform.errors import JobError
 from soflow_platform.jobs.evaluate import Score, settings_digest
 from soflow_platform.jobs.targets import EvaluationTarget
-from soflow_platform.tracking.store import client_for
+from soflow_platform.tracking.store import TrackingStore
 
 PREFIX = "evaluate/"
 
 
-def log_scores(subject: EvaluationTarget, scores: Sequence[Score], tracking_uri: str) -> list[str]:
+def log_scores(subject: EvaluationTarget, scores: Sequence[Score], store: TrackingStore) -> list[str]:
     """Log what is not there yet. Returns the names of all metrics; none where the subject belongs to no run and no version.
 
     A metric is named by what people vary, as in `evaluate/fid50k_nfe1_uniform`; a tag of the same name holds all settings. Where that
@@ -27,16 +27,16 @@ def log_scores(subject: EvaluationTarget, scores: Sequence[Score], tracking_uri:
     if subject.run is None and subject.version is None:
         return []
     try:
-        return [name for score in scores for name in _log(subject, score, tracking_uri)]
+        return [name for score in scores for name in _log(subject, score, store)]
     except MlflowException as error:
         first = str(error).strip().splitlines()[0]
         raise JobError(
-            f"the scores are kept, but {tracking_uri} did not take them ({first}): the same command logs them."
+            f"the scores are kept, but {store.uri} did not take them ({first}): the same command logs them."
         ) from error
 
 
-def _log(subject: EvaluationTarget, score: Score, tracking_uri: str) -> list[str]:
-    client = client_for(tracking_uri)
+def _log(subject: EvaluationTarget, score: Score, store: TrackingStore) -> list[str]:
+    client = store.client
     of_run = {} if subject.run is None else client.get_run(subject.run).data.tags
     of_version = {} if subject.version is None else client.get_model_version(*subject.version).tags
     settings = json.dumps({**score.tags, "flags": score.flags}, sort_keys=True)

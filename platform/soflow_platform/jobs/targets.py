@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from soflow_pipelines.shards.info import INFO_NAME
 from soflow_pipelines.storage.files import atomic, sha256
@@ -18,7 +17,7 @@ from soflow_platform.errors import UserError
 from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoints import EMA, Checkpoint, CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import STEP_TAG, SWEEP_TAG, TRIAL_TAG, client_for
+from soflow_platform.tracking.store import STEP_TAG, SWEEP_TAG, TRIAL_TAG, TrackingStore
 from soflow_platform.tuning.lookup import resolve
 from soflow_platform.tuning.record import SweepRecord, load_record
 
@@ -53,16 +52,16 @@ class TargetResolver:
     """
 
     project: ProjectFolder
-    tracking_uri: str
+    store: TrackingStore
     copies: Path
     """Folder for copies of weights that are fetched from a registry or from object storage."""
     accepts_images: bool = True
     """Whether a name may stand for images; otherwise for weights alone."""
 
     @classmethod
-    def for_scoring(cls, project: ProjectFolder, tracking_uri: str) -> TargetResolver:
+    def for_scoring(cls, project: ProjectFolder, store: TrackingStore) -> TargetResolver:
         """A resolver that keeps fetched weights in the project folder, where every machine of a cluster can read them."""
-        return cls(project, tracking_uri, project.root / "evaluations" / "weights")
+        return cls(project, store, project.root / "evaluations" / "weights")
 
     def find(self, name: str) -> EvaluationTarget:
         """The target of this name. Raises UserError where there is none."""
@@ -85,19 +84,16 @@ class TargetResolver:
 
     def trial(self, record: SweepRecord, trial: str, newest: bool = False) -> EvaluationTarget:
         """A trial's best checkpoint by the metric of its sweep, or its newest one. Raises UserError where it has none."""
-        root = checkpoints.trial_root(
-            record.experiment["training"].get("checkpoints"), self.project, record.id, trial
-        )
-        store = CheckpointStore(root)
+        store = record.checkpoints(self.project, trial)
         best = None if newest else store.best(record.metric, record.mode)
         checkpoint = best[0] if best else store.newest([EMA])[0]
         if checkpoint is None:
             raise UserError(f"trial {trial} of sweep {record.id} has no checkpoint yet.")
         return EvaluationTarget(
-            f"{record.id}/{trial} at step {checkpoint.position.step}",
+            f"{record.id}/{trial} at step {checkpoint.state.step}",
             weights=self._weights(checkpoint),
-            step=checkpoint.position.step,
-            run=checkpoint.position.run,
+            step=checkpoint.state.step,
+            run=checkpoint.state.run,
             data=record.experiment["data"]["source"],
         )
 
@@ -152,8 +148,8 @@ class TargetResolver:
         return self._checkpoint(str(path), checkpoint)
 
     def _checkpoint(self, name: str, checkpoint: Checkpoint) -> EvaluationTarget:
-        state = checkpoint.position
-        tags = run_tags(self.tracking_uri, state.run)
+        state = checkpoint.state
+        tags = self.store.run_tags(state.run)
         return EvaluationTarget(
             name,
             weights=self._weights(checkpoint),
@@ -177,9 +173,9 @@ class TargetResolver:
         return self._checkpoint(uri, published[name])
 
     def _run(self, run: str) -> EvaluationTarget:
-        tags = run_tags(self.tracking_uri, run)
+        tags = self.store.run_tags(run)
         if tags is None:
-            raise UserError(f"there is no run {run} in {self.tracking_uri}.")
+            raise UserError(f"there is no run {run} in {self.store.uri}.")
         record = load_record(self.project, tags.get(SWEEP_TAG, ""))
         if SWEEP_TAG not in tags or record is None:
             raise UserError(
@@ -197,16 +193,16 @@ class TargetResolver:
 
         from soflow_platform.registry.versions import find_version
 
-        require_registry(self.project, self.tracking_uri)
-        version = find_version(self.tracking_uri, name)
+        require_registry(self.project, self.store)
+        version = find_version(self.store, name)
         uri = f"models:/{version.name}/{version.version}"
-        mlflow.set_tracking_uri(self.tracking_uri)
+        mlflow.set_tracking_uri(self.store.uri)
         with tempfile.TemporaryDirectory(prefix="soflow-model-") as folder:
             fetched = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder)) / "artifacts" / EMA
             if not fetched.is_file():
                 raise UserError(f"{uri} was not registered by this platform: it holds no {EMA}.")
             weights = copy_by_content(fetched, self.copies)
-        tags = {**(run_tags(self.tracking_uri, version.run_id) or {}), **version.tags}
+        tags = {**(self.store.run_tags(version.run_id) or {}), **version.tags}
         step = tags.get(STEP_TAG)
         return EvaluationTarget(
             uri,
@@ -230,9 +226,9 @@ class TargetResolver:
             raise UserError(str(error)) from error
 
 
-def find_target(name: str, project: ProjectFolder, tracking_uri: str) -> EvaluationTarget:
+def find_target(name: str, project: ProjectFolder, store: TrackingStore) -> EvaluationTarget:
     """The target of this name, to be scored. Raises UserError where there is none."""
-    return TargetResolver.for_scoring(project, tracking_uri).find(name)
+    return TargetResolver.for_scoring(project, store).find(name)
 
 
 def copy_by_content(path: Path, folder: Path) -> Path:
@@ -244,24 +240,9 @@ def copy_by_content(path: Path, folder: Path) -> Path:
     return copy
 
 
-def require_registry(project: ProjectFolder, tracking_uri: str) -> None:
+def require_registry(project: ProjectFolder, store: TrackingStore) -> None:
     """Raises UserError where the registry is that of a project folder which has no tracking store yet."""
-    if tracking_uri == project.tracking_uri and not (project.root / "mlflow.db").is_file():
+    if not store.exists():
         raise UserError(
             f"there is no model registry under {project.root}: run a sweep first, or pass --storage or --tracking."
         )
-
-
-def run_tags(tracking_uri: str, run: str | None) -> dict[str, Any] | None:
-    """The tags of an MLflow run; None where there is no such run."""
-    from mlflow.exceptions import MlflowException
-
-    path = Path(tracking_uri.removeprefix("sqlite:///"))
-    if not run or (tracking_uri.startswith("sqlite:///") and not path.is_file()):
-        return None
-    try:
-        return dict(client_for(tracking_uri).get_run(run).data.tags)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise

@@ -8,7 +8,7 @@ from typing import Any
 
 from soflow_platform.errors import UserError
 from soflow_platform.registry.versions import CHAMPION, _aliased, find_version, parse_model
-from soflow_platform.tracking.store import FLAGS_TAG, client_for
+from soflow_platform.tracking.store import FLAGS_TAG, TrackingStore
 
 PREVIOUS = "soflow.previous_champion"
 
@@ -23,17 +23,17 @@ class Promotion:
     reason: str
 
 
-def promote(uri: str, model: str, force: str | None = None) -> Promotion:
+def promote(store: TrackingStore, model: str, force: str | None = None) -> Promotion:
     """Make a version champion if it is better than the present one on the same metric, or for the reason given.
 
     Raises UserError where the gate stays shut.
     """
-    version = find_version(uri, model)
-    name, champion = version.name, _aliased(uri, version.name, CHAMPION)
+    version = find_version(store, model)
+    name, champion = version.name, _aliased(store, version.name, CHAMPION)
     if champion is not None and champion.version == version.version:
         raise UserError(f"version {version.version} of {name!r} is the champion already.")
     reason = f"forced: {force}" if force else _gate(version, champion)
-    client = client_for(uri)
+    client = store.client
     previous = str(champion.version) if champion else None
     client.set_model_version_tag(name, version.version, PREVIOUS, previous or "")
     _record(client, name, version.version, reason)
@@ -41,16 +41,16 @@ def promote(uri: str, model: str, force: str | None = None) -> Promotion:
     return Promotion(name, str(version.version), previous, reason)
 
 
-def rollback(uri: str, model: str) -> Promotion:
+def rollback(store: TrackingStore, model: str) -> Promotion:
     """Make the champion before the present one champion again. Raises UserError where there was none."""
     name, _, _ = parse_model(model)
-    champion = find_version(uri, f"{name}@{CHAMPION}")
+    champion = find_version(store, f"{name}@{CHAMPION}")
     previous = champion.tags.get(PREVIOUS)
     if not previous:
         raise UserError(
             f"version {champion.version} of {name!r} is the first champion: there is none before it."
         )
-    client = client_for(uri)
+    client = store.client
     reason = f"rollback from version {champion.version}"
     _record(client, name, previous, reason)
     client.set_registered_model_alias(name, CHAMPION, previous)

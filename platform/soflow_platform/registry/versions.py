@@ -10,7 +10,7 @@ from soflow_platform import generation
 from soflow_platform.errors import UserError
 from soflow_platform.registry.candidate import Candidate
 from soflow_platform.storage.checkpoints import EMA, Checkpoint
-from soflow_platform.tracking.store import STEP_TAG, SWEEP_TAG, TRIAL_TAG, Tracking, client_for
+from soflow_platform.tracking.store import STEP_TAG, SWEEP_TAG, TRIAL_TAG, Tracking, TrackingStore
 
 CANDIDATE = "candidate"
 CHAMPION = "champion"
@@ -20,9 +20,9 @@ PYFUNC_FILE = Path(generation.__file__).with_name("pyfunc_model.py")
 
 def register(tracking: Tracking, candidate: Candidate, checkpoint: Checkpoint) -> str:
     """Register a checkpoint's EMA weights and set alias `candidate`. Returns the version; the same weights are registered once."""
-    client = client_for(tracking.uri)
+    client = tracking.client
     name = candidate.model
-    for version in _versions(tracking.uri, name):
+    for version in _versions(tracking.store, name):
         if version.tags.get(SWEEP_TAG) == candidate.sweep:
             client.set_registered_model_alias(name, CANDIDATE, version.version)
             return str(version.version)
@@ -58,8 +58,8 @@ def _log_model(tracking: Tracking, name: str, checkpoint: Checkpoint, run: str |
             [ParamSpec("seed", DataType.long, default=0), ParamSpec("steps", DataType.long, default=1)]
         ),
     )
-    mlflow.set_tracking_uri(tracking.uri)
-    mlflow.set_registry_uri(tracking.uri)
+    mlflow.set_tracking_uri(tracking.store.uri)
+    mlflow.set_registry_uri(tracking.store.uri)
     with mlflow.start_run(run_id=run), warnings.catch_warnings(), checkpoint.opened(EMA) as weights:
         # The signature above is exact; MLflow would rather infer one from an example.
         warnings.filterwarnings("ignore", message=".*input example.*")
@@ -71,46 +71,46 @@ def _log_model(tracking: Tracking, name: str, checkpoint: Checkpoint, run: str |
             pip_requirements=[f"soflow=={soflow_platform.version()}"],
             step=step,
         )
-    client = client_for(tracking.uri)
+    client = tracking.client
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     version = client.create_model_version(name, source=info.model_uri, run_id=run, model_id=info.model_id)
     return str(version.version)
 
 
-def _versions(uri: str, name: str) -> list[Any]:
-    return list(client_for(uri).search_model_versions(f"name = '{name}'"))
+def _versions(store: TrackingStore, name: str) -> list[Any]:
+    return list(store.client.search_model_versions(f"name = '{name}'"))
 
 
-def _aliased(uri: str, name: str, alias: str) -> Any | None:
+def _aliased(store: TrackingStore, name: str, alias: str) -> Any | None:
     """The version an alias names, or None."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return client_for(uri).get_model_version_by_alias(name, alias)
+        return store.client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
 
 
-def find_version(uri: str, model: str) -> Any:
+def find_version(store: TrackingStore, model: str) -> Any:
     """The version that `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `NAME` (its candidate) means.
 
     Raises UserError where there is none.
     """
     name, alias, number = parse_model(model)
-    known = {str(v.version): v for v in _versions(uri, name)}
+    known = {str(v.version): v for v in _versions(store, name)}
     if not known:
-        names = ", ".join(m.name for m in client_for(uri).search_registered_models()) or "none"
-        raise UserError(f"there is no registered model {name!r} in {uri}; known are: {names}.")
+        names = ", ".join(m.name for m in store.client.search_registered_models()) or "none"
+        raise UserError(f"there is no registered model {name!r} in {store.uri}; known are: {names}.")
     if number is not None:
         if number not in known:
             raise UserError(
                 f"model {name!r} has no version {number}; it has {', '.join(sorted(known, key=int))}."
             )
         return known[number]
-    version = _aliased(uri, name, alias or CANDIDATE)
+    version = _aliased(store, name, alias or CANDIDATE)
     if version is None:
         hint = f"; promote one with `soflowctl promote {name}`" if alias == CHAMPION else ""
         raise UserError(f"model {name!r} has no version with alias {alias or CANDIDATE!r}{hint}.")

@@ -40,20 +40,31 @@ NO_SPACE_TEXT = os.strerror(errno.ENOSPC)
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """Where a trial stands, beside the state of its tensors."""
+    """The progress of a trial at a checkpoint: what `checkpoint.json` holds beside the checksums."""
 
     step: int
     """Finished optimizer steps."""
     images: int
-    """Samples seen, over all ranks: the loader's position."""
+    """Samples seen, over all ranks: the loader's state."""
     run: str
     """MLflow run id."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     """Every evaluation so far: its step and its metrics."""
-    unsent: list[Any] = field(default_factory=list)
-    """Points of the run's curves that the tracking server may not have."""
+    pending_metrics: list[Any] = field(default_factory=list)
+    """Metrics that the tracking server may not have yet; `unsent` in the file."""
     data: str | None = None
-    """Digest of the data it was trained on; None where an earlier version did not note it."""
+    """Digest of the training data; None in a checkpoint of an earlier version."""
+
+    def as_record(self) -> dict[str, Any]:
+        record = asdict(self)
+        record["unsent"] = record.pop("pending_metrics")
+        return record
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> CheckpointState:
+        """Reads a record; fields that only a later version knows are ignored. Raises TypeError where a field is missing."""
+        values = {**record, "pending_metrics": record.get("unsent", [])}
+        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class Checkpoint:
 
     storage: ObjectStore
     name: str
-    position: CheckpointState
+    state: CheckpointState
     files: dict[str, str]
     """SHA-256 of each file."""
     compared: set[str] = field(default_factory=set, compare=False)
@@ -117,14 +128,6 @@ class Checkpoint:
         return StorageError(f"{self.location}/{file} is damaged: its checksum differs.")
 
 
-def trial_root(base: str | None, project: ProjectFolder, sweep: str, trial: str) -> str:
-    """Folder or URI of one trial's checkpoints: below `base`, the setting training.checkpoints, or in the project folder."""
-    if base is None:
-        return str(project.trial(sweep, trial) / "checkpoints")
-    place, mark, options = base.partition("?")
-    return f"{place.rstrip('/')}/{sweep}/{trial}{mark}{options}"
-
-
 @dataclass(frozen=True)
 class CheckpointStore:
     """All checkpoints of one trial."""
@@ -132,13 +135,21 @@ class CheckpointStore:
     root: str | Path
     """Folder or URI."""
 
-    def publish(self, position: CheckpointState, write: Callable[[Path], None]) -> Checkpoint:
+    @classmethod
+    def of_trial(cls, project: ProjectFolder, sweep: str, trial: str, base: str | None) -> CheckpointStore:
+        """The store of a trial: below `base`, the setting training.checkpoints, or in the project folder where that is None."""
+        if base is None:
+            return cls(str(project.trial(sweep, trial) / "checkpoints"))
+        place, mark, options = base.partition("?")
+        return cls(f"{place.rstrip('/')}/{sweep}/{trial}{mark}{options}")
+
+    def publish(self, state: CheckpointState, write: Callable[[Path], None]) -> Checkpoint:
         """Write a checkpoint aside with `write(folder)`, then file by file into its place, its record last.
 
         Raises StorageError or OSError where it cannot be written, whatever its writer raised; nothing of it counts then.
         """
         storage = open_storage(self.root)
-        name = f"step-{position.step:08d}"
+        name = f"step-{state.step:08d}"
         with _scratch(storage) as aside:
             try:
                 write(aside)
@@ -153,9 +164,9 @@ class CheckpointStore:
             storage.remove(f"{name}/{RECORD}")
             for file_name in files:
                 storage.publish(f"{name}/{file_name}", aside / file_name)
-        record = {**asdict(position), "files": files}
+        record = {**state.as_record(), "files": files}
         storage.write(f"{name}/{RECORD}", json.dumps(record, indent=1).encode())
-        return Checkpoint(storage, name, position, files)
+        return Checkpoint(storage, name, state, files)
 
     def published(self) -> list[Checkpoint]:
         """Every complete checkpoint whose record can be read, oldest first; the content of their files is not."""
@@ -175,8 +186,8 @@ class CheckpointStore:
 
     def best(self, metric: str, mode: str) -> tuple[Checkpoint, dict[str, Any]] | None:
         """The checkpoint with sound weights that has the best value of `metric`, and its evaluation; None where none was scored."""
-        complete = {checkpoint.position.step: checkpoint for checkpoint in self.published()}
-        evaluations = complete[max(complete)].position.evaluations if complete else []
+        complete = {checkpoint.state.step: checkpoint for checkpoint in self.published()}
+        evaluations = complete[max(complete)].state.evaluations if complete else []
         for evaluation in ranked(evaluations, metric, mode):
             checkpoint = complete.get(evaluation["step"])
             if checkpoint is not None and not checkpoint.broken_files([EMA]):
@@ -200,7 +211,7 @@ class CheckpointStore:
         interrupted writing left behind.
         """
         storage = open_storage(self.root)
-        complete = {checkpoint.position.step: checkpoint.name for checkpoint in self.published()}
+        complete = {checkpoint.state.step: checkpoint.name for checkpoint in self.published()}
         kept = {complete[step] for step in sorted(complete)[-keep:]}
         kept |= {complete[step] for step in [step for step in ranking if step in complete][:1]}
         for path in sorted(storage.names(), key=lambda path: not path.endswith(RECORD)):
@@ -255,10 +266,8 @@ def read_record(storage: ObjectStore, name: str) -> Checkpoint | None:
     content = storage.read(f"{name}/{RECORD}")
     try:
         record = json.loads(content)
-        # A later version may have noted more.
-        known = {each.name: record[each.name] for each in fields(CheckpointState) if each.name in record}
-        return Checkpoint(storage, name, CheckpointState(**known), dict(record["files"]))
-    except (ValueError, TypeError, KeyError):
+        return Checkpoint(storage, name, CheckpointState.from_record(record), dict(record["files"]))
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
 

@@ -1,54 +1,91 @@
-"""Waiting out an outage: what fails because a server or a disk is away is tried again for a while."""
+"""Retry with exponential backoff, for what fails while a server, a storage or a disk is away."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from soflow_core.failures import summarize
 from soflow_pipelines.storage.object_store import StorageError
 from soflow_platform.errors import JobError
 
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
+
 T = TypeVar("T")
 
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 15.0
+"""Seconds; each pause is twice as long as the one before, up to this."""
+
+
+def is_storage_outage(error: Exception) -> bool:
+    """Whether a storage or a disk failed."""
+    return isinstance(error, (StorageError, OSError))
 
 
 def retry(
     action: Callable[[], T],
-    what: str,
-    seconds: float,
-    say: Callable[[str], None],
-    passing: Callable[[Exception], bool] = lambda error: isinstance(error, (StorageError, OSError)),
-    cancelled: threading.Event | None = None,
+    *,
+    description: str,
+    timeout: float,
+    log: Callable[[str], None],
+    is_transient: Callable[[Exception], bool] = is_storage_outage,
+    cancel: threading.Event | None = None,
 ) -> T:
-    """Run `action` until it succeeds; pauses grow from half a second to fifteen.
+    """Run `action` until it succeeds, for `timeout` seconds at most. Logs the first failure and the recovery.
 
-    `passing` tells an outage from a mistake, which is raised at once. `say` hears of the first failure and of the recovery.
-    Raises JobError naming `what` once `seconds` have gone by, or where `cancelled` is set.
+    An error that is not transient is raised at once. Raises JobError with the description and the last error once the time is over,
+    or where `cancel` is set.
     """
+    from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential
+    from tenacity.nap import sleep_using_event
+    from tenacity.stop import stop_when_event_set
+
+    cancel = cancel or threading.Event()
+    backoff = wait_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)
+
+    def pause(state: RetryCallState) -> float:
+        return min(backoff(state), max(0.0, timeout - _seconds(state)))
+
+    def log_first_failure(state: RetryCallState) -> None:
+        if state.attempt_number == 1:
+            reason = summarize(_error(state))
+            log(f"{description} failed ({reason}); trying again for {timeout / 60:.3g} min")
+
+    def give_up(state: RetryCallState) -> NoReturn:
+        error = _error(state)
+        raise JobError(f"{description} failed for {_seconds(state):.0f} s: {summarize(error)}") from error
+
+    def is_retried(error: BaseException) -> bool:
+        return isinstance(error, Exception) and is_transient(error)
+
+    attempts = Retrying(
+        retry=retry_if_exception(is_retried),
+        wait=pause,
+        stop=stop_after_delay(timeout) | stop_when_event_set(cancel),
+        sleep=sleep_using_event(cancel),
+        before_sleep=log_first_failure,
+        retry_error_callback=give_up,
+    )
+
     started = time.monotonic()
-    pause, failed = FIRST_PAUSE, False
-    cancelled = cancelled or threading.Event()
-    while True:
-        try:
-            result = action()
-        except Exception as error:
-            if not passing(error):
-                raise
-            reason = summarize(error)
-            waited = time.monotonic() - started
-            if waited >= seconds or cancelled.is_set():
-                raise JobError(f"{what} failed for {waited:.0f} s: {reason}") from error
-            if not failed:
-                failed = True
-                say(f"{what} failed ({reason}); trying again for {seconds / 60:.3g} min")
-            cancelled.wait(min(pause, max(0.0, seconds - waited)))
-            pause = min(2 * pause, LONGEST_PAUSE)
-            continue
-        if failed:
-            say(f"{what} succeeded after {time.monotonic() - started:.0f} s")
-        return result
+    result = attempts(action)
+    if attempts.statistics["attempt_number"] > 1:
+        log(f"{description} succeeded after {time.monotonic() - started:.0f} s")
+    return result
+
+
+def _seconds(state: RetryCallState) -> float:
+    """Time since the first attempt."""
+    return state.seconds_since_start or 0.0
+
+
+def _error(state: RetryCallState) -> BaseException:
+    """The error of an attempt that failed."""
+    assert state.outcome is not None
+    error = state.outcome.exception()
+    assert error is not None
+    return error

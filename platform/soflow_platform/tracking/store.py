@@ -6,17 +6,18 @@ Metrics are named `train/...`, `eval/...` and `system/...`, and their step is th
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import sqlite3
 import time
-import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from soflow_core.failures import summarize
 from soflow_platform.errors import UserError
 from soflow_platform.storage.project import ProjectFolder
 
@@ -34,38 +35,72 @@ PARAM_LIMIT = 100
 """Params in one MLflow batch."""
 
 
-def client_for(uri: str) -> MlflowClient:
-    """A client that sends no telemetry and keeps its own chatter out of the terminal."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # A server that is away is waited for by `retry`, which says so; MLflow's own attempts would be silent for minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    from mlflow import MlflowClient
+class TrackingStore:
+    """An MLflow tracking store with its model registry: the one place where a URI becomes a client.
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def prepare_store(uri: str) -> None:
-    """Create or migrate the tracking store, once, before several processes open it together.
-
-    Raises UserError where no tracking server answers.
+    MLflow is imported, and an embedded store's database created, where `client` is first used.
     """
-    if uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        client_for(uri).search_experiments(max_results=1)
-        with contextlib.closing(sqlite3.connect(path)) as database:
-            # Readers and several writers at once; the setting stays in the file.
-            database.execute("pragma journal_mode=WAL")
-        return
-    try:
-        client_for(uri).search_experiments(max_results=1)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"the tracking server {uri} does not answer: {first}") from None
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TrackingStore, (self.uri,)
+
+    @functools.cached_property
+    def client(self) -> MlflowClient:
+        """A client that sends no telemetry and prints nothing."""
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        # `retry` waits for a server that is away, and logs it; MLflow's own attempts would be silent for minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        from mlflow import MlflowClient
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+
+    @property
+    def database(self) -> Path | None:
+        """The file of an embedded store; None for a server."""
+        return Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
+
+    def exists(self) -> bool:
+        """False for an embedded store whose database was not created yet."""
+        return self.database is None or self.database.is_file()
+
+    def prepare(self) -> None:
+        """Create or migrate the store, before several processes open it together.
+
+        Raises UserError where no tracking server answers.
+        """
+        if self.database is not None:
+            self.database.parent.mkdir(parents=True, exist_ok=True)
+            self.client.search_experiments(max_results=1)
+            with contextlib.closing(sqlite3.connect(self.database)) as database:
+                # Readers and several writers at once; the setting stays in the file.
+                database.execute("pragma journal_mode=WAL")
+            return
+        try:
+            self.client.search_experiments(max_results=1)
+        except Exception as error:
+            raise UserError(
+                f"the tracking server {self.uri} does not answer: {summarize(error)[:200]}"
+            ) from None
+
+    def run_tags(self, run: str | None) -> dict[str, str] | None:
+        """The tags of a run; None where there is no such run."""
+        from mlflow.exceptions import MlflowException
+
+        if not run or not self.exists():
+            return None
+        try:
+            return dict(self.client.get_run(run).data.tags)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
 
 
 @dataclass(frozen=True)
@@ -93,29 +128,32 @@ def tracked_dataset(tags: Mapping[str, str]) -> TrackedDataset:
 
 @dataclass
 class Tracking:
-    """One experiment of one tracking store."""
+    """An experiment of a tracking store: the runs of sweeps and of their trials."""
 
-    uri: str
-    experiment: str
+    store: TrackingStore
     experiment_id: str
 
     @classmethod
-    def open(cls, uri: str, experiment: str, storage: ProjectFolder) -> Tracking:
-        """Open or create the experiment; an embedded store keeps its artifacts under the project folder."""
-        client = client_for(uri)
-        found = client.get_experiment_by_name(experiment)
-        if found is not None and found.lifecycle_stage != "active":
+    def open(cls, uri: str, experiment: str, project: ProjectFolder) -> Tracking:
+        """Open or create the store and the experiment; an embedded store keeps its artifacts in the project folder.
+
+        Raises UserError where no tracking server answers, or where the experiment was deleted.
+        """
+        store = TrackingStore(uri)
+        store.prepare()
+        existing = store.client.get_experiment_by_name(experiment)
+        if existing is not None and existing.lifecycle_stage != "active":
             raise UserError(
                 f"the MLflow experiment {experiment!r} was deleted: restore it, or set tracking.experiment to another."
             )
-        if found is not None:
-            return cls(uri, experiment, found.experiment_id)
-        location = storage.artifacts.as_uri() if uri.startswith("sqlite:") else None
-        return cls(uri, experiment, client.create_experiment(experiment, artifact_location=location))
+        if existing is not None:
+            return cls(store, existing.experiment_id)
+        location = project.artifacts.as_uri() if store.database is not None else None
+        return cls(store, store.client.create_experiment(experiment, artifact_location=location))
 
     @property
     def client(self) -> MlflowClient:
-        return client_for(self.uri)
+        return self.store.client
 
     def find(self, sweep: str, trial: str | None = None) -> Run | None:
         """The run of a sweep, or of one of its trials, if there is one."""
@@ -176,16 +214,3 @@ class Tracking:
         values = [Metric(key, float(value), now, best["step"]) for key, value in best["metrics"].items()]
         known = client.get_run(run).data.metrics
         client.log_batch(run, metrics=[m for m in values if m.key not in known])
-
-    def link(self, parent: str, metric: str, address: str = "http://127.0.0.1:5000") -> str:
-        """The page with the trials of one sweep, best first, their curves laid over each other."""
-        query = urllib.parse.urlencode(
-            {
-                "searchFilter": f"tags.`{PARENT_TAG}` = '{parent}'",
-                "orderByKey": f"metrics.`{metric}`",
-                "orderByAsc": "true",
-                "workflowType": "machine_learning",
-                "compareRunsMode": "CHART",
-            }
-        )
-        return f"{address}/#/experiments/{self.experiment_id}/runs?{query}"

@@ -29,9 +29,10 @@ from soflow_platform.evaluation.evaluator import Evaluator, Interrupted
 from soflow_platform.evaluation.ranks import Ranks
 from soflow_platform.generation.sampling import SamplingNetwork
 from soflow_platform.storage import checkpoints
-from soflow_platform.storage.checkpoints import Checkpoint, CheckpointState
+from soflow_platform.storage.checkpoints import Checkpoint, CheckpointState, CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.metric_logger import MetricLogger
+from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.training import distributed
 from soflow_platform.training.checkpointer import AsyncCheckpointer
 from soflow_platform.training.ema_network import ema_network
@@ -83,7 +84,8 @@ class TrialWorker:
         self.storage = ProjectFolder(Path(job.storage))
         self.folder = self.storage.trial(job.sweep, job.trial)
         training = self.experiment.training
-        self.root = checkpoints.trial_root(training.checkpoints, self.storage, job.sweep, job.trial)
+        self.checkpoints = CheckpointStore.of_trial(self.storage, job.sweep, job.trial, training.checkpoints)
+        self.root = self.checkpoints.root
         self.loader = ShardLoader(
             job.data, batch_size=training.batch, rank=rank, world=world, seed=self.experiment.seed
         )
@@ -111,7 +113,9 @@ class TrialWorker:
         if rank == 0:
             patience = 60 * training.patience_minutes
             self.report = TrialStatusWriter(self.folder, job.trial, training.steps, job.attempt, board)
-            self.saver = AsyncCheckpointer(self.root, training.keep_checkpoints, patience, self.report.log)
+            self.saver = AsyncCheckpointer(
+                self.checkpoints, training.keep_checkpoints, patience, self.report.log
+            )
         self._flagged: set[str] = set()
         self._state_copy, self._ema_copy = HostCopy(), HostCopy()
         self._looked = 0.0
@@ -198,22 +202,22 @@ class TrialWorker:
         self.report.progress(step, self.loader.consumed, rate, values["train/loss"], eta)
         if logs:
             own = {"train/grad_norm": record.grad_norm, "train/learning_rate": record.learning_rate}
-            self.log.metrics(step, values | own | self.throughput.take(step))
+            self.log.log_metrics(step, values | own | self.throughput.take(step))
             self.log.send(every=SEND_SECONDS)
 
     def _resume(self) -> None:
         """Go on from the newest sound checkpoint, or begin; every rank takes the one that rank 0 found."""
         found = distributed.run_on_rank0(self._open, self.rank, self.world)
-        step = found.position.step if found else 0
+        step = found.state.step if found else 0
         if found is not None:
             with found.opened(checkpoints.STATE) as path:
                 # From the file to its place: on a GPU there is no room for two of a state.
                 state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
                 self.train_step.load_state_dict(state)
-            self.loader.consumed = found.position.images
-            self.evaluations = found.position.evaluations
+            self.loader.consumed = found.state.images
+            self.evaluations = found.state.evaluations
             if self.log is not None:
-                self.log.restore(found.position.unsent)
+                self.log.restore(found.state.pending_metrics)
         else:
             with self._averaged() as (network, _):
                 if self.log is not None:
@@ -228,8 +232,8 @@ class TrialWorker:
         """On rank 0: open the run's record and find the newest sound checkpoint. Raises JobError where an outage lasts."""
         assert self.report is not None
         say, patience = self.report.log, 60 * self.experiment.training.patience_minutes
-        self.log = MetricLogger.resume(self.job.tracking_uri, self.job.run, say, patience)
-        return find_resume_point(self.root, self.report, patience, self.loader.info.digest)
+        self.log = MetricLogger(TrackingStore(self.job.tracking_uri), self.job.run, say, patience)
+        return find_resume_point(self.checkpoints, self.report, patience, self.loader.info.digest)
 
     def _owes_evaluation(self) -> bool:
         """Whether the checkpoint that training goes on from was made in the middle of an evaluation."""
@@ -253,14 +257,14 @@ class TrialWorker:
         if self.report is None or self.log is None:
             return True
         self.evaluations.append({"step": step, **result.metrics})
-        self.log.metrics(step, result.metrics)
+        self.log.log_metrics(step, result.metrics)
         self.log.send()
         self._show(step, result.grids)
         self.report.evaluation(step, result.metrics)
         for flag in [flag for flag in result.flags if flag not in self._flagged]:
             self._flagged.add(flag)
             self.report.log(flag, step)
-            self.log.flag(flag)
+            self.log.add_flag(flag)
         return True
 
     def _averaged(self, interruptible: bool = False) -> AbstractContextManager[tuple[SamplingNetwork, Ranks]]:
@@ -273,7 +277,7 @@ class TrialWorker:
         """Sample grids to the run's page and to the trial's folder."""
         for key, image in grids.items():
             if self.log is not None:
-                self.log.grid(step, key, image)
+                self.log.log_image(step, key, image)
             path = self.folder / "samples" / f"{key.rsplit('/', 1)[-1]}-step-{step:08d}.png"
             try:
                 write_bytes(path, encode_png(image))
@@ -298,7 +302,7 @@ class TrialWorker:
         ema = self.train_step.host_ema_state(copy=self._ema_copy)
         if self.log is None:
             return
-        self.log.metrics(step, {"system/checkpoint_stall_seconds": time.perf_counter() - started})
+        self.log.log_metrics(step, {"system/checkpoint_stall_seconds": time.perf_counter() - started})
         objective, facts = self.experiment.objective, data_facts(self.loader.info, self.experiment)
 
         def write(folder: Path) -> None:
@@ -310,7 +314,7 @@ class TrialWorker:
             self.loader.consumed,
             self.job.run,
             list(self.evaluations),
-            self.log.unsent(),
+            self.log.pending_points(),
             self.loader.info.digest,
         )
         search = self.experiment.search
@@ -344,7 +348,7 @@ class TrialWorker:
         self.draws.close()
         if self.log is not None:
             self.saver.close()
-            self.log.flush()
+            self.log.close()
 
     def _abandon(self) -> None:
         """After a failure: let what is being saved and sent come to its end, without trying again."""

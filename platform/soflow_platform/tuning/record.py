@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from soflow_pipelines.storage.files import read_json, write_json
 from soflow_platform.errors import UserError
 from soflow_platform.registry.candidate import Candidate
+from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 
 if TYPE_CHECKING:
@@ -62,6 +63,11 @@ class SweepRecord:
             mode=self.mode,
             metrics=self.best["metrics"],
         )
+
+    def checkpoints(self, project: ProjectFolder, trial: str) -> CheckpointStore:
+        """The checkpoints of one of its trials."""
+        base = self.experiment["training"].get("checkpoints")
+        return CheckpointStore.of_trial(project, self.id, trial, base)
 
     def save(self, storage: ProjectFolder) -> None:
         write_json(storage.sweep(self.id) / RECORD, asdict(self))

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from soflow_platform.storage.checkpoints import RECORD, trial_root
+from soflow_platform.storage.checkpoints import RECORD
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.training.stop_request import stop_requested
 from soflow_platform.training.trial_status import TrialState, TrialStatus, read_status
@@ -175,7 +175,7 @@ def _age(status: TrialStatus) -> float:
 
 
 def _checkpoint_step(storage: ProjectFolder, record: SweepRecord, trial: str) -> int | None:
-    root = trial_root(record.experiment["training"].get("checkpoints"), storage, record.id, trial)
+    root = str(record.checkpoints(storage, trial).root)
     if "://" in root:
         # Listing a remote storage takes seconds, or minutes where it is away.
         return None

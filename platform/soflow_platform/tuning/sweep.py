@@ -25,7 +25,7 @@ from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.storage.retry import retry
 from soflow_platform.tracking.environment import host_tags
 from soflow_platform.tracking.outages import is_away
-from soflow_platform.tracking.store import TRIAL_TAG, Tracking, prepare_store, tracked_dataset
+from soflow_platform.tracking.store import TRIAL_TAG, Tracking, tracked_dataset
 from soflow_platform.training.dataset import open_data
 from soflow_platform.training.stop_request import clear_stops, stop_requested
 from soflow_platform.training.trial_status import TrialState, TrialStatus
@@ -72,7 +72,6 @@ def run_sweep(
             evaluator = Evaluator.open(
                 experiment.evaluation, info, location, experiment.data.conditional, storage, gathering.one
             )
-        prepare_store(uri)
         tracking = Tracking.open(uri, experiment.tracking.experiment or experiment.name, storage)
         shared = {**host_tags(), **evaluator.tags()}
         tags = {**common_tags(experiment, info), **shared}
@@ -158,8 +157,7 @@ def _task(
             experiment=trial.experiment.resolved(),
             data=location,
             storage=str(storage.root),
-            tracking_uri=tracking.uri,
-            tracking_experiment=tracking.experiment,
+            tracking_uri=tracking.store.uri,
             tracking_experiment_id=tracking.experiment_id,
             parent=record.run or "",
             tags={**common_tags(trial.experiment, info), **shared, **varied},
@@ -178,8 +176,9 @@ def _finish(
 ) -> list[TrialOutcome]:
     """See how the trials ended, close their runs, choose and register the best. Raises JobError where an outage lasts."""
 
-    def patiently(action: Callable[[], T], what: str) -> T:
-        return retry(action, what, 60 * experiment.training.patience_minutes, display.say, is_away)
+    def patiently(action: Callable[[], T], description: str) -> T:
+        timeout = 60 * experiment.training.patience_minutes
+        return retry(action, description=description, timeout=timeout, log=display.say, is_transient=is_away)
 
     outcomes = patiently(
         lambda: [_outcome(storage, record, experiment, trial, failures) for trial in trials],
@@ -199,11 +198,11 @@ def _outcome(
     trial: Trial,
     failures: dict[str, str],
 ) -> TrialOutcome:
-    root = _checkpoint_root(storage, record, experiment, trial.name)
+    store = _checkpoints(storage, record, experiment, trial.name)
     # What is used from here on are weights; what training would go on from is verified when it does.
-    newest, _ = CheckpointStore(root).newest([checkpoints.EMA])
-    step = newest.position.step if newest else 0
-    scored = CheckpointStore(root).best(experiment.search.metric, experiment.mode)
+    newest, _ = store.newest([checkpoints.EMA])
+    step = newest.state.step if newest else 0
+    scored = store.best(experiment.search.metric, experiment.mode)
     best = scored[1] if scored else None
     if trial.name in failures:
         state = TrialState.FAILED
@@ -218,8 +217,10 @@ def _outcome(
     return TrialOutcome(trial.name, status, best)
 
 
-def _checkpoint_root(storage: ProjectFolder, record: SweepRecord, experiment: Experiment, trial: str) -> str:
-    return checkpoints.trial_root(experiment.training.checkpoints, storage, record.id, trial)
+def _checkpoints(
+    storage: ProjectFolder, record: SweepRecord, experiment: Experiment, trial: str
+) -> CheckpointStore:
+    return CheckpointStore.of_trial(storage, record.id, trial, experiment.training.checkpoints)
 
 
 def _close_trials(tracking: Tracking, record: SweepRecord, outcomes: list[TrialOutcome]) -> None:
@@ -250,10 +251,10 @@ def _conclude(
     sign: Callable[[float], float] = (lambda v: v) if experiment.mode == "min" else (lambda v: -v)
     best = min(scored, key=lambda o: sign((o.best or {})[metric]))
     step = (best.best or {})["step"]
-    root = _checkpoint_root(storage, record, experiment, best.name)
-    checkpoint = next((c for c in CheckpointStore(root).published() if c.position.step == step), None)
+    store = _checkpoints(storage, record, experiment, best.name)
+    checkpoint = next((c for c in store.published() if c.state.step == step), None)
     if checkpoint is None:
-        raise JobError(f"the best checkpoint, step {step} of {best.name}, is gone from {root}.")
+        raise JobError(f"the best checkpoint, step {step} of {best.name}, is gone from {store.root}.")
     samples = storage.trial(record.id, best.name) / "samples"
     record.best = {
         "trial": best.name,

@@ -16,11 +16,11 @@ from typing import Any
 from soflow_core.failures import summarize
 from soflow_platform.cluster.placement import release_placement_group
 from soflow_platform.config.experiment import Experiment, trial_params
-from soflow_platform.storage.checkpoints import EMA, CheckpointStore, trial_root
+from soflow_platform.storage.checkpoints import EMA, CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.storage.retry import retry
 from soflow_platform.tracking.outages import is_outage
-from soflow_platform.tracking.store import Tracking, tracked_dataset
+from soflow_platform.tracking.store import Tracking, TrackingStore, tracked_dataset
 from soflow_platform.training.launch import train_worker
 from soflow_platform.training.stop_request import stop_requested
 from soflow_platform.training.trial_status import TrialState, TrialStatusWriter, progress_actor
@@ -42,7 +42,6 @@ class TrialTask:
     data: str
     storage: str
     tracking_uri: str
-    tracking_experiment: str
     tracking_experiment_id: str
     parent: str
     tags: dict[str, str]
@@ -61,29 +60,38 @@ def run_trial(config: dict[str, Any]) -> None:
     journal = TrialStatusWriter(
         storage.trial(task.sweep, task.trial), task.trial, experiment.training.steps, task.attempt, board
     )
-    root = trial_root(experiment.training.checkpoints, storage, task.sweep, task.trial)
+    store = CheckpointStore.of_trial(storage, task.sweep, task.trial, experiment.training.checkpoints)
     # Whether it can go on from there is for its workers to see; sound weights end a trial that has trained to its last step.
-    found, _ = retry(lambda: CheckpointStore(root).newest([EMA]), f"reading {root}", patience, journal.log)
-    position = found.position if found else None
+    found, _ = retry(
+        lambda: store.newest([EMA]),
+        description=f"reading {store.root}",
+        timeout=patience,
+        log=journal.log,
+    )
+    state = found.state if found else None
     reported = 0
-    for evaluation in position.evaluations if position else []:
+    for evaluation in state.evaluations if state else []:
         reported = evaluation["step"]
         board.add_evaluation.remote(
             task.trial, reported, {k: v for k, v in evaluation.items() if k != "step"}
         )
         tune.report(evaluation)
-    if position is not None and position.step == experiment.training.steps:
-        board.update.remote(task.trial, {"step": position.step, "state": TrialState.FINISHED})
+    if state is not None and state.step == experiment.training.steps:
+        board.update.remote(task.trial, {"step": state.step, "state": TrialState.FINISHED})
         return
     if stop_requested(storage, task.sweep, task.trial):
-        journal.set_state(TrialState.STOPPED, step=position.step if position else 0)
+        journal.set_state(TrialState.STOPPED, step=state.step if state else 0)
         return
-    journal.set_state(TrialState.STARTING, step=position.step if position else 0)
+    journal.set_state(TrialState.STARTING, step=state.step if state else 0)
     if release_placement_group(storage.trial(task.sweep, task.trial)):
         journal.log("freed what workers of its last start still held")
-    tracking = Tracking(task.tracking_uri, task.tracking_experiment, task.tracking_experiment_id)
+    tracking = Tracking(TrackingStore(task.tracking_uri), task.tracking_experiment_id)
     run = retry(
-        lambda: _open_run(tracking, task, experiment), "opening the run", patience, journal.log, is_outage
+        lambda: _open_run(tracking, task, experiment),
+        description="opening the run",
+        timeout=patience,
+        log=journal.log,
+        is_transient=is_outage,
     )
     fit = _Fit(task, experiment, run)
     fit.start()
@@ -115,9 +123,15 @@ def run_trial(config: dict[str, Any]) -> None:
         )
     if failure and not now.failure:
         journal.fail(failure, step=now.step)
-    state = "FAILED" if failure else "KILLED" if asked or now.state is TrialState.STOPPED else "FINISHED"
+    ended = "FAILED" if failure else "KILLED" if asked or now.state is TrialState.STOPPED else "FINISHED"
     # A failure is told and not raised: Tune would start the trial again, which is for lost machines alone.
-    retry(lambda: tracking.finish(run, state), "closing the run", patience, journal.log, is_outage)
+    retry(
+        lambda: tracking.finish(run, ended),
+        description="closing the run",
+        timeout=patience,
+        log=journal.log,
+        is_transient=is_outage,
+    )
 
 
 class _Fit(threading.Thread):

@@ -12,7 +12,7 @@ import pytest
 
 from soflow_platform.cli.main import main
 from soflow_platform.config.validation import read_experiment
-from soflow_platform.storage.checkpoints import CheckpointState, CheckpointStore, trial_root
+from soflow_platform.storage.checkpoints import CheckpointState
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tuning.record import new_or_resumed_record, sweep_id
 from soflow_platform.tuning.search_space import trials
@@ -259,13 +259,13 @@ def test_a_sweep_is_not_begun_anew_because_its_checkpoints_were_left_in_another_
     sweep = sweep_id(storage, experiment, again=False)
     record = new_or_resumed_record(None, sweep, DIGITS, experiment, trials(document, experiment))
     record.save(storage)
-    root = trial_root(None, storage, sweep, record.trials[1]["name"])
-    CheckpointStore(root).publish(CheckpointState(150, 19_200, "a-run"), lambda _: None)
+    store = record.checkpoints(storage, record.trials[1]["name"])
+    store.publish(CheckpointState(150, 19_200, "a-run"), lambda _: None)
     elsewhere = tmp_path / "elsewhere"
     arguments = ["run", DIGITS, "--storage", str(tmp_path), "--set", f"training.checkpoints={elsewhere}"]
     monkeypatch.setattr(sys, "argv", ["soflowctl", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert f"are in {root} and not in {elsewhere}" in capfd.readouterr().err
+    assert f"are in {store.root} and not in {elsewhere}" in capfd.readouterr().err
     assert not elsewhere.exists()

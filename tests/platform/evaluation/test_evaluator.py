@@ -73,8 +73,8 @@ def test_why_a_number_is_refused_stands_in_the_log_and_on_the_run_once(
     ]
     said = tracking.client.get_run(trained.job.run).data.tags["eval.flags"]
     assert [said.count(f"(nfe {nfe})") for nfe in (1, 2)] == [1, 1]
-    again = MetricLogger(tracking.uri, trained.job.run, print)
-    again.flag(lines[0].split("  ", 2)[2])
+    again = MetricLogger(tracking.store, trained.job.run, print)
+    again.add_flag(lines[0].split("  ", 2)[2])
     again.flush()
     assert tracking.client.get_run(trained.job.run).data.tags["eval.flags"] == said
 

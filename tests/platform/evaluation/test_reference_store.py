@@ -18,6 +18,7 @@ from soflow_platform.evaluation.runner import RayStatisticsRunner
 from soflow_platform.evaluation.statistics import StatisticsJob
 from soflow_platform.jobs.evaluate import EvaluateRequest, Score, evaluate
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import TrackingStore
 from tests.support.scored_sweep import SWEEP, measure_here
 from tests.support.small_networks import exported, latent_set
 
@@ -48,7 +49,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[StatisticsJob]:
 
 def run(storage: ProjectFolder, subject: str, **settings: Any) -> Score:
     request = EvaluateRequest(subject, **{"num": 100, **settings})
-    (score,) = evaluate(request, storage, storage.tracking_uri)[1]
+    (score,) = evaluate(request, storage, TrackingStore(storage.tracking_uri))[1]
     return score
 
 

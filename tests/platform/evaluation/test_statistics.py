@@ -31,12 +31,15 @@ from soflow_platform.evaluation.statistics import (
 from soflow_platform.generation.generator import BATCH, Generator
 from soflow_platform.jobs.targets import find_target
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import TrackingStore
 from tests.support.scored_sweep import SWEEP
 
 
 @pytest.fixture
 def weights(scored_once: ProjectFolder) -> Path:
-    found = find_target(f"{SWEEP}/trial-00-soflow", scored_once, scored_once.tracking_uri).weights
+    found = find_target(
+        f"{SWEEP}/trial-00-soflow", scored_once, TrackingStore(scored_once.tracking_uri)
+    ).weights
     assert found is not None
     return found
 

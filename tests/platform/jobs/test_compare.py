@@ -39,7 +39,7 @@ from soflow_platform.jobs.evaluate import EvaluateRequest, evaluate
 from soflow_platform.jobs.model_under_test import ModelUnderTest
 from soflow_platform.jobs.targets import find_target
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import client_for
+from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.tuning.record import SweepRecord, load_record
 from tests.support.scored_sweep import ROOT, SETTINGS, SWEEP, measure_here
 
@@ -75,7 +75,7 @@ def compared(storage: ProjectFolder, record: SweepRecord, **settings: Any) -> Co
         record,
         protocol,
         storage,
-        storage.tracking_uri,
+        TrackingStore(storage.tracking_uri),
         None,
         seen.append,
         settings.pop("costs", False),
@@ -111,7 +111,7 @@ def test_a_row_is_the_score_of_the_newest_checkpoint_by_itself(
     request = EvaluateRequest(
         str(newest), num=80, steps=(2,), labels="balanced", sampling={"sampling_scale": 2.0}
     )
-    _, (score,) = evaluate(request, scored, scored.tracking_uri)
+    _, (score,) = evaluate(request, scored, TrackingStore(scored.tracking_uri))
     assert (row.distance, row.label_agreement) == (score.values["fd"], score.values["label_agreement"])
 
 
@@ -119,7 +119,7 @@ def test_the_numbers_stand_on_the_runs_of_their_trials(scored: ProjectFolder, re
     rows = compared(scored, record).rows
     runs = {
         run.data.tags["soflow.trial"]: run.data.metrics
-        for run in client_for(scored.tracking_uri).search_runs([record.experiment_id or ""])
+        for run in TrackingStore(scored.tracking_uri).client.search_runs([record.experiment_id or ""])
         if "soflow.trial" in run.data.tags
     }
     assert runs["trial-00-soflow"]["evaluate/fd100_nfe2_balanced"] == rows[1].distance
@@ -167,7 +167,7 @@ def test_a_network_that_is_scored_leaves_its_weights_in_their_file(
     scored: ProjectFolder, record: SweepRecord
 ) -> None:
     name = record.trials[0]["name"]
-    path = find_target(f"{SWEEP}/{name}", scored, scored.tracking_uri).weights
+    path = find_target(f"{SWEEP}/{name}", scored, TrackingStore(scored.tracking_uri)).weights
     assert path is not None
     assert len(pickle.dumps(ModelUnderTest.open(path, {}))) < path.stat().st_size / 4
 

@@ -24,7 +24,7 @@ from soflow_platform.jobs.targets import EvaluationTarget, find_target
 from soflow_platform.registry.versions import register
 from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import Tracking, client_for
+from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.record import load_record
 from tests.support.scored_sweep import SWEEP, measure_here
 
@@ -46,7 +46,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(storage: ProjectFolder, subject: str, **settings: Any) -> list[Score]:
     request = EvaluateRequest(subject, **{"num": 100, **settings})
-    return evaluate(request, storage, storage.tracking_uri)[1]
+    return evaluate(request, storage, TrackingStore(storage.tracking_uri))[1]
 
 
 def test_the_score_of_a_checkpoint_is_the_one_that_training_reported(scored: ProjectFolder) -> None:
@@ -54,7 +54,7 @@ def test_the_score_of_a_checkpoint_is_the_one_that_training_reported(scored: Pro
     record = load_record(scored, SWEEP)
     assert record is not None
     config = record.experiment["evaluation"]
-    best = find_target(TRIAL, scored, scored.tracking_uri)
+    best = find_target(TRIAL, scored, TrackingStore(scored.tracking_uri))
     scores = run(scored, TRIAL, labels=config["labels"], steps=(1, 2))
     assert best.weights is not None
     position = json.loads((best.weights.parent / "checkpoint.json").read_text())
@@ -233,17 +233,17 @@ def test_fewer_samples_than_features_are_flagged(scored: ProjectFolder) -> None:
 
 
 def test_scores_go_to_their_run_once_with_their_settings(scored: ProjectFolder) -> None:
-    subject = find_target(TRIAL, scored, scored.tracking_uri)
+    subject = find_target(TRIAL, scored, TrackingStore(scored.tracking_uri))
     scores = run(scored, TRIAL, num=1000, steps=(1, 2))
-    names = log_scores(subject, scores, scored.tracking_uri)
+    names = log_scores(subject, scores, TrackingStore(scored.tracking_uri))
     assert names == [
         "evaluate/fd1k_nfe1_uniform",
         "evaluate/label_agreement1k_nfe1_uniform",
         "evaluate/fd1k_nfe2_uniform",
         "evaluate/label_agreement1k_nfe2_uniform",
     ]
-    assert log_scores(subject, scores, scored.tracking_uri) == names
-    client = client_for(scored.tracking_uri)
+    assert log_scores(subject, scores, TrackingStore(scored.tracking_uri)) == names
+    client = TrackingStore(scored.tracking_uri).client
     assert subject.run is not None
     (point,) = client.get_metric_history(subject.run, names[2])
     assert (point.step, point.value) == (subject.step, scores[1].values["fd"])
@@ -252,14 +252,14 @@ def test_scores_go_to_their_run_once_with_their_settings(scored: ProjectFolder) 
 
 
 def test_other_settings_under_the_same_name_do_not_hide_the_first(scored: ProjectFolder) -> None:
-    subject = find_target(TRIAL, scored, scored.tracking_uri)
+    subject = find_target(TRIAL, scored, TrackingStore(scored.tracking_uri))
     first, second = run(scored, TRIAL, metrics=("fd",)), run(scored, TRIAL, metrics=("fd",), seed=1)
-    assert log_scores(subject, first, scored.tracking_uri) == ["evaluate/fd100_nfe1_uniform"]
-    named = log_scores(subject, second, scored.tracking_uri)
+    assert log_scores(subject, first, TrackingStore(scored.tracking_uri)) == ["evaluate/fd100_nfe1_uniform"]
+    named = log_scores(subject, second, TrackingStore(scored.tracking_uri))
     moving = {key: value for key, value in second[0].tags.items() if key != "reference"}
     assert named == [f"evaluate/fd100_nfe1_uniform_{settings_digest(moving)[:6]}"]
-    assert log_scores(subject, second, scored.tracking_uri) == named
-    metrics = client_for(scored.tracking_uri).get_run(subject.run or "").data.metrics
+    assert log_scores(subject, second, TrackingStore(scored.tracking_uri)) == named
+    metrics = TrackingStore(scored.tracking_uri).client.get_run(subject.run or "").data.metrics
     assert [metrics[name] for name in ("evaluate/fd100_nfe1_uniform", *named)] == [
         first[0].values["fd"],
         second[0].values["fd"],
@@ -267,32 +267,30 @@ def test_other_settings_under_the_same_name_do_not_hide_the_first(scored: Projec
 
 
 def test_the_same_data_at_another_place_are_the_same_settings(scored: ProjectFolder) -> None:
-    subject = find_target(TRIAL, scored, scored.tracking_uri)
+    subject = find_target(TRIAL, scored, TrackingStore(scored.tracking_uri))
     shutil.copytree(scored.data / "digits", scored.root / "mounted" / "digits")
     first = run(scored, TRIAL, metrics=("fd",), reference=str(scored.data / "digits"))
     second = run(scored, TRIAL, metrics=("fd",), reference=str(scored.root / "mounted" / "digits"))
     assert first[0].tags["reference"] != second[0].tags["reference"]
-    names = [log_scores(subject, scores, scored.tracking_uri) for scores in (first, second)]
+    names = [log_scores(subject, scores, TrackingStore(scored.tracking_uri)) for scores in (first, second)]
     assert names == [["evaluate/fd100_nfe1_uniform"]] * 2
 
 
 def test_a_version_gets_a_score_that_its_run_has_already(scored: ProjectFolder) -> None:
     record = load_record(scored, SWEEP)
     assert record is not None
-    tracking = Tracking(scored.tracking_uri, "digits", record.experiment_id or "")
+    tracking = Tracking(TrackingStore(scored.tracking_uri), record.experiment_id or "")
     trial = "trial-00-soflow"
-    of_trial = find_target(f"{SWEEP}/{trial}", scored, scored.tracking_uri)
-    steps = {
-        c.position.step: c for c in CheckpointStore(scored.trial(SWEEP, trial) / "checkpoints").published()
-    }
+    of_trial = find_target(f"{SWEEP}/{trial}", scored, TrackingStore(scored.tracking_uri))
+    steps = {c.state.step: c for c in CheckpointStore(scored.trial(SWEEP, trial) / "checkpoints").published()}
     record.best = {"trial": trial, "step": of_trial.step, "metrics": {"eval/fd_nfe1": 1.0}}
     number = register(tracking, record.candidate("digits"), steps[of_trial.step or 0])
     (score,) = run(scored, of_trial.name.split(" ")[0], metrics=("fd",))
-    names = log_scores(of_trial, [score], scored.tracking_uri)
-    of_version = find_target(f"models:/digits/{number}", scored, scored.tracking_uri)
+    names = log_scores(of_trial, [score], TrackingStore(scored.tracking_uri))
+    of_version = find_target(f"models:/digits/{number}", scored, TrackingStore(scored.tracking_uri))
     assert of_version.run == of_trial.run
-    assert log_scores(of_version, [score], scored.tracking_uri) == names
-    client = client_for(scored.tracking_uri)
+    assert log_scores(of_version, [score], TrackingStore(scored.tracking_uri)) == names
+    client = TrackingStore(scored.tracking_uri).client
     tags = client.get_model_version("digits", number).tags
     assert float(tags[names[0]]) == score.values["fd"]
     assert json.loads(tags[f"{names[0]}.settings"]) == {**score.tags, "flags": score.flags}
@@ -301,11 +299,16 @@ def test_a_version_gets_a_score_that_its_run_has_already(scored: ProjectFolder) 
 
 def test_what_belongs_to_no_run_is_logged_nowhere(scored: ProjectFolder) -> None:
     score = Score("images", {"fd": 1.0}, {}, [], {"samples": "50000"})
-    assert log_scores(EvaluationTarget("images", images="somewhere"), [score], scored.tracking_uri) == []
+    assert (
+        log_scores(
+            EvaluationTarget("images", images="somewhere"), [score], TrackingStore(scored.tracking_uri)
+        )
+        == []
+    )
     assert metric_name("fid", score.tags) == "evaluate/fid50k"
 
 
 def test_a_tracking_store_that_does_not_take_them_is_a_failed_job(scored: ProjectFolder) -> None:
     score = Score("images", {"fd": 1.0}, {}, [], {"samples": "50000"})
     with pytest.raises(JobError, match=r"the scores are kept, but .* did not take them"):
-        log_scores(EvaluationTarget("run", run="0" * 32), [score], scored.tracking_uri)
+        log_scores(EvaluationTarget("run", run="0" * 32), [score], TrackingStore(scored.tracking_uri))

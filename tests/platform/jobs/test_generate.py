@@ -21,7 +21,7 @@ from soflow_platform.jobs.requests import GenerateRequest
 from soflow_platform.registry.versions import register
 from soflow_platform.storage.checkpoints import EMA, CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import Tracking
+from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.record import load_record
 from tests.support.scored_sweep import SWEEP
 
@@ -34,7 +34,7 @@ def checkpoint(project: ProjectFolder, step: int = 6) -> Path:
 
 def make(project: ProjectFolder, model: str | Path, out: Path, **settings: Any) -> GeneratedFolder:
     request = GenerateRequest(str(model), out, **{"num": 5, **settings})
-    return generate(request, project, project.tracking_uri)
+    return generate(request, project, TrackingStore(project.tracking_uri))
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -45,7 +45,7 @@ def register_newest(project: ProjectFolder) -> str:
     """Register the trial's newest checkpoint as `digits`. Returns its version."""
     record = load_record(project, SWEEP)
     assert record is not None
-    tracking = Tracking(project.tracking_uri, "digits", record.experiment_id or "")
+    tracking = Tracking(TrackingStore(project.tracking_uri), record.experiment_id or "")
     record.best = {"trial": TRIAL, "step": 6, "metrics": {"eval/fd_nfe1": 1.0}}
     newest = CheckpointStore(project.trial(SWEEP, TRIAL) / "checkpoints").published()[-1]
     return register(tracking, record.candidate("digits"), newest)
@@ -68,7 +68,7 @@ def test_every_name_of_one_checkpoint_gives_the_same_images(scored: ProjectFolde
         (checkpoint(scored, step) / "checkpoint.json").unlink()
     record = load_record(scored, SWEEP)
     assert record is not None
-    run = Tracking(scored.tracking_uri, "digits", record.experiment_id or "").find(SWEEP, TRIAL)
+    run = Tracking(TrackingStore(scored.tracking_uri), record.experiment_id or "").find(SWEEP, TRIAL)
     assert run is not None
     names = {
         "file": str(checkpoint(scored) / EMA),

@@ -22,7 +22,7 @@ from soflow_platform.registry.versions import register
 from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import Tracking
+from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.training.trial_status import TrialState
 from soflow_platform.tuning.record import SweepRecord, load_record
 from soflow_platform.tuning.search_space import Trial
@@ -31,7 +31,7 @@ from tests.support.scored_sweep import SWEEP
 
 
 def find(name: str, storage: ProjectFolder) -> EvaluationTarget:
-    return find_target(name, storage, storage.tracking_uri)
+    return find_target(name, storage, TrackingStore(storage.tracking_uri))
 
 
 def trial(storage: ProjectFolder, record: SweepRecord, name: str, newest: bool = False) -> EvaluationTarget:
@@ -51,7 +51,7 @@ def served(folder: Path) -> Iterator[str]:
 def run_of(storage: ProjectFolder, trial: str) -> str:
     record = load_record(storage, SWEEP)
     assert record is not None
-    found = Tracking(storage.tracking_uri, "digits", record.experiment_id or "").find(SWEEP, trial)
+    found = Tracking(TrackingStore(storage.tracking_uri), record.experiment_id or "").find(SWEEP, trial)
     assert found is not None
     return str(found.info.run_id)
 
@@ -61,7 +61,7 @@ def test_a_trial_is_its_best_checkpoint_or_its_newest(scored_once: ProjectFolder
     assert record is not None
     root = scored_once.trial(SWEEP, "trial-00-soflow") / "checkpoints"
     complete = CheckpointStore(root).published()
-    scores = {e["step"]: e["eval/fd_nfe1"] for e in complete[-1].position.evaluations}
+    scores = {e["step"]: e["eval/fd_nfe1"] for e in complete[-1].state.evaluations}
     best = trial(scored_once, record, "trial-00-soflow")
     assert best.step == min(scores, key=lambda step: scores[step])
     assert trial(scored_once, record, "trial-00-soflow", newest=True).step == 6
@@ -136,7 +136,7 @@ def test_a_registered_version_is_a_copy_of_its_weights_in_the_project_folder(
 ) -> None:
     record = load_record(scored, SWEEP)
     assert record is not None
-    tracking = Tracking(scored.tracking_uri, "digits", record.experiment_id or "")
+    tracking = Tracking(TrackingStore(scored.tracking_uri), record.experiment_id or "")
     root = scored.trial(SWEEP, "trial-00-soflow") / "checkpoints"
     newest = CheckpointStore(root).published()[-1]
     record.best = {"trial": "trial-00-soflow", "step": 6, "metrics": {"eval/fd_nfe1": 1.0}}
@@ -186,7 +186,7 @@ def test_images_are_refused_where_weights_are_needed(tmp_path: Path, name: str) 
     (tmp_path / "images").mkdir()
     (tmp_path / "samples.npz").touch()
     storage = ProjectFolder(tmp_path / "runs")
-    resolver = TargetResolver(storage, storage.tracking_uri, tmp_path, accepts_images=False)
+    resolver = TargetResolver(storage, TrackingStore(storage.tracking_uri), tmp_path, accepts_images=False)
     with pytest.raises(UserError, match=r"holds no weights: name .*, or a .safetensors file\.$"):
         resolver.find(str(tmp_path / name))
 

@@ -10,7 +10,7 @@ import pytest
 from soflow_platform.errors import UserError
 from soflow_platform.registry import promotion, versions
 from soflow_platform.storage.checkpoints import CheckpointStore
-from soflow_platform.tracking.store import Tracking, client_for
+from soflow_platform.tracking.store import Tracking
 from soflow_platform.training.worker import TrialWorker
 from soflow_platform.tuning.record import SweepRecord
 
@@ -37,14 +37,14 @@ def add(worker: Callable[..., TrialWorker], tracking: Tracking) -> Register:
 
 
 def champion(tracking: Tracking) -> Any:
-    return client_for(tracking.uri).get_model_version_by_alias("digits", "champion")
+    return tracking.client.get_model_version_by_alias("digits", "champion")
 
 
 def test_the_newest_registered_version_is_the_candidate(add: Register, tracking: Tracking) -> None:
     assert [add("a", 10.0), add("b", 12.0)] == ["1", "2"]
-    assert versions.find_version(tracking.uri, "digits").version == 2
-    assert versions.find_version(tracking.uri, "models:/digits@candidate").version == 2
-    assert versions.find_version(tracking.uri, "models:/digits/1").version == 1
+    assert versions.find_version(tracking.store, "digits").version == 2
+    assert versions.find_version(tracking.store, "models:/digits@candidate").version == 2
+    assert versions.find_version(tracking.store, "models:/digits/1").version == 1
 
 
 def test_a_sweep_is_registered_once(add: Register) -> None:
@@ -53,57 +53,57 @@ def test_a_sweep_is_registered_once(add: Register) -> None:
 
 def test_a_better_version_passes_the_gate_and_a_worse_one_does_not(add: Register, tracking: Tracking) -> None:
     add("a", 10.0)
-    assert promotion.promote(tracking.uri, "digits").reason == "first champion"
+    assert promotion.promote(tracking.store, "digits").reason == "first champion"
     add("worse", 11.0)
     with pytest.raises(UserError, match=r"has eval/fd_nfe1 11 and champion 1 has 10: it is not better"):
-        promotion.promote(tracking.uri, "digits")
+        promotion.promote(tracking.store, "digits")
     assert champion(tracking).version == 1
     add("better", 9.0)
-    done = promotion.promote(tracking.uri, "digits")
+    done = promotion.promote(tracking.store, "digits")
     assert (done.version, done.previous, done.reason) == ("3", "1", "eval/fd_nfe1 9 is better than 10")
     assert champion(tracking).version == 3
 
 
 def test_numbers_measured_in_another_way_are_not_compared(add: Register, tracking: Tracking) -> None:
     add("a", 10.0)
-    promotion.promote(tracking.uri, "digits")
+    promotion.promote(tracking.store, "digits")
     add("b", 1.0, **{"eval.features": "pooled-2"})
     with pytest.raises(UserError, match=r"cannot be compared with champion 1: they differ in eval.features"):
-        promotion.promote(tracking.uri, "digits")
+        promotion.promote(tracking.store, "digits")
 
 
 def test_what_is_said_of_numbers_does_not_keep_them_apart(add: Register, tracking: Tracking) -> None:
     add("a", 10.0, **{"eval.flags": "sample 0 has values that are not finite (nfe 1)"})
-    promotion.promote(tracking.uri, "digits")
+    promotion.promote(tracking.store, "digits")
     add("b", 9.0)
-    assert promotion.promote(tracking.uri, "digits").version == "2"
+    assert promotion.promote(tracking.store, "digits").version == "2"
     add("c", 8.0, **{"eval.flags": "32 samples in 64 features."})
-    assert promotion.promote(tracking.uri, "digits").version == "3"
+    assert promotion.promote(tracking.store, "digits").version == "3"
 
 
 def test_nan_never_passes_the_gate(add: Register, tracking: Tracking) -> None:
     add("a", 10.0)
-    promotion.promote(tracking.uri, "digits")
+    promotion.promote(tracking.store, "digits")
     add("b", float("nan"))
     with pytest.raises(UserError, match="it is not better"):
-        promotion.promote(tracking.uri, "digits")
+        promotion.promote(tracking.store, "digits")
 
 
 def test_a_forced_promotion_records_its_reason_and_can_be_rolled_back(
     add: Register, tracking: Tracking
 ) -> None:
     add("a", 10.0)
-    promotion.promote(tracking.uri, "digits")
+    promotion.promote(tracking.store, "digits")
     add("worse", 11.0)
-    promotion.promote(tracking.uri, "digits", force="looks better")
+    promotion.promote(tracking.store, "digits", force="looks better")
     assert champion(tracking).version == 2
     assert champion(tracking).tags["soflow.promoted"].endswith("forced: looks better")
-    done = promotion.rollback(tracking.uri, "digits")
+    done = promotion.rollback(tracking.store, "digits")
     assert (done.version, done.previous) == ("1", "2")
     assert champion(tracking).version == 1
     assert champion(tracking).tags["soflow.promoted"].endswith("rollback from version 2")
     with pytest.raises(UserError, match="is the first champion: there is none before it"):
-        promotion.rollback(tracking.uri, "digits")
+        promotion.rollback(tracking.store, "digits")
 
 
 @pytest.mark.parametrize(
@@ -119,4 +119,4 @@ def test_a_version_that_is_not_there_is_said_to_be(
 ) -> None:
     add("a", 10.0)
     with pytest.raises(UserError, match=said):
-        versions.find_version(tracking.uri, model)
+        versions.find_version(tracking.store, model)

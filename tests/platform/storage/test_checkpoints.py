@@ -62,7 +62,7 @@ def put(content: bytes, name: str = checkpoints.STATE) -> Callable[[Path], None]
 
 
 def steps(root: str) -> list[int]:
-    return [checkpoint.position.step for checkpoint in CheckpointStore(root).published()]
+    return [checkpoint.state.step for checkpoint in CheckpointStore(root).published()]
 
 
 def test_what_is_published_is_read_back(root: str) -> None:
@@ -70,7 +70,7 @@ def test_what_is_published_is_read_back(root: str) -> None:
     CheckpointStore(root).publish(position, put(b"weights"))
     found, damaged = CheckpointStore(root).newest()
     assert found is not None
-    assert (found.position, damaged) == (position, [])
+    assert (found.state, damaged) == (position, [])
     with found.opened(checkpoints.STATE) as path:
         assert path.read_bytes() == b"weights"
 
@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(root: str, damag
         storage.write(name, damage)
     found, damaged = CheckpointStore(root).newest()
     assert found is not None
-    assert found.position.step == 4
+    assert found.state.step == 4
     assert damaged == ["step-00000006 is damaged (state.pt): going back to the one before it."]
 
 
@@ -116,7 +116,7 @@ def test_a_record_that_cannot_be_read_is_damage_like_any_other(root: str, record
     open_storage(root).write(f"step-00000006/{checkpoints.RECORD}", record)
     found, damaged = CheckpointStore(root).newest()
     assert found is not None
-    assert found.position.step == 4
+    assert found.state.step == 4
     assert damaged == ["step-00000006 is damaged (checkpoint.json): going back to the one before it."]
     assert steps(root) == [4]
     CheckpointStore(root).prune(keep=2)
@@ -138,8 +138,8 @@ def test_damaged_checkpoints_that_training_went_back_from_do_not_outlive_sound_o
     open_storage(root).write(f"step-00000537/{checkpoints.RECORD}", b"")
     found, damaged = CheckpointStore(root).newest()
     assert found is not None
-    assert (found.position.step, len(damaged)) == (300, 2)
-    CheckpointStore(root).discard_after(found.position.step)
+    assert (found.state.step, len(damaged)) == (300, 2)
+    CheckpointStore(root).discard_after(found.state.step)
     CheckpointStore(root).publish(CheckpointState(310, 2480, "run"), put(b"weights"))
     CheckpointStore(root).prune(keep=2)
     assert steps(root) == [300, 310]
@@ -158,11 +158,11 @@ def test_the_best_checkpoint_is_the_best_whose_weights_are_sound(root: str) -> N
             CheckpointStore(root).publish(position, put(b"weights", checkpoints.EMA))
     found = CheckpointStore(root).best("fd", "min")
     assert found is not None
-    assert (found[0].position.step, found[1]) == (2, {"step": 2, "fd": 1.0})
+    assert (found[0].state.step, found[1]) == (2, {"step": 2, "fd": 1.0})
     open_storage(root).write(f"step-00000002/{checkpoints.EMA}", b"weightz")
     found = CheckpointStore(root).best("fd", "min")
     assert found is not None
-    assert found[0].position.step == 1
+    assert found[0].state.step == 1
     assert CheckpointStore(root).best("label_agreement", "max") is None
 
 
@@ -211,7 +211,7 @@ def test_a_checkpoint_that_is_removed_while_a_trials_are_listed_is_left_out(
     before = storage.names()
     storage.remove(f"step-00000001/{checkpoints.RECORD}")
     monkeypatch.setattr(type(storage), "names", lambda _: before)
-    assert [checkpoint.position.step for checkpoint in CheckpointStore(root).published()] == [2]
+    assert [checkpoint.state.step for checkpoint in CheckpointStore(root).published()] == [2]
 
 
 def test_nan_is_never_the_best_evaluation() -> None:
@@ -227,7 +227,7 @@ def test_a_storage_that_is_away_for_a_while_delays_a_checkpoint_and_no_more(
     wire = Wire(server.port)
     told: list[str] = []
     through = bucket.replace(str(server.port), str(wire.port))
-    saver = AsyncCheckpointer(through, keep=2, patience=60, say=told.append)
+    saver = AsyncCheckpointer(CheckpointStore(through), keep=2, patience=60, log=told.append)
     wire.cut_after = 0
     saver.submit(CheckpointState(1, 8, "run"), [], put(b"weights"))
     time.sleep(1)

@@ -21,7 +21,7 @@ from soflow_platform.errors import JobError, Stopped
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.metric_logger import MetricLogger
 from soflow_platform.tracking.outages import is_outage
-from soflow_platform.tracking.store import Tracking, client_for
+from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.display import Display
 from soflow_platform.tuning.record import SweepRecord, new_or_resumed_record
 from soflow_platform.tuning.sweep import _finish, _sweep_run
@@ -104,7 +104,7 @@ def record(experiment: Experiment) -> SweepRecord:
 def test_an_answer_is_an_outage_or_a_mistake(server: Answers, status: int, away: bool) -> None:
     server.status, server.failures = status, 100
     with pytest.raises(MlflowException) as caught:
-        client_for(server.uri).get_run("a-run")
+        TrackingStore(server.uri).client.get_run("a-run")
     assert is_outage(caught.value) == away
 
 
@@ -113,9 +113,9 @@ def test_a_record_waits_for_a_server_that_is_busy_or_slow_and_misses_no_point(
     server: Answers, status: int
 ) -> None:
     said: list[str] = []
-    log = MetricLogger.resume(server.uri, "a-run", said.append, 30)
+    log = MetricLogger(TrackingStore(server.uri), "a-run", said.append, 30)
     server.status, server.failures = status, 3
-    log.metrics(1, {"train/loss": 0.5})
+    log.log_metrics(1, {"train/loss": 0.5})
     log.flush()
     assert [(m["key"], m["step"], m["value"]) for m in server.logged] == [("train/loss", 1, 0.5)]
     assert "trying again" in said[0]
@@ -123,9 +123,9 @@ def test_a_record_waits_for_a_server_that_is_busy_or_slow_and_misses_no_point(
 
 
 def test_a_refusal_is_no_outage_and_is_told_at_once(server: Answers) -> None:
-    log = MetricLogger.resume(server.uri, "a-run", print, 30)
+    log = MetricLogger(TrackingStore(server.uri), "a-run", print, 30)
     server.status, server.failures = 403, 100
-    log.metrics(1, {"train/loss": 0.5})
+    log.log_metrics(1, {"train/loss": 0.5})
     with pytest.raises(JobError, match="logging failed"):
         log.flush()
 
@@ -133,10 +133,10 @@ def test_a_refusal_is_no_outage_and_is_told_at_once(server: Answers) -> None:
 @pytest.mark.parametrize("status", [503, 403])
 def test_a_grid_that_cannot_be_sent_is_told_and_costs_no_point(server: Answers, status: int) -> None:
     said: list[str] = []
-    log = MetricLogger.resume(server.uri, "a-run", said.append, 0.5)
+    log = MetricLogger(TrackingStore(server.uri), "a-run", said.append, 0.5)
     server.artifacts_status = status
-    log.grid(1, "samples/nfe1", np.zeros((8, 8, 3), np.uint8))
-    log.metrics(1, {"train/loss": 0.5})
+    log.log_image(1, "samples/nfe1", np.zeros((8, 8, 3), np.uint8))
+    log.log_metrics(1, {"train/loss": 0.5})
     log.flush()
     assert [m["step"] for m in server.logged] == [1]
     assert said[-1].startswith(f"sending samples/nfe1 of step 1 to {server.uri} failed")
@@ -175,7 +175,9 @@ def test_a_sweep_waits_for_its_tracking_server_before_it_closes_its_runs(
     server.status, server.failures = 504, 3
     experiment, _ = read_experiment(DIGITS)
     with pytest.raises(JobError, match="no trial of sweep digits-1 could be scored"):
-        _finish(record(experiment), experiment, [], storage, Tracking(server.uri, "digits", "1"), {}, said)
+        _finish(
+            record(experiment), experiment, [], storage, Tracking(TrackingStore(server.uri), "1"), {}, said
+        )
     assert said.lines[0].startswith("closing the trials' runs failed (")
     assert said.lines[1].startswith("closing the trials' runs succeeded after ")
 
@@ -189,7 +191,7 @@ def test_a_sweep_that_is_stopped_while_its_tracking_server_is_away_ends_as_stopp
 
     def stopped() -> None:
         with _sweep_run(record(experiment), experiment, tracking, facts, said.say):
-            tracking.uri = "http://127.0.0.1:9"
+            tracking.store = TrackingStore("http://127.0.0.1:9")
             raise Stopped("it was asked to stop")
 
     with pytest.raises(Stopped, match="asked to stop"):

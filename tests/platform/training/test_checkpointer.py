@@ -34,7 +34,7 @@ def put(content: bytes) -> Callable[[Path], None]:
 
 
 def steps(root: Path | str) -> list[int]:
-    return [checkpoint.position.step for checkpoint in CheckpointStore(root).published()]
+    return [checkpoint.state.step for checkpoint in CheckpointStore(root).published()]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
         assert release.wait(10)
         put(b"weights")(folder)
 
-    saver = AsyncCheckpointer(str(tmp_path), keep=2, patience=1, say=told.append)
+    saver = AsyncCheckpointer(CheckpointStore(tmp_path), keep=2, patience=1, log=told.append)
     saver.submit(CheckpointState(1, 8, "run"), [], slow)
     assert steps(tmp_path) == []
     release.set()
@@ -65,7 +65,7 @@ def test_a_full_disk_is_told_as_one_whichever_file_it_meets(tmp_path: Path, stat
     told: list[str] = []
     with mounted(tmp_path / "disk", mebibytes=16) as disk:
         root = disk / "checkpoints"
-        saver = AsyncCheckpointer(str(root), keep=2, patience=0.1, say=told.append)
+        saver = AsyncCheckpointer(CheckpointStore(root), keep=2, patience=0.1, log=told.append)
         saver.submit(CheckpointState(1, 8, "run"), [], put(b"weights"))
         saver.submit(CheckpointState(2, 16, "run"), [1], write)
         with pytest.raises(JobError, match=r"step 2 to .* failed for \d+ s: no space is left on the disk of"):
@@ -80,7 +80,7 @@ def test_whatever_a_writer_raises_fails_a_checkpoint_and_is_named(tmp_path: Path
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
     told: list[str] = []
-    saver = AsyncCheckpointer(str(tmp_path), keep=2, patience=0.1, say=told.append)
+    saver = AsyncCheckpointer(CheckpointStore(tmp_path), keep=2, patience=0.1, log=told.append)
     saver.submit(CheckpointState(1, 8, "run"), [], broken)
     with pytest.raises(JobError, match="RuntimeError: PytorchStreamWriter failed writing file data/0"):
         saver.close()
@@ -96,7 +96,7 @@ def test_not_even_a_panic_of_a_writer_is_lost(tmp_path: Path) -> None:
         raise Panic("index out of bounds")
 
     told: list[str] = []
-    saver = AsyncCheckpointer(str(tmp_path), keep=2, patience=60, say=told.append)
+    saver = AsyncCheckpointer(CheckpointStore(tmp_path), keep=2, patience=60, log=told.append)
     saver.submit(CheckpointState(1, 8, "run"), [], panics)
     with pytest.raises(JobError, match="index out of bounds"):
         saver.close()
@@ -123,7 +123,7 @@ def test_a_storage_that_stays_away_costs_the_checkpoint_and_fails_the_trial_only
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     told: list[str] = []
-    saver = AsyncCheckpointer(str(blocked / "checkpoints"), keep=2, patience=0.2, say=told.append)
+    saver = AsyncCheckpointer(CheckpointStore(blocked / "checkpoints"), keep=2, patience=0.2, log=told.append)
     saver.submit(CheckpointState(1, 8, "run"), [], put(b"weights"))
     saver.submit(CheckpointState(2, 16, "run"), [], put(b"weights"))
     with pytest.raises(JobError, match=r"saving the checkpoint of step 2 to .*Not a directory"):
@@ -135,7 +135,7 @@ def test_while_a_checkpoint_is_stuck_others_are_left_out_but_for_one_that_is_nee
     away = tmp_path / "away"
     away.write_text("a file in the place of the folder")
     told: list[str] = []
-    saver = AsyncCheckpointer(str(away), keep=5, patience=60, say=told.append)
+    saver = AsyncCheckpointer(CheckpointStore(away), keep=5, patience=60, log=told.append)
     saver.submit(CheckpointState(1, 8, "run"), [], put(b"weights"))
     started = time.monotonic()
     assert not saver.ready(2, needed=False)
@@ -179,9 +179,9 @@ def test_a_training_whose_storage_was_away_trains_the_same_numbers_and_saves_its
 
 def test_old_checkpoints_that_cannot_be_removed_cost_nothing_but_space(tmp_path: Path) -> None:
     told: list[str] = []
-    saver = AsyncCheckpointer(str(tmp_path), keep=1, patience=60, say=told.append)
+    saver = AsyncCheckpointer(CheckpointStore(tmp_path), keep=1, patience=60, log=told.append)
     saver.submit(CheckpointState(1, 8, "run"), [], put(b"weights"))
-    saver.wait()
+    saver.drain()
     with mounted(tmp_path / "step-00000001" / "in use", mebibytes=1):
         started = time.monotonic()
         saver.submit(CheckpointState(2, 16, "run"), [], put(b"weights"))

@@ -16,10 +16,9 @@ import torch
 from soflow_pipelines.storage.files import read_json
 from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.errors import JobError
-from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import client_for
+from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.training.stop_request import request_stop
 from soflow_platform.training.trial_status import TrialState
 from soflow_platform.training.worker import TrialJob, TrialWorker
@@ -33,7 +32,7 @@ NOWHERE = "http://127.0.0.1:9"
 
 
 def curve(job: TrialJob, metric: str) -> dict[int, float]:
-    history = client_for(job.tracking_uri).get_metric_history(job.run, metric)
+    history = TrackingStore(job.tracking_uri).client.get_metric_history(job.run, metric)
     found = {m.step: m.value for m in history}
     assert len(found) == len(history), "a step was logged twice"
     return found
@@ -104,7 +103,7 @@ def test_training_killed_at_a_random_step_is_the_training_never_killed(
     wait_until(lambda: CheckpointStore(cut.root).published())
     time.sleep(random.uniform(0, 0.5))
     kill(ranks)
-    stood = CheckpointStore(cut.root).published()[-1].position.step
+    stood = CheckpointStore(cut.root).published()[-1].state.step
     assert 3 <= stood < 20
     assert train(cut.job, world) == [0] * world
     assert differing_tensors(final_state(whole.root), final_state(cut.root)) == []
@@ -127,8 +126,8 @@ def spoil_rank_one(worker: TrialWorker) -> None:
 def test_a_nan_in_one_ranks_batch_stops_all_ranks_before_the_update_and_names_the_rank(worker: Make) -> None:
     job = worker("broken").job
     assert train(job, 2, spoil_rank_one) == [1, 1]
-    root = checkpoints.trial_root(None, ProjectFolder(Path(job.storage)), job.sweep, job.trial)
-    assert [c.position.step for c in CheckpointStore(root).published()] == [2]
+    root = ProjectFolder(Path(job.storage)).trial(job.sweep, job.trial) / "checkpoints"
+    assert [c.state.step for c in CheckpointStore(root).published()] == [2]
     assert all(
         torch.isfinite(value).all() for value in final_state(root).values() if value.is_floating_point()
     )
@@ -159,7 +158,7 @@ def lose_tracking_after_two_steps(worker: TrialWorker) -> None:
 
     def step(number: int) -> Any:
         if number == 3 and worker.log is not None:
-            worker.log.uri, worker.log.patience = NOWHERE, 0.1
+            worker.log._writer.store, worker.log.patience = TrackingStore(NOWHERE), 0.1
             worker.log.send()
         return take(number)
 
@@ -225,8 +224,8 @@ def test_ranks_that_are_asked_to_stop_stop_after_the_same_step_with_everything_s
         process.join(60)
     assert [process.exitcode for process in ranks] == [0, 0]
     (saved,) = CheckpointStore(stopped.root).published()
-    assert 0 < saved.position.step < 200
-    assert saved.position.step == saved.position.images / 8 == max(curve(stopped.job, "train/loss"))
+    assert 0 < saved.state.step < 200
+    assert saved.state.step == saved.state.images / 8 == max(curve(stopped.job, "train/loss"))
 
 
 def score_slowly(worker: TrialWorker) -> None:
@@ -252,7 +251,7 @@ def test_ranks_that_are_asked_to_stop_while_they_score_stop_before_the_same_batc
         process.join(60)
     assert [process.exitcode for process in ranks] == [0, 0]
     (saved,) = CheckpointStore(stopped.root).published()
-    assert (saved.position.step, saved.position.evaluations) == (3, [])
+    assert (saved.state.step, saved.state.evaluations) == (3, [])
 
 
 def step_3_is_scored(worker: TrialWorker) -> bool:

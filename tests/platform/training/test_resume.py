@@ -17,7 +17,7 @@ from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import Tracking, client_for
+from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.training.trial_status import TrialState, TrialStatusWriter
 from soflow_platform.training.worker import NonFiniteError, TrialWorker
 from tests.support.trained_state import differing_tensors, final_state
@@ -48,7 +48,7 @@ def run_until(worker: TrialWorker, step: int) -> None:
 
 
 def curve(worker: TrialWorker, metric: str) -> list[tuple[int, float]]:
-    history = client_for(worker.job.tracking_uri).get_metric_history(worker.job.run, metric)
+    history = TrackingStore(worker.job.tracking_uri).client.get_metric_history(worker.job.run, metric)
     return [(m.step, m.value) for m in history]
 
 
@@ -82,7 +82,7 @@ def test_training_past_damaged_checkpoints_is_the_training_without_damage_and_ke
     again = worker("cut", *settings)
     again._resume()
     assert again.train_step.step == 2
-    assert [c.position.step for c in CheckpointStore(again.root).published()] == [1, 2]
+    assert [c.state.step for c in CheckpointStore(again.root).published()] == [1, 2]
     again.run()
     assert [path.name for path in Path(again.root).iterdir()] == ["step-00000006"]
     assert differing_tensors(final_state(whole.root), final_state(again.root)) == []
@@ -120,7 +120,7 @@ def test_a_trial_does_not_go_on_with_other_data(worker: Make) -> None:
         JobError, match=rf"step 2 was trained on data of digest {seen} and .* digest of other data"
     ):
         again._resume()
-    assert [c.position.data for c in CheckpointStore(again.root).published()] == [seen]
+    assert [c.state.data for c in CheckpointStore(again.root).published()] == [seen]
 
 
 def test_evaluating_changes_no_random_number_of_the_training(worker: Make) -> None:
@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_term_and_st
     broken.loader._read = nan_at_third_step  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError, match=r"velocity_\w+ is not finite at step 3 on rank 0"):
         broken.run()
-    assert [c.position.step for c in CheckpointStore(broken.root).published()] == [2]
+    assert [c.state.step for c in CheckpointStore(broken.root).published()] == [2]
     assert all(torch.isfinite(p).all() for p in broken.train_step.parameters)
 
 
@@ -164,7 +164,7 @@ def test_grids_are_kept_once_for_each_step(worker: Make, tracking: Tracking) -> 
     whole.run()
     assert whole.log is not None
     image = np.zeros((4, 4, 3), np.uint8)
-    whole.log.grid(2, "samples/nfe1", image)
+    whole.log.log_image(2, "samples/nfe1", image)
     whole.log.flush()
     names = [Path(item.path).name for item in tracking.client.list_artifacts(whole.job.run, "images")]
     assert len([n for n in names if n.startswith("samples~nfe1+step+2+") and n.endswith(".png")]) == 1
@@ -208,7 +208,7 @@ def test_a_stop_that_comes_in_the_middle_of_scoring_is_heard_and_the_score_made_
 
     cut._sees_stop = at_the_third_batch_of_step_4  # type: ignore[method-assign]
     assert not cut.run()
-    saved = CheckpointStore(cut.root).published()[-1].position
+    saved = CheckpointStore(cut.root).published()[-1].state
     assert (saved.step, [e["step"] for e in saved.evaluations]) == (4, [2])
     assert len(curve(cut, "eval/fd_nfe1")) == 1
     again = worker("cut", "evaluation.batch=8")

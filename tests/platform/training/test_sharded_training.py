@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from soflow_core.networks import DiT
-from soflow_platform.tracking.store import client_for
+from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.training import ema_network
 from soflow_platform.training.worker import TrialJob, TrialWorker
 from tests.support.ranks import train
@@ -21,7 +21,7 @@ UNEVEN = "evaluation={every: 3, samples: 40, batch: 16, nfe: [1, 2], features: p
 
 
 def curve(job: TrialJob, metric: str) -> dict[int, float]:
-    history = client_for(job.tracking_uri).get_metric_history(job.run, metric)
+    history = TrackingStore(job.tracking_uri).client.get_metric_history(job.run, metric)
     return {m.step: m.value for m in history}
 
 
