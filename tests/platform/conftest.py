@@ -15,7 +15,8 @@ from soflow_platform.config.validation import validate
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.training.dataset import open_data
-from soflow_platform.training.worker import TrialJob, TrialWorker
+from soflow_platform.training.job import TrialJob
+from soflow_platform.training.worker import TrialWorker
 from tests.support.scored_sweep import trained_sweep
 
 ROOT = Path(__file__).parents[2]

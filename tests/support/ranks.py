@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from soflow_platform.training.worker import TrialJob, TrialWorker
+from soflow_platform.training.job import TrialJob
+from soflow_platform.training.worker import TrialWorker
 
 Change = Callable[[TrialWorker], None]
 """What a test does to a worker before it runs; a function of a module, so that it travels."""

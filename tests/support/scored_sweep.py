@@ -13,7 +13,8 @@ from soflow_platform.evaluation.statistics import BlockStore, StatisticsJob, com
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking
 from soflow_platform.training.dataset import open_data
-from soflow_platform.training.worker import TrialJob, TrialWorker
+from soflow_platform.training.job import TrialJob
+from soflow_platform.training.worker import TrialWorker
 from soflow_platform.tuning.record import SweepRecord
 from soflow_platform.tuning.search_space import trials
 

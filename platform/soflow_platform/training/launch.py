@@ -1,26 +1,90 @@
-"""soflow_platform.training.launch"""
+"""Trains a trial in a group of Ray Train workers.
+
+What this module imports is light: torch and the training loop are imported in the workers.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
-from typing import Any
-
-import torch
+import secrets
+from typing import TYPE_CHECKING, Any
 
 from soflow_platform.cluster.placement import record_placement_group
+from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import JobError
-from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.training.trial_status import progress_actor
-from soflow_platform.training.worker import TrialJob, TrialWorker
+from soflow_platform.training.job import TrialJob
+from soflow_platform.training.trial_status import TrialState, progress_actor
+
+if TYPE_CHECKING:
+    from ray.train import ScalingConfig, UserCallback
+    from ray.train.torch import TorchTrainer
+
+RANK_TIMEOUT_SECONDS = 1800
+"""How long a rank waits for the others before it takes them for lost, beside the time in which rank 0 may wait out outages."""
+OUTAGES_AT_ONCE = 3
+"""Outages that rank 0 may wait out, one after the other, while the other ranks wait for it."""
+
+
+def ray_trainer(job: TrialJob, experiment: Experiment) -> TorchTrainer:
+    """A Ray Train run of the trial; its `fit()` blocks until the trial has ended, and restarts lost workers."""
+    from ray.train import FailureConfig, LoggingConfig, RunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    patience = 60 * experiment.training.patience_minutes
+    return TorchTrainer(
+        train_worker,
+        train_loop_config=job.as_dict(),
+        torch_config=TorchConfig(timeout_s=int(RANK_TIMEOUT_SECONDS + OUTAGES_AT_ONCE * patience)),
+        scaling_config=_scaling(experiment),
+        run_config=RunConfig(
+            # Ray Train would go on with a run of the same name, and with what it remembers of its workers.
+            name=f"{job.trial}-{secrets.token_hex(4)}",
+            storage_path=str(job.project.sweep(job.sweep) / "train"),
+            failure_config=FailureConfig(max_failures=experiment.resources.max_failures),
+            callbacks=[_on_lost_workers(job.sweep, job.trial)],
+            logging_config=LoggingConfig("ERROR"),
+        ),
+    )
+
+
+def _scaling(experiment: Experiment) -> ScalingConfig:
+    from ray.train import ScalingConfig
+
+    resources = experiment.resources
+    each = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker:
+        each["GPU"] = resources.gpus_per_worker
+    elastic = resources.min_workers is not None
+    return ScalingConfig(
+        num_workers=(resources.min_workers, resources.workers) if elastic else resources.workers,
+        use_gpu=resources.gpus_per_worker > 0,
+        resources_per_worker=each,
+    )
+
+
+def _on_lost_workers(sweep: str, trial: str) -> UserCallback:
+    """Tells the progress actor that the trial restarts, from Ray Train's controller."""
+    from ray.train import UserCallback
+
+    class LostWorkers(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            del run_context
+            ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
+            changes = {"state": TrialState.RESTARTING, "lost": f"worker(s) {ranks}"}
+            progress_actor(sweep).update.remote(trial, changes)
+
+    return LostWorkers()
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Ray Train's entry point on every worker: train one trial from its newest checkpoint to its last step."""
+    """Ray Train's entry point in every worker: train one trial from its newest checkpoint to its last step."""
     import ray
     import ray.train
     import ray.train.torch
+    import torch
+
+    from soflow_platform.training.worker import TrialWorker
 
     context = ray.train.get_context()
     # Ray gives a worker one OpenMP thread; the CPUs it was granted are the threads it may use.
@@ -30,7 +94,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     job = TrialJob(**settings)
     if context.get_world_rank() == 0:
-        record_placement_group(ProjectFolder(Path(job.storage)).trial(job.sweep, job.trial))
+        record_placement_group(job.folder)
     worker = TrialWorker(
         job,
         device=ray.train.torch.get_device(),
@@ -41,7 +105,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     try:
         worker.run()
     except JobError as error:
-        # Training again from the checkpoint would only meet the same: tell, and do not ask for a restart.
+        # Training again from the checkpoint would only meet the same: report it, and do not ask for a restart.
         logging.getLogger(__name__).error("%s", error)
         if worker.report is not None:
             worker.report.fail(str(error))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,13 @@ from soflow_platform.evaluation.ranks import Ranks
 from soflow_platform.generation.sampling import SamplingNetwork
 from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoints import Checkpoint, CheckpointState, CheckpointStore
-from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.metric_logger import MetricLogger
 from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.training import distributed
 from soflow_platform.training.checkpointer import AsyncCheckpointer
 from soflow_platform.training.ema_network import ema_network
 from soflow_platform.training.flops import forward_gmac
+from soflow_platform.training.job import TrialJob
 from soflow_platform.training.model import network_config
 from soflow_platform.training.resume import find_resume_point
 from soflow_platform.training.step_builder import build_train_step
@@ -52,23 +52,6 @@ STOP_SECONDS = 0.5
 """How often rank 0 looks whether it was asked to stop."""
 
 
-@dataclass(frozen=True)
-class TrialJob:
-    """What a worker must know; plain data, so that it travels to any node."""
-
-    sweep: str
-    trial: str
-    experiment: dict[str, Any]
-    data: str
-    storage: str
-    tracking_uri: str
-    run: str
-    attempt: int = 1
-
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 class NonFiniteError(JobError):
     """A loss or gradient that is not finite; the update was not made."""
 
@@ -81,8 +64,7 @@ class TrialWorker:
     ) -> None:
         self.job, self.device, self.rank, self.world = job, device, rank, world
         self.experiment = Experiment(**job.experiment)
-        self.storage = ProjectFolder(Path(job.storage))
-        self.folder = self.storage.trial(job.sweep, job.trial)
+        self.storage, self.folder = job.project, job.folder
         training = self.experiment.training
         self.checkpoints = CheckpointStore.of_trial(self.storage, job.sweep, job.trial, training.checkpoints)
         self.root = self.checkpoints.root

@@ -6,7 +6,6 @@ start anew know what they knew.
 
 from __future__ import annotations
 
-import secrets
 import threading
 import time
 from dataclasses import dataclass
@@ -21,14 +20,12 @@ from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.storage.retry import retry
 from soflow_platform.tracking.outages import is_outage
 from soflow_platform.tracking.store import Tracking, TrackingStore, tracked_dataset
-from soflow_platform.training.launch import train_worker
+from soflow_platform.training.job import TrialJob
+from soflow_platform.training.launch import ray_trainer
 from soflow_platform.training.stop_request import stop_requested
 from soflow_platform.training.trial_status import TrialState, TrialStatusWriter, progress_actor
-from soflow_platform.training.worker import TrialJob
 
 POLL_SECONDS = 0.5
-GROUP_SECONDS = 1800
-"""How long a rank waits for the others before it takes them for lost, where nothing is tried again."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,17 @@ def run_trial(config: dict[str, Any]) -> None:
         log=journal.log,
         is_transient=is_outage,
     )
-    fit = _Fit(task, experiment, run)
+    job = TrialJob(
+        sweep=task.sweep,
+        trial=task.trial,
+        experiment=task.experiment,
+        data=task.data,
+        storage=task.storage,
+        tracking_uri=task.tracking_uri,
+        run=run,
+        attempt=task.attempt,
+    )
+    fit = _Fit(job, experiment)
     fit.start()
     limit = 60 * experiment.resources.wait_minutes
     while True:
@@ -137,9 +144,9 @@ def run_trial(config: dict[str, Any]) -> None:
 class _Fit(threading.Thread):
     """`TorchTrainer.fit` blocks; the trial function meanwhile reports."""
 
-    def __init__(self, task: TrialTask, experiment: Experiment, run: str) -> None:
+    def __init__(self, job: TrialJob, experiment: Experiment) -> None:
         super().__init__(daemon=True)
-        self.task, self.experiment, self.run_id = task, experiment, run
+        self.job, self.experiment = job, experiment
         self.failure: str | None = None
         self.lost: Exception | None = None
         """Set where Ray Train's controller died; what it watched over died with it."""
@@ -148,54 +155,13 @@ class _Fit(threading.Thread):
         from ray.exceptions import RayActorError
 
         try:
-            self._trainer().fit()
+            ray_trainer(self.job, self.experiment).fit()
         except RayActorError as error:
             self.lost = error
         except Exception as error:
             # Ray wraps a worker's exception in its own; the last line of the text names the cause.
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             self.failure = lines[-1] if lines else type(error).__name__
-
-    def _trainer(self) -> Any:
-        from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-
-        task, resources = self.task, self.experiment.resources
-        patience_minutes = self.experiment.training.patience_minutes
-        each = {"CPU": resources.cpus_per_worker}
-        if resources.gpus_per_worker:
-            each["GPU"] = resources.gpus_per_worker
-        job = TrialJob(
-            sweep=task.sweep,
-            trial=task.trial,
-            experiment=task.experiment,
-            data=task.data,
-            storage=task.storage,
-            tracking_uri=task.tracking_uri,
-            run=self.run_id,
-            attempt=task.attempt,
-        )
-        return TorchTrainer(
-            train_worker,
-            train_loop_config=job.settings(),
-            # Ranks wait for each other while rank 0 waits out an outage: of storage, of tracking, of both.
-            torch_config=TorchConfig(timeout_s=int(GROUP_SECONDS + 180 * patience_minutes)),
-            scaling_config=ScalingConfig(
-                num_workers=resources.workers
-                if resources.min_workers is None
-                else (resources.min_workers, resources.workers),
-                use_gpu=resources.gpus_per_worker > 0,
-                resources_per_worker=each,
-            ),
-            run_config=RunConfig(
-                # Ray Train would go on with a run of the same name, and with what it remembers of its workers.
-                name=f"{task.trial}-{secrets.token_hex(4)}",
-                storage_path=str(ProjectFolder(Path(task.storage)).sweep(task.sweep) / "train"),
-                failure_config=FailureConfig(max_failures=resources.max_failures),
-                callbacks=[_on_lost_workers(task.sweep, task.trial)],
-                logging_config=LoggingConfig("ERROR"),
-            ),
-        )
 
 
 def _open_run(tracking: Tracking, task: TrialTask, experiment: Experiment) -> str:
@@ -208,17 +174,3 @@ def _open_run(tracking: Tracking, task: TrialTask, experiment: Experiment) -> st
         parent=task.parent,
         dataset=tracked_dataset(task.tags),
     )
-
-
-def _on_lost_workers(sweep: str, trial: str) -> Any:
-    """Ray Train's controller calls this where workers end with an exception or are lost."""
-    from ray.train import UserCallback
-
-    class LostWorkers(UserCallback):
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            del run_context
-            ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
-            actor = progress_actor(sweep)
-            actor.update.remote(trial, {"state": TrialState.RESTARTING, "lost": f"worker(s) {ranks}"})
-
-    return LostWorkers()

@@ -19,9 +19,10 @@ from soflow_platform.errors import JobError
 from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import TrackingStore
+from soflow_platform.training.job import TrialJob
 from soflow_platform.training.stop_request import request_stop
 from soflow_platform.training.trial_status import TrialState
-from soflow_platform.training.worker import TrialJob, TrialWorker
+from soflow_platform.training.worker import TrialWorker
 from soflow_platform.tuning.progress import ProgressActor
 from tests.support.ranks import kill, start_ranks, train, wait_until
 from tests.support.trained_state import differing_tensors, final_state

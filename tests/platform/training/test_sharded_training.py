@@ -10,7 +10,8 @@ import pytest
 from soflow_core.networks import DiT
 from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.training import ema_network
-from soflow_platform.training.worker import TrialJob, TrialWorker
+from soflow_platform.training.job import TrialJob
+from soflow_platform.training.worker import TrialWorker
 from tests.support.ranks import train
 from tests.support.trained_state import differing_tensors, final_state
 

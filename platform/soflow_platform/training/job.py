@@ -1,0 +1,40 @@
+"""Everything a worker process needs to train one trial, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from soflow_platform.storage.project import ProjectFolder
+
+
+@dataclass(frozen=True)
+class TrialJob:
+    """One trial of a sweep, ready to be trained. It holds plain data alone and can be sent to any node."""
+
+    sweep: str
+    trial: str
+    experiment: dict[str, Any]
+    """The resolved settings: the arguments of `Experiment`."""
+    data: str
+    """Folder or URI of the shard set."""
+    storage: str
+    """The project folder."""
+    tracking_uri: str
+    run: str
+    """MLflow run id."""
+    attempt: int = 1
+    """How often the sweep was started."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def project(self) -> ProjectFolder:
+        return ProjectFolder(Path(self.storage))
+
+    @property
+    def folder(self) -> Path:
+        """The trial's folder: status, log, sample grids."""
+        return self.project.trial(self.sweep, self.trial)
