@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from soflow_pipelines.metrics import ScoreStatistics
 from soflow_platform.config.document import apply_override, read_document
 from soflow_platform.config.validation import validate
 from soflow_platform.evaluation.statistics import BlockStore, StatisticsJob, compute_block
+from soflow_platform.jobs.evaluate import Score, Services, evaluate
+from soflow_platform.jobs.requests import EvaluateRequest, ProtocolRequest, SamplingRequest
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import Tracking
+from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.training.dataset import open_data
 from soflow_platform.training.job import TrialJob
 from soflow_platform.training.worker import TrialWorker
@@ -73,6 +79,35 @@ def trained_sweep(root: Path, empty_store: Path) -> ProjectFolder:
         best={"trial": points[0].name, "step": 6, "metrics": {}},
     ).save(storage)
     return storage
+
+
+class LocalRunner:
+    """Computes statistics in this process, in the blocks and in the place where a cluster would."""
+
+    def __init__(self, project: ProjectFolder) -> None:
+        self._project = project
+
+    def one(self, job: StatisticsJob) -> ScoreStatistics:
+        return self.statistics([job])[0]
+
+    def statistics(self, jobs: Sequence[StatisticsJob]) -> list[ScoreStatistics]:
+        for job in jobs:
+            measure_here(self._project, job)
+        return [BlockStore.of(job, self._project.root / "evaluations").whole() for job in jobs]
+
+
+def local_services(project: ProjectFolder) -> Services:
+    """Scoring in this process, logged to the project folder's own store."""
+    return Services(project, TrackingStore(project.tracking_uri), LocalRunner(project))  # type: ignore[arg-type]
+
+
+def scores_of(project: ProjectFolder, target: str, num: int | None = 100, **settings: Any) -> list[Score]:
+    """Scores of a target, computed in this process; `settings` are fields of SamplingRequest and of ProtocolRequest."""
+    sampling = {
+        each.name: settings.pop(each.name) for each in fields(SamplingRequest) if each.name in settings
+    }
+    request = EvaluateRequest(target, num, SamplingRequest(**sampling), ProtocolRequest(**settings))
+    return evaluate(request, local_services(project))[1]
 
 
 def measure_here(storage: ProjectFolder, measurement: StatisticsJob) -> None:

@@ -1,1 +1,18 @@
-"""soflowctl: parse, call one function, print. Heavy imports stand inside the commands, so that --help answers at once."""
+"""The soflowctl command line: each command parses, calls one function and prints.
+
+Heavy imports stand inside the commands, so that `--help` answers at once.
+
+main       commands with their options, and exit codes
+options    options that several commands share
+terminal   console, tables, progress bars
+run        run and validate
+display    live table and result of a sweep
+runs       runs
+status     status, logs and stop
+ui         ui
+data       data prepare, inspect and verify
+promote    promote
+generate   generate
+evaluate   evaluate
+compare    compare
+"""

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from soflow_platform.cli.options import Places
 from soflow_platform.cli.terminal import console, plain_table, progress_bar, stdout_to_stderr
 from soflow_platform.errors import UserError
 from soflow_platform.storage.project import ProjectFolder, find_project, require_writable
@@ -13,73 +14,67 @@ from soflow_platform.storage.project import ProjectFolder, find_project, require
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from soflow_platform.config.comparison import SamplingConfig
     from soflow_platform.jobs.compare import Comparison
-    from soflow_platform.tracking.store import TrackingStore
-    from soflow_platform.tuning.record import SweepRecord
+    from soflow_platform.jobs.requests import CompareRequest
 
 
 def compare_command(
-    name: str,
-    overrides: tuple[str, ...],
-    address: str | None,
-    storage_option: str | None,
-    tracking: str | None,
-    costs: bool,
-    as_json: bool,
+    sweep: str, overrides: tuple[str, ...], places: Places, costs: bool, as_json: bool
 ) -> None:
     """Compare the methods of a sweep, print the table, keep it beside the sweep and on its run.
 
-    It is kept before costs are measured and again with them: what fails there leaves the scores.
+    The table is kept before costs are measured and again with them, so that a failure there leaves the scores.
     """
-    storage = find_project(storage_option)
-    record, protocol = find_protocol(name, overrides, storage)
-    require_writable(storage)
+    project = find_project(places.storage)
+    request = find_request(sweep, overrides, project)
+    record = request.record
+    require_writable(project)
     from rich.console import Console
 
     from soflow_platform.cluster.connection import require_answer
-    from soflow_platform.jobs.compare import compare
-    from soflow_platform.jobs.compare_report import save
+    from soflow_platform.evaluation.runner import RayStatisticsRunner
+    from soflow_platform.jobs.compare import score_sweep
+    from soflow_platform.jobs.compare_report import as_record, conclusions, save
+    from soflow_platform.jobs.evaluate import Services
+    from soflow_platform.tracking.score_log import log_comparison
     from soflow_platform.tracking.store import TrackingStore
 
-    require_answer(address)
+    require_answer(places.address)
     errors = Console(stderr=True)
-    store = TrackingStore(tracking or record.tracking_uri or storage.tracking_uri)
-
-    folder = storage.sweep(record.id) / "comparison"
+    store = TrackingStore(places.tracking or record.tracking_uri or project.tracking_uri)
+    folder = project.sweep(record.id) / "comparison"
 
     def say(text: str) -> None:
         errors.print(f"[dim]{text}[/dim]", highlight=False)
 
-    def keep(found: Comparison) -> None:
-        _log(record, store, save(found, folder), found)
+    def keep(comparison: Comparison) -> None:
+        files = save(comparison, folder)
+        if record.run is not None:
+            log_comparison(store.client, record.run, files, conclusions(comparison))
 
-    with progress_bar("images") as update, stdout_to_stderr():
-        found = compare(
-            record,
-            protocol,
-            storage,
-            store,
-            address,
-            lambda progress: update(progress.done, progress.total),
-            costs,
-            say,
-            keep,
-        )
+    with (
+        progress_bar("images") as report,
+        stdout_to_stderr(),
+        RayStatisticsRunner(project, places.address, report) as runner,
+    ):
+        scored = score_sweep(request, Services(project, store, runner), say)
+    keep(comparison := scored.comparison())
+    if costs:
+        say("measuring seconds and memory, one thread")
+        keep(comparison := scored.with_costs().comparison())
     if as_json:
-        print(json.dumps(found.as_record(), indent=1))
+        print(json.dumps(as_record(comparison), indent=1))
         return
-    _print(console(), found, folder)
+    _print(console(), comparison, folder)
 
 
-def find_protocol(
-    name: str, overrides: tuple[str, ...], storage: ProjectFolder
-) -> tuple[SweepRecord, tuple[SamplingConfig, ...]]:
-    """The sweep meant, and how it is to be sampled: as its file says now where a file is named, else as it said when it ran.
+def find_request(name: str, overrides: tuple[str, ...], project: ProjectFolder) -> CompareRequest:
+    """The sweep of this name and its `comparison`: of the file where a file is named, else of the settings that it ran with.
 
     Raises UserError where no such sweep ran.
     """
     from soflow_platform.config.experiment import Experiment
+    from soflow_platform.jobs.requests import CompareRequest
     from soflow_platform.tuning.lookup import resolve
     from soflow_platform.tuning.record import load_record
 
@@ -88,31 +83,21 @@ def find_protocol(
         from soflow_platform.tuning.record import sweep_id
 
         _, experiment, _ = read(name, overrides)
-        record = load_record(storage, sweep_id(storage, experiment, again=False))
+        record = load_record(project, sweep_id(project, experiment, again=False))
         if record is None:
             raise UserError(
-                f"{name} as it stands has not run under {storage.root}: start it with `soflowctl run {name}`, or name a sweep that "
+                f"{name} as it stands has not run under {project.root}: start it with `soflowctl run {name}`, or name a sweep that "
                 "`soflowctl runs` lists."
             )
-        return record, experiment.comparison
-    found = resolve(storage, name)
+        return CompareRequest(record, experiment.comparison)
+    found = resolve(project, name)
     if found.trial is not None:
         raise UserError(f"{found} is one trial: name its sweep, {found.record.id}.")
-    return found.record, Experiment(**found.record.experiment).comparison
-
-
-def _log(record: SweepRecord, store: TrackingStore, paths: list[Path], comparison: Comparison) -> None:
-    """The files on the sweep's run."""
-    if record.run is None:
-        return
-    client = store.client
-    for path in paths:
-        client.log_artifact(record.run, str(path), "comparison")
-    client.set_tag(record.run, "comparison.conclusions", " ".join(comparison.conclusions()))
+    return CompareRequest(found.record, Experiment(**found.record.experiment).comparison)
 
 
 def _print(screen: Console, comparison: Comparison, folder: Path) -> None:
-    from soflow_platform.jobs.compare_report import COLUMNS, FILES, TITLES, cells
+    from soflow_platform.jobs.compare_report import COLUMNS, FILES, TITLES, cells, conclusions
 
     for budget in comparison.budgets:
         rows = comparison.of(budget)
@@ -120,10 +105,10 @@ def _print(screen: Console, comparison: Comparison, folder: Path) -> None:
         first, *rest = (title.format(distance=comparison.distance) for title in COLUMNS)
         table = plain_table(first, *rest)
         for row in rows:
-            table.add_row(*cells(row, row.named(rows)))
+            table.add_row(*cells(row, row.label(rows)))
         screen.print(table)
     screen.print()
-    for sentence in comparison.conclusions():
+    for sentence in conclusions(comparison):
         screen.print(sentence, highlight=False)
     for flag in dict.fromkeys(flag for row in comparison.rows for flag in row.flags):
         screen.print(f"[yellow]*[/yellow] {flag}", highlight=False)

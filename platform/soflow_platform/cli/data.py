@@ -101,11 +101,12 @@ def prepare(
 
 
 def _with_progress(request: PrepareRequest, address: str | None) -> Prepared:
+    from soflow_platform.cluster.actor_pool import Progress
     from soflow_platform.jobs.prepare import prepare
 
     what = "encoding" if request.autoencoder else "preparing"
-    with progress_bar(what, waiting="listing the source") as update:
-        return prepare(request, address, lambda progress: update(progress.images, progress.total))
+    with progress_bar(what, waiting="listing the source") as report:
+        return prepare(request, address, lambda progress: report(Progress(progress.images, progress.total)))
 
 
 def _print_prepared(done: Prepared, out: str) -> None:

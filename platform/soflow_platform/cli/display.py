@@ -48,8 +48,8 @@ class SweepDisplay(Display):
         if not self.console.is_terminal:
             yield self._print_described
             return
-        with progress_bar("real images") as update:
-            yield lambda progress: update(progress.done, progress.total)
+        with progress_bar("real images") as report:
+            yield report
 
     def _print_described(self, progress: Progress) -> None:
         if time.monotonic() - self._described > NEWS_SECONDS:

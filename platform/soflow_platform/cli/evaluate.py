@@ -6,45 +6,49 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from soflow_platform.cli.terminal import console, plain_table, progress_bar, quiet_libraries, stdout_to_stderr
+from soflow_platform.cli.options import Places
+from soflow_platform.cli.terminal import (
+    console,
+    plain_table,
+    progress_bar,
+    quiet_libraries,
+    stdout_to_stderr,
+)
 from soflow_platform.errors import UserError
 from soflow_platform.storage.project import find_project, require_writable
 
 if TYPE_CHECKING:
-    from soflow_platform.jobs.evaluate import EvaluateRequest, Score
-    from soflow_platform.jobs.targets import EvaluationTarget
-    from soflow_platform.storage.project import ProjectFolder
-    from soflow_platform.tracking.store import TrackingStore
+    from soflow_platform.jobs.evaluate import Score
+    from soflow_platform.jobs.requests import EvaluateRequest
 
 
-def evaluate_command(
-    request: dict[str, Any],
-    address: str | None,
-    storage_option: str | None,
-    tracking: str | None,
-    as_json: bool,
-) -> None:
-    """Score what was asked for, log it where it belongs, and print it."""
-    storage = find_project(storage_option)
-    require_writable(storage)
+def evaluate_command(request: EvaluateRequest, places: Places, as_json: bool) -> None:
+    """Score the target, log the scores on its run or registered version, and print them."""
+    project = find_project(places.storage)
+    require_writable(project)
     from soflow_platform.cluster.connection import require_answer
-    from soflow_platform.jobs.evaluate import EvaluateRequest
+    from soflow_platform.evaluation.runner import RayStatisticsRunner
+    from soflow_platform.jobs.evaluate import Services, evaluate
     from soflow_platform.jobs.log_scores import log_scores
     from soflow_platform.tracking.store import TrackingStore
 
-    require_answer(address)
+    require_answer(places.address)
     quiet_libraries()
-    store = TrackingStore(tracking or storage.tracking_uri)
-    subject, scores = _with_progress(EvaluateRequest(**request), storage, store, address)
-    logged = log_scores(subject, scores, store)
+    store = TrackingStore(places.tracking or project.tracking_uri)
+    with (
+        progress_bar("images") as report,
+        stdout_to_stderr(),
+        RayStatisticsRunner(project, places.address, report) as runner,
+    ):
+        target, scores = evaluate(request, Services(project, store, runner))
+    logged = log_scores(target, scores, store)
     if as_json:
         print(json.dumps([as_record(score) for score in scores], indent=1))
         return
     _print_scores(scores)
     if logged:
-        screen = console()
-        where = f"models:/{'/'.join(subject.version)}" if subject.version else f"run {subject.run}"
-        screen.print(f"logged to {where}: {', '.join(logged)}", highlight=False)
+        place = f"models:/{'/'.join(target.version)}" if target.version else f"run {target.run}"
+        console().print(f"logged to {place}: {', '.join(logged)}", highlight=False)
 
 
 def parse_list(option: str, text: str) -> tuple[str, ...]:
@@ -65,9 +69,9 @@ def parse_steps(text: str) -> tuple[int, ...]:
 
 
 def as_record(score: Score) -> dict[str, Any]:
-    """A score for other programs."""
+    """A score as JSON data."""
     return {
-        "subject": score.subject,
+        "subject": score.name,
         **score.values,
         "spread": score.spread,
         "flags": score.flags,
@@ -75,19 +79,8 @@ def as_record(score: Score) -> dict[str, Any]:
     }
 
 
-def _with_progress(
-    request: EvaluateRequest, storage: ProjectFolder, store: TrackingStore, address: str | None
-) -> tuple[EvaluationTarget, list[Score]]:
-    from soflow_platform.jobs.evaluate import evaluate
-
-    with progress_bar("images") as update, stdout_to_stderr():
-        return evaluate(
-            request, storage, store, address, lambda progress: update(progress.done, progress.total)
-        )
-
-
 def _print_scores(scores: Sequence[Score]) -> None:
-    """One row for each number of steps, then what has to be said of them."""
+    """Print a table with a row for each number of steps, then the settings and the notes."""
     screen = console()
     metrics = list(scores[0].values)
     table = plain_table("images", "steps", "NFE", *metrics)
@@ -96,10 +89,10 @@ def _print_scores(scores: Sequence[Score]) -> None:
             f"{score.values[name]:.5g}" + (f" ± {score.spread[name]:.2g}" if name in score.spread else "")
             for name in metrics
         ]
-        table.add_row(score.subject, score.tags.get("steps", "-"), score.tags.get("nfe", "-"), *cells)
+        table.add_row(score.name, score.tags.get("steps", "-"), score.tags.get("nfe", "-"), *cells)
     screen.print(table)
-    shown = {k: v for k, v in scores[0].tags.items() if k not in ("steps", "nfe")}
-    for name, value in shown.items():
+    shared = {k: v for k, v in scores[0].tags.items() if k not in ("steps", "nfe")}
+    for name, value in shared.items():
         screen.print(f"{name:<18}{value}", highlight=False)
     flags = dict.fromkeys(flag for score in scores for flag in score.flags)
     for flag in flags:

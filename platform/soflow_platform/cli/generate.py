@@ -15,7 +15,7 @@ def generate_command(request: GenerateRequest, storage: str | None, tracking: st
     from soflow_platform.tracking.store import TrackingStore
 
     store = TrackingStore(tracking or project.tracking_uri)
-    with progress_bar("images") as update:
-        result = generate(request, project, store, update)
+    with progress_bar("images") as report:
+        result = generate(request, project, store, report)
     print(f"{result.made} images made, {result.kept} were there: {request.out}")
     print(f"grid: {result.grid}")

@@ -11,8 +11,18 @@ from typing import Annotated
 
 import typer
 
+from soflow_core.failures import InputError
 from soflow_platform.cli import data
-from soflow_platform.errors import JobError, Stopped, UserError
+from soflow_platform.cli.options import (
+    AddressOption,
+    NameArgument,
+    Places,
+    SetOption,
+    StorageOption,
+    SweepArgument,
+    TrackingOption,
+)
+from soflow_platform.errors import JobError, Stopped
 from soflow_platform.tracking.outages import describe_outage
 
 UsageError: type[BaseException] = typer.BadParameter.__mro__[1]
@@ -28,36 +38,6 @@ app = typer.Typer(
 )
 
 app.add_typer(data.app, name="data")
-
-StorageOption = Annotated[
-    str | None,
-    typer.Option(
-        "--storage", metavar="FOLDER", help="Project folder; default ./soflow-runs, or $SOFLOW_STORAGE."
-    ),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override a setting, such as training.steps=100. Repeatable."
-    ),
-]
-TrackingOption = Annotated[
-    str | None,
-    typer.Option(
-        "--tracking", metavar="URI", help="MLflow tracking URI; default is SQLite in the project folder."
-    ),
-]
-SweepArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="SWEEP",
-        help="A sweep file, or the name of one that comes with soflow: digits, methods-digits, methods-cifar10, xl2.",
-    ),
-]
-NameArgument = typer.Argument(
-    metavar="SWEEP|TRIAL",
-    help="Id of a sweep or its beginning, name of a trial of the newest sweep, or SWEEP/TRIAL.",
-)
 
 
 class LabelMode(str, Enum):
@@ -83,9 +63,7 @@ def run(
         bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is created.")
     ] = False,
     overrides: SetOption = None,
-    address: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="A running Ray cluster; default is a local Ray.")
-    ] = None,
+    address: AddressOption = None,
     storage: StorageOption = None,
     again: Annotated[
         bool, typer.Option("--again", help="Run a finished sweep anew, beside the first.")
@@ -223,7 +201,7 @@ def generate(
 
 @app.command()
 def evaluate(
-    subject: Annotated[
+    target: Annotated[
         str,
         typer.Argument(
             metavar="MODEL|RUN|CHECKPOINT|FOLDER|NPZ",
@@ -268,9 +246,7 @@ def evaluate(
         float | None, typer.Option(help="Guidance scale at sampling, of methods that have one.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores for other programs.")] = False,
-    address: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="A running Ray cluster; default is a local Ray.")
-    ] = None,
+    address: AddressOption = None,
     storage: StorageOption = None,
     tracking: TrackingOption = None,
 ) -> None:
@@ -279,21 +255,26 @@ def evaluate(
     A command that was cut goes on with the same command.
     """
     from soflow_platform.cli.evaluate import evaluate_command, parse_list, parse_steps
+    from soflow_platform.jobs.requests import EvaluateRequest, ProtocolRequest, SamplingRequest
 
-    sampling = {"sampler": sampler, "sampling_scale": guidance}
-    request = {
-        "subject": subject,
-        "metrics": parse_list("--metrics", metrics) if metrics is not None else (),
-        "num": num,
-        "steps": parse_steps(steps),
-        "labels": labels.value,
-        "seed": seed,
-        "features": features,
-        "reference": reference,
-        "autoencoder": autoencoder,
-        "sampling": {name: value for name, value in sampling.items() if value is not None},
-    }
-    evaluate_command(request, address, storage, tracking, as_json)
+    settings = {"sampler": sampler, "sampling_scale": guidance}
+    request = EvaluateRequest(
+        target=target,
+        num=num,
+        sampling=SamplingRequest(
+            steps=parse_steps(steps),
+            labels=labels.value,
+            seed=seed,
+            settings={name: value for name, value in settings.items() if value is not None},
+        ),
+        protocol=ProtocolRequest(
+            metrics=parse_list("--metrics", metrics) if metrics is not None else (),
+            features=features,
+            reference=reference,
+            autoencoder=autoencoder,
+        ),
+    )
+    evaluate_command(request, Places(address, storage, tracking), as_json)
 
 
 @app.command()
@@ -310,16 +291,15 @@ def compare(
         bool, typer.Option("--costs/--no-costs", help="Measure seconds and memory of each method, here.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows for other programs.")] = False,
-    address: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="A running Ray cluster; default is a local Ray.")
-    ] = None,
+    address: AddressOption = None,
     storage: StorageOption = None,
     tracking: TrackingOption = None,
 ) -> None:
     """Compare the methods of a sweep: distance at each number of evaluations, cost of a step, time of an image."""
     from soflow_platform.cli.compare import compare_command
 
-    compare_command(sweep, tuple(overrides or ()), address, storage, tracking, costs, as_json)
+    places = Places(address, storage, tracking)
+    compare_command(sweep, tuple(overrides or ()), places, costs, as_json)
 
 
 @app.command()
@@ -331,36 +311,41 @@ def version() -> None:
 
 
 def main() -> None:
-    """Console entry point: a user's mistake exits with 2, a failed job with 1, each with one sentence on stderr."""
+    """Console entry point. A command that fails prints one sentence on stderr; `_exit_code` has its exit code."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # Torch's own forward-mode derivatives use what it warns of, when the first one is taken.
+    # Torch's own forward-mode derivatives use torch.jit.script, which warns when the first derivative is taken.
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
     try:
         code = app(standalone_mode=False)
-    except UserError as error:
-        _report(error, "error")
-        sys.exit(2)
-    except UsageError as error:
-        _report(error, "usage")
-        sys.exit(2)
-    except JobError as error:
-        _report(error, "failed")
-        sys.exit(1)
-    except Stopped as error:
-        _report(error, "stopped")
-        sys.exit(143)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted: run the same command to go on.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        away = describe_outage(error)
-        if away is not None:
-            _report(JobError(f"{away}; the same command goes on once that is mended."), "failed")
-            sys.exit(1)
-        _report(error, "internal error")
-        print("This is a bug; `soflowctl --debug ...` shows where.", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(_exit_code(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _exit_code(error: Exception) -> int:
+    """Print a failure and return its exit code: 2 for input that cannot be used, 143 for a requested stop, else 1."""
+    if isinstance(error, UsageError):
+        _report(error, "usage")
+        return 2
+    if isinstance(error, Stopped):
+        _report(error, "stopped")
+        return 143
+    outage = describe_outage(error)
+    if outage is not None:
+        _report(JobError(f"{outage}; the same command goes on once that is mended."), "failed")
+        return 1
+    if isinstance(error, InputError):
+        _report(error, "error")
+        return 2
+    if isinstance(error, JobError):
+        _report(error, "failed")
+        return 1
+    _report(error, "internal error")
+    print("This is a bug; `soflowctl --debug ...` shows where.", file=sys.stderr)
+    return 1
 
 
 def _report(error: BaseException, kind: str) -> None:

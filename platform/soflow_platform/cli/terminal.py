@@ -14,7 +14,7 @@ from rich.table import Table
 from soflow_platform.storage.project import ProjectFolder, find_project
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from soflow_platform.cluster.actor_pool import Progress, Report
 
 FILE_WIDTH = 200
 """Columns of output that goes to a file or a pipe, so that names are not cut."""
@@ -36,26 +36,26 @@ def plain_table(name: str, *columns: str) -> Table:
 
 
 @contextlib.contextmanager
-def progress_bar(description: str, waiting: str = "opening") -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr for the length of a block. Yields `update(done, total)`; `waiting` is shown until its first call."""
+def progress_bar(description: str, waiting: str = "opening") -> Iterator[Report]:
+    """A bar on stderr for the length of a block. Yields the report that moves it; `waiting` is shown until its first call."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
-        Progress,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
     task = bar.add_task(waiting, total=None)
 
-    def update(done: int, total: int) -> None:
-        bar.update(task, description=description, completed=done, total=total)
+    def report(progress: Progress) -> None:
+        bar.update(task, description=description, completed=progress.done, total=progress.total)
 
     with bar:
-        yield update
+        yield report
 
 
 def stdout_to_stderr() -> contextlib.redirect_stdout[Any]:

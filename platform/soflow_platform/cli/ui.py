@@ -20,21 +20,21 @@ from soflow_platform.tuning.record import all_records
 START_SECONDS = 60.0
 
 
-def ui_command(storage_option: str | None, port: int, browser: bool) -> None:
+def ui_command(storage: str | None, port: int, browser: bool) -> None:
     """Serve the project folder's MLflow on loopback until interrupted, and show the newest sweep's page."""
-    storage = find_project(storage_option)
-    if not (storage.root / "mlflow.db").is_file():
-        raise UserError(f"there are no runs under {storage.root}; start some with `soflowctl run digits`.")
+    project = find_project(storage)
+    if not (project.root / "mlflow.db").is_file():
+        raise UserError(f"there are no runs under {project.root}; start some with `soflowctl run digits`.")
     port = _free_port(port)
     address = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(
-        _command(storage, port), env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        _command(project, port), env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    # A plain SIGTERM would end this command and leave the server behind.
+    # By default SIGTERM would end this command without `finally`, and leave the server running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        _wait(server, address)
-        page = _newest_page(storage, address)
+        _wait_until_healthy(server, address)
+        page = _newest_page(project, address)
         print(f"MLflow on {address} (Ctrl-C stops it)\n{page}", flush=True)
         if browser:
             webbrowser.open(page)
@@ -44,23 +44,16 @@ def ui_command(storage_option: str | None, port: int, browser: bool) -> None:
         server.wait()
 
 
-def _command(storage: ProjectFolder, port: int) -> list[str]:
-    return [
-        *(
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--workers",
-            "1",
-        ),
-        *("--backend-store-uri", storage.tracking_uri, "--default-artifact-root", storage.artifacts.as_uri()),
-        "--no-serve-artifacts",
-    ]
+def _command(project: ProjectFolder, port: int) -> list[str]:
+    options = {
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--workers": "1",
+        "--backend-store-uri": project.tracking_uri,
+        "--default-artifact-root": project.artifacts.as_uri(),
+    }
+    pairs = [word for option in options.items() for word in option]
+    return [sys.executable, "-m", "mlflow", "server", *pairs, "--no-serve-artifacts"]
 
 
 def _environment() -> dict[str, str]:
@@ -69,7 +62,7 @@ def _environment() -> dict[str, str]:
 
 
 def _free_port(port: int) -> int:
-    """The port asked for, or another where that one is taken."""
+    """The port given, or another one where that is taken."""
     for candidate in (port, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -81,13 +74,14 @@ def _free_port(port: int) -> int:
     raise UserError("no free port on 127.0.0.1; pass --port.")
 
 
-def _wait(server: subprocess.Popen[bytes], address: str) -> None:
+def _wait_until_healthy(server: subprocess.Popen[bytes], address: str) -> None:
+    """Raises JobError where the server ends, or does not answer within START_SECONDS."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:
             text = (server.stderr.read() if server.stderr else b"").decode(errors="replace").strip()
             raise JobError(
-                f"the MLflow server ended at once: {text.splitlines()[-1] if text else 'without a word'}"
+                f"the MLflow server ended at once: {text.splitlines()[-1] if text else 'without a message'}"
             )
         try:
             with urllib.request.urlopen(f"{address}/health", timeout=2):
@@ -97,9 +91,9 @@ def _wait(server: subprocess.Popen[bytes], address: str) -> None:
     raise JobError(f"the MLflow server did not answer on {address} within {START_SECONDS:g} s.")
 
 
-def _newest_page(storage: ProjectFolder, address: str) -> str:
-    """The trials of the newest sweep that reached MLflow."""
-    for record in all_records(storage):
+def _newest_page(project: ProjectFolder, address: str) -> str:
+    """URL of the page with the trials of the newest sweep that has a run in MLflow."""
+    for record in all_records(project):
         if record.run and record.experiment_id:
             return sweep_page(record.experiment_id, record.run, record.metric, address)
     return f"{address}/#/experiments"

@@ -1,1 +1,13 @@
-"""What a command does: targets, evaluate, compare, benchmark, prepare."""
+"""Work of the commands that score, compare, generate and prepare.
+
+targets            resolves a name given on the command line to weights or images
+requests           what each command is asked for
+evaluate           scores a network or a set of images
+model_under_test   a weights file and the sampler settings under which it is scored
+log_scores         logs scores on the run and the registered version they belong to
+compare            compares the methods of a sweep: distance and cost
+compare_report     conclusions, Markdown, CSV, JSON and plot of a comparison
+benchmark          seconds and memory of training and sampling
+generate           a folder of images from weights
+prepare            builds a shard set on a Ray cluster
+"""

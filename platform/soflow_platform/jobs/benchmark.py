@@ -1,10 +1,9 @@
-"""What a method costs on this machine: seconds and memory of a training step, seconds of an image.
+"""Benchmarks of methods on this machine: seconds and memory of a training step, seconds of sampling an image.
 
-    python -m soflow_platform.jobs.benchmark QUESTIONS.json ANSWERS.json
+    python -m soflow_platform.jobs.benchmark REQUEST.json RESULT.json
 
-A process of its own, with one thread on a CPU, measures all methods in turn and goes through them more than once, so that a slow moment
-of the machine does not fall on one alone. It holds one network at a time. Weights are as they are initialized: time and memory do not
-depend on them.
+A subprocess with one CPU thread measures all methods in turn, several times over, so that a slow moment of the machine does not affect
+one method alone. It holds one network at a time. Weights are as initialized: time and memory do not depend on them.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ from soflow_platform.errors import JobError
 from soflow_platform.training.step_builder import build_train_step
 
 POINTS = 6
-"""Places of training at which a step is timed: schedules change what it does."""
+"""Places of the training schedule at which a step is timed: what a step does changes along it."""
 ROUNDS = 2
-"""Times that all methods are gone through; the shorter time counts."""
+"""Times that each method is measured; the shortest time counts."""
 IMAGES = 64
-"""Images made at once where sampling is timed."""
+"""Batch size at which sampling is timed."""
 
 
 @dataclass(frozen=True)
 class TrainingBenchmark:
-    """A method as a trial trains it: one worker's share of a batch, without the exchange between workers."""
+    """Training steps of a trial: one worker's share of a batch, without communication between workers."""
 
     network: DiTConfig
     experiment: Experiment
@@ -51,7 +50,7 @@ class TrainingBenchmark:
 
 @dataclass(frozen=True)
 class SamplingBenchmark:
-    """A method as it is sampled."""
+    """Sampling with a method in a number of steps."""
 
     network: DiTConfig
     objective: Objective
@@ -60,66 +59,77 @@ class SamplingBenchmark:
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured on one machine, in one run."""
+    """Results of the benchmarks, measured on one machine in one run."""
 
     device: str
     threads: int
     step_seconds: list[float]
-    """Of each method that was asked about: a training step, on average over its schedule."""
+    """For each training: seconds of a step, averaged over its schedule."""
     peak_bytes: list[float]
-    """Of each: all tensors that live at once, at most, weights, optimizer and EMAs among them."""
+    """For each training: peak bytes of all live tensors, including weights, optimizer state and EMAs."""
     image_seconds: list[float] = field(default_factory=list)
-    """Of each way of sampling: one image of a batch of 64, its noise given."""
+    """For each sampling: seconds of one image in a batch of IMAGES, without drawing its noise."""
 
 
-def measure_costs(trained: Sequence[TrainingBenchmark], sampled: Sequence[SamplingBenchmark]) -> Costs:
-    """Measure in a process of its own. Raises JobError where it fails."""
-    questions = {
-        "trained": [
-            {"network": to_dict(one.network), "experiment": one.experiment.resolved()} for one in trained
+def measure_costs(trainings: Sequence[TrainingBenchmark], samplings: Sequence[SamplingBenchmark]) -> Costs:
+    """Run the benchmarks in a subprocess and return their results. Raises JobError where it fails."""
+    request = {
+        "trainings": [
+            {"network": to_dict(each.network), "experiment": each.experiment.resolved()} for each in trainings
         ],
-        "sampled": [
-            {"network": to_dict(one.network), "objective": to_dict(one.objective), "steps": one.steps}
-            for one in sampled
+        "samplings": [
+            {"network": to_dict(each.network), "objective": to_dict(each.objective), "steps": each.steps}
+            for each in samplings
         ],
     }
     with tempfile.TemporaryDirectory(prefix="soflow-costs-") as folder:
-        asked, answered = Path(folder) / "questions.json", Path(folder) / "answers.json"
-        asked.write_text(json.dumps(questions))
-        command = [sys.executable, "-m", "soflow_platform.jobs.benchmark", str(asked), str(answered)]
+        request_path, result_path = Path(folder) / "request.json", Path(folder) / "result.json"
+        request_path.write_text(json.dumps(request))
+        command = [
+            sys.executable,
+            "-m",
+            "soflow_platform.jobs.benchmark",
+            str(request_path),
+            str(result_path),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            said = done.stderr.strip().splitlines() or ["no word of why"]
-            # A process that is killed, for its memory, says nothing of it.
-            why = f"ended by signal {-done.returncode}" if done.returncode < 0 else said[-1]
-            raise JobError(f"the costs could not be measured: {why}")
-        return Costs(**json.loads(answered.read_text()))
+            raise JobError(f"the costs could not be measured: {_failure(done)}")
+        return Costs(**json.loads(result_path.read_text()))
 
 
-def _trained(question: dict[str, Any]) -> TrainingBenchmark:
-    return TrainingBenchmark(from_dict(DiTConfig, question["network"]), Experiment(**question["experiment"]))
+def _failure(done: subprocess.CompletedProcess[str]) -> str:
+    """Why the subprocess failed: its signal, such as that of the kernel's out-of-memory killer, else its last line."""
+    if done.returncode < 0:
+        return f"ended by signal {-done.returncode}"
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else "the benchmark process failed without an error message"
 
 
-def _sampled(question: dict[str, Any]) -> SamplingBenchmark:
-    objective = question["objective"]
+def _training_benchmark(request: dict[str, Any]) -> TrainingBenchmark:
+    return TrainingBenchmark(from_dict(DiTConfig, request["network"]), Experiment(**request["experiment"]))
+
+
+def _sampling_benchmark(request: dict[str, Any]) -> SamplingBenchmark:
+    objective = request["objective"]
     return SamplingBenchmark(
-        from_dict(DiTConfig, question["network"]),
+        from_dict(DiTConfig, request["network"]),
         from_dict(OBJECTIVES[objective["method"]], objective),
-        question["steps"],
+        request["steps"],
     )
 
 
 class TimedTraining:
-    """One method's training step, on data that do not matter."""
+    """A training step on random data, timed."""
 
-    def __init__(self, one: TrainingBenchmark, device: torch.device) -> None:
-        self.one, self.device = one, device
-        self.step = build_train_step(one.experiment, one.network, device, world=1)
+    def __init__(self, benchmark: TrainingBenchmark, device: torch.device) -> None:
+        self.benchmark, self.device = benchmark, device
+        self.step = build_train_step(benchmark.experiment, benchmark.network, device, world=1)
         self.generator = torch.Generator().manual_seed(0)
 
     def __call__(self, point: int) -> float:
-        """Seconds of a step at this place of the schedule, out of POINTS."""
-        network, experiment = self.one.network, self.one.experiment
+        """Seconds of a step at place `point` of the schedule, 0 to POINTS - 1."""
+        network, experiment = self.benchmark.network, self.benchmark.experiment
         training, workers = experiment.training, experiment.resources.workers
         shape = (network.channels, network.height, network.width)
         x0 = torch.randn(training.batch, *shape, generator=self.generator)
@@ -137,40 +147,40 @@ class TimedTraining:
 
 
 def measure_training(
-    trained: Sequence[TrainingBenchmark], device: torch.device
+    benchmarks: Sequence[TrainingBenchmark], device: torch.device
 ) -> tuple[list[float], list[float]]:
-    """Seconds of a step and peak bytes, of each method."""
-    shortest = [[math.inf] * POINTS for _ in trained]
+    """Seconds of a step and peak bytes for each benchmark."""
+    shortest = [[math.inf] * POINTS for _ in benchmarks]
     for _ in range(ROUNDS):
-        for number, one in enumerate(trained):
-            taken = zip(shortest[number], _step_times(one, device), strict=True)
-            shortest[number] = [min(times) for times in taken]
-    peaks = [_peak(one, device) for one in trained]
+        for number, benchmark in enumerate(benchmarks):
+            pairs = zip(shortest[number], _step_times(benchmark, device), strict=True)
+            shortest[number] = [min(pair) for pair in pairs]
+    peaks = [_peak(benchmark, device) for benchmark in benchmarks]
     return [statistics.mean(times) for times in shortest], peaks
 
 
-def _step_times(one: TrainingBenchmark, device: torch.device) -> list[float]:
+def _step_times(benchmark: TrainingBenchmark, device: torch.device) -> list[float]:
     """Seconds of a step at each place of the schedule."""
     _free(device)
-    step = TimedTraining(one, device)
-    # A place where the method does something new is compiled for when it is first met.
-    for point in range(POINTS) if one.experiment.training.compile else (0,):
+    step = TimedTraining(benchmark, device)
+    # Code that runs only at a later place is compiled when that place is first reached.
+    for point in range(POINTS) if benchmark.experiment.training.compile else (0,):
         step(point)
     return [step(point) for point in range(POINTS)]
 
 
-def _peak(one: TrainingBenchmark, device: torch.device) -> float:
-    """Bytes of all tensors alive at once, at most, from before the network is built until a few steps are done."""
+def _peak(benchmark: TrainingBenchmark, device: torch.device) -> float:
+    """Peak bytes of live tensors, from before the network is built until a few steps are done."""
     _free(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        _few_steps(one, device)
+        _few_steps(benchmark, device)
         return float(torch.cuda.max_memory_allocated(device) - before)
     from torch.autograd.profiler import profile
 
     with profile(profile_memory=True) as profiled:
-        _few_steps(one, device)
+        _few_steps(benchmark, device)
     records = [e for e in profiled.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
     for record in sorted(records, key=lambda record: record.start_ns()):
@@ -179,39 +189,39 @@ def _peak(one: TrainingBenchmark, device: torch.device) -> float:
     return float(peak)
 
 
-def _few_steps(one: TrainingBenchmark, device: torch.device) -> None:
-    step = TimedTraining(one, device)
+def _few_steps(benchmark: TrainingBenchmark, device: torch.device) -> None:
+    step = TimedTraining(benchmark, device)
     for point in (0, POINTS // 2, POINTS - 1):
         step(point)
 
 
-def measure_sampling(sampled: Sequence[SamplingBenchmark], device: torch.device) -> list[float]:
-    """Seconds of an image, of each way of sampling."""
-    shortest = [math.inf] * len(sampled)
+def measure_sampling(benchmarks: Sequence[SamplingBenchmark], device: torch.device) -> list[float]:
+    """Seconds of an image for each benchmark."""
+    shortest = [math.inf] * len(benchmarks)
     for _ in range(ROUNDS):
-        for config in dict.fromkeys(one.network for one in sampled):
+        for config in dict.fromkeys(benchmark.network for benchmark in benchmarks):
             _free(device)
             network = DiT(config).to(device).eval()
-            for number, one in enumerate(sampled):
-                if one.network == config:
-                    _time_of_images(one, network, device, steps=min(one.steps, 2))
-                    taken = _time_of_images(one, network, device, one.steps)
-                    shortest[number] = min(shortest[number], taken)
+            for number, benchmark in enumerate(benchmarks):
+                if benchmark.network == config:
+                    _sampling_seconds(benchmark, network, device, steps=min(benchmark.steps, 2))
+                    seconds = _sampling_seconds(benchmark, network, device, benchmark.steps)
+                    shortest[number] = min(shortest[number], seconds)
             del network
     return [seconds / IMAGES for seconds in shortest]
 
 
 @torch.inference_mode()
-def _time_of_images(one: SamplingBenchmark, network: DiT, device: torch.device, steps: int) -> float:
-    """Seconds of IMAGES images. Noise is drawn before the clock starts: how it is drawn is not the method's."""
-    config = one.network
+def _sampling_seconds(benchmark: SamplingBenchmark, network: DiT, device: torch.device, steps: int) -> float:
+    """Seconds of IMAGES images. Noise is drawn before the clock starts, because drawing it is not part of the method."""
+    config = benchmark.network
     noise = torch.randn(IMAGES, config.channels, config.height, config.width).to(device)
     labels: Tensor | None = None
     if config.classes is not None:
         labels = (torch.arange(IMAGES) % config.classes).to(device)
     _wait(device)
     started = time.perf_counter()
-    one.objective.sample(network, noise, labels, steps, [noise] * (steps - 1))
+    benchmark.objective.sample(network, noise, labels, steps, [noise] * (steps - 1))
     _wait(device)
     return time.perf_counter() - started
 
@@ -222,24 +232,24 @@ def _wait(device: torch.device) -> None:
 
 
 def _free(device: torch.device) -> None:
-    """Let go of the network that was measured before, and of what was compiled for it."""
+    """Free the network that was measured before, and the code compiled for it."""
     gc.collect()
     torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def main(asked: str, answered: str) -> None:
-    """Answer what a file asks."""
+def main(request_path: str, result_path: str) -> None:
+    """Run the benchmarks of a request file and write their results."""
     # cuBLAS is deterministic only with this, and reads it when it is first used.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
-    questions = json.loads(Path(asked).read_text())
-    seconds, peaks = measure_training([_trained(q) for q in questions["trained"]], device)
-    images = measure_sampling([_sampled(q) for q in questions["sampled"]], device)
+    request = json.loads(Path(request_path).read_text())
+    seconds, peaks = measure_training([_training_benchmark(each) for each in request["trainings"]], device)
+    images = measure_sampling([_sampling_benchmark(each) for each in request["samplings"]], device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    Path(answered).write_text(json.dumps(asdict(Costs(name, 1, seconds, peaks, images))))
+    Path(result_path).write_text(json.dumps(asdict(Costs(name, 1, seconds, peaks, images))))
 
 
 if __name__ == "__main__":

@@ -1,35 +1,32 @@
-"""The methods of a sweep side by side: distance at each number of evaluations, and what training and sampling cost.
+"""Compares the methods of a sweep: distance at each number of function evaluations, cost of training and sampling.
 
-Every trial is scored from its newest checkpoint, for the whole of its budget is what trials have in common. Costs are measured in one
+Every trial is scored from its newest checkpoint, because trials have the whole of their budget in common. Costs are measured in one
 run on this machine.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
+from soflow_core.networks import DiTConfig
 from soflow_core.objectives import Diffusion
-from soflow_platform.config.comparison import SamplingConfig
 from soflow_platform.config.document import Document
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import JobError, UserError
-from soflow_platform.evaluation.runner import INPUT_ERRORS, RayStatisticsRunner, Report
-from soflow_platform.jobs.benchmark import Costs, SamplingBenchmark, TrainingBenchmark, measure_costs
-from soflow_platform.jobs.evaluate import EvaluateRequest, Score, network_protocol, scored
+from soflow_platform.jobs.benchmark import SamplingBenchmark, TrainingBenchmark, measure_costs
+from soflow_platform.jobs.evaluate import Score, ScoringTask, Services, network_protocol, score_all
 from soflow_platform.jobs.log_scores import log_scores
-from soflow_platform.jobs.model_under_test import ModelUnderTest
-from soflow_platform.jobs.targets import EvaluationTarget, TargetResolver
-from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import TrackingStore
-from soflow_platform.tuning.record import SweepRecord
+from soflow_platform.jobs.model_under_test import ModelUnderTest, SampleSettings
+from soflow_platform.jobs.requests import CompareRequest, ProtocolRequest
+from soflow_platform.jobs.targets import EvaluationTarget
 from soflow_platform.tuning.search_space import Trial, trials
 
 BASELINE = Diffusion(sampler="ddpm", sampling_scale=1.0)
 BASELINE_STEPS = 1000
-"""What images are compared with in speed: DDPM with all of its steps."""
-SHARED = (
+"""Baseline of the speed-up: DDPM with all of its steps."""
+SHARED_TAGS = (
     "features",
     "evaluator",
     "reference",
@@ -40,7 +37,7 @@ SHARED = (
     "labels",
     "seed",
 )
-"""Settings that all numbers of a comparison have in common."""
+"""Settings that all scores of a comparison have in common."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +45,13 @@ class Row:
     """One trial, sampled in one way."""
 
     budget: str
-    """What it has in common with the others of its table: `steps` or `evaluations`."""
+    """What it has in common with the other rows of its table: `steps` or `evaluations`."""
     trial: str
     method: str
     uses_jvp: bool
     trained_steps: int
     sampling: str
-    """How, where it is not the method's only way: `ddim`, `euler, guidance 3`."""
+    """Sampler and guidance, as `ddim` or `euler, guidance 3`; empty where the method has one way of sampling."""
     steps: int
     nfe: int
     samples: int
@@ -66,15 +63,16 @@ class Row:
     speedup: float | None = None
     """Over DDPM of 1000 steps, in time for one image."""
     trained_guidance: float | None = None
-    """Scale of the guidance in its training, 1 where it is none; None where the method has none."""
+    """Scale of the guidance in training, 1 for none; None where the method has no such setting."""
     flags: tuple[str, ...] = ()
 
-    def named(self, rows: Sequence[Row]) -> str:
-        """The method; where other rows are of the same method trained otherwise, its guidance too, or its trial."""
-        alike = [row for row in rows if row.method == self.method]
-        if len({row.trial for row in alike}) == 1:
+    def label(self, rows: Sequence[Row]) -> str:
+        """The method's name; with its guidance or its trial's name where `rows` hold other trainings of the same method."""
+        same_method = [row for row in rows if row.method == self.method]
+        if len({row.trial for row in same_method}) == 1:
             return self.method
-        if len({row.trial for row in alike if row.trained_guidance == self.trained_guidance}) > 1:
+        same_guidance = {row.trial for row in same_method if row.trained_guidance == self.trained_guidance}
+        if len(same_guidance) > 1:
             return self.trial
         unguided = self.trained_guidance in (None, 1)
         return f"{self.method}, {'no guidance' if unguided else f'guidance {self.trained_guidance:g}'}"
@@ -82,286 +80,253 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows, with what they have in common."""
+    """The rows of a comparison, with the settings they have in common."""
 
     sweep: str
     distance: str
-    """Its name: `fid`, `fd`, ..."""
+    """Name of the distance: `fid`, `fd`, ..."""
     rows: list[Row]
     settings: dict[str, str]
-    """Of every number: features, reference, labels, seed."""
+    """Settings of every score: features, reference, labels, seed."""
     device: str | None
-    """What the costs were measured on; None where they were not."""
+    """Device that the costs were measured on; None where they were not."""
     left_out: list[str] = field(default_factory=list)
     """Trials that could not be compared, and why."""
 
-    def conclusions(self) -> list[str]:
-        """What the rows say of one evaluation, for each budget, in sentences."""
-        return [s for budget in self.budgets for s in _conclusions(budget, self.distance, self.of(budget))]
-
     @property
     def budgets(self) -> list[str]:
-        """In the order of the sweep."""
+        """The budgets in the order of the sweep."""
         return list(dict.fromkeys(row.budget for row in self.rows))
 
     def of(self, budget: str) -> list[Row]:
         """The rows of one budget."""
         return [row for row in self.rows if row.budget == budget]
 
-    def as_record(self) -> dict[str, Any]:
-        """For other programs."""
-        return {**asdict(self), "conclusions": self.conclusions()}
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of training a method and of sampling it in one way."""
+
+    step_seconds: float
+    peak_bytes: float
+    image_seconds: float
+    speedup: float
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A trained network and one way to sample it."""
+    """A trained network and one way to sample it, with its score and its cost once they are known."""
 
     trial: Trial
-    subject: EvaluationTarget
+    target: EvaluationTarget
     network: ModelUnderTest
-    steps: int
-    samples: int
+    samples: SampleSettings
+    score: Score | None = None
+    cost: Cost | None = None
+
+    @property
+    def work(self) -> int:
+        """Function evaluations of all samples."""
+        return self.network.nfe(self.samples.steps) * self.samples.count
 
 
-def compare(
-    record: SweepRecord,
-    protocol: Sequence[SamplingConfig],
-    storage: ProjectFolder,
-    store: TrackingStore,
-    address: str | None,
-    report: Report,
-    costs: bool,
-    say: Callable[[str], None],
-    keep: Callable[[Comparison], None],
-) -> Comparison:
-    """Score every trial of a sweep in every way of the protocol, and measure what the methods cost.
+@dataclass(frozen=True)
+class ScoredSweep:
+    """Every way of sampling every trial of a sweep, scored."""
 
-    `keep` gets the comparison before the costs are measured, and again with them. Raises UserError where there is nothing to compare,
-    JobError where something failed.
-    """
-    experiment = Experiment(**record.experiment)
-    resolver = TargetResolver.for_scoring(storage, store)
-    entries, left_out = _entries(record, experiment, protocol, resolver)
-    if not entries:
-        raise UserError(f"sweep {record.id} has nothing to compare: {'; '.join(left_out)}.")
-    say(f"scoring {len(entries)} ways of sampling")
-    scores = _scores(entries, experiment, storage, address, report)
-    for entry, score in zip(entries, scores, strict=True):
-        log_scores(entry.subject, [score], store)
-    settings = {key: value for key, value in scores[0].tags.items() if key in SHARED}
+    sweep: str
+    experiment: Experiment
+    entries: list[Entry]
+    left_out: list[str]
+    device: str | None = None
+    """Device that the costs of the entries were measured on; None where they were not."""
 
-    def found(measured: MeasuredCosts | None) -> Comparison:
-        rows = [
-            _row(budget, entry, score, measured, number)
-            for budget in experiment.search.budgets
-            for number, (entry, score) in enumerate(zip(entries, scores, strict=True))
-            if budget in entry.trial.budgets
-        ]
-        device = measured.costs.device if measured else None
-        return Comparison(record.id, experiment.evaluation.distance, rows, settings, device, left_out)
-
-    comparison = found(None)
-    keep(comparison)
-    if costs:
-        say("measuring seconds and memory, one thread")
+    def with_costs(self) -> ScoredSweep:
+        """The same with the costs of its entries, measured on this machine. Raises JobError where that fails."""
         try:
-            comparison = found(_costs(entries))
+            device, entries = _with_costs(self.entries)
         except JobError as error:
             raise JobError(
                 f"{error}; the table is kept without them, and --no-costs leaves them out."
             ) from error
-        keep(comparison)
-    return comparison
+        return replace(self, entries=entries, device=device)
+
+    def comparison(self) -> Comparison:
+        """The entries as rows."""
+        score = self.entries[0].score
+        assert score is not None
+        return Comparison(
+            self.sweep,
+            self.experiment.evaluation.distance,
+            _rows(self.entries, self.experiment.search.budgets),
+            {key: value for key, value in score.tags.items() if key in SHARED_TAGS},
+            self.device,
+            self.left_out,
+        )
+
+
+def score_sweep(request: CompareRequest, services: Services, say: Callable[[str], None]) -> ScoredSweep:
+    """Score every trial of a sweep in every way of sampling of the request, and log the scores on the runs of the trials.
+
+    Raises InputError where there is nothing to compare, JobError where something failed.
+    """
+    experiment = Experiment(**request.record.experiment)
+    entries, left_out = _entries(request, experiment, services)
+    if not entries:
+        raise UserError(f"sweep {request.record.id} has nothing to compare: {'; '.join(left_out)}.")
+    say(f"scoring {len(entries)} ways of sampling")
+    entries = _scored(entries, experiment, services)
+    for entry in entries:
+        assert entry.score is not None
+        log_scores(entry.target, [entry.score], services.store)
+    return ScoredSweep(request.record.id, experiment, entries, left_out)
 
 
 def _entries(
-    record: SweepRecord, experiment: Experiment, protocol: Sequence[SamplingConfig], resolver: TargetResolver
+    request: CompareRequest, experiment: Experiment, services: Services
 ) -> tuple[list[Entry], list[str]]:
-    """Every way of sampling every trial on so many images once, and the trials that have no weights."""
+    """Every distinct way of sampling every trial, and the trials that have no weights, as sentences."""
+    resolver, evaluation = services.resolver, experiment.evaluation
     entries: list[Entry] = []
     left_out = []
-    for trial in trials(Document(record.experiment), experiment):
+    for trial in trials(Document(request.record.experiment), experiment):
         try:
-            subject = resolver.trial(record, trial.name, newest=True)
+            target = resolver.trial(request.record, trial.name, newest=True)
         except UserError as error:
             left_out.append(str(error).rstrip("."))
             continue
-        assert subject.weights is not None
-        network = ModelUnderTest.open(subject.weights, {})
+        assert target.weights is not None
+        network = ModelUnderTest.open(target.weights, {})
         seen = set()
-        for row in protocol:
-            if not row.covers(network.trained.method):
+        for way in request.protocol:
+            if not way.covers(network.trained.method):
                 continue
-            sampled = network.sampled(row.settings)
-            samples = row.samples or experiment.evaluation.samples
-            for steps in row.steps:
-                if (sampled.objective, steps, samples) not in seen:
-                    seen.add((sampled.objective, steps, samples))
-                    entries.append(Entry(trial, subject, sampled, steps, samples))
+            sampled = network.sampled(way.settings)
+            for steps in way.steps:
+                samples = SampleSettings(
+                    steps, evaluation.labels, evaluation.seed, way.samples or evaluation.samples
+                )
+                if (sampled.objective, samples) not in seen:
+                    seen.add((sampled.objective, samples))
+                    entries.append(Entry(trial, target, sampled, samples))
     return entries, left_out
 
 
-def _scores(
-    entries: Sequence[Entry],
-    experiment: Experiment,
-    storage: ProjectFolder,
-    address: str | None,
-    report: Report,
-) -> list[Score]:
-    """In the order of the entries; those that take longest are made first, so that no worker is left with one at the end."""
+def _scored(entries: Sequence[Entry], experiment: Experiment, services: Services) -> list[Entry]:
+    """The entries with their scores."""
     evaluation = experiment.evaluation
-    kind = "fid" if evaluation.distance == "fid" else "fd"
-    agrees = any("label_agreement" in name for name in evaluation.metrics(experiment.data.conditional))
-    request = EvaluateRequest(
-        subject="",
-        metrics=(kind, "label_agreement") if agrees else (kind,),
-        labels=evaluation.labels,
-        seed=evaluation.seed,
+    first = entries[0]
+    protocol = network_protocol(_protocol_request(experiment), first.target, first.network, services)
+    # Slowest first, so that no worker is left alone with a long job at the end.
+    order = sorted(range(len(entries)), key=lambda number: -entries[number].work)
+    tasks = []
+    for number in order:
+        entry = entries[number]
+        job = entry.network.statistics_job(entry.samples, protocol, evaluation.autoencoder)
+        tasks.append(ScoringTask(entry.target.name, job, entry.network.tags(entry.samples)))
+    scores = dict(zip(order, score_all(tasks, protocol, services), strict=True))
+    return [replace(entry, score=scores[number]) for number, entry in enumerate(entries)]
+
+
+def _protocol_request(experiment: Experiment) -> ProtocolRequest:
+    """The distance by which the sweep's trials were compared, and label agreement where it was reported."""
+    evaluation = experiment.evaluation
+    distance = "fid" if evaluation.distance == "fid" else "fd"
+    reported = evaluation.metrics(experiment.data.conditional)
+    agreement = any("label_agreement" in name for name in reported)
+    return ProtocolRequest(
+        metrics=(distance, "label_agreement") if agreement else (distance,),
         features=evaluation.features,
         autoencoder=evaluation.autoencoder,
     )
-    order = sorted(
-        range(len(entries)), key=lambda i: -entries[i].network.nfe(entries[i].steps) * entries[i].samples
-    )
-    slowest_first = [entries[i] for i in order]
-    try:
-        with RayStatisticsRunner(storage, address, report) as gathering:
-            first = slowest_first[0]
-            yardstick = network_protocol(request, first.subject, first.network, storage, gathering)
-            settings = (evaluation.labels, evaluation.seed)
-            found = scored(
-                [e.subject.name for e in slowest_first],
-                yardstick,
-                [
-                    e.network.measurement(yardstick, e.steps, *settings, e.samples, evaluation.autoencoder)
-                    for e in slowest_first
-                ],
-                [e.network.facts(e.steps, *settings, e.samples) for e in slowest_first],
-                storage,
-                gathering,
-            )
-    except UserError:
-        raise
-    except INPUT_ERRORS as error:
-        raise UserError(str(error)) from error
-    scores: dict[int, Score] = dict(zip(order, found, strict=True))
-    return [scores[i] for i in range(len(entries))]
 
 
 @dataclass(frozen=True)
-class MeasuredCosts:
-    """Costs, and which of them are those of each entry."""
+class TrainingKey:
+    """Trainings with equal keys cost the same for each step."""
 
-    costs: Costs
-    trained: list[int]
-    sampled: list[int]
-    baseline: float
-    """Seconds of an image of DDPM with 1000 steps."""
+    network: DiTConfig
+    settings: str
+    """The experiment as JSON, but for its length: a step is timed at fractions of the schedule."""
+
+    @classmethod
+    def of(cls, benchmark: TrainingBenchmark) -> TrainingKey:
+        settings = benchmark.experiment.resolved()
+        settings["training"] = {**settings["training"], "steps": 0}
+        return cls(benchmark.network, json.dumps(settings, sort_keys=True))
 
 
-def _costs(entries: Sequence[Entry]) -> MeasuredCosts:
-    """Each method is measured once, however many trials and budgets it has."""
-    trained: dict[str, TrainingBenchmark] = {}
-    sampled: dict[str, SamplingBenchmark] = {}
-    of_training, of_sampling = [], []
+def _with_costs(entries: Sequence[Entry]) -> tuple[str, list[Entry]]:
+    """The device, and the entries with their costs. Equal trainings and equal ways of sampling are measured once."""
+    trainings: dict[TrainingKey, TrainingBenchmark] = {}
     for entry in entries:
-        network, experiment = entry.network.config, entry.trial.experiment
-        # Its length does not matter: a step is timed at places of the schedule.
-        training = experiment.training.model_copy(update={"steps": 0})
-        key = repr((network, experiment.model_copy(update={"training": training})))
-        of_training.append(list(trained).index(key) if key in trained else len(trained))
-        trained.setdefault(key, TrainingBenchmark(network, experiment))
-        image = SamplingBenchmark(network, entry.network.objective, entry.steps)
-        of_sampling.append(list(sampled).index(repr(image)) if repr(image) in sampled else len(sampled))
-        sampled.setdefault(repr(image), image)
+        benchmark = TrainingBenchmark(entry.network.config, entry.trial.experiment)
+        trainings.setdefault(TrainingKey.of(benchmark), benchmark)
     baseline = SamplingBenchmark(entries[0].network.config, BASELINE, BASELINE_STEPS)
-    costs = measure_costs(list(trained.values()), [*sampled.values(), baseline])
-    return MeasuredCosts(costs, of_training, of_sampling, costs.image_seconds[-1])
+    samplings = list(dict.fromkeys([*map(_sampling_benchmark, entries), baseline]))
+    costs = measure_costs(list(trainings.values()), samplings)
+    step_seconds = dict(zip(trainings, costs.step_seconds, strict=True))
+    peak_bytes = dict(zip(trainings, costs.peak_bytes, strict=True))
+    image_seconds = dict(zip(samplings, costs.image_seconds, strict=True))
+
+    def cost(entry: Entry) -> Cost:
+        key = TrainingKey.of(TrainingBenchmark(entry.network.config, entry.trial.experiment))
+        seconds = image_seconds[_sampling_benchmark(entry)]
+        return Cost(step_seconds[key], peak_bytes[key], seconds, image_seconds[baseline] / seconds)
+
+    return costs.device, [replace(entry, cost=cost(entry)) for entry in entries]
 
 
-def _row(budget: str, entry: Entry, score: Score, measured: MeasuredCosts | None, number: int) -> Row:
-    planned = entry.trial.experiment.training.steps
-    done = entry.subject.step or 0
-    flags = list(score.flags)
-    if done < planned:
-        flags.append(f"{entry.trial.name} is at step {done} of {planned}: it has not had its budget.")
-    usual = entry.trial.experiment.evaluation.samples
-    if entry.samples != usual:
-        way = f"{entry.network.objective.method} ({_sampling(score.tags)})"
-        flags.append(
-            f"{way} is scored on {entry.samples} samples, where {usual} are usual: fewer give a larger distance."
-        )
-    kinds = [name for name in score.values if name != "label_agreement"]
+def _sampling_benchmark(entry: Entry) -> SamplingBenchmark:
+    return SamplingBenchmark(entry.network.config, entry.network.objective, entry.samples.steps)
+
+
+def _rows(entries: Sequence[Entry], budgets: Sequence[str]) -> list[Row]:
+    """A row for each entry and each budget of its trial, budget by budget."""
+    return [_row(budget, entry) for budget in budgets for entry in entries if budget in entry.trial.budgets]
+
+
+def _row(budget: str, entry: Entry) -> Row:
+    score, objective = entry.score, entry.network.objective
+    assert score is not None
+    (distance,) = (value for name, value in score.values.items() if name != "label_agreement")
     row = Row(
         budget=budget,
         trial=entry.trial.name,
-        method=entry.network.objective.method,
-        uses_jvp=entry.network.objective.uses_jvp,
-        trained_steps=done,
-        trained_guidance=entry.network.objective.trained_guidance,
+        method=objective.method,
+        uses_jvp=objective.uses_jvp,
+        trained_steps=entry.target.step or 0,
+        trained_guidance=objective.trained_guidance,
         sampling=_sampling(score.tags),
-        steps=entry.steps,
+        steps=entry.samples.steps,
         nfe=int(score.tags["nfe"]),
-        samples=entry.samples,
-        distance=score.values[kinds[0]],
+        samples=entry.samples.count,
+        distance=distance,
         label_agreement=score.values.get("label_agreement"),
-        flags=tuple(flags),
+        flags=tuple(_flags(entry, score)),
     )
-    if measured is None:
-        return row
-    image = measured.costs.image_seconds[measured.sampled[number]]
-    return replace(
-        row,
-        step_seconds=measured.costs.step_seconds[measured.trained[number]],
-        peak_bytes=measured.costs.peak_bytes[measured.trained[number]],
-        image_seconds=image,
-        speedup=measured.baseline / image,
-    )
+    return row if entry.cost is None else replace(row, **vars(entry.cost))
+
+
+def _flags(entry: Entry, score: Score) -> list[str]:
+    """Reasons, as sentences, why a row cannot be compared with the others."""
+    flags = list(score.flags)
+    experiment, done = entry.trial.experiment, entry.target.step or 0
+    if done < experiment.training.steps:
+        flags.append(
+            f"{entry.trial.name} is at step {done} of {experiment.training.steps}: it has not had its budget."
+        )
+    if entry.samples.count != experiment.evaluation.samples:
+        way = f"{entry.network.objective.method} ({_sampling(score.tags)})"
+        flags.append(
+            f"{way} is scored on {entry.samples.count} samples, where {experiment.evaluation.samples} are usual: fewer give a larger "
+            "distance."
+        )
+    return flags
 
 
 def _sampling(tags: dict[str, str]) -> str:
+    """Sampler and guidance: `euler, guidance 3`."""
     scale = float(tags.get("sampling_scale", "1"))
-    said = [tags["sampler"]] if "sampler" in tags else []
-    return ", ".join(said + ([f"guidance {scale:g}"] if scale != 1 else []))
-
-
-def _conclusions(budget: str, distance: str, rows: Sequence[Row]) -> list[str]:
-    """What is best at one evaluation, among networks that are guided alike in training, and at any number."""
-    once = sorted((row for row in rows if row.nfe == 1), key=lambda row: row.distance)
-    scales = sorted({row.trained_guidance or 1 for row in once})
-    sentences = []
-    for scale in scales:
-        alike = [row for row in once if (row.trained_guidance or 1) == scale]
-        guided = (
-            "" if len(scales) == 1 else ", no guidance" if scale == 1 else f", guidance {scale:g} in training"
-        )
-        sentences += _at_one_evaluation(f"equal {budget}, 1 NFE{guided}", distance, alike)
-    overall = min(rows, key=lambda row: row.distance)
-    if overall.nfe > 1:
-        sampling = f" ({overall.sampling})" if overall.sampling else ""
-        sentences.append(
-            f"equal {budget}, any NFE: the best is {overall.named(rows)}{sampling} at {overall.nfe} NFE, {distance} "
-            f"{overall.distance:.4g}."
-        )
-    return sentences
-
-
-def _at_one_evaluation(which: str, distance: str, once: Sequence[Row]) -> list[str]:
-    """The best of all, the best without a Jacobian-vector product, and how SoFlow stands; `once` is in order of distance."""
-    best = once[0]
-    jvp = "with a Jacobian-vector product" if best.uses_jvp else "without a Jacobian-vector product"
-    sentences = [f"{which}: the best is {best.method}, {jvp}, {distance} {best.distance:.4g}."]
-    free = [row for row in once if not row.uses_jvp]
-    if best.uses_jvp and free:
-        sentences.append(
-            f"{which}: the best without a Jacobian-vector product is {free[0].method}, {distance} {free[0].distance:.4g}."
-        )
-    soflow = next((row for row in once if row.method == "soflow"), None)
-    if soflow is not None:
-        place = once.index(soflow) + 1
-        holds = "holds" if place == 1 else f"does not hold: it is {place} of {len(once)}"
-        sentences.append(
-            f"{which}: that SoFlow has the best distance {holds} ({distance} {soflow.distance:.4g})."
-        )
-    return sentences
+    sampler = [tags["sampler"]] if "sampler" in tags else []
+    return ", ".join(sampler + ([f"guidance {scale:g}"] if scale != 1 else []))

@@ -1,17 +1,21 @@
-"""A comparison on paper: a Markdown table, a CSV file, a plot of the distance against the number of evaluations."""
+"""Reports of a comparison: conclusions as sentences, Markdown, CSV, JSON, and a plot of distance against function evaluations."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from soflow_core.objectives import SoFlow
 from soflow_pipelines.storage.files import write_bytes
 from soflow_platform.jobs.compare import Comparison, Row
 
+CLAIMANT = SoFlow
+"""The method whose claim, the best distance at one function evaluation, the conclusions confirm or deny."""
 TITLES = {"steps": "Equal training steps", "evaluations": "Equal network evaluations in training"}
 FILES = ("comparison.md", "comparison.csv", "comparison.json", "comparison.png")
 COLUMNS = (
@@ -30,24 +34,29 @@ COLUMNS = (
 
 
 def save(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write FILES, each complete or absent. Returns their paths."""
-    record = json.dumps(comparison.as_record(), indent=1)
+    """Write FILES into a folder, each complete or absent. Returns their paths."""
+    record = json.dumps(as_record(comparison), indent=1)
     contents = (markdown(comparison).encode(), table(comparison).encode(), record.encode(), plot(comparison))
     for name, content in zip(FILES, contents, strict=True):
         write_bytes(folder / name, content)
     return [folder / name for name in FILES]
 
 
+def as_record(comparison: Comparison) -> dict[str, Any]:
+    """The comparison and its conclusions as JSON data."""
+    return {**asdict(comparison), "conclusions": conclusions(comparison)}
+
+
 def markdown(comparison: Comparison) -> str:
-    """A table for each budget, what the rows say, and what has to be known of the numbers."""
+    """Conclusions, a table for each budget, and the settings of the numbers."""
     lines = [f"# {comparison.sweep}", ""]
-    lines += [f"- {sentence}" for sentence in comparison.conclusions()]
+    lines += [f"- {sentence}" for sentence in conclusions(comparison)]
     for budget in comparison.budgets:
         rows = comparison.of(budget)
         lines += ["", f"## {TITLES.get(budget, budget)}", ""]
         titles = [title.format(distance=comparison.distance) for title in COLUMNS]
         lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-        lines += ["| " + " | ".join(cells(row, row.named(rows))) + " |" for row in rows]
+        lines += ["| " + " | ".join(cells(row, row.label(rows))) + " |" for row in rows]
     lines += ["", "## What the numbers are", ""]
     lines += [f"- {name}: {value}" for name, value in comparison.settings.items()]
     counts = sorted({row.samples for row in comparison.rows})
@@ -63,22 +72,72 @@ def markdown(comparison: Comparison) -> str:
 
 
 def cells(row: Row, name: str) -> list[str]:
-    """One row as text."""
-    each = row.nfe // row.steps
-    few = "" if row.flags == () else " *"
+    """The cells of one row, in the order of COLUMNS; `name` is the first."""
+    nfe_per_step = row.nfe // row.steps
+    flagged = "" if row.flags == () else " *"
     return [
         name,
         "yes" if row.uses_jvp else "no",
         row.sampling or "-",
         f"{row.trained_steps:,}",
-        f"{row.nfe}" if each == 1 else f"{row.nfe} ({row.steps} x {each})",
-        f"{row.distance:.4g}{few}",
+        f"{row.nfe}" if nfe_per_step == 1 else f"{row.nfe} ({row.steps} x {nfe_per_step})",
+        f"{row.distance:.4g}{flagged}",
         "-" if row.label_agreement is None else f"{row.label_agreement:.3f}",
         "-" if row.step_seconds is None else f"{row.step_seconds:.3f}",
         "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}",
         "-" if row.image_seconds is None else f"{1e3 * row.image_seconds:.3f}",
         "-" if row.speedup is None else f"{row.speedup:,.0f}" if row.speedup >= 10 else f"{row.speedup:.2f}",
     ]
+
+
+def conclusions(comparison: Comparison) -> list[str]:
+    """For each budget, as sentences: the best method at one function evaluation and at any number, and whether the claim holds."""
+    return [
+        sentence
+        for budget in comparison.budgets
+        for sentence in _of_budget(budget, comparison.distance, comparison.of(budget))
+    ]
+
+
+def _of_budget(budget: str, distance: str, rows: Sequence[Row]) -> list[str]:
+    """The best at one function evaluation, separately for each guidance in training; the best at any number."""
+    one_step = sorted((row for row in rows if row.nfe == 1), key=lambda row: row.distance)
+    scales = sorted({row.trained_guidance or 1 for row in one_step})
+    sentences = []
+    for scale in scales:
+        same_guidance = [row for row in one_step if (row.trained_guidance or 1) == scale]
+        guided = (
+            "" if len(scales) == 1 else ", no guidance" if scale == 1 else f", guidance {scale:g} in training"
+        )
+        sentences += _at_one_evaluation(f"equal {budget}, 1 NFE{guided}", distance, same_guidance)
+    overall = min(rows, key=lambda row: row.distance)
+    if overall.nfe > 1:
+        sampling = f" ({overall.sampling})" if overall.sampling else ""
+        sentences.append(
+            f"equal {budget}, any NFE: the best is {overall.label(rows)}{sampling} at {overall.nfe} NFE, {distance} "
+            f"{overall.distance:.4g}."
+        )
+    return sentences
+
+
+def _at_one_evaluation(which: str, distance: str, rows: Sequence[Row]) -> list[str]:
+    """The best of all, the best without a Jacobian-vector product, and the rank of CLAIMANT; `rows` are in order of distance."""
+    best = rows[0]
+    jvp = "with a Jacobian-vector product" if best.uses_jvp else "without a Jacobian-vector product"
+    sentences = [f"{which}: the best is {best.method}, {jvp}, {distance} {best.distance:.4g}."]
+    free = [row for row in rows if not row.uses_jvp]
+    if best.uses_jvp and free:
+        sentences.append(
+            f"{which}: the best without a Jacobian-vector product is {free[0].method}, {distance} {free[0].distance:.4g}."
+        )
+    claimant = next((row for row in rows if row.method == CLAIMANT.method), None)
+    if claimant is not None:
+        rank = rows.index(claimant) + 1
+        holds = "holds" if rank == 1 else f"does not hold: it is {rank} of {len(rows)}"
+        sentences.append(
+            f"{which}: that {CLAIMANT.__name__} has the best distance {holds} ({distance} {claimant.distance:.4g})."
+        )
+    return sentences
 
 
 def table(comparison: Comparison) -> str:
@@ -93,7 +152,7 @@ def table(comparison: Comparison) -> str:
 
 
 def plot(comparison: Comparison) -> bytes:
-    """PNG: the distance against the number of evaluations, a line for each way of sampling, a panel for each budget."""
+    """PNG of distance against function evaluations: a panel for each budget, a line for each way of sampling."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
@@ -107,7 +166,7 @@ def plot(comparison: Comparison) -> bytes:
         rows = comparison.of(budget)
         lines: dict[tuple[str, str], list[Row]] = {}
         for row in rows:
-            lines.setdefault((row.named(rows), row.sampling), []).append(row)
+            lines.setdefault((row.label(rows), row.sampling), []).append(row)
         for (name, sampling), points in lines.items():
             points = sorted(points, key=lambda row: row.nfe)
             colour = colours.setdefault(name, f"C{len(colours) % 10}")

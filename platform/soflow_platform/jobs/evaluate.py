@@ -1,7 +1,7 @@
 """`soflowctl evaluate`: scores of a model, a run, a checkpoint, a folder of images or an .npz file.
 
-Images are made and described block by block on all machines of a cluster and kept, so that a command that was cut goes on; a number
-that is there is not taken again.
+Statistics are computed in blocks on all machines of a cluster and kept, so that an interrupted command goes on; a score that was
+computed before with the same settings is read from the project folder.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from soflow_pipelines.metrics import ScoreStatistics
 from soflow_pipelines.storage.files import read_json, write_json
 from soflow_platform.config.evaluation import POOLED
 from soflow_platform.config.locations import absolute_autoencoder, absolute_features
 from soflow_platform.errors import UserError
-from soflow_platform.evaluation.image_sources import LabelMode
+from soflow_platform.evaluation.image_sources import StoredImages
 from soflow_platform.evaluation.protocol import (
     ReferenceLocation,
     ScoringProtocol,
@@ -26,237 +25,227 @@ from soflow_platform.evaluation.protocol import (
     training_data_location,
 )
 from soflow_platform.evaluation.reference_store import holds_latents, stored_images
-from soflow_platform.evaluation.runner import INPUT_ERRORS, RayStatisticsRunner, Report, silent
+from soflow_platform.evaluation.runner import RayStatisticsRunner
 from soflow_platform.evaluation.statistics import StatisticsJob
 from soflow_platform.generation.decoding import open_decoder
-from soflow_platform.jobs.model_under_test import ModelUnderTest
-from soflow_platform.jobs.targets import EvaluationTarget, find_target
+from soflow_platform.jobs.model_under_test import ModelUnderTest, SampleSettings
+from soflow_platform.jobs.requests import EvaluateRequest, ProtocolRequest, SamplingRequest
+from soflow_platform.jobs.targets import EvaluationTarget, TargetResolver
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import TrackingStore
 
-USUAL_NUMBER = 50_000
+DEFAULT_SAMPLES = 50_000
+"""Samples of a network that are scored."""
 
 
 @dataclass(frozen=True)
-class EvaluateRequest:
-    """What `soflowctl evaluate` was asked for."""
+class Services:
+    """What the scoring commands work with."""
 
-    subject: str
-    metrics: tuple[str, ...] = ()
-    """None: the usual ones of the features."""
-    num: int | None = None
-    """Images; None: 50,000 of a network, all of a folder or a file."""
-    steps: tuple[int, ...] = (1,)
-    labels: LabelMode = "uniform"
-    seed: int = 0
-    features: str | None = None
-    """None: inception; of networks trained on the digits, the digits classifier."""
-    reference: str | None = None
-    """None: the data the network was trained on."""
-    autoencoder: str | None = None
-    sampling: dict[str, Any] = field(default_factory=dict)
+    project: ProjectFolder
+    store: TrackingStore
+    runner: RayStatisticsRunner
+
+    @property
+    def resolver(self) -> TargetResolver:
+        return TargetResolver.for_scoring(self.project, self.store)
 
 
 @dataclass(frozen=True)
 class Score:
-    """The numbers of one set of images, with all that moves them."""
+    """The metrics of one set of images, with every setting that decides them."""
 
-    subject: str
+    name: str
+    """Name of the target."""
     values: dict[str, float]
     spread: dict[str, float]
     """Standard deviation of `is` over its splits and of `kid` over its subsets."""
     flags: list[str]
-    """Sentences: why a number is not comparable with others of its name."""
+    """Reasons, as sentences, why a value cannot be compared with others of the same metric."""
     tags: dict[str, str]
-    """Every setting that can move the numbers."""
+    """Every setting that decides the values."""
 
     @property
     def digest(self) -> str:
-        """Of those settings."""
+        """Digest of the settings."""
         return settings_digest(self.tags)
 
 
+@dataclass(frozen=True)
+class ScoringTask:
+    """One set of images to be scored."""
+
+    name: str
+    """Name of the target."""
+    job: StatisticsJob
+    tags: dict[str, str]
+    """Every setting that decides the images."""
+
+
 def settings_digest(tags: dict[str, str]) -> str:
-    """The same for the same settings."""
+    """Twelve hexadecimal digits that are equal for equal settings."""
     return hashlib.sha256(json.dumps(tags, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def evaluate(
-    request: EvaluateRequest,
-    storage: ProjectFolder,
-    store: TrackingStore,
-    address: str | None = None,
-    report: Report = silent,
-) -> tuple[EvaluationTarget, list[Score]]:
-    """Score what was asked for: one Score for each number of steps.
+def evaluate(request: EvaluateRequest, services: Services) -> tuple[EvaluationTarget, list[Score]]:
+    """Find the target and score it: one Score for each number of sampling steps.
 
-    Raises UserError for what is refused, JobError for what failed.
+    Raises InputError where the request is refused, JobError where the computation failed.
     """
-    subject = find_target(request.subject, storage, store)
-    # Actors have working folders of their own.
-    request = replace(
-        request,
-        features=request.features and absolute_features(request.features),
-        autoencoder=absolute_autoencoder(request.autoencoder),
+    target = services.resolver.find(request.target)
+    # Actors run in working folders of their own.
+    protocol = replace(
+        request.protocol,
+        features=request.protocol.features and absolute_features(request.protocol.features),
+        autoencoder=absolute_autoencoder(request.protocol.autoencoder),
     )
-    try:
-        with RayStatisticsRunner(storage, address, report) as gathering:
-            score = _score_network if subject.weights is not None else _score_images
-            return subject, score(request, subject, storage, gathering)
-    except UserError:
-        raise
-    except INPUT_ERRORS as error:
-        raise UserError(str(error)) from error
+    request = replace(request, protocol=protocol)
+    score = _score_network if target.weights is not None else _score_images
+    return target, score(request, target, services)
 
 
-def _score_network(
-    request: EvaluateRequest,
-    subject: EvaluationTarget,
-    storage: ProjectFolder,
-    gathering: RayStatisticsRunner,
-) -> list[Score]:
-    assert subject.weights is not None
-    network = ModelUnderTest.open(subject.weights, request.sampling)
-    count = request.num or USUAL_NUMBER
-    facts = [network.facts(steps, request.labels, request.seed, count) for steps in request.steps]
-    yardstick = network_protocol(request, subject, network, storage, gathering)
-    measurements = [
-        network.measurement(yardstick, steps, request.labels, request.seed, count, request.autoencoder)
-        for steps in request.steps
-    ]
-    subjects = [subject.name] * len(measurements)
-    return scored(subjects, yardstick, measurements, facts, storage, gathering)
+def _score_network(request: EvaluateRequest, target: EvaluationTarget, services: Services) -> list[Score]:
+    assert target.weights is not None
+    sampling = request.sampling
+    model = ModelUnderTest.open(target.weights, sampling.settings)
+    count = request.num or DEFAULT_SAMPLES
+    samples = [SampleSettings(steps, sampling.labels, sampling.seed, count) for steps in sampling.steps]
+    # Settings that the sampler refuses are found before a reference is computed.
+    tags = [model.tags(each) for each in samples]
+    protocol = network_protocol(request.protocol, target, model, services)
+    jobs = [model.statistics_job(each, protocol, request.protocol.autoencoder) for each in samples]
+    tasks = [ScoringTask(target.name, job, own) for job, own in zip(jobs, tags, strict=True)]
+    return score_all(tasks, protocol, services)
 
 
 def network_protocol(
-    request: EvaluateRequest,
-    subject: EvaluationTarget,
-    network: ModelUnderTest,
-    storage: ProjectFolder,
-    gathering: RayStatisticsRunner,
+    request: ProtocolRequest, target: EvaluationTarget, model: ModelUnderTest, services: Services
 ) -> ScoringProtocol:
-    """What this network's images are scored by."""
-    decoder = open_decoder(network.data, request.autoencoder, "cpu")
-    real = _named_reference(request, storage)
-    if real is None and (place := training_data_location(subject.data, network.data, storage)):
-        real = ReferenceLocation(place, request.autoencoder, expected=network.data.get("digest"))
+    """The scoring protocol for a network: by default its training data are the reference."""
+    decoder = open_decoder(model.data, request.autoencoder, "cpu")
+    reference = _named_reference(request, services.project)
+    if reference is None and (place := training_data_location(target.data, model.data, services.project)):
+        reference = ReferenceLocation(place, request.autoencoder, expected=model.data.get("digest"))
     factor = decoder.facts.factor if decoder else 1
     return open_protocol(
-        request.features or default_features(network.data),
+        request.features or default_features(model.data),
         request.metrics,
-        network.conditional,
-        network.shape,
-        (network.shape[1] * factor, network.shape[2] * factor),
-        real,
-        storage,
-        gathering.one,
+        model.conditional,
+        model.shape,
+        (model.shape[1] * factor, model.shape[2] * factor),
+        reference,
+        services.project,
+        services.runner.one,
         decoder.facts if decoder else None,
     )
 
 
-def _named_reference(request: EvaluateRequest, storage: ProjectFolder) -> ReferenceLocation | None:
-    place = training_data_location(request.reference, {}, storage)
+def _named_reference(request: ProtocolRequest, project: ProjectFolder) -> ReferenceLocation | None:
+    place = training_data_location(request.reference, {}, project)
     return None if place is None else ReferenceLocation(place, request.autoencoder)
 
 
-def _score_images(
-    request: EvaluateRequest,
-    subject: EvaluationTarget,
-    storage: ProjectFolder,
-    gathering: RayStatisticsRunner,
-) -> list[Score]:
-    assert subject.images is not None
-    real = _named_reference(request, storage)
-    _refuse_unused(request, subject.name, [subject.images, *([real.place] if real else [])])
-    given = stored_images(subject.images, request.autoencoder)
-    count = request.num or given.count
-    if count > given.count:
-        raise UserError(f"{subject.name} holds {given.count} images, {count} were asked for with --num.")
-    decoder = open_decoder(given.data, request.autoencoder, "cpu")
-    first, _ = given.open("cpu").read(0, 1)
+def _score_images(request: EvaluateRequest, target: EvaluationTarget, services: Services) -> list[Score]:
+    assert target.images is not None
+    reference = _named_reference(request.protocol, services.project)
+    _refuse_unused(request, target.name, [target.images, *([reference.place] if reference else [])])
+    images = stored_images(target.images, request.protocol.autoencoder)
+    count = request.num or images.count
+    if count > images.count:
+        raise UserError(f"{target.name} holds {images.count} images, {count} were asked for with --num.")
+    protocol = _images_protocol(request.protocol, images, reference, services)
+    if count < images.count:
+        part = f"{count} of the {images.count} images of {target.name} are scored, chosen by a fixed permutation of their numbers."
+        protocol = replace(protocol, flags=(*protocol.flags, part))
+    job = StatisticsJob(replace(images, count=count), protocol.name, protocol.features.id, protocol.metrics)
+    tags = {"images": images.digest.rsplit(":", 1)[-1], "samples": str(count)}
+    return score_all([ScoringTask(target.name, job, tags)], protocol, services)
+
+
+def _images_protocol(
+    request: ProtocolRequest,
+    images: StoredImages,
+    reference: ReferenceLocation | None,
+    services: Services,
+) -> ScoringProtocol:
+    """The scoring protocol for images of the size of the first one."""
+    decoder = open_decoder(images.data, request.autoencoder, "cpu")
+    first, _ = images.open("cpu").read(0, 1)
     channels, height, width = first.shape[1:]
-    yardstick = open_protocol(
+    return open_protocol(
         request.features or "inception",
         request.metrics,
         False,
         (channels, height, width),
         (height, width),
-        real,
-        storage,
-        gathering.one,
+        reference,
+        services.project,
+        services.runner.one,
         decoder.facts if decoder else None,
     )
-    if count < given.count:
-        part = f"{count} of the {given.count} images of {subject.name} are scored, chosen by a fixed permutation of their numbers."
-        yardstick = replace(yardstick, flags=(*yardstick.flags, part))
-    images = replace(given, count=count)
-    measurement = StatisticsJob(images, yardstick.name, yardstick.features.id, yardstick.metrics)
-    facts = {"images": given.digest.rsplit(":", 1)[-1], "samples": str(count)}
-    return scored([subject.name], yardstick, [measurement], [facts], storage, gathering)
 
 
 def _refuse_unused(request: EvaluateRequest, name: str, places: Sequence[str]) -> None:
-    """Raises UserError for a setting that would change nothing, for the images are there already."""
-    if request.features == POOLED:
+    """Raises UserError for a setting that has no effect on images that exist already."""
+    if request.protocol.features == POOLED:
         raise UserError(
             f"{name} holds images and {POOLED} looks at the training space of a network: name other features, such as inception."
         )
-    usual = EvaluateRequest(request.subject)
-    of_networks = {
-        "--steps": request.steps != usual.steps,
-        "--labels": request.labels != usual.labels,
-        "--seed": request.seed != usual.seed,
-        "--sampler": "sampler" in request.sampling,
-        "--guidance": "sampling_scale" in request.sampling,
+    default, sampling = SamplingRequest(), request.sampling
+    set_by_user = {
+        "--steps": sampling.steps != default.steps,
+        "--labels": sampling.labels != default.labels,
+        "--seed": sampling.seed != default.seed,
+        "--sampler": "sampler" in sampling.settings,
+        "--guidance": "sampling_scale" in sampling.settings,
     }
-    for option, given in of_networks.items():
-        if given:
+    for option, is_set in set_by_user.items():
+        if is_set:
             raise UserError(f"{name} holds images: {option} is for a network that makes them, leave it out.")
-    if request.autoencoder is not None and not any(holds_latents(place) for place in places):
+    if request.protocol.autoencoder is not None and not any(holds_latents(place) for place in places):
         raise UserError(
             f"{name} holds images: --autoencoder is for latents, and there are none, leave it out."
         )
 
 
-def scored(
-    subjects: Sequence[str],
-    yardstick: ScoringProtocol,
-    measurements: Sequence[StatisticsJob],
-    facts: Sequence[dict[str, str]],
-    storage: ProjectFolder,
-    gathering: RayStatisticsRunner,
-) -> list[Score]:
-    """A Score for each measurement, whose images the `facts` decide; those that were taken before are read."""
-    tags = [{**own, **yardstick.facts} for own in facts]
-    known = [_kept(storage, name, own, yardstick) for name, own in zip(subjects, tags, strict=True)]
-    missing = [m for m, score in zip(measurements, known, strict=True) if score is None]
-    made = iter(gathering.statistics(missing))
-    return [
-        score or _take(name, yardstick, next(made), own, storage)
-        for name, own, score in zip(subjects, tags, known, strict=True)
-    ]
+@dataclass(frozen=True)
+class ScoreStore:
+    """Scores of one protocol in the project folder, found again by their settings."""
+
+    folder: Path
+    metrics: tuple[str, ...]
+
+    def read(self, name: str, tags: dict[str, str]) -> Score | None:
+        """The score of these settings, under the name given; None where there is none."""
+        content = read_json(self._path(tags))
+        if content is None:
+            return None
+        return Score(name, content["values"], content["spread"], content["flags"], content["tags"])
+
+    def add(self, score: Score) -> None:
+        content = {
+            "values": score.values,
+            "spread": score.spread,
+            "flags": score.flags,
+            "tags": score.tags,
+        }
+        write_json(self._path(score.tags), content)
+
+    def _path(self, tags: dict[str, str]) -> Path:
+        key = settings_digest({**tags, "metrics": ",".join(self.metrics)})
+        return self.folder / f"{key}.json"
 
 
-def _take(
-    subject: str,
-    yardstick: ScoringProtocol,
-    statistics: ScoreStatistics,
-    tags: dict[str, str],
-    storage: ProjectFolder,
-) -> Score:
-    result = yardstick.score(statistics)
-    score = Score(subject, result.values, result.spread, result.flags, tags)
-    write_json(_result_path(storage, tags, yardstick), asdict(score))
-    return score
-
-
-def _kept(
-    storage: ProjectFolder, subject: str, tags: dict[str, str], yardstick: ScoringProtocol
-) -> Score | None:
-    content = read_json(_result_path(storage, tags, yardstick))
-    return None if content is None else Score(**{**content, "subject": subject})
-
-
-def _result_path(storage: ProjectFolder, tags: dict[str, str], yardstick: ScoringProtocol) -> Any:
-    key = settings_digest({**tags, "metrics": ",".join(yardstick.metrics)})
-    return storage.root / "evaluations" / "results" / f"{key}.json"
+def score_all(tasks: Sequence[ScoringTask], protocol: ScoringProtocol, services: Services) -> list[Score]:
+    """A Score for each task. Statistics are computed for the tasks alone that have no stored score."""
+    store = ScoreStore(services.project.root / "evaluations" / "results", protocol.metrics)
+    tags = [{**task.tags, **protocol.facts} for task in tasks]
+    scores = [store.read(task.name, own) for task, own in zip(tasks, tags, strict=True)]
+    missing = [number for number, score in enumerate(scores) if score is None]
+    statistics = services.runner.statistics([tasks[number].job for number in missing])
+    for number, computed in zip(missing, statistics, strict=True):
+        result = protocol.score(computed)
+        score = Score(tasks[number].name, result.values, result.spread, result.flags, tags[number])
+        store.add(score)
+        scores[number] = score
+    return [score for score in scores if score is not None]

@@ -6,7 +6,7 @@ Image i is a function of (weights, seed, i, label, steps), so a command that was
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from PIL import Image
 
 from soflow_pipelines.images.encode import encode_png
 from soflow_pipelines.storage.files import read_json, write_bytes, write_json
+from soflow_platform.cluster.actor_pool import Progress, Report, no_report
 from soflow_platform.errors import UserError
 from soflow_platform.evaluation.evaluator import grid_image
 from soflow_platform.generation.generator import Generator
@@ -30,9 +31,6 @@ SETTINGS_FILE = "generation.json"
 GRID_FILE = "grid.png"
 GRID_SIDE = 10
 """Images in a row and in a column of the grid."""
-
-Report = Callable[[int, int], None]
-"""Called with the number of images made and the number to make."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def generate(
     request: GenerateRequest,
     project: ProjectFolder,
     store: TrackingStore,
-    report: Report | None = None,
+    report: Report = no_report,
 ) -> GeneratedFolder:
     """Make the images that are missing from the output folder, and the grid.
 
@@ -70,8 +68,7 @@ def generate(
         for image in batch:
             write_bytes(paths[missing[made]], encode_png(image.permute(1, 2, 0)))
             made += 1
-        if report is not None:
-            report(made, len(missing))
+        report(Progress(made, len(missing)))
     grid = write_grid(paths, request.out / GRID_FILE)
     return GeneratedFolder(made, request.num - made, grid)
 

@@ -1,4 +1,4 @@
-"""A trained network as something to be scored: what decides its images, and what is to be gathered of them."""
+"""A weights file and the sampler settings under which its images are scored."""
 
 from __future__ import annotations
 
@@ -22,34 +22,47 @@ WITHOUT_LABELS = "none"
 
 
 @dataclass(frozen=True)
+class SampleSettings:
+    """Which samples of a network are scored."""
+
+    steps: int
+    labels: LabelMode
+    seed: int
+    count: int
+
+
+@dataclass(frozen=True)
 class ModelUnderTest:
-    """What a file of weights says of them, and the method as it is sampled. The weights stay where they are."""
+    """Header of a weights file, and its method with the sampler settings that are scored. The weights stay in the file."""
 
     path: Path
     digest: str
+    """SHA-256 of the file."""
     config: DiTConfig
     data: dict[str, Any]
-    """What is known of the data it was trained on."""
+    """Metadata of the training data."""
     trained: Objective
+    """The method as it was trained."""
     objective: Objective
+    """The method as it is sampled."""
     sampling: dict[str, Any]
-    """Settings of the sampler other than those of training."""
+    """Sampler settings that differ from those of training."""
 
     @classmethod
     def open(cls, path: Path, sampling: Mapping[str, Any]) -> ModelUnderTest:
-        """Raises UserError where the file holds no generator, or the method has no such setting."""
+        """Read the header of a weights file. Raises UserError where it holds no generator, or the method has no such setting."""
         weights, trained = read_weights(path)
         objective = with_sampling(trained, sampling)
         config = weights.network_config
         return cls(path, sha256(path), config, weights.data, trained, objective, dict(sampling))
 
     def sampled(self, sampling: Mapping[str, Any]) -> ModelUnderTest:
-        """The same weights, sampled in another way."""
+        """The same weights with other sampler settings."""
         return replace(self, objective=with_sampling(self.trained, sampling), sampling=dict(sampling))
 
     @property
     def conditional(self) -> bool:
-        """Whether it takes labels."""
+        """Whether the network takes labels."""
         return self.config.classes is not None
 
     @property
@@ -58,44 +71,38 @@ class ModelUnderTest:
         return self.config.channels, self.config.height, self.config.width
 
     def nfe(self, steps: int) -> int:
-        """Function evaluations in `steps` steps. Raises UserError where the sampler does not take so many."""
+        """Function evaluations in `steps` sampling steps. Raises UserError where the sampler cannot take so many."""
         try:
             return sampling_evaluations(self.objective, steps, self.conditional)
         except ValueError as error:
             raise UserError(f"{steps} steps of {self.objective.method}: {error}.") from None
 
-    def facts(self, steps: int, labels: LabelMode, seed: int, count: int) -> dict[str, str]:
-        """Everything that decides its images, as tags."""
+    def tags(self, samples: SampleSettings) -> dict[str, str]:
+        """Every setting that decides the samples, as tags."""
         return {
             "weights": self.digest[:16],
             "method": self.objective.method,
-            "steps": str(steps),
-            "nfe": str(self.nfe(steps)),
+            "steps": str(samples.steps),
+            "nfe": str(self.nfe(samples.steps)),
             **sampling_facts(self.objective),
-            "labels": labels if self.conditional else WITHOUT_LABELS,
-            "seed": str(seed),
-            "samples": str(count),
+            "labels": samples.labels if self.conditional else WITHOUT_LABELS,
+            "seed": str(samples.seed),
+            "samples": str(samples.count),
         }
 
-    def measurement(
-        self,
-        yardstick: ScoringProtocol,
-        steps: int,
-        labels: LabelMode,
-        seed: int,
-        count: int,
-        autoencoder: str | None = None,
+    def statistics_job(
+        self, samples: SampleSettings, protocol: ScoringProtocol, autoencoder: str | None = None
     ) -> StatisticsJob:
-        """What is to be gathered of its images for this yardstick."""
+        """The statistics that the protocol needs of these samples. `autoencoder` replaces the one that made the latents."""
         images = GeneratedImages(
             str(self.path),
             self.digest,
-            steps,
-            seed,
-            labels,
-            count,
+            samples.steps,
+            samples.seed,
+            samples.labels,
+            samples.count,
             self.sampling,
             autoencoder,
-            decodes=yardstick.features.space == "images",
+            decodes=protocol.features.space == "images",
         )
-        return StatisticsJob(images, yardstick.name, yardstick.features.id, yardstick.metrics, self.shape)
+        return StatisticsJob(images, protocol.name, protocol.features.id, protocol.metrics, self.shape)

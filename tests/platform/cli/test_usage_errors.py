@@ -1,4 +1,4 @@
-"""What a user types wrong gets one sentence on stderr and exit code 2, and leaves nothing behind."""
+"""Wrong arguments and settings end with one sentence on stderr and exit code 2, and create nothing."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
-from soflow_platform.cli.main import main
+from soflow_platform.cli.main import app, main
 from soflow_platform.config.validation import read_experiment
 from soflow_platform.storage.checkpoints import CheckpointState
 from soflow_platform.storage.project import ProjectFolder
@@ -19,20 +23,6 @@ from soflow_platform.tuning.search_space import trials
 
 ROOT = Path(__file__).parents[3]
 DIGITS = str(ROOT / "sweeps" / "digits.yaml")
-COMMANDS = [
-    "run",
-    "ui",
-    "runs",
-    "promote",
-    "generate",
-    "validate",
-    "version",
-    "status",
-    "logs",
-    "stop",
-    "evaluate",
-    "compare",
-]
 
 
 def soflowctl(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -164,11 +154,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_sentence_with_exit_code_2_and_creates_nothing(
+def test_a_mistake_ends_with_one_sentence_and_creates_nothing(
     tmp_path: Path, mistake: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """In this process, through the console entry point: importing the networks anew for each would take minutes."""
-    arguments, said = MISTAKES[mistake]
+    arguments, message = MISTAKES[mistake]
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SOFLOW_STORAGE", raising=False)
     monkeypatch.setattr(sys, "argv", ["soflowctl", *arguments])
@@ -176,7 +166,7 @@ def test_a_mistake_is_one_sentence_with_exit_code_2_and_creates_nothing(
         main()
     printed = capfd.readouterr().err
     assert ended.value.code == 2, printed
-    assert said in printed
+    assert message in printed
     assert len(printed.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -189,7 +179,7 @@ def test_a_mistake_ends_the_process_with_code_2_and_no_traceback(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_address_where_no_ray_answers_is_told_at_once(tmp_path: Path) -> None:
+def test_an_address_where_no_ray_answers_is_refused(tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     done = soflowctl(tmp_path, "run", DIGITS, "--address", address)
     assert done.returncode == 2
@@ -198,7 +188,7 @@ def test_an_address_where_no_ray_answers_is_told_at_once(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_something_else_that_listens_at_the_address_is_no_ray(tmp_path: Path) -> None:
+def test_another_server_at_the_address_is_refused(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -209,24 +199,37 @@ def test_something_else_that_listens_at_the_address_is_no_ray(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_says_what_a_command_does_and_imports_nothing_heavy(tmp_path: Path, command: str) -> None:
+def commands(group: Any = None, words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The words of every command, those of groups before their members: `(), run, data, data prepare`."""
+    group = group or typer.main.get_command(app)
+    yield words
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, (*words, name))
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_has_help(words: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, [*words, "--help"])
+    assert result.exit_code == 0, result.output
+    assert " ".join(["Usage: soflowctl", *words]) in result.output
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     program = (
         "import sys\n"
-        f"sys.argv = ['soflowctl', '{command}', '--help']\n"
-        "from soflow_platform.cli.main import main\n"
-        "try:\n    main()\n"
-        "finally:\n    print('HEAVY', sorted({'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules)))\n"
+        "from soflow_platform.cli.main import app\n"
+        f"for words in {list(commands())}:\n"
+        "    app([*words, '--help'], standalone_mode=False)\n"
+        "print('HEAVY', sorted({'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules)))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60
     )
-    assert done.returncode == 0
-    assert f"Usage: soflowctl {command}" in done.stdout
-    assert "HEAVY []" in done.stdout
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("HEAVY []\n")
 
 
-def test_validate_prints_what_a_file_stands_for(tmp_path: Path) -> None:
+def test_validate_prints_trials_steps_and_metric(tmp_path: Path) -> None:
     done = soflowctl(tmp_path, "validate", DIGITS)
     assert done.returncode == 0
     assert (
@@ -235,7 +238,7 @@ def test_validate_prints_what_a_file_stands_for(tmp_path: Path) -> None:
     )
 
 
-def test_the_plan_of_xl2_names_trials_parameters_resources_and_how_to_make_the_data(tmp_path: Path) -> None:
+def test_the_plan_of_xl2_names_parameters_resources_and_data(tmp_path: Path) -> None:
     done = soflowctl(tmp_path, "run", "xl2", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("676.7 M") == 4
@@ -251,7 +254,7 @@ def test_version_is_that_of_the_distribution(tmp_path: Path) -> None:
     assert soflowctl(tmp_path, "version").stdout == f"soflow {version('soflow')}\n"
 
 
-def test_a_sweep_is_not_begun_anew_because_its_checkpoints_were_left_in_another_place(
+def test_a_sweep_with_checkpoints_in_another_place_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     storage = ProjectFolder(tmp_path)

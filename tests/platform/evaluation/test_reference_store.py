@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from soflow_core.failures import InputError
 from soflow_pipelines.sources.digits import load_digits
-from soflow_platform.errors import UserError
 from soflow_platform.evaluation import protocol
 from soflow_platform.evaluation.image_sources import StoredImages
-from soflow_platform.evaluation.runner import RayStatisticsRunner
 from soflow_platform.evaluation.statistics import StatisticsJob
-from soflow_platform.jobs.evaluate import EvaluateRequest, Score, evaluate
+from soflow_platform.jobs.evaluate import Score
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import TrackingStore
-from tests.support.scored_sweep import SWEEP, measure_here
+from tests.support.scored_sweep import SWEEP, LocalRunner, scores_of
 from tests.support.small_networks import exported, latent_set
 
 TRIAL = f"{SWEEP}/trial-01-flow_matching"
@@ -29,27 +27,24 @@ FD: dict[str, Any] = {"features": "digits-classifier", "metrics": ("fd",)}
 
 @pytest.fixture(autouse=True)
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[StatisticsJob]:
-    """What is to be gathered. Blocks are made in this process, in another working folder, before they are asked of a cluster."""
-    ask, seen = RayStatisticsRunner.statistics, []
+    """The statistics that are computed, each in another working folder than that of the command."""
+    compute, seen = LocalRunner.statistics, []
 
-    def statistics(self: RayStatisticsRunner, measurements: list[StatisticsJob]) -> Any:
+    def statistics(self: LocalRunner, jobs: list[StatisticsJob]) -> Any:
         here = Path.cwd()
         os.chdir("/")
         try:
-            for measurement in measurements:
-                seen.append(measurement)
-                measure_here(self._storage, measurement)
+            seen.extend(jobs)
+            return compute(self, jobs)
         finally:
             os.chdir(here)
-        return ask(self, measurements)
 
-    monkeypatch.setattr(RayStatisticsRunner, "statistics", statistics)
+    monkeypatch.setattr(LocalRunner, "statistics", statistics)
     return seen
 
 
 def run(storage: ProjectFolder, subject: str, **settings: Any) -> Score:
-    request = EvaluateRequest(subject, **{"num": 100, **settings})
-    (score,) = evaluate(request, storage, TrackingStore(storage.tracking_uri))[1]
+    (score,) = scores_of(storage, subject, **settings)
     return score
 
 
@@ -119,10 +114,10 @@ def test_pooled_features_compare_samples_in_the_training_space_alone(
 ) -> None:
     npz = as_npz(tmp_path / "digits.npz", DIGITS.images[:50])
     with pytest.raises(
-        UserError, match=r"pooled looks at the training space: its reference is a shard set, not"
+        InputError, match=r"pooled looks at the training space: its reference is a shard set, not"
     ):
         run(scored, TRIAL, features="pooled", reference=npz)
-    with pytest.raises(UserError, match=r"holds images and pooled looks at the training space of a network"):
+    with pytest.raises(InputError, match=r"holds images and pooled looks at the training space of a network"):
         run(scored, npz, num=None, features="pooled", reference=str(scored.data / "digits"))
     assert run(scored, TRIAL, features="pooled").values["fd"] > 0
 
@@ -143,11 +138,11 @@ def test_a_reference_of_another_size_is_refused_before_an_image_is_made(
     images = DIGITS.images[:20, 0]
     small = folder_of(tmp_path / "small", images, side=3)
     with pytest.raises(
-        UserError, match=r"\.png is 3 x 3, smaller than the 8 x 8 that is wanted: images are not"
+        InputError, match=r"\.png is 3 x 3, smaller than the 8 x 8 that is wanted: images are not"
     ):
         run(scored, TRIAL, reference=small, **FD)
     twice = DIGITS.images[:20].repeat(2, axis=2).repeat(2, axis=3)
-    with pytest.raises(UserError, match=r"r16\.npz are 16 x 16, the samples 8 x 8: take a reference of"):
+    with pytest.raises(InputError, match=r"r16\.npz are 16 x 16, the samples 8 x 8: take a reference of"):
         run(scored, TRIAL, reference=as_npz(tmp_path / "r16.npz", twice), **FD)
     assert asked == []
 
@@ -192,8 +187,8 @@ UNUSED: list[tuple[dict[str, Any], str]] = [
     ({"steps": (2,)}, "--steps"),
     ({"labels": "balanced"}, "--labels"),
     ({"seed": 7}, "--seed"),
-    ({"sampling": {"sampler": "heun"}}, "--sampler"),
-    ({"sampling": {"sampling_scale": 2.0}}, "--guidance"),
+    ({"settings": {"sampler": "heun"}}, "--sampler"),
+    ({"settings": {"sampling_scale": 2.0}}, "--guidance"),
     ({"autoencoder": "/nowhere"}, "--autoencoder"),
 ]
 
@@ -203,7 +198,7 @@ def test_an_option_that_changes_nothing_of_images_is_refused_by_name(
     scored: ProjectFolder, tmp_path: Path, settings: dict[str, Any], option: str
 ) -> None:
     folder = folder_of(tmp_path / "images", DIGITS.images[:20, 0])
-    with pytest.raises(UserError, match=f"holds images: {option} is for .*, leave it out"):
+    with pytest.raises(InputError, match=f"holds images: {option} is for .*, leave it out"):
         run(scored, folder, num=None, features="digits-classifier", metrics=("is",), **settings)
 
 
@@ -223,7 +218,7 @@ def test_a_set_of_latents_is_scored_as_the_images_they_decode_to(
     itself = run(scored, str(latents), reference=str(latents), autoencoder="autoencoder", **settings)
     assert itself.values["fd"] == pytest.approx(0, abs=1e-6)
     monkeypatch.chdir("/")
-    with pytest.raises(UserError, match="Name its folder as the autoencoder"):
+    with pytest.raises(InputError, match="Name its folder as the autoencoder"):
         run(scored, str(latents), reference=str(images), **settings)
 
 

@@ -1,4 +1,4 @@
-"""Methods side by side: the same numbers as scored alone, each cost measured, and sentences that the rows bear out."""
+"""A comparison has the scores that its methods have alone, their costs, and conclusions that follow from its rows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,14 @@ from PIL import Image
 
 from soflow_core.networks import DiT, DiTConfig
 from soflow_core.objectives import Diffusion, FlowMatching, SoFlow
-from soflow_platform.cli.compare import find_protocol
+from soflow_platform.cli.compare import find_request
 from soflow_platform.config.comparison import SamplingConfig
 from soflow_platform.config.document import apply_override, read_document
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.validation import validate
 from soflow_platform.errors import JobError, UserError
-from soflow_platform.evaluation.runner import Progress, RayStatisticsRunner
-from soflow_platform.evaluation.statistics import StatisticsJob
 from soflow_platform.jobs.benchmark import (
+    Costs,
     SamplingBenchmark,
     TimedTraining,
     TrainingBenchmark,
@@ -33,32 +33,19 @@ from soflow_platform.jobs.benchmark import (
     measure_sampling,
     measure_training,
 )
-from soflow_platform.jobs.compare import Comparison, Row, compare
-from soflow_platform.jobs.compare_report import markdown, save, table
-from soflow_platform.jobs.evaluate import EvaluateRequest, evaluate
+from soflow_platform.jobs.compare import Comparison, Row, ScoredSweep, score_sweep
+from soflow_platform.jobs.compare_report import conclusions, markdown, save, table
 from soflow_platform.jobs.model_under_test import ModelUnderTest
+from soflow_platform.jobs.requests import CompareRequest
 from soflow_platform.jobs.targets import find_target
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.tuning.record import SweepRecord, load_record
-from tests.support.scored_sweep import ROOT, SETTINGS, SWEEP, measure_here
+from tests.support.scored_sweep import ROOT, SETTINGS, SWEEP, local_services, scores_of
 
 TINY = DiTConfig(
     channels=1, height=8, width=8, patch=4, hidden=16, depth=1, heads=2, classes=10, null_label=True
 )
-
-
-@pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks are made in this process before they are asked of a cluster, which then has nothing to do."""
-    ask = RayStatisticsRunner.statistics
-
-    def statistics(self: RayStatisticsRunner, measurements: list[StatisticsJob]) -> Any:
-        for measurement in measurements:
-            measure_here(self._storage, measurement)
-        return ask(self, measurements)
-
-    monkeypatch.setattr(RayStatisticsRunner, "statistics", statistics)
 
 
 @pytest.fixture
@@ -68,22 +55,14 @@ def record(scored: ProjectFolder) -> SweepRecord:
     return found
 
 
-def compared(storage: ProjectFolder, record: SweepRecord, **settings: Any) -> Comparison:
-    protocol = settings.pop("protocol", Experiment(**record.experiment).comparison)
-    seen: list[Progress] = []
-    found = compare(
-        record,
-        protocol,
-        storage,
-        TrackingStore(storage.tracking_uri),
-        None,
-        seen.append,
-        settings.pop("costs", False),
-        print,
-        settings.pop("keep", lambda _: None),
-    )
-    assert not settings
-    return found
+def scored_sweep(project: ProjectFolder, record: SweepRecord, *ways: SamplingConfig) -> ScoredSweep:
+    """The sweep, sampled in these ways or in those of its own `comparison`."""
+    request = CompareRequest(record, ways or Experiment(**record.experiment).comparison)
+    return score_sweep(request, local_services(project), print)
+
+
+def compared(project: ProjectFolder, record: SweepRecord, *ways: SamplingConfig) -> Comparison:
+    return scored_sweep(project, record, *ways).comparison()
 
 
 def test_every_method_is_sampled_in_every_way_that_covers_it(
@@ -103,19 +82,16 @@ def test_every_method_is_sampled_in_every_way_that_covers_it(
     assert "is scored on 80 samples, where 100 are usual" in flag
 
 
-def test_a_row_is_the_score_of_the_newest_checkpoint_by_itself(
-    scored: ProjectFolder, record: SweepRecord
-) -> None:
+def test_a_row_has_the_score_that_evaluate_gives(scored: ProjectFolder, record: SweepRecord) -> None:
     newest = scored.trial(SWEEP, "trial-01-flow_matching") / "checkpoints" / "step-00000006"
     row = compared(scored, record).rows[-1]
-    request = EvaluateRequest(
-        str(newest), num=80, steps=(2,), labels="balanced", sampling={"sampling_scale": 2.0}
+    (score,) = scores_of(
+        scored, str(newest), num=80, steps=(2,), labels="balanced", settings={"sampling_scale": 2.0}
     )
-    _, (score,) = evaluate(request, scored, TrackingStore(scored.tracking_uri))
     assert (row.distance, row.label_agreement) == (score.values["fd"], score.values["label_agreement"])
 
 
-def test_the_numbers_stand_on_the_runs_of_their_trials(scored: ProjectFolder, record: SweepRecord) -> None:
+def test_scores_are_logged_on_the_runs_of_their_trials(scored: ProjectFolder, record: SweepRecord) -> None:
     rows = compared(scored, record).rows
     runs = {
         run.data.tags["soflow.trial"]: run.data.metrics
@@ -126,12 +102,12 @@ def test_the_numbers_stand_on_the_runs_of_their_trials(scored: ProjectFolder, re
     assert runs["trial-01-flow_matching"]["evaluate/fd80_nfe4_balanced"] == rows[4].distance
 
 
-def test_rows_that_differ_in_their_samples_alone_are_each_scored_and_equal_ones_once(
+def test_ways_that_differ_in_samples_are_scored_and_equal_ones_once(
     scored: ProjectFolder, record: SweepRecord
 ) -> None:
     few = SamplingConfig(methods=("flow_matching",), steps=(1,), samples=64)
     again = SamplingConfig(methods=("flow_matching",), steps=(1,), samples=100)
-    rows = compared(scored, record, protocol=(SamplingConfig(steps=(1,)), few, few, again)).rows
+    rows = compared(scored, record, SamplingConfig(steps=(1,)), few, few, again).rows
     assert [(r.method, r.samples) for r in rows] == [
         ("soflow", 100),
         ("flow_matching", 100),
@@ -150,41 +126,73 @@ def test_rows_that_differ_in_their_samples_alone_are_each_scored_and_equal_ones_
         ),
     ],
 )
-def test_a_row_stands_in_the_table_of_every_budget_of_its_trial(
+def test_a_row_is_in_the_table_of_every_budget_of_its_trial(
     scored: ProjectFolder, record: SweepRecord, budgets: tuple[str, ...], expected: list[tuple[str, str]]
 ) -> None:
     record.experiment["search"]["budgets"] = budgets
     if len(budgets) > 1:
         for name in ("trial-00-soflow", "trial-01-flow_matching"):
             scored.trial(SWEEP, name).rename(scored.trial(SWEEP, f"{name}-equal-steps"))
-    found = compared(scored, record, protocol=(SamplingConfig(steps=(1,)),))
+    found = compared(scored, record, SamplingConfig(steps=(1,)))
     assert [(r.budget, r.method) for r in found.rows] == expected
     assert found.budgets == list(budgets)
     assert ("## Equal training steps" in markdown(found)) == ("steps" in budgets)
 
 
-def test_a_network_that_is_scored_leaves_its_weights_in_their_file(
-    scored: ProjectFolder, record: SweepRecord
-) -> None:
+def test_a_model_under_test_holds_no_weights(scored: ProjectFolder, record: SweepRecord) -> None:
     name = record.trials[0]["name"]
     path = find_target(f"{SWEEP}/{name}", scored, TrackingStore(scored.tracking_uri)).weights
     assert path is not None
     assert len(pickle.dumps(ModelUnderTest.open(path, {}))) < path.stat().st_size / 4
 
 
-def test_what_fails_in_measuring_costs_leaves_the_scores(
+def test_a_failure_of_the_benchmarks_leaves_the_scores(
     scored: ProjectFolder, record: SweepRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept: list[Comparison] = []
+    found = scored_sweep(scored, record)
     monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(JobError, match=r"could not be measured: .*; the table is kept without them"):
-        compared(scored, record, costs=True, keep=kept.append)
-    (table,) = kept
-    assert [row.nfe for row in table.rows] == [1, 2, 1, 2, 4]
-    assert table.device is None
+        found.with_costs()
+    assert [row.nfe for row in found.comparison().rows] == [1, 2, 1, 2, 4]
+    assert found.comparison().device is None
 
 
-def test_a_measuring_process_that_is_killed_is_said_to_be(
+def test_each_row_has_the_costs_of_its_training_and_its_sampling(
+    scored: ProjectFolder, record: SweepRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(trainings: Sequence[TrainingBenchmark], samplings: Sequence[SamplingBenchmark]) -> Costs:
+        methods = [each.experiment.objective.method for each in trainings]
+        assert methods == ["soflow", "flow_matching"]
+        assert [(each.objective.method, each.steps) for each in samplings] == [
+            ("soflow", 1),
+            ("soflow", 2),
+            ("flow_matching", 1),
+            ("flow_matching", 2),
+            ("flow_matching", 2),
+            ("diffusion", 1000),
+        ]
+        return Costs("cpu", 1, [1.0, 2.0], [10.0, 20.0], [0.1, 0.2, 0.3, 0.4, 0.5, 600.0])
+
+    monkeypatch.setattr("soflow_platform.jobs.compare.measure_costs", measure)
+    table = scored_sweep(scored, record).with_costs().comparison()
+    assert table.device == "cpu"
+    assert [(r.step_seconds, r.peak_bytes, r.image_seconds) for r in table.rows] == [
+        (1.0, 10.0, 0.1),
+        (1.0, 10.0, 0.2),
+        (2.0, 20.0, 0.3),
+        (2.0, 20.0, 0.4),
+        (2.0, 20.0, 0.5),
+    ]
+    assert table.rows[0].speedup == pytest.approx(6000)
+
+
+def test_a_failing_benchmark_without_a_message_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(JobError, match="the benchmark process failed without an error message"):
+        measure_costs([], [])
+
+
+def test_a_killed_benchmark_is_reported_with_its_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed = tmp_path / "python"
@@ -195,7 +203,7 @@ def test_a_measuring_process_that_is_killed_is_said_to_be(
         measure_costs([], [])
 
 
-def test_a_trial_that_has_not_had_its_budget_is_flagged_and_one_without_weights_left_out(
+def test_a_short_trial_is_flagged_and_one_without_weights_left_out(
     scored: ProjectFolder, record: SweepRecord
 ) -> None:
     for name in ("step-00000006", "step-00000004"):
@@ -209,16 +217,17 @@ def test_a_trial_that_has_not_had_its_budget_is_flagged_and_one_without_weights_
     assert found.left_out[0] in markdown(found)
 
 
-def test_a_sweep_file_says_how_its_sweep_is_sampled_now(scored: ProjectFolder, record: SweepRecord) -> None:
-    found, protocol = find_protocol(SWEEP, (), scored)
-    assert (found.id, protocol) == (SWEEP, Experiment(**record.experiment).comparison)
+def test_a_sweep_file_decides_how_its_sweep_is_sampled(scored: ProjectFolder, record: SweepRecord) -> None:
+    assert find_request(SWEEP, (), scored) == CompareRequest(
+        record, Experiment(**record.experiment).comparison
+    )
     with pytest.raises(UserError, match="is one trial: name its sweep"):
-        find_protocol("trial-00-soflow", (), scored)
+        find_request("trial-00-soflow", (), scored)
     with pytest.raises(UserError, match="as it stands has not run under"):
-        find_protocol("digits", ("seed=5",), scored)
+        find_request("digits", ("seed=5",), scored)
 
 
-def test_how_networks_are_compared_is_no_part_of_their_training(record: SweepRecord) -> None:
+def test_the_comparison_section_does_not_change_the_digest(record: SweepRecord) -> None:
     experiment = Experiment(**record.experiment)
     other = experiment.model_copy(update={"comparison": (SamplingConfig(steps=(32,)),)})
     assert other.digest() == experiment.digest()
@@ -232,24 +241,24 @@ def comparison(*rows: Row) -> Comparison:
     return Comparison("methods-0", "fd", list(rows), {"features": "digits-cnn-1"}, None)
 
 
-def test_the_claim_of_one_step_without_a_jacobian_vector_product_is_said_to_hold_where_it_does() -> None:
+def test_the_claim_holds_where_soflow_has_the_best_distance() -> None:
     holds = comparison(
         row("meanflow", 1, 9.0, jvp=True), row("soflow", 1, 8.0), row("flow_matching", 1, 90.0)
     )
-    assert holds.conclusions() == [
+    assert conclusions(holds) == [
         "equal steps, 1 NFE: the best is soflow, without a Jacobian-vector product, fd 8.",
         "equal steps, 1 NFE: that SoFlow has the best distance holds (fd 8).",
     ]
 
 
-def test_the_claim_is_said_not_to_hold_where_it_does_not() -> None:
+def test_the_claim_does_not_hold_where_another_is_better() -> None:
     fails = comparison(
         row("meanflow", 1, 7.0, jvp=True),
         row("soflow", 1, 8.0),
         row("shortcut", 1, 7.5),
         row("flow_matching", 32, 3.0),
     )
-    assert fails.conclusions() == [
+    assert conclusions(fails) == [
         "equal steps, 1 NFE: the best is meanflow, with a Jacobian-vector product, fd 7.",
         "equal steps, 1 NFE: the best without a Jacobian-vector product is shortcut, fd 7.5.",
         "equal steps, 1 NFE: that SoFlow has the best distance does not hold: it is 3 of 3 (fd 8).",
@@ -257,41 +266,41 @@ def test_the_claim_is_said_not_to_hold_where_it_does_not() -> None:
     ]
 
 
-def test_networks_are_judged_beside_those_that_are_guided_alike_and_named_by_their_guidance() -> None:
+def test_methods_are_ranked_among_those_of_the_same_guidance() -> None:
     guided, plain = replace(row("soflow", 1, 8.0), trained_guidance=3.0), row("soflow", 1, 7.0)
     plain = replace(plain, trial="trial-soflow-plain", trained_guidance=1.0)
     table = comparison(
         guided, plain, row("ict", 1, 6.0), replace(row("meanflow", 1, 9.0), trained_guidance=3.0)
     )
-    assert table.conclusions() == [
+    assert conclusions(table) == [
         "equal steps, 1 NFE, no guidance: the best is ict, without a Jacobian-vector product, fd 6.",
         "equal steps, 1 NFE, no guidance: that SoFlow has the best distance does not hold: it is 2 of 2 (fd 7).",
         "equal steps, 1 NFE, guidance 3 in training: the best is soflow, without a Jacobian-vector product, fd 8.",
         "equal steps, 1 NFE, guidance 3 in training: that SoFlow has the best distance holds (fd 8).",
     ]
-    assert [r.named(table.rows) for r in table.rows] == [
+    assert [r.label(table.rows) for r in table.rows] == [
         "soflow, guidance 3",
         "soflow, no guidance",
         "ict",
         "meanflow",
     ]
     twin = replace(plain, trial="trial-soflow-twin")
-    assert plain.named([plain, twin]) == "trial-soflow-plain"
+    assert plain.label([plain, twin]) == "trial-soflow-plain"
 
 
-def test_each_budget_is_judged_by_its_own_rows() -> None:
+def test_each_budget_is_ranked_by_its_own_rows() -> None:
     both = comparison(
         row("soflow", 1, 8.0),
         row("meanflow", 1, 9.0, jvp=True),
         row("soflow", 1, 8.0, "evaluations"),
         row("meanflow", 1, 5.0, "evaluations", jvp=True),
     )
-    said = both.conclusions()
-    assert said[1].endswith("holds (fd 8).")
-    assert said[4].endswith("does not hold: it is 2 of 2 (fd 8).")
+    sentences = conclusions(both)
+    assert sentences[1].endswith("holds (fd 8).")
+    assert sentences[4].endswith("does not hold: it is 2 of 2 (fd 8).")
 
 
-def test_the_report_holds_every_row_as_table_file_and_picture(tmp_path: Path) -> None:
+def test_the_report_has_every_row_as_table_csv_json_and_plot(tmp_path: Path) -> None:
     costly = replace(
         row("soflow", 2, 8.0),
         step_seconds=0.1234,
@@ -330,7 +339,7 @@ def trained(method: str, *overrides: str) -> TrainingBenchmark:
     return TrainingBenchmark(TINY, validate(document))
 
 
-def test_costs_are_of_the_settings_that_a_trial_trains_with() -> None:
+def test_costs_are_measured_with_the_settings_of_the_trial() -> None:
     settings = (
         "training.accumulate=2",
         "training.clip_norm=0.5",
@@ -352,7 +361,7 @@ def test_costs_are_of_the_settings_that_a_trial_trains_with() -> None:
     assert max(rows) < 16
 
 
-def test_one_network_at_a_time_is_held_while_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmarks_hold_one_network_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: weakref.WeakSet[DiT] = weakref.WeakSet()
     most: list[int] = []
     make = DiT.__init__
@@ -374,7 +383,7 @@ def test_one_network_at_a_time_is_held_while_costs_are_measured(monkeypatch: pyt
     assert set(most) == {1}
 
 
-def test_the_time_of_an_image_has_no_drawing_of_noise_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_time_excludes_drawing_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(*_: Any) -> None:
         raise AssertionError("noise was drawn")
 
@@ -386,7 +395,7 @@ def test_the_time_of_an_image_has_no_drawing_of_noise_in_it(monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_costs_are_those_of_the_method_whatever_the_weights() -> None:
+def test_peak_memory_follows_the_method_and_the_batch() -> None:
     found = measure_costs(
         [
             trained("flow_matching"),
@@ -403,9 +412,8 @@ def test_costs_are_those_of_the_method_whatever_the_weights() -> None:
         ],
     )
     assert found.threads == 1
-    one, forty, many = found.image_seconds
-    assert 0 < one < forty < many
-    assert all(seconds > 0 for seconds in found.step_seconds)
+    assert len(found.image_seconds) == 3
+    assert all(seconds > 0 for seconds in (*found.image_seconds, *found.step_seconds))
     matching, _, consistency, _, large, pieces = found.peak_bytes
     # Four times the batch has more activations; the tangents of a Jacobian-vector product are tensors too.
     assert matching < consistency < large

@@ -35,7 +35,9 @@ def find(name: str, storage: ProjectFolder) -> EvaluationTarget:
 
 
 def trial(storage: ProjectFolder, record: SweepRecord, name: str, newest: bool = False) -> EvaluationTarget:
-    return TargetResolver.for_scoring(storage, storage.tracking_uri).trial(record, name, newest)
+    return TargetResolver.for_scoring(storage, TrackingStore(storage.tracking_uri)).trial(
+        record, name, newest
+    )
 
 
 @contextlib.contextmanager

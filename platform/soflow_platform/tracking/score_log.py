@@ -1,0 +1,53 @@
+"""Scores and comparisons on MLflow runs and registered versions."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+class ScoreLog:
+    """The scores on one run and on one registered version, each with a tag that holds its settings. Either may be None."""
+
+    def __init__(self, client: MlflowClient, run: str | None, version: tuple[str, str] | None) -> None:
+        self._client, self._run, self._version = client, run, version
+        self._run_tags: dict[str, str] = {}
+        self._version_tags: dict[str, str] = {}
+        if run is not None:
+            self._run_tags = dict(client.get_run(run).data.tags)
+        if version is not None:
+            self._version_tags = dict(client.get_model_version(*version).tags)
+
+    def settings(self, name: str) -> list[dict[str, Any]]:
+        """The settings of the score of this name on the run, on the version, or on both."""
+        tag = _settings_tag(name)
+        return [json.loads(tags[tag]) for tags in (self._run_tags, self._version_tags) if tag in tags]
+
+    def add(self, name: str, value: float, settings: Mapping[str, Any], step: int) -> None:
+        """Log a score on the run and on the version, on each that does not have it yet."""
+        tag, text = _settings_tag(name), json.dumps(settings, sort_keys=True)
+        if self._run is not None and tag not in self._run_tags:
+            self._client.log_metric(self._run, name, value, int(time.time() * 1000), step)
+            self._client.set_tag(self._run, tag, text)
+            self._run_tags[tag] = text
+        if self._version is not None and tag not in self._version_tags:
+            self._client.set_model_version_tag(*self._version, name, repr(value))
+            self._client.set_model_version_tag(*self._version, tag, text)
+            self._version_tags[tag] = text
+
+
+def _settings_tag(name: str) -> str:
+    return f"{name}.settings"
+
+
+def log_comparison(client: MlflowClient, run: str, files: Sequence[Path], conclusions: Sequence[str]) -> None:
+    """Put the files of a comparison and its conclusions on the sweep's run."""
+    for file in files:
+        client.log_artifact(run, str(file), "comparison")
+    client.set_tag(run, "comparison.conclusions", " ".join(conclusions))
