@@ -1,51 +1,48 @@
-"""What a trial's workers hold of a Ray cluster, noted in the trial's folder, so that its next life frees what was left behind.
+"""Records a trial's placement group in its folder, so that a restarted trial can release it.
 
-Ray Train's controller holds a placement group for its workers, and the promise of Ray's coordinator that these machines are its own.
-Where a controller is killed, one more process frees the group, unless it dies at the same time: then nobody does before the sweep ends.
-The coordinator forgets after three minutes. A trial's new workers would wait for both.
+Ray Train's controller holds a placement group for its workers and a request for machines at Ray's AutoscalingCoordinator. A controller
+that is killed together with the process that cleans up after it leaves the group until the sweep ends, and the request for three minutes;
+new workers of the same trial would wait for both.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from pathlib import Path
 
 from soflow_pipelines.storage.files import read_json, write_json
-from soflow_platform.cluster.ray_internals import COORDINATOR, autoscaling_requester
+from soflow_platform.cluster.ray_internals import autoscaling_requester, cancel_autoscaling_request
 
 RESERVATION = "reservation.json"
 
 
 def record_placement_group(folder: Path) -> None:
-    """Called in a Ray Train worker: note the placement group that it and its like are in, and who asked for it."""
+    """Record the placement group of this Ray Train worker and the name under which its controller asks for machines."""
     from ray.util import get_current_placement_group
 
     group = get_current_placement_group()
     if group is None:
         return
+    record = {"placement_group": group.id.hex(), "requester": autoscaling_requester()}
     try:
-        write_json(
-            folder / RESERVATION, {"placement_group": group.id.hex(), "requester": autoscaling_requester()}
-        )
+        write_json(folder / RESERVATION, record)
     except OSError as error:
-        # A disk that is full: only a second fault would ask for the note.
+        # A full disk: the record is needed only if the controller is killed as well.
         logging.getLogger(__name__).warning("%s cannot be written: %s", folder / RESERVATION, error)
 
 
 def release_placement_group(folder: Path) -> bool:
-    """Free what the workers that noted it last still hold, ending those that live. Returns whether there was something."""
+    """Release what the workers recorded last still hold, ending those that live. Returns whether there was a placement group."""
     import ray
     from ray.util import placement_group_table, remove_placement_group
     from ray.util.placement_group import PlacementGroup
 
-    noted = read_json(folder / RESERVATION) or {}
-    if noted.get("requester"):
-        # Ray frees a group that is left, but not the promise; who gave it may have gone with its node.
-        with contextlib.suppress(ValueError):
-            ray.get_actor(COORDINATOR, namespace=COORDINATOR).cancel_request.remote(noted["requester"])
-    held = placement_group_table().get(noted.get("placement_group"))
-    if held is None or held["state"] == "REMOVED":
+    record = read_json(folder / RESERVATION) or {}
+    if record.get("requester"):
+        # Ray releases an abandoned group, but not the request of its controller, which may have died with its node.
+        cancel_autoscaling_request(record["requester"])
+    group = placement_group_table().get(record.get("placement_group"))
+    if group is None or group["state"] == "REMOVED":
         return False
-    remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(noted["placement_group"])))
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(record["placement_group"])))
     return True

@@ -1,34 +1,55 @@
-"""soflow_platform.cluster.ray_internals"""
+"""Everything taken from Ray's private modules, tried with Ray 2.60.
+
+Each name is imported where it is used, and its absence in another version of Ray costs what the function says, not the sweep. A test
+imports the same names and fails when the pinned Ray moves one.
+"""
 
 from __future__ import annotations
 
+import importlib
 import logging
+from typing import Any
 
+TRIED_WITH = ("2.60",)
+"""Versions of Ray, major and minor."""
 COORDINATOR = "AutoscalingCoordinator"
-"""Name and namespace of the actor that Ray Train's controllers ask for machines."""
+"""Ray's name and namespace of the actor that Ray Train's controllers ask for machines."""
+PRIVATE_NAMES = {
+    "coordinator": (
+        "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
+        "_AutoscalingCoordinatorActor",
+    ),
+    "train_context": ("ray.train.v2._internal.execution.context", "get_train_context"),
+}
+"""Module and name of each."""
+
+
+def private(key: str) -> Any:
+    """A private object of Ray. Raises ImportError or AttributeError where this version keeps it elsewhere."""
+    module, name = PRIVATE_NAMES[key]
+    return getattr(importlib.import_module(module), name)
 
 
 def start_autoscaling_coordinator() -> None:
-    """Start what Ray Train's controllers ask for machines, so that it outlasts its node.
+    """Create Ray's AutoscalingCoordinator as a detached, restartable actor, before Ray Train does.
 
-    Ray keeps one for a cluster and ties it to the node that first asks. Where that node dies, trials that may go on with fewer
-    workers ask in vain for ever. One of the same name that may run on any node is taken for it; where it restarts, who knew it
-    still does.
+    Ray would pin it to the node that asks first; if that node died, elastic trials could never be resized. The name and namespace are
+    Ray's, so that Train uses this one. Where this version of Ray keeps the class elsewhere, a warning says so and nothing is created.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     try:
-        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-            _AutoscalingCoordinatorActor,
-        )
-    except ImportError:
+        coordinator = private("coordinator")
+    except (ImportError, AttributeError):
         logging.getLogger(__name__).warning(
-            "this version of Ray keeps its AutoscalingCoordinator elsewhere than 2.60: a node that is lost may stop elastic trials"
+            "Ray %s keeps its AutoscalingCoordinator elsewhere than %s: a node that is lost may stop elastic trials",
+            ray.__version__,
+            " and ".join(TRIED_WITH),
         )
         return
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    ray.remote(_AutoscalingCoordinatorActor).options(
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    ray.remote(coordinator).options(
         name=COORDINATOR,
         namespace=COORDINATOR,
         get_if_exists=True,
@@ -36,15 +57,24 @@ def start_autoscaling_coordinator() -> None:
         num_cpus=0,
         max_restarts=-1,
         max_task_retries=-1,
-        scheduling_strategy=here,
+        scheduling_strategy=this_node,
     ).remote()
 
 
-def autoscaling_requester() -> str | None:
-    """The name under which this worker's controller asks for machines; None where this version of Ray does not say."""
-    try:
-        from ray.train.v2._internal.execution.context import get_train_context
+def cancel_autoscaling_request(requester: str) -> None:
+    """Withdraw a Train controller's request for machines; without effect where no coordinator runs."""
+    import ray
 
-        return f"train-{get_train_context().train_run_context.run_id}"
+    try:
+        coordinator = ray.get_actor(COORDINATOR, namespace=COORDINATOR)
+    except ValueError:
+        return
+    coordinator.cancel_request.remote(requester)
+
+
+def autoscaling_requester() -> str | None:
+    """The name under which this worker's Train controller asks for machines; None where this version of Ray keeps it elsewhere."""
+    try:
+        return f"train-{private('train_context')().train_run_context.run_id}"
     except (ImportError, AttributeError):
         return None

@@ -32,7 +32,8 @@ def describe_network(experiment: Experiment, data: Expected) -> DiTConfig:
     channels, height, width = data.shape
     conditional = experiment.data.conditional
     classes = data.classes if conditional else None
-    null_label = conditional and experiment.objective.needs_null_label
+    # Where the file leaves the number of classes to the data, the label embedding is decided when they are read.
+    null_label = classes is not None and experiment.objective.needs_null_label
     network = experiment.network
     try:
         if network.size is not None:

@@ -1,4 +1,4 @@
-"""Asking a sweep or one of its trials to stop: a file in the project folder, which every machine of a cluster sees.
+"""Stop requests: a file in the folder of a sweep or trial, which every machine of a cluster sees.
 
 The training loop looks for it between steps. Workers finish their step, save a checkpoint and end; the same `soflowctl run` goes on.
 """
@@ -28,7 +28,7 @@ def request_stop(storage: ProjectFolder, sweep: str, trial: str | None = None) -
 def stop_requested(storage: ProjectFolder, sweep: str, trial: str | None = None) -> bool:
     """Whether this trial was asked to stop, by itself or with its sweep; with None whether the whole sweep was.
 
-    One or two file system look-ups.
+    Costs one or two file system look-ups.
     """
     if (storage.sweep(sweep) / REQUEST).exists():
         return True
@@ -36,7 +36,7 @@ def stop_requested(storage: ProjectFolder, sweep: str, trial: str | None = None)
 
 
 def clear_stops(storage: ProjectFolder, sweep: str) -> None:
-    """Forget every request, of the sweep and of its trials: called when the same sweep is started again."""
+    """Remove the requests of a sweep and of its trials: called when the same sweep is started again."""
     folder = storage.sweep(sweep)
     for path in (folder / REQUEST, *folder.glob(f"trials/*/{REQUEST}")):
         path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 LOG = "log.txt"
-"""The journal's name in a trial's folder."""
+"""Name of the log file in a trial's folder."""
 POLL_SECONDS = 0.5
 """How often a follower looks for new lines."""
 BLOCK = 1 << 16
@@ -51,7 +51,7 @@ class TrialLog:
 
 @dataclass
 class TrialLogReader:
-    """Reads what is new in a journal since the last look; `position` is the byte it is at."""
+    """Reads the lines appended to a log since the last read; `position` is the byte reached."""
 
     path: Path
     position: int = 0

@@ -9,13 +9,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from soflow_pipelines.storage.files import read_json, write_json
+from soflow_core.failures import InputError
+from soflow_pipelines.storage.files import write_json
+from soflow_platform.storage.records import read_record
 from soflow_platform.training.trial_log import LOG, TrialLog
 
 STATUS = "status.json"
@@ -104,17 +105,12 @@ class TrialStatus:
         """The content of a status file: what is known."""
         return {**{k: v for k, v in asdict(self).items() if v not in (None, {})}, "state": str(self.state)}
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> TrialStatus:
-        """The status in a file's content; fields of a later version are passed over. Raises ValueError where the state is unknown."""
-        known = {each.name: content[each.name] for each in fields(cls) if each.name in content}
-        return cls(**{**known, "state": TrialState(known.get("state", TrialState.WAITING))})
-
 
 def read_status(folder: Path) -> TrialStatus | None:
-    """The status file of a trial's folder; None where there is none. Raises OSError or ValueError where it cannot be read."""
-    content = read_json(folder / STATUS)
-    return None if content is None else TrialStatus.from_json(content)
+    """The status file of a trial's folder; None where there is none. Raises InputError where it holds no status, OSError where it
+    cannot be read.
+    """
+    return read_record(folder / STATUS, TrialStatus)
 
 
 def progress_actor(sweep: str) -> Any:
@@ -153,7 +149,7 @@ class TrialStatusWriter:
         """What stands in the status file."""
         try:
             return read_status(self.folder) or TrialStatus()
-        except (OSError, ValueError):
+        except (OSError, InputError):
             return TrialStatus()
 
     def log(self, text: str, step: int | None = None) -> None:

@@ -1,0 +1,82 @@
+"""Reads JSON records (sweep.json, status.json) into dataclasses: of earlier and later versions, and refused where they are damaged.
+
+A record may have an integer field `format`, 1 where it is absent. A later version that only adds fields keeps the number: what this
+version does not know is passed over. A higher number means that the record cannot be understood without the new fields.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar, Union
+
+from soflow_core.failures import InputError
+from soflow_pipelines.storage.files import read_json
+
+T = TypeVar("T")
+
+FORMAT = 1
+"""The newest format of records that this version reads."""
+
+
+def read_record(path: Path, record_class: type[T], optional: Sequence[str] = ()) -> T | None:
+    """The record in a file; None where there is none. Fields in `optional` take their default where their type is wrong.
+
+    Raises InputError where the file holds no such record, or one of a newer format.
+    """
+    try:
+        content = read_json(path)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise InputError(f"{path} is damaged: it is no JSON file.") from None
+    return None if content is None else record_of(content, record_class, str(path), optional)
+
+
+def record_of(content: Any, record_class: type[T], place: str, optional: Sequence[str] = ()) -> T:
+    """The record in a JSON object; `place` names it in an error. Raises as `read_record` does."""
+    if not isinstance(content, Mapping):
+        raise InputError(f"{place} is damaged: it holds no JSON object.")
+    written = content.get("format", 1)
+    if not isinstance(written, int) or written > FORMAT:
+        raise InputError(
+            f"{place} is of format {written!r} and this version of soflow reads {FORMAT}: use a newer soflow."
+        )
+    hints = typing.get_type_hints(record_class)
+    values = {}
+    for each in fields(record_class):  # type: ignore[arg-type]
+        if each.name not in content:
+            continue
+        try:
+            values[each.name] = _value(content[each.name], hints[each.name])
+        except ValueError as error:
+            if each.name not in optional:
+                raise InputError(f"{place} is damaged: `{each.name}` is {error}.") from None
+    try:
+        return record_class(**values)
+    except TypeError as error:
+        missing = str(error).rpartition(": ")[2]
+        raise InputError(f"{place} is damaged: it lacks {missing}.") from None
+
+
+def _value(value: Any, hint: Any) -> Any:
+    """A JSON value as its field's type. Raises ValueError where it is of another."""
+    if hint is Any:
+        return value
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        for member in typing.get_args(hint):
+            try:
+                return _value(value, member)
+            except ValueError:
+                continue
+    elif isinstance(hint, type) and issubclass(hint, Enum):
+        return hint(value)
+    elif (hint is float and isinstance(value, (int, float)) and not isinstance(value, bool)) or (
+        isinstance(value, origin or hint) and not (isinstance(value, bool) and hint is not bool)
+    ):
+        return value
+    raise ValueError(repr(value))
