@@ -1,8 +1,8 @@
 """Records a trial's placement group in its folder, so that a restarted trial can release it.
 
 Ray Train's controller holds a placement group for its workers and a request for machines at Ray's AutoscalingCoordinator. A controller
-that is killed together with the process that cleans up after it leaves the group until the sweep ends, and the request for three minutes;
-new workers of the same trial would wait for both.
+that is killed together with the process that cleans up after it leaves the group until the sweep ends, and the request for three
+minutes; new workers of the same trial would wait for both.
 """
 
 from __future__ import annotations

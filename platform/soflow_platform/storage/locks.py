@@ -14,7 +14,10 @@ RETRY_SECONDS = 0.5
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Lock a file, created where it is absent, for the length of a block. Gives False, without the lock, where another process has it."""
+    """Lock a file, created where it is absent, for the length of a block.
+
+    Gives False, and no lock, where another process holds it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
         end = time.monotonic() + RETRY_SECONDS

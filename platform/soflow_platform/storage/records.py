@@ -64,19 +64,22 @@ def record_of(content: Any, record_class: type[T], place: str, optional: Sequenc
 
 def _value(value: Any, hint: Any) -> Any:
     """A JSON value as its field's type. Raises ValueError where it is of another."""
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        try:
+            return hint(value)
+        except ValueError:
+            raise ValueError(repr(value)) from None
+    if not _is_of(value, hint):
+        raise ValueError(repr(value))
+    return value
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a type; whole numbers are floats too, true and false are no numbers."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return any(_is_of(value, member) for member in typing.get_args(hint))
     if hint is Any:
-        return value
-    origin = typing.get_origin(hint)
-    if origin in (Union, types.UnionType):
-        for member in typing.get_args(hint):
-            try:
-                return _value(value, member)
-            except ValueError:
-                continue
-    elif isinstance(hint, type) and issubclass(hint, Enum):
-        return hint(value)
-    elif (hint is float and isinstance(value, (int, float)) and not isinstance(value, bool)) or (
-        isinstance(value, origin or hint) and not (isinstance(value, bool) and hint is not bool)
-    ):
-        return value
-    raise ValueError(repr(value))
+        return True
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else typing.get_origin(hint) or hint)
