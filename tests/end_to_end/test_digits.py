@@ -42,12 +42,12 @@ def test_the_terminal_ends_with_the_result_and_the_next_command(
 ) -> None:
     storage, printed = swept
     assert record.best is not None
-    assert f"best trial  {record.best['trial']}, step {record.best['step']}" in printed
+    assert f"best trial  {record.best.trial}, step {record.best.step}" in printed
     assert "eval/fd_nfe1" in printed
     assert "eval/label_agreement_nfe2" in printed
     assert f"soflowctl promote models:/digits@candidate --storage {storage.root}" in printed
     assert "http://127.0.0.1:5000/#/experiments/" in printed
-    for grid in record.best["grids"]:
+    for grid in record.best.grids:
         assert grid in printed
         assert Image.open(grid).size[0] > 16
 
@@ -59,7 +59,7 @@ def test_every_trial_is_a_child_run_with_params_metrics_grids_and_tags(
     tracking = Tracking(TrackingStore(storage.tracking_uri), parent.info.experiment_id)
     assert parent.info.status == "FINISHED"
     children = tracking.children(record.run or "")
-    assert sorted(run.info.run_name for run in children) == [trial["name"] for trial in record.trials]
+    assert sorted(run.info.run_name for run in children) == [trial.name for trial in record.trials]
     assert len(children) == 4
     for run in children:
         assert run.info.status == "FINISHED"
@@ -100,8 +100,8 @@ def test_the_best_trial_is_the_one_with_the_lowest_distance_at_one_step(
         for m in client.get_metric_history(run.info.run_id, "eval/fd_nfe1")
     }
     best = min(values, key=lambda key: values[key])
-    assert (record.best["trial"], record.best["step"]) == best
-    assert record.best["metrics"]["eval/fd_nfe1"] == pytest.approx(values[best])
+    assert (record.best.trial, record.best.step) == best
+    assert record.best.metrics["eval/fd_nfe1"] == pytest.approx(values[best])
     assert parent.data.metrics["eval/fd_nfe1"] == pytest.approx(values[best])
 
 
@@ -139,11 +139,11 @@ def test_the_registered_weights_are_the_best_checkpoints_ema(
     client = TrackingStore(swept[0].tracking_uri).client
     version = client.get_model_version_by_alias("digits", "candidate")
     assert record.best is not None
-    assert version.tags["soflow.trial"] == record.best["trial"]
-    assert float(version.tags["eval/fd_nfe1"]) == record.best["metrics"]["eval/fd_nfe1"]
+    assert version.tags["soflow.trial"] == record.best.trial
+    assert float(version.tags["eval/fd_nfe1"]) == record.best.metrics["eval/fd_nfe1"]
     stored = list(swept[0].artifacts.glob("models/*/artifacts/artifacts/ema.safetensors"))
     assert len(stored) == 1
-    assert stored[0].read_bytes() == (Path(record.best["checkpoint"]) / "ema.safetensors").read_bytes()
+    assert stored[0].read_bytes() == (Path(record.best.checkpoint or "") / "ema.safetensors").read_bytes()
     assert not list(swept[0].artifacts.glob("models/**/*.pkl"))
 
 

@@ -34,7 +34,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], se
 
 
 def steps(storage: ProjectFolder, record: SweepRecord, number: int) -> list[int]:
-    root = storage.trial(record.id, record.trials[number]["name"]) / "checkpoints"
+    root = storage.trial(record.id, record.trials[number].name) / "checkpoints"
     return [checkpoint.state.step for checkpoint in CheckpointStore(root).published()]
 
 
@@ -53,7 +53,7 @@ def test_finished_trials_are_kept_and_the_cut_one_goes_on_from_its_checkpoint(
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    finished = storage.trial(record.id, record.trials[0]["name"]) / "checkpoints" / "step-00000040"
+    finished = storage.trial(record.id, record.trials[0].name) / "checkpoints" / "step-00000040"
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in finished.iterdir()}
     assert record.run is not None
 
@@ -69,7 +69,7 @@ def test_finished_trials_are_kept_and_the_cut_one_goes_on_from_its_checkpoint(
     assert [run.info.run_id for run in parents] == [record.run]
     tracking = Tracking(TrackingStore(storage.tracking_uri), after.experiment_id or "")
     children = tracking.children(record.run)
-    assert sorted(run.info.run_name for run in children) == [trial["name"] for trial in after.trials]
+    assert sorted(run.info.run_name for run in children) == [trial.name for trial in after.trials]
     for run in children:
         assert run.info.status == "FINISHED"
         for metric, expected in (("eval/fd_nfe1", [10, 20, 30, 40]), ("train/loss", [1, *range(5, 41, 5)])):

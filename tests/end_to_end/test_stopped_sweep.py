@@ -51,7 +51,7 @@ def test_trial_and_sweep_stop_with_their_work_saved_and_go_on(soflowctl: Run, tm
     try:
         wait_for(lambda: len(status()) == 2 and all(t["step"] > 20 for t in status().values()), process)
         (record,) = all_records(storage)
-        first, second = (trial["name"] for trial in record.trials)
+        first, second = (trial.name for trial in record.trials)
 
         one = soflowctl("stop", first, *place)
         assert one.returncode == 0, one.stderr

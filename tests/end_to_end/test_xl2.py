@@ -65,11 +65,11 @@ def test_twenty_steps_of_the_recipe_on_latents_reach_the_registry(
     assert done.returncode == 0, done.stderr
     (record,) = all_records(storage)
     assert record.best is not None
-    assert record.best["step"] == 20
-    assert np.isfinite(record.best["metrics"]["eval/fd_nfe1"])
+    assert record.best.step == 20
+    assert np.isfinite(record.best.metrics["eval/fd_nfe1"])
     client = TrackingStore(storage.tracking_uri).client
     assert client.get_model_version_by_alias("xl2", "candidate").tags["eval.features"] == "pooled-4x8x8-1"
-    weights = load_weights(Path(record.best["checkpoint"]) / "ema.safetensors")
+    weights = load_weights(Path(record.best.checkpoint or "") / "ema.safetensors")
     config = weights.network_config
     assert (config.hidden, config.depth, config.heads, config.patch) == (384, 12, 6, 4)
     assert (config.channels, config.height, config.width, config.classes) == (4, 32, 32, 10)

@@ -21,7 +21,7 @@ from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.training.dataset import open_data
 from soflow_platform.training.job import TrialJob
 from soflow_platform.training.worker import TrialWorker
-from soflow_platform.tuning.record import SweepRecord
+from soflow_platform.tuning.record import BestTrial, SweepRecord, TrialEntry
 from soflow_platform.tuning.search_space import trials
 
 ROOT = Path(__file__).parents[2]
@@ -67,16 +67,14 @@ def trained_sweep(root: Path, empty_store: Path) -> ProjectFolder:
         name="digits",
         file="digits.yaml",
         experiment=experiment.resolved(),
-        trials=[
-            {"name": p.name, "settings": p.settings, "steps": p.experiment.training.steps} for p in points
-        ],
+        trials=[TrialEntry(p.name, p.settings, p.experiment.training.steps) for p in points],
         metric=experiment.search.metric,
         mode=experiment.mode,
         run=parent,
         experiment_id=tracking.experiment_id,
         tracking_uri=tracking.store.uri,
         finished=True,
-        best={"trial": points[0].name, "step": 6, "metrics": {}},
+        best=BestTrial(points[0].name, 6, {}),
     ).save(storage)
     return storage
 

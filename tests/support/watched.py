@@ -85,19 +85,19 @@ class Watched:
 
     @property
     def folder(self) -> Path:
-        return self.storage.trial(self.record.id, self.record.trials[0]["name"])
+        return self.storage.trial(self.record.id, self.record.trials[0].name)
 
     @property
     def checkpoint_steps(self) -> list[int]:
         if not all_records(self.storage):
             return []
-        store = self.record.checkpoints(self.storage, self.record.trials[0]["name"])
+        store = self.record.checkpoints(self.storage, self.record.trials[0].name)
         return [checkpoint.state.step for checkpoint in store.published()]
 
     @property
     def last_position(self) -> CheckpointState:
         """Where the newest checkpoint of a trial stands that keeps them in the project folder."""
-        store = self.record.checkpoints(self.storage, self.record.trials[0]["name"])
+        store = self.record.checkpoints(self.storage, self.record.trials[0].name)
         return store.published()[-1].state
 
     @property

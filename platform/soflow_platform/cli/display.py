@@ -135,22 +135,18 @@ def show_result(
     best = record.best
     if best is None:
         return
-    screen.print(f"\n[bold]best trial[/bold]  {best['trial']}, step {best['step']:,}", highlight=False)
-    for key, value in best["metrics"].items():
+    screen.print(f"\n[bold]best trial[/bold]  {best.trial}, step {best.step:,}", highlight=False)
+    for key, value in best.metrics.items():
         screen.print(f"            {key} {value:.4g}", highlight=False)
-    for path in best["grids"]:
+    for path in best.grids:
         screen.print(f"grid        {path}", highlight=False, soft_wrap=True)
-    if "version" in best:
-        screen.print(
-            f"registered  models:/{best['model']}@candidate (version {best['version']})", highlight=False
-        )
+    if best.version is not None:
+        screen.print(f"registered  models:/{best.model}@candidate (version {best.version})", highlight=False)
     screen.print(f"runs        {record_link(record)}", highlight=False, soft_wrap=True)
     flag = storage_flag(storage)
     screen.print(f"            (start the page with: soflowctl ui{flag})", highlight=False)
-    if "version" in best:
-        screen.print(
-            f"next        soflowctl promote models:/{best['model']}@candidate{flag}", highlight=False
-        )
+    if best.version is not None:
+        screen.print(f"next        soflowctl promote models:/{best.model}@candidate{flag}", highlight=False)
 
 
 def record_link(record: SweepRecord) -> str:

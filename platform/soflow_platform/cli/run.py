@@ -1,18 +1,15 @@
-"""soflowctl run and validate."""
+"""soflowctl run and validate: check a sweep file, print its plan, run its trials."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.console import Console
-
-from soflow_platform.cli.display import SweepDisplay, show_result
 from soflow_platform.cli.terminal import console, plain_table
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.presets import sweeps_folder
@@ -31,10 +28,17 @@ from soflow_platform.tuning.record import (
 )
 from soflow_platform.tuning.search_space import Trial, trials
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from soflow_platform.cli.display import SweepDisplay
+    from soflow_platform.training.flops import Cost
+
 T = TypeVar("T")
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes."""
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 def find_sweep(name: str) -> Path:
@@ -60,30 +64,30 @@ def read(name: str, overrides: tuple[str, ...]) -> tuple[Path, Experiment, list[
 
 def validate_command(name: str, overrides: tuple[str, ...]) -> None:
     """Print that a file is sound, and what it stands for."""
-    path, experiment, points = read(name, overrides)
-    _check_networks(points)
+    path, experiment, planned = read(name, overrides)
+    _check_networks(planned)
     print(
-        f"{path} is valid: {len(points)} trial(s) of {_methods(points)}, {_steps(points)} steps "
+        f"{path} is valid: {len(planned)} trial(s) of {_methods(planned)}, {_steps(planned)} steps "
         f"of {experiment.training.batch} samples, compared by {experiment.search.metric} ({experiment.mode})."
     )
 
 
-def _methods(points: list[Trial]) -> str:
-    return ", ".join(dict.fromkeys(trial.experiment.objective.method for trial in points))
+def _methods(planned: list[Trial]) -> str:
+    return ", ".join(dict.fromkeys(trial.experiment.objective.method for trial in planned))
 
 
-def _steps(points: list[Trial]) -> str:
+def _steps(planned: list[Trial]) -> str:
     """`600`, or `492 to 900`."""
-    steps = [trial.experiment.training.steps for trial in points]
+    steps = [trial.experiment.training.steps for trial in planned]
     return f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
 
 
-def _check_networks(points: list[Trial]) -> None:
+def _check_networks(planned: list[Trial]) -> None:
     """Raises UserError where a trial's network cannot take the shape that the file names."""
     from soflow_platform.training.dataset import expected
     from soflow_platform.training.model import describe_network
 
-    for trial in points:
+    for trial in planned:
         data = expected(trial.experiment)
         if data is not None:
             describe_network(trial.experiment, data)
@@ -98,36 +102,38 @@ def run_command(
     again: bool,
 ) -> None:
     """Run a sweep, or print its plan."""
-    path, experiment, points = read(name, overrides)
-    _check_networks(points)
+    path, experiment, planned = read(name, overrides)
+    _check_networks(planned)
     storage = find_project(storage_option)
     screen = console()
     if dry_run:
-        _print_plan(screen, experiment, points, storage.root)
+        _print_plan(screen, experiment, planned, storage.root)
         return
+    from soflow_platform.cli.display import SweepDisplay, show_result
     from soflow_platform.cluster.connection import require_answer
     from soflow_platform.training.dataset import check_data
-    from soflow_platform.tuning.sweep import run_sweep
+    from soflow_platform.tuning.sweep import SweepContext, run_sweep
 
     check_data(experiment)
     require_writable(storage)
     require_answer(address)
     sweep = sweep_id(storage, experiment, again)
-    record = load_record(storage, sweep)
-    if record is not None and record.finished:
+    existing = load_record(storage, sweep)
+    if existing is not None and existing.finished:
         screen.print(f"sweep {sweep} is finished; --again runs it anew.")
-        show_result(screen, record, storage)
+        show_result(screen, existing, storage)
         return
-    if record is not None:
-        _require_checkpoints(storage, record, experiment)
-    record = new_or_resumed_record(record, sweep, str(path), experiment, points)
-    display = SweepDisplay(screen, experiment, points)
-    grace = experiment.training.grace_seconds
-    with _graceful_shutdown(storage, sweep, display, grace), lock_sweep(storage, sweep):
-        outcomes = _retry_lost_ray(
-            lambda: run_sweep(record, experiment, points, storage, address, display),
+    if existing is not None:
+        _require_checkpoints(storage, existing, experiment)
+    record = new_or_resumed_record(existing, sweep, str(path), experiment, planned)
+    display = SweepDisplay(screen, experiment, planned)
+    context = SweepContext(record, experiment, planned, storage, display)
+    shutdown = GracefulShutdown(storage, sweep, display, experiment.training.grace_seconds)
+    with shutdown, lock_sweep(storage, sweep):
+        outcomes = restart_lost_ray(
+            lambda: run_sweep(context, address),
             experiment.resources.max_failures if address is None else 0,
-            display,
+            display.say,
         )
     show_result(screen, record, storage, outcomes)
     failed = [o for o in outcomes if o.status.state is TrialState.FAILED]
@@ -138,17 +144,17 @@ def run_command(
         )
 
 
-def _retry_lost_ray(run: Callable[[], T], failures: int, display: SweepDisplay) -> T:
-    """The result of `run`, which is started again where the Ray of this command has died, up to so many times."""
+def restart_lost_ray(run: Callable[[], T], restarts: int, say: Callable[[str], None]) -> T:
+    """The result of `run`, which is started again up to `restarts` times where the Ray of this command has died."""
     from soflow_platform.cluster.connection import RayLost
 
-    try:
-        return run()
-    except RayLost as error:
-        if not failures:
-            raise
-        display.say(f"{error} Starting Ray again.")
-    return _retry_lost_ray(run, failures - 1, display)
+    while restarts > 0:
+        restarts -= 1
+        try:
+            return run()
+        except RayLost as error:
+            say(f"{error} Starting Ray again.")
+    return run()
 
 
 def _require_checkpoints(storage: ProjectFolder, record: SweepRecord, experiment: Experiment) -> None:
@@ -158,7 +164,7 @@ def _require_checkpoints(storage: ProjectFolder, record: SweepRecord, experiment
         return
     for trial in record.trials:
         left, chosen = (
-            CheckpointStore.of_trial(storage, record.id, trial["name"], base) for base in (before, now)
+            CheckpointStore.of_trial(storage, record.id, trial.name, base) for base in (before, now)
         )
         if left.published() and not chosen.published():
             raise UserError(
@@ -167,91 +173,116 @@ def _require_checkpoints(storage: ProjectFolder, record: SweepRecord, experiment
             )
 
 
-@contextlib.contextmanager
-def _graceful_shutdown(
-    storage: ProjectFolder, sweep: str, display: SweepDisplay, grace: float
-) -> Iterator[None]:
-    """SIGTERM, SIGHUP and Ctrl-C ask the trials to save and stop; the second one, or `grace` seconds gone by, ends the block at once.
+class GracefulShutdown:
+    """While a block runs, SIGTERM, SIGHUP and Ctrl-C ask the trials to save and stop.
 
-    Either way what is open is closed, and the exit code says why: 143, or 130 for Ctrl-C.
+    A second signal, or `grace` seconds gone by, ends the block at once. Either way what is open is closed, and the exit code says why:
+    143, or 130 for Ctrl-C. The signal handlers that were installed before are restored when the block ends.
     """
-    code = 0
 
-    def end(*_: Any) -> None:
-        raise SystemExit(code)
+    def __init__(self, storage: ProjectFolder, sweep: str, display: SweepDisplay, grace: float) -> None:
+        self._storage, self._sweep, self._display, self._grace = storage, sweep, display, grace
+        self._handlers: dict[int, Any] = {}
+        self.requested: int | None = None
+        """The first signal that came."""
 
-    def ask(number: int, _: Any) -> None:
-        nonlocal code
-        if code or not display.training:
-            code = code or (INTERRUPTED if number == signal.SIGINT else TERMINATED)
+    @property
+    def exit_code(self) -> int:
+        """0 where no signal came."""
+        if self.requested is None:
+            return 0
+        return INTERRUPTED if self.requested == signal.SIGINT else TERMINATED
+
+    def __enter__(self) -> GracefulShutdown:
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                # Under nohup a hang-up stays ignored.
+                self._handlers[number] = signal.signal(number, self._on_signal)
+        self._handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._exit)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del kind, trace
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self.exit_code and isinstance(error, (SystemExit, Stopped)):
+            if isinstance(error, Stopped):
+                print(f"soflowctl: stopped: {error}", file=sys.stderr)
+            # An exit inside one of Ray's calls comes out of it with Ray's own code.
+            raise SystemExit(self.exit_code) from None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        first, self.requested = self.requested is None, self.requested or number
+        if not first or not self._display.training:
             print("ended at once: run the same command to go on.", file=sys.stderr)
-            end()
-        code = INTERRUPTED if number == signal.SIGINT else TERMINATED
+            self._exit(number, frame)
         if number == signal.SIGHUP:
             _leave_terminal()
         print("asked to stop: trials finish their step and save; once more ends at once.", file=sys.stderr)
-        request_stop(storage, sweep)
-        signal.signal(signal.SIGALRM, end)
-        signal.setitimer(signal.ITIMER_REAL, grace)
+        request_stop(self._storage, self._sweep)
+        signal.setitimer(signal.ITIMER_REAL, self._grace)
 
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            # Under nohup a hang-up is to be ignored.
-            signal.signal(number, ask)
-    try:
-        yield
-    except (SystemExit, Stopped) as error:
-        # An exit inside one of Ray's calls comes out of it with Ray's own code.
-        if code:
-            if isinstance(error, Stopped):
-                print(f"soflowctl: stopped: {error}", file=sys.stderr)
-            raise SystemExit(code) from None
-        raise
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    def _exit(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise SystemExit(self.exit_code)
 
 
 def _leave_terminal() -> None:
-    """Write nowhere what would go to a terminal that is gone: writing there fails."""
+    """Send what would go to a terminal that is gone to the null device: writing there fails."""
     for stream in (sys.stdout, sys.stderr):
         if stream.isatty():
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _print_plan(screen: Console, experiment: Experiment, points: list[Trial], root: Path) -> None:
-    from soflow_platform.training.dataset import check_data, expected
-    from soflow_platform.training.flops import cost, request
-    from soflow_platform.training.model import describe_network
+def _print_plan(screen: Console, experiment: Experiment, planned: list[Trial], root: Path) -> None:
+    from soflow_platform.training.dataset import check_data
+    from soflow_platform.training.flops import request
 
     screen.print(f"[bold]{experiment.name}[/bold]: {experiment.description}")
     table = plain_table("trial", "steps", "parameters", "GMAC/forward", "passes/sample", "PFLOP")
-    for trial in points:
-        data = expected(trial.experiment)
-        if data is None:
-            table.add_row(trial.name, f"{trial.experiment.training.steps:,}", "-", "-", "-", "-")
+    costs = [_cost(trial) for trial in planned]
+    for trial, cost in zip(planned, costs, strict=True):
+        steps = f"{trial.experiment.training.steps:,}"
+        if cost is None:
+            table.add_row(trial.name, steps, "-", "-", "-", "-")
             continue
-        spent = cost(trial.experiment, describe_network(trial.experiment, data))
         table.add_row(
             trial.name,
-            f"{trial.experiment.training.steps:,}",
-            f"{spent.parameters / 1e6:.1f} M",
-            f"{spent.forward_gmac:.4g}",
-            f"{spent.evaluations_per_sample:.4g}",
-            f"{spent.total_petaflops:,.4g}",
+            steps,
+            f"{cost.parameters / 1e6:.1f} M",
+            f"{cost.forward_gmac:.4g}",
+            f"{cost.evaluations_per_sample:.4g}",
+            f"{cost.total_petaflops:,.4g}",
         )
-        state = spent.state_gigabytes
     screen.print(table)
     screen.print(
-        f"{len(points)} trials of {_steps(points)} steps, {experiment.training.batch} samples in each step"
+        f"{len(planned)} trials of {_steps(planned)} steps, {experiment.training.batch} samples in each step"
     )
     screen.print(f"compared by {experiment.search.metric} ({experiment.mode})")
     screen.print(f"asks Ray for {request(experiment)}")
-    if data is not None:
+    states = sorted({f"{cost.state_gigabytes:.3g}" for cost in costs if cost is not None}, key=float)
+    if states:
+        span = states[0] if len(states) == 1 else f"{states[0]} to {states[-1]}"
         screen.print(
-            f"{state:.3g} GB of weights, gradients, optimizer and EMA state in each worker, activations besides"
+            f"{span} GB of weights, gradients, optimizer and EMA state in each worker, activations besides"
         )
     screen.print(f"storage {root}")
     try:
         screen.print(f"data {check_data(experiment)}")
     except UserError as error:
         screen.print(f"before it can run: {error}")
+
+
+def _cost(trial: Trial) -> Cost | None:
+    """What a trial costs; None where its network depends on data that are not read yet."""
+    from soflow_platform.training.dataset import expected
+    from soflow_platform.training.flops import cost
+    from soflow_platform.training.model import describe_network
+
+    data = expected(trial.experiment)
+    if data is None:
+        return None
+    return cost(trial.experiment, describe_network(trial.experiment, data))

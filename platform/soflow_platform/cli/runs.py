@@ -1,4 +1,4 @@
-"""soflowctl runs."""
+"""soflowctl runs: the sweeps of a project folder, or the trials of one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from soflow_platform.storage.checkpoints import best_evaluation
 from soflow_platform.storage.project import ProjectFolder, find_project
 from soflow_platform.tuning.lookup import resolve
 from soflow_platform.tuning.record import SweepRecord, all_records
-from soflow_platform.tuning.status import sweep_state, trial_steps
+from soflow_platform.tuning.status import sweep_state
 
 
 def runs_command(sweep: str | None, storage_option: str | None) -> None:
@@ -32,16 +32,16 @@ def _sweeps_table(storage: ProjectFolder, records: list[SweepRecord]) -> Table:
     table = plain_table("sweep", "started", "state", "trials", "best trial", "score", "registered")
     for record in records:
         metric = record.metric
-        best = record.best or {}
-        score = best.get("metrics", {}).get(metric)
+        best = record.best
+        score = best.metrics.get(metric) if best else None
         table.add_row(
             record.id,
             time.strftime("%Y-%m-%d %H:%M", time.localtime(record.created)),
             sweep_state(storage, record),
             str(len(record.trials)),
-            best.get("trial", "-"),
+            best.trial if best else "-",
             "-" if score is None else f"{metric} {score:.4g}",
-            f"{best['model']} v{best['version']}" if "version" in best else "-",
+            f"{best.model} v{best.version}" if best and best.version else "-",
         )
     return table
 
@@ -50,14 +50,14 @@ def _trials_table(storage: ProjectFolder, record: SweepRecord) -> Table:
     metric = record.metric
     table = plain_table("trial", "step", "best step", metric, "checkpoints")
     for trial in record.trials:
-        found = record.checkpoints(storage, trial["name"]).published()
-        state = found[-1].state if found else None
+        published = record.checkpoints(storage, trial.name).published()
+        state = published[-1].state if published else None
         best = best_evaluation(state.evaluations, metric, record.mode) if state else None
         table.add_row(
-            trial["name"],
-            f"{state.step if state else 0:,}/{trial_steps(record, trial['name']):,}",
+            trial.name,
+            f"{state.step if state else 0:,}/{record.steps(trial.name):,}",
             f"{best['step']:,}" if best else "-",
             f"{best[metric]:.4g}" if best else "-",
-            str(len(found)),
+            str(len(published)),
         )
     return table

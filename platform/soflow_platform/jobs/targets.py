@@ -129,7 +129,7 @@ class TargetResolver:
                 raise UserError(
                     f"{name!r} is nothing that can be {purpose}: name {self._accepted}. As a sweep: {unknown}"
                 ) from None
-        trial = found.trial or (found.record.best or {}).get("trial")
+        trial = found.trial or (found.record.best.trial if found.record.best else None)
         if trial is None:
             raise UserError(
                 f"{found} has no best trial yet: name one of its trials, as {found.record.id}/TRIAL."
@@ -181,7 +181,7 @@ class TargetResolver:
             raise UserError(
                 f"run {run} belongs to no sweep under {self.project.root}: its checkpoints are elsewhere."
             )
-        trial = tags.get(TRIAL_TAG) or (record.best or {}).get("trial")
+        trial = tags.get(TRIAL_TAG) or (record.best.trial if record.best else None)
         if trial is None:
             raise UserError(
                 f"run {run} is that of sweep {record.id}, which has no best trial yet: name a trial."

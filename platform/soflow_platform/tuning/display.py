@@ -12,7 +12,7 @@ from soflow_platform.training.trial_status import TrialStatus
 
 if TYPE_CHECKING:
     from soflow_platform.cluster.connection import Cluster
-    from soflow_platform.tuning.record import SweepRecord
+    from soflow_platform.tuning.record import ScoredStep, SweepRecord
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class TrialOutcome:
     name: str
     status: TrialStatus
     """`state` is FINISHED, PRUNED, STOPPED or FAILED."""
-    best: dict[str, Any] | None
+    best: ScoredStep | None
     """The evaluation with the best value of the search metric."""
 
 

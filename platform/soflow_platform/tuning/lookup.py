@@ -31,7 +31,7 @@ class SweepRef:
 
 def trial_names(record: SweepRecord) -> list[str]:
     """The trials of a sweep, in order."""
-    return [trial["name"] for trial in record.trials]
+    return [trial.name for trial in record.trials]
 
 
 def resolve(storage: ProjectFolder, name: str) -> SweepRef:

@@ -1,27 +1,70 @@
-"""What is known of a sweep on disk: enough to go on with it after its driver was killed."""
+"""The record of a sweep (sweep.json): its settings, trials and result, enough to go on after its driver was killed."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from soflow_pipelines.storage.files import read_json, write_json
+from soflow_pipelines.storage.files import write_json
 from soflow_platform.errors import UserError
 from soflow_platform.registry.candidate import Candidate
 from soflow_platform.storage.checkpoints import CheckpointStore
+from soflow_platform.storage.locks import is_locked, locked
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.storage.records import read_record, record_of
 
 if TYPE_CHECKING:
     from soflow_platform.config.experiment import Experiment
     from soflow_platform.tuning.search_space import Trial
 
 RECORD = "sweep.json"
-LOCK_RETRY_SECONDS = 0.5
-"""Longer than `is_running` holds the lock in passing."""
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class ScoredStep:
+    """The evaluation of one step."""
+
+    step: int
+    metrics: dict[str, float]
+
+    @classmethod
+    def of(cls, evaluation: Mapping[str, Any]) -> ScoredStep:
+        """From the form that checkpoints keep: the step among the metrics."""
+        return cls(evaluation["step"], {key: value for key, value in evaluation.items() if key != "step"})
+
+
+@dataclass(frozen=True)
+class TrialEntry:
+    """A trial of the sweep."""
+
+    name: str
+    settings: dict[str, Any]
+    """What varies in it."""
+    steps: int | None = None
+    """Its optimizer steps; None in a record of an earlier version: those of the sweep."""
+
+
+@dataclass(frozen=True)
+class BestTrial:
+    """The best evaluation of a finished sweep."""
+
+    trial: str
+    step: int
+    metrics: dict[str, float]
+    grids: list[str] = field(default_factory=list)
+    """Sample grids of that step."""
+    checkpoint: str | None = None
+    """Folder or URI of its checkpoint."""
+    model: str | None = None
+    version: str | None = None
+    """Name and version in the model registry, where it was registered."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass
@@ -32,8 +75,7 @@ class SweepRecord:
     name: str
     file: str
     experiment: dict[str, Any]
-    trials: list[dict[str, Any]]
-    """Name, settings and optimizer steps of each."""
+    trials: list[TrialEntry]
     metric: str
     """What trials are compared by."""
     mode: str
@@ -47,8 +89,7 @@ class SweepRecord:
     """MLflow id of the experiment."""
     tracking_uri: str | None = None
     finished: bool = False
-    best: dict[str, Any] | None = None
-    """The best trial: its name, step, metrics, grid and registered version."""
+    best: BestTrial | None = None
 
     def candidate(self, model: str) -> Candidate:
         """The best evaluation, to be registered under this name. Raises ValueError where there is none yet."""
@@ -57,11 +98,11 @@ class SweepRecord:
         return Candidate(
             model=model,
             sweep=self.id,
-            trial=self.best["trial"],
-            step=self.best["step"],
+            trial=self.best.trial,
+            step=self.best.step,
             metric=self.metric,
             mode=self.mode,
-            metrics=self.best["metrics"],
+            metrics=self.best.metrics,
         )
 
     def checkpoints(self, project: ProjectFolder, trial: str) -> CheckpointStore:
@@ -69,14 +110,39 @@ class SweepRecord:
         base = self.experiment["training"].get("checkpoints")
         return CheckpointStore.of_trial(project, self.id, trial, base)
 
+    def steps(self, trial: str) -> int:
+        """The optimizer steps of one of its trials."""
+        entry = next(each for each in self.trials if each.name == trial)
+        return int(entry.steps or self.experiment["training"]["steps"])
+
     def save(self, storage: ProjectFolder) -> None:
-        write_json(storage.sweep(self.id) / RECORD, asdict(self))
+        """Write sweep.json."""
+        write_json(
+            storage.sweep(self.id) / RECORD,
+            {**asdict(self), "best": None if self.best is None else self.best.as_json()},
+        )
+
+
+@dataclass
+class _StoredRecord(SweepRecord):
+    """sweep.json as it is read: its parts are still JSON objects."""
+
+    trials: list[dict[str, Any]]  # type: ignore[assignment]
+    best: dict[str, Any] | None = None  # type: ignore[assignment]
 
 
 def load_record(storage: ProjectFolder, sweep: str) -> SweepRecord | None:
-    """The record of a sweep, if it was ever started."""
-    content = read_json(storage.sweep(sweep) / RECORD)
-    return SweepRecord(**content) if content else None
+    """The record of a sweep; None where it was never started.
+
+    Raises InputError where the file is damaged or of a newer format.
+    """
+    path = storage.sweep(sweep) / RECORD
+    stored = read_record(path, _StoredRecord)
+    if stored is None:
+        return None
+    trials = [record_of(each, TrialEntry, f"a trial in {path}") for each in stored.trials]
+    best = None if stored.best is None else record_of(stored.best, BestTrial, f"the best trial in {path}")
+    return SweepRecord(**{**vars(stored), "trials": trials, "best": best})
 
 
 def all_records(storage: ProjectFolder) -> list[SweepRecord]:
@@ -102,54 +168,35 @@ def sweep_id(storage: ProjectFolder, experiment: Experiment, again: bool) -> str
 
 
 def new_or_resumed_record(
-    known: SweepRecord | None, sweep: str, file: str, experiment: Experiment, points: Sequence[Trial]
+    existing: SweepRecord | None, sweep: str, file: str, experiment: Experiment, trials: Sequence[Trial]
 ) -> SweepRecord:
-    """The record of a sweep that is to be started: what is known of it, with the settings of this start."""
+    """The record of a sweep that is to be started: a new one, or the existing one with the settings of this start."""
     settings: dict[str, Any] = {
         "file": file,
         "experiment": experiment.resolved(),
-        "trials": [
-            {"name": t.name, "settings": t.settings, "steps": t.experiment.training.steps} for t in points
-        ],
+        "trials": [TrialEntry(t.name, t.settings, t.experiment.training.steps) for t in trials],
         "metric": experiment.search.metric,
         "mode": experiment.mode,
     }
-    if known is not None:
-        return replace(known, **settings)
+    if existing is not None:
+        return replace(existing, **settings)
     return SweepRecord(id=sweep, name=experiment.name, **settings)
 
 
 @contextlib.contextmanager
 def lock_sweep(storage: ProjectFolder, sweep: str) -> Iterator[None]:
-    """Hold a sweep for the length of a block; the hold ends with the process, however it ends.
+    """Hold a sweep for the length of a block; the lock ends with the process, however it ends.
 
     Raises UserError where another command runs the same sweep.
     """
-    folder = storage.sweep(sweep)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        end = time.monotonic() + LOCK_RETRY_SECONDS
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise UserError(
-                        f"sweep {sweep} is running in another process: wait for it, or see it with `soflowctl status`."
-                    ) from None
-            time.sleep(0.05)
+    with locked(storage.sweep(sweep) / LOCK) as acquired:
+        if not acquired:
+            raise UserError(
+                f"sweep {sweep} is running in another process: wait for it, or see it with `soflowctl status`."
+            )
         yield
 
 
 def is_running(storage: ProjectFolder, sweep: str) -> bool:
     """Whether some process holds the sweep."""
-    try:
-        with (storage.sweep(sweep) / ".lock").open() as lock:
-            # Shared, so that two who look at the same time do not take each other for the sweep.
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    return False
+    return is_locked(storage.sweep(sweep) / LOCK)

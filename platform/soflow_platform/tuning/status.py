@@ -137,7 +137,7 @@ def _trial_report(storage: ProjectFolder, record: SweepRecord, trial: str, runni
             first_attempt=status.first_attempt,
         )
     checkpoint = _checkpoint_step(storage, record, trial)
-    steps = status.steps or trial_steps(record, trial)
+    steps = status.steps or record.steps(trial)
     state = derive_state(
         TrialFacts(
             written=None if written is None or outdated else status.state,
@@ -181,9 +181,3 @@ def _checkpoint_step(storage: ProjectFolder, record: SweepRecord, trial: str) ->
         return None
     recorded = [path.parent.name for path in Path(root).glob(f"step-*/{RECORD}")]
     return max((int(name.removeprefix("step-")) for name in recorded), default=None)
-
-
-def trial_steps(record: SweepRecord, trial: str) -> int:
-    """The trial's own number of optimizer steps, where it differs from the sweep's."""
-    entry = next(t for t in record.trials if t["name"] == trial)
-    return int(entry.get("steps", record.experiment["training"]["steps"]))

@@ -1,29 +1,37 @@
-"""One trial as Ray Tune sees it: a function that drives a Ray Train run and hands its evaluations to the scheduler.
+"""Tune's trial function: drives one trial's Ray Train run and reports its evaluations to the scheduler.
 
-What was evaluated before an interruption is reported first, from the trial's own checkpoint, so that a scheduler and a searcher that
-start anew know what they knew.
+A trial that was interrupted first reports the evaluations in its newest checkpoint again, so that a scheduler and a search algorithm
+that start anew have all of them.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from typing import Any, TypeVar
 
 from soflow_core.failures import summarize
 from soflow_platform.cluster.placement import release_placement_group
 from soflow_platform.config.experiment import Experiment, trial_params
-from soflow_platform.storage.checkpoints import EMA, CheckpointStore
-from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.storage.retry import retry
+from soflow_platform.storage.checkpoints import EMA, CheckpointState, CheckpointStore
+from soflow_platform.storage.retry import is_storage_outage, retry
 from soflow_platform.tracking.outages import is_outage
 from soflow_platform.tracking.store import Tracking, TrackingStore, tracked_dataset
 from soflow_platform.training.job import TrialJob
 from soflow_platform.training.launch import ray_trainer
 from soflow_platform.training.stop_request import stop_requested
-from soflow_platform.training.trial_status import TrialState, TrialStatusWriter, progress_actor
+from soflow_platform.training.trial_status import (
+    TrialState,
+    TrialStatus,
+    TrialStatusWriter,
+    progress_actor,
+)
+from soflow_platform.tuning.record import ScoredStep
+
+T = TypeVar("T")
 
 POLL_SECONDS = 0.5
 
@@ -32,124 +40,186 @@ POLL_SECONDS = 0.5
 class TrialTask:
     """What Tune passes to a trial: plain data."""
 
-    sweep: str
-    attempt: int
-    trial: str
-    experiment: dict[str, Any]
-    data: str
-    storage: str
-    tracking_uri: str
+    job: TrialJob
     tracking_experiment_id: str
     parent: str
+    """MLflow id of the sweep's run."""
     tags: dict[str, str]
+    """Of the trial's run."""
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> TrialTask:
+        """From the form that Tune passes on."""
+        return cls(**{**content, "job": TrialJob(**content["job"])})
+
+    def as_config(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class EndKind(Enum):
+    """Why a trial's Ray Train run is not watched any longer."""
+
+    COMPLETED = "its workers ended"
+    FAILED = "it cannot go on"
+    STOPPED = "it was asked to stop while it had no workers"
+    NO_MACHINES = "no machines came in time"
+    CONTROLLER_LOST = "Ray Train's controller died"
+
+
+@dataclass(frozen=True)
+class TrialEnd:
+    """How a trial's Ray Train run ended."""
+
+    kind: EndKind
+    status: TrialStatus
+    """The last status in the progress actor."""
+    failure: str | None = None
+    """A sentence, where it failed."""
+    error: Exception | None = None
+    """Of the controller, where it died."""
 
 
 def run_trial(config: dict[str, Any]) -> None:
-    """Tune's entry point. Why a trial cannot reach its last step is told to the board."""
-    import ray
-    from ray import tune
+    """Tune's entry point. A trial that cannot reach its last step sends the reason to the progress actor and returns.
 
-    task = TrialTask(**config["task"])
-    storage = ProjectFolder(Path(task.storage))
-    experiment = Experiment(**task.experiment)
-    board = progress_actor(task.sweep)
-    patience = 60 * experiment.training.patience_minutes
-    journal = TrialStatusWriter(
-        storage.trial(task.sweep, task.trial), task.trial, experiment.training.steps, task.attempt, board
-    )
-    store = CheckpointStore.of_trial(storage, task.sweep, task.trial, experiment.training.checkpoints)
-    # Whether it can go on from there is for its workers to see; sound weights end a trial that has trained to its last step.
-    found, _ = retry(
-        lambda: store.newest([EMA]),
-        description=f"reading {store.root}",
-        timeout=patience,
-        log=journal.log,
-    )
-    state = found.state if found else None
-    reported = 0
-    for evaluation in state.evaluations if state else []:
-        reported = evaluation["step"]
-        board.add_evaluation.remote(
-            task.trial, reported, {k: v for k, v in evaluation.items() if k != "step"}
+    Raises Ray's error where Ray Train's controller died: Tune then starts the trial again.
+    """
+    TrialDriver(TrialTask.of(config["task"])).run()
+
+
+class TrialDriver:
+    """Runs one trial from its newest checkpoint, in a process of its own."""
+
+    def __init__(self, task: TrialTask) -> None:
+        self.task, self.job = task, task.job
+        self.project, self.folder = self.job.project, self.job.folder
+        self.experiment = Experiment(**self.job.experiment)
+        self.actor = progress_actor(self.job.sweep)
+        self.status = TrialStatusWriter(
+            self.folder, self.job.trial, self.experiment.training.steps, self.job.attempt, self.actor
         )
+        self.tracking = Tracking(TrackingStore(self.job.tracking_uri), task.tracking_experiment_id)
+        self.reported = 0
+        """The step of the last evaluation that Tune has."""
+
+    def run(self) -> None:
+        """Train to the last step, or until the trial is stopped, pruned or fails."""
+        state = self.restore()
+        step = state.step if state else 0
+        if step == self.experiment.training.steps:
+            self.actor.update.remote(self.job.trial, {"step": step, "state": TrialState.FINISHED})
+            return
+        if self._stop_requested():
+            self.status.set_state(TrialState.STOPPED, step=step)
+            return
+        self.status.set_state(TrialState.STARTING, step=step)
+        if release_placement_group(self.folder):
+            self.status.log("released the machines that workers of its last start still held")
+        run = self._retry(self._open_run, "opening the run", is_outage)
+        self.close(run, self.supervise(TrainThread(self.experiment, replace(self.job, run=run))))
+
+    def restore(self) -> CheckpointState | None:
+        """The state of the newest checkpoint with sound weights; its evaluations are reported to Tune."""
+        store = CheckpointStore.of_trial(
+            self.project, self.job.sweep, self.job.trial, self.experiment.training.checkpoints
+        )
+        # Sound weights are enough for a trial that has trained to its last step; the rest is verified by the workers that resume.
+        checkpoint, _ = self._retry(lambda: store.newest([EMA]), f"reading {store.root}", is_storage_outage)
+        if checkpoint is None:
+            return None
+        for evaluation in checkpoint.state.evaluations:
+            scored = ScoredStep.of(evaluation)
+            self.actor.add_evaluation.remote(self.job.trial, scored.step, scored.metrics)
+            self._report(evaluation)
+        return checkpoint.state
+
+    def supervise(self, train: TrainThread) -> TrialEnd:
+        """Report evaluations while the Ray Train run lasts; returns how it ended."""
+        import ray
+
+        train.start()
+        while True:
+            # Before the last look at the progress actor, which then has all that the workers sent.
+            running = train.is_alive()
+            for evaluation in ray.get(self.actor.evaluations.remote(self.job.trial, self.reported)):
+                self._report(evaluation)
+            status = ray.get(self.actor.progress.remote(self.job.trial))
+            if train.lost is not None:
+                return TrialEnd(EndKind.CONTROLLER_LOST, status, error=train.lost)
+            failure = status.failure or train.failure
+            if status.state.without_workers and self._stop_requested():
+                return TrialEnd(EndKind.STOPPED, status, failure)
+            waited = time.time() - (status.since or 0.0)
+            if status.state.without_workers and waited > 60 * self.experiment.resources.wait_minutes:
+                return TrialEnd(EndKind.NO_MACHINES, status, status.failure or self._no_machines())
+            if not running:
+                return TrialEnd(EndKind.FAILED if failure else EndKind.COMPLETED, status, failure)
+            time.sleep(POLL_SECONDS)
+
+    def close(self, run: str, end: TrialEnd) -> None:
+        """Publish how the trial ended and close its run. Raises the controller's error where that died."""
+        if end.error is not None:
+            self.status.log(f"Ray Train's controller was lost: {summarize(end.error)}")
+            raise end.error
+        if end.kind is EndKind.STOPPED:
+            # It has no workers that could see the request.
+            self.status.log("asked to stop while it waited for machines")
+            self.status.set_state(TrialState.STOPPED)
+        if end.failure and not end.status.failure:
+            self.status.fail(end.failure, step=end.status.step)
+        stopped = end.kind is EndKind.STOPPED or end.status.state is TrialState.STOPPED
+        state = "FAILED" if end.failure else "KILLED" if stopped else "FINISHED"
+        # A failure is not raised: Tune would start the trial again, which helps against lost machines alone.
+        self._retry(lambda: self.tracking.finish(run, state), "closing the run", is_outage)
+
+    def _report(self, evaluation: dict[str, Any]) -> None:
+        from ray import tune
+
+        self.reported = evaluation["step"]
         tune.report(evaluation)
-    if state is not None and state.step == experiment.training.steps:
-        board.update.remote(task.trial, {"step": state.step, "state": TrialState.FINISHED})
-        return
-    if stop_requested(storage, task.sweep, task.trial):
-        journal.set_state(TrialState.STOPPED, step=state.step if state else 0)
-        return
-    journal.set_state(TrialState.STARTING, step=state.step if state else 0)
-    if release_placement_group(storage.trial(task.sweep, task.trial)):
-        journal.log("freed what workers of its last start still held")
-    tracking = Tracking(TrackingStore(task.tracking_uri), task.tracking_experiment_id)
-    run = retry(
-        lambda: _open_run(tracking, task, experiment),
-        description="opening the run",
-        timeout=patience,
-        log=journal.log,
-        is_transient=is_outage,
-    )
-    job = TrialJob(
-        sweep=task.sweep,
-        trial=task.trial,
-        experiment=task.experiment,
-        data=task.data,
-        storage=task.storage,
-        tracking_uri=task.tracking_uri,
-        run=run,
-        attempt=task.attempt,
-    )
-    fit = _Fit(job, experiment)
-    fit.start()
-    limit = 60 * experiment.resources.wait_minutes
-    while True:
-        running = fit.is_alive()
-        for evaluation in ray.get(board.evaluations.remote(task.trial, reported)):
-            reported = evaluation["step"]
-            tune.report(evaluation)
-        now = ray.get(board.progress.remote(task.trial))
-        asked = now.state.without_workers and stop_requested(storage, task.sweep, task.trial)
-        waiting = now.state.without_workers and time.time() - (now.since or 0.0) > limit
-        if not running or asked or waiting:
-            break
-        time.sleep(POLL_SECONDS)
-    if fit.lost is not None:
-        journal.log(f"the process that watches over its workers was lost: {summarize(fit.lost)}")
-        raise fit.lost
-    failure = now.failure or fit.failure
-    if asked:
-        # There are no workers that could hear of it.
-        journal.log("asked to stop while it waited for machines")
-        journal.set_state(TrialState.STOPPED)
-    elif waiting:
-        failure = (
-            f"no machine for its {experiment.resources.workers} worker(s) came within "
-            f"{experiment.resources.wait_minutes:g} min (resources.wait_minutes): add a node, lower resources.workers or set "
-            "resources.min_workers; the same command goes on"
+
+    def _stop_requested(self) -> bool:
+        return stop_requested(self.project, self.job.sweep, self.job.trial)
+
+    def _no_machines(self) -> str:
+        resources = self.experiment.resources
+        return (
+            f"no machine for its {resources.workers} worker(s) came within {resources.wait_minutes:g} min (resources.wait_minutes): "
+            "add a node, lower resources.workers or set resources.min_workers; the same command goes on"
         )
-    if failure and not now.failure:
-        journal.fail(failure, step=now.step)
-    ended = "FAILED" if failure else "KILLED" if asked or now.state is TrialState.STOPPED else "FINISHED"
-    # A failure is told and not raised: Tune would start the trial again, which is for lost machines alone.
-    retry(
-        lambda: tracking.finish(run, ended),
-        description="closing the run",
-        timeout=patience,
-        log=journal.log,
-        is_transient=is_outage,
-    )
+
+    def _open_run(self) -> str:
+        return self.tracking.open_run(
+            self.job.sweep,
+            self.job.trial,
+            params=trial_params(self.experiment),
+            tags=self.task.tags,
+            trial=self.job.trial,
+            parent=self.task.parent,
+            dataset=tracked_dataset(self.task.tags),
+        )
+
+    def _retry(
+        self, action: Callable[[], T], description: str, is_transient: Callable[[Exception], bool]
+    ) -> T:
+        return retry(
+            action,
+            description=description,
+            timeout=60 * self.experiment.training.patience_minutes,
+            log=self.status.log,
+            is_transient=is_transient,
+        )
 
 
-class _Fit(threading.Thread):
-    """`TorchTrainer.fit` blocks; the trial function meanwhile reports."""
+class TrainThread(threading.Thread):
+    """Runs `TorchTrainer.fit`, which blocks, while the trial function reports."""
 
-    def __init__(self, job: TrialJob, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, job: TrialJob) -> None:
         super().__init__(daemon=True)
-        self.job, self.experiment = job, experiment
+        self.experiment, self.job = experiment, job
         self.failure: str | None = None
         self.lost: Exception | None = None
-        """Set where Ray Train's controller died; what it watched over died with it."""
+        """Set where Ray Train's controller died; its workers died with it."""
 
     def run(self) -> None:
         from ray.exceptions import RayActorError
@@ -162,15 +232,3 @@ class _Fit(threading.Thread):
             # Ray wraps a worker's exception in its own; the last line of the text names the cause.
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             self.failure = lines[-1] if lines else type(error).__name__
-
-
-def _open_run(tracking: Tracking, task: TrialTask, experiment: Experiment) -> str:
-    return tracking.open_run(
-        task.sweep,
-        task.trial,
-        params=trial_params(experiment),
-        tags=task.tags,
-        trial=task.trial,
-        parent=task.parent,
-        dataset=tracked_dataset(task.tags),
-    )

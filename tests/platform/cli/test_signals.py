@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from soflow_platform.cli.display import SweepDisplay
-from soflow_platform.cli.run import _graceful_shutdown, _retry_lost_ray
+from soflow_platform.cli.run import GracefulShutdown, restart_lost_ray
 from soflow_platform.cluster.connection import RayLost
 from soflow_platform.config.validation import read_experiment
 from soflow_platform.errors import Stopped
@@ -39,9 +39,10 @@ def test_trials_are_asked_to_stop_and_the_exit_code_says_why(
     tmp_path: Path, training: SweepDisplay, number: int, code: int
 ) -> None:
     storage = ProjectFolder(tmp_path)
+    before = {each: signal.getsignal(each) for each in (*NUMBERS, signal.SIGALRM)}
 
     def stopped() -> None:
-        with _graceful_shutdown(storage, "sweep", training, grace=60):
+        with GracefulShutdown(storage, "sweep", training, grace=60):
             os.kill(os.getpid(), number)
             assert stop_requested(storage, "sweep")
             raise Stopped("it was asked to stop")
@@ -50,11 +51,13 @@ def test_trials_are_asked_to_stop_and_the_exit_code_says_why(
         stopped()
     assert ended.value.code == code
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    # What the signal means outside the block is as before.
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
 def test_what_takes_longer_than_the_grace_is_ended(tmp_path: Path, training: SweepDisplay) -> None:
     def slow() -> None:
-        with _graceful_shutdown(ProjectFolder(tmp_path), "sweep", training, grace=0.3):
+        with GracefulShutdown(ProjectFolder(tmp_path), "sweep", training, grace=0.3):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(20)
 
@@ -67,7 +70,7 @@ def test_what_takes_longer_than_the_grace_is_ended(tmp_path: Path, training: Swe
 
 def test_a_hang_up_that_is_ignored_stays_so(tmp_path: Path, training: SweepDisplay) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with _graceful_shutdown(ProjectFolder(tmp_path), "sweep", training, grace=60):
+    with GracefulShutdown(ProjectFolder(tmp_path), "sweep", training, grace=60):
         os.kill(os.getpid(), signal.SIGHUP)
     assert not stop_requested(ProjectFolder(tmp_path), "sweep")
 
@@ -86,8 +89,8 @@ def test_a_sweep_whose_ray_died_is_started_again_as_often_as_it_may_lose_machine
         return "finished"
 
     if goes_on:
-        assert _retry_lost_ray(sweep, allowed, training) == "finished"
+        assert restart_lost_ray(sweep, allowed, training.say) == "finished"
     else:
         with pytest.raises(RayLost):
-            _retry_lost_ray(sweep, allowed, training)
+            restart_lost_ray(sweep, allowed, training.say)
     assert starts == 1 + min(lost, allowed)

@@ -18,11 +18,12 @@ import pytest
 
 from soflow_pipelines.storage.files import write_json
 from soflow_platform.cli.main import main
+from soflow_platform.storage.locks import RETRY_SECONDS
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.training.stop_request import clear_stops, request_stop, stop_requested
 from soflow_platform.training.trial_log import LOG, TrialLog
 from soflow_platform.training.trial_status import STATUS, TrialState, TrialStatusWriter
-from soflow_platform.tuning.record import LOCK_RETRY_SECONDS, SweepRecord, is_running, lock_sweep
+from soflow_platform.tuning.record import SweepRecord, TrialEntry, is_running, lock_sweep
 
 TRIALS = ("trial-00-lr=0.1", "trial-01-lr=0.2")
 HERE = socket.gethostname()
@@ -53,7 +54,7 @@ def sweep(storage: ProjectFolder, name: str, digest: str, age: float = 0.0, **fi
         "name": name,
         "file": f"{name}.yaml",
         "experiment": {"training": {"steps": 400, "checkpoints": None}},
-        "trials": [{"name": trial, "settings": {}} for trial in TRIALS],
+        "trials": [TrialEntry(trial, {}) for trial in TRIALS],
         "metric": "eval/fd_nfe1",
         "mode": "min",
         "created": time.time() - age,
@@ -275,7 +276,7 @@ def test_a_trial_heard_of_on_another_machine_runs_where_locks_do_not_reach(
 def test_a_trials_own_number_of_steps_and_checkpoint_folder_are_used(
     storage: ProjectFolder, soflowctl: Command, tmp_path: Path
 ) -> None:
-    varied = [{"name": trial, "settings": {}, "steps": 10} for trial in TRIALS]
+    varied = [TrialEntry(trial, {}, steps=10) for trial in TRIALS]
     training = {"steps": 400, "checkpoints": str(tmp_path / "elsewhere")}
     record = sweep(storage, "digits", "aa11", trials=varied, experiment={"training": training})
     write_json(tmp_path / "elsewhere" / record.id / TRIALS[0] / "step-00000010" / "checkpoint.json", {})
@@ -451,7 +452,7 @@ def test_looking_at_a_sweep_neither_makes_it_seem_to_run_nor_keeps_it_from_start
     assert not any(seen)
     started = time.monotonic()
     with lock_sweep(storage, record.id):
-        assert time.monotonic() - started < LOCK_RETRY_SECONDS
+        assert time.monotonic() - started < RETRY_SECONDS
         ended.set()
         for looker in lookers:
             looker.join()

@@ -262,7 +262,7 @@ def test_a_sweep_with_checkpoints_in_another_place_is_refused(
     sweep = sweep_id(storage, experiment, again=False)
     record = new_or_resumed_record(None, sweep, DIGITS, experiment, trials(document, experiment))
     record.save(storage)
-    store = record.checkpoints(storage, record.trials[1]["name"])
+    store = record.checkpoints(storage, record.trials[1].name)
     store.publish(CheckpointState(150, 19_200, "a-run"), lambda _: None)
     elsewhere = tmp_path / "elsewhere"
     arguments = ["run", DIGITS, "--storage", str(tmp_path), "--set", f"training.checkpoints={elsewhere}"]

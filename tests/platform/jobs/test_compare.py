@@ -140,7 +140,7 @@ def test_a_row_is_in_the_table_of_every_budget_of_its_trial(
 
 
 def test_a_model_under_test_holds_no_weights(scored: ProjectFolder, record: SweepRecord) -> None:
-    name = record.trials[0]["name"]
+    name = record.trials[0].name
     path = find_target(f"{SWEEP}/{name}", scored, TrackingStore(scored.tracking_uri)).weights
     assert path is not None
     assert len(pickle.dumps(ModelUnderTest.open(path, {}))) < path.stat().st_size / 4

@@ -24,7 +24,7 @@ from soflow_platform.registry.versions import register
 from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
-from soflow_platform.tuning.record import load_record
+from soflow_platform.tuning.record import BestTrial, load_record
 from tests.support.scored_sweep import SWEEP, scores_of
 
 TRIAL = f"{SWEEP}/trial-01-flow_matching"
@@ -278,7 +278,7 @@ def test_a_version_gets_a_score_that_its_run_has_already(scored: ProjectFolder, 
     trial = "trial-00-soflow"
     of_trial = find_target(f"{SWEEP}/{trial}", scored, store)
     steps = {c.state.step: c for c in CheckpointStore(scored.trial(SWEEP, trial) / "checkpoints").published()}
-    record.best = {"trial": trial, "step": of_trial.step, "metrics": {"eval/fd_nfe1": 1.0}}
+    record.best = BestTrial(trial, of_trial.step, {"eval/fd_nfe1": 1.0})
     number = register(tracking, record.candidate("digits"), steps[of_trial.step or 0])
     (score,) = scores_of(scored, of_trial.name.split(" ")[0], metrics=("fd",))
     names = log_scores(of_trial, [score], store)

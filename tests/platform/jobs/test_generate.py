@@ -22,7 +22,7 @@ from soflow_platform.registry.versions import register
 from soflow_platform.storage.checkpoints import EMA, CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
-from soflow_platform.tuning.record import load_record
+from soflow_platform.tuning.record import BestTrial, load_record
 from tests.support.scored_sweep import SWEEP
 
 TRIAL = "trial-00-soflow"
@@ -46,7 +46,7 @@ def register_newest(project: ProjectFolder) -> str:
     record = load_record(project, SWEEP)
     assert record is not None
     tracking = Tracking(TrackingStore(project.tracking_uri), record.experiment_id or "")
-    record.best = {"trial": TRIAL, "step": 6, "metrics": {"eval/fd_nfe1": 1.0}}
+    record.best = BestTrial(TRIAL, 6, {"eval/fd_nfe1": 1.0})
     newest = CheckpointStore(project.trial(SWEEP, TRIAL) / "checkpoints").published()[-1]
     return register(tracking, record.candidate("digits"), newest)
 

@@ -24,9 +24,10 @@ from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.training.trial_status import TrialState
-from soflow_platform.tuning.record import SweepRecord, load_record
+from soflow_platform.tuning.display import Display
+from soflow_platform.tuning.record import BestTrial, SweepRecord, load_record
 from soflow_platform.tuning.search_space import Trial
-from soflow_platform.tuning.sweep import _outcome
+from soflow_platform.tuning.sweep import SweepContext, trial_outcome
 from tests.support.scored_sweep import SWEEP
 
 
@@ -76,15 +77,16 @@ def test_damaged_weights_are_neither_chosen_nor_scored(scored: ProjectFolder) ->
     assert record is not None
     first = next(t for t in trials_of(record) if t.name == "trial-00-soflow")
     root = scored.trial(SWEEP, first.name) / "checkpoints"
-    before = _outcome(scored, record, first.experiment, first, {})
+    context = SweepContext(record, first.experiment, [first], scored, Display())
+    before = trial_outcome(context, first, None)
     assert (before.status.state, before.status.step) == (TrialState.FINISHED, 6)
     assert before.best is not None
-    weights = root / f"step-{before.best['step']:08d}" / checkpoints.EMA
+    weights = root / f"step-{before.best.step:08d}" / checkpoints.EMA
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
-    after = _outcome(scored, record, first.experiment, first, {})
+    after = trial_outcome(context, first, None)
     assert after.best is not None
-    assert after.best["step"] != before.best["step"]
-    assert trial(scored, record, first.name).step == after.best["step"]
+    assert after.best.step != before.best.step
+    assert trial(scored, record, first.name).step == after.best.step
     with pytest.raises(UserError, match=r"ema.safetensors is damaged: its checksum differs"):
         find(str(weights.parent), scored)
     (weights.parent / checkpoints.RECORD).write_text("")
@@ -95,8 +97,8 @@ def test_damaged_weights_are_neither_chosen_nor_scored(scored: ProjectFolder) ->
 def trials_of(record: SweepRecord) -> list[Trial]:
     experiment = Experiment(**record.experiment)
     return [
-        Trial(number, noted["name"], noted["settings"], experiment, budgets=())
-        for number, noted in enumerate(record.trials)
+        Trial(number, entry.name, entry.settings, experiment, budgets=())
+        for number, entry in enumerate(record.trials)
     ]
 
 
@@ -141,7 +143,7 @@ def test_a_registered_version_is_a_copy_of_its_weights_in_the_project_folder(
     tracking = Tracking(TrackingStore(scored.tracking_uri), record.experiment_id or "")
     root = scored.trial(SWEEP, "trial-00-soflow") / "checkpoints"
     newest = CheckpointStore(root).published()[-1]
-    record.best = {"trial": "trial-00-soflow", "step": 6, "metrics": {"eval/fd_nfe1": 1.0}}
+    record.best = BestTrial("trial-00-soflow", 6, {"eval/fd_nfe1": 1.0})
     version = register(tracking, record.candidate("digits"), newest)
     for name in ("models:/digits@candidate", f"models:/digits/{version}"):
         found = find(name, scored)

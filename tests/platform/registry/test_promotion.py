@@ -12,7 +12,7 @@ from soflow_platform.registry import promotion, versions
 from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.tracking.store import Tracking
 from soflow_platform.training.worker import TrialWorker
-from soflow_platform.tuning.record import SweepRecord
+from soflow_platform.tuning.record import BestTrial, SweepRecord
 
 Register = Callable[..., str]
 METRIC = "eval/fd_nfe1"
@@ -30,7 +30,7 @@ def add(worker: Callable[..., TrialWorker], tracking: Tracking) -> Register:
             sweep, "trial", params={}, tags={"eval.features": "pooled-1", **tags}, trial="trial"
         )
         record = SweepRecord(sweep, "digits", "", {}, [], METRIC, "min", run=run)
-        record.best = {"trial": "trial", "step": 6, "metrics": {METRIC: value}}
+        record.best = BestTrial("trial", 6, {METRIC: value})
         return versions.register(tracking, record.candidate("digits"), checkpoint)
 
     return register

@@ -24,7 +24,7 @@ from soflow_platform.tracking.outages import is_outage
 from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.display import Display
 from soflow_platform.tuning.record import SweepRecord, new_or_resumed_record
-from soflow_platform.tuning.sweep import _finish, _sweep_run
+from soflow_platform.tuning.sweep import SweepContext, SweepRunner
 
 DIGITS = Path(__file__).parents[3] / "sweeps" / "digits.yaml"
 RUN = {
@@ -175,22 +175,25 @@ def test_a_sweep_waits_for_its_tracking_server_before_it_closes_its_runs(
     server.status, server.failures = 504, 3
     experiment, _ = read_experiment(DIGITS)
     with pytest.raises(JobError, match="no trial of sweep digits-1 could be scored"):
-        _finish(
-            record(experiment), experiment, [], storage, Tracking(TrackingStore(server.uri), "1"), {}, said
-        )
+        SweepRunner(
+            SweepContext(record(experiment), experiment, [], storage, said),
+            Tracking(TrackingStore(server.uri), "1"),
+        ).conclude({})
     assert said.lines[0].startswith("closing the trials' runs failed (")
     assert said.lines[1].startswith("closing the trials' runs succeeded after ")
 
 
 def test_a_sweep_that_is_stopped_while_its_tracking_server_is_away_ends_as_stopped_and_says_what_is_left(
     tracking: Tracking,
+    storage: ProjectFolder,
 ) -> None:
     said = Said()
     experiment, _ = read_experiment(DIGITS)
     facts = {"data.source": "digits", "data.digest": "0"}
+    context = SweepContext(record(experiment), experiment, [], storage, said)
 
     def stopped() -> None:
-        with _sweep_run(record(experiment), experiment, tracking, facts, said.say):
+        with SweepRunner(context, tracking).tracked_run(facts):
             tracking.store = TrackingStore("http://127.0.0.1:9")
             raise Stopped("it was asked to stop")
 
