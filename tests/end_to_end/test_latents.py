@@ -19,7 +19,7 @@ from soflow_core.train_step import TrainStep
 from soflow_pipelines.images.autoencoder import load_autoencoder
 from soflow_pipelines.images.convert import to_uint8
 from soflow_pipelines.images.encode import encode_png, image_grid
-from soflow_pipelines.preparation.shard_plan import Preparation, PrepareSettings
+from soflow_pipelines.preparation.shard_plan import PrepareSettings, ShardPlan
 from soflow_pipelines.shards.loader import ShardLoader
 from soflow_pipelines.shards.preview import sample_images
 from soflow_pipelines.shards.verify import verify
@@ -59,7 +59,7 @@ def test_the_latents_are_those_of_the_images(latents: Path) -> None:
     source = open_source(str(IMAGES))
     assert source.labels is not None
     assert labels is not None
-    plan = Preparation(source, PrepareSettings(256), autoencoder.facts)
+    plan = ShardPlan(source, PrepareSettings(256), autoencoder.facts)
     of_label = {
         int(source.labels[plan.place(number)[0]]): plan.pixels(number) for number in range(plan.samples)
     }

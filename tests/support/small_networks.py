@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from soflow_pipelines.images.autoencoder import load_autoencoder
-from soflow_pipelines.preparation.build import prepare_here
-from soflow_pipelines.preparation.shard_plan import Preparation, PrepareSettings
+from soflow_pipelines.preparation.build import prepare_locally
+from soflow_pipelines.preparation.shard_plan import PrepareSettings, ShardPlan
 from soflow_pipelines.sources.opening import open_source
 from soflow_pipelines.storage.opening import open_storage
 
@@ -66,6 +66,6 @@ def latent_set(root: Path) -> tuple[Path, Path, Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(path)
     autoencoder = load_autoencoder(str(root / "autoencoder"))
-    plan = Preparation(open_source(str(root / "images")), PrepareSettings(resolution=16), autoencoder.facts)
-    prepare_here(plan, open_storage(root / "set"), autoencoder)
+    plan = ShardPlan(open_source(str(root / "images")), PrepareSettings(resolution=16), autoencoder.facts)
+    prepare_locally(plan, open_storage(root / "set"), autoencoder)
     return root / "autoencoder", root / "set", root / "images"

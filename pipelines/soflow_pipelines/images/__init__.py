@@ -1,1 +1,8 @@
-"""Images as arrays and tensors: decoding, cropping, conversion, encoding, the KL autoencoder."""
+"""Images as arrays and tensors.
+
+decode       encoded images to RGB, the centre crop, arrays; without torch
+encode       grids, PNG files and folders of them; without torch
+convert      uint8 to [-1, 1] and back
+codec        interfaces of an autoencoder (Encoder, Decoder) and the facts that identify one; without torch
+autoencoder  KlAutoencoder: the KL autoencoders of diffusers
+"""

@@ -1,36 +1,24 @@
-"""Autoencoders between images and the latents that a network is trained on."""
+"""KL autoencoders between images and latents, loaded from diffusers' format."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from soflow_core.failures import InputError
+from soflow_core.failures import InputError, summarize
+from soflow_pipelines.images.codec import AutoencoderFacts
 
 
 class AutoencoderError(InputError):
-    """An autoencoder that cannot be had. The text names it and the ways out."""
-
-
-@dataclass(frozen=True)
-class AutoencoderFacts:
-    """What must be known of an autoencoder to use its latents."""
-
-    id: str  # the hub's id, or the folder's name
-    digest: str  # of the weights
-    channels: int  # of a latent
-    factor: int  # image sides are this many times the latent's
-    scaling: float
-    shift: float
+    """An autoencoder that cannot be loaded. The text names it and says what to do."""
 
 
 class KlAutoencoder:
-    """diffusers' AutoencoderKL in float32, as Stable Diffusion's autoencoders are."""
+    """diffusers' AutoencoderKL in float32: the autoencoder of Stable Diffusion and its relatives."""
 
     def __init__(self, network: Any, name: str, device: torch.device) -> None:
         self._network = network.eval().requires_grad_(False).to(device)
@@ -53,7 +41,7 @@ class KlAutoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) as the network sees them -> images in [-1, 1] (B, 3, H, W) float32 on the CPU."""
+        """Scaled latents (B, C, h, w), as networks take them -> images in [-1, 1] (B, 3, H, W) float32 on the CPU."""
         unscaled = latents.to(self._device, torch.float32) / self.facts.scaling + self.facts.shift
         return self._network.decode(unscaled).sample.float().cpu()
 
@@ -69,9 +57,9 @@ def weights_digest(tensors: dict[str, Tensor]) -> str:
 
 
 def load_autoencoder(name: str, device: str | torch.device = "cpu") -> KlAutoencoder:
-    """From a local folder in diffusers' format, or a hub id such as `stabilityai/sd-vae-ft-mse`.
+    """Loads an autoencoder from a local folder in diffusers' format, or by a hub id such as `stabilityai/sd-vae-ft-mse`.
 
-    Weights are read from safetensors only. AutoencoderError where it cannot be had.
+    Weights are read from safetensors only. Raises AutoencoderError where it cannot be loaded.
     """
     folder = Path(name).expanduser()
     local = folder.is_dir()
@@ -87,10 +75,11 @@ def load_autoencoder(name: str, device: str | torch.device = "cpu") -> KlAutoenc
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if local:
-            first = str(error).strip().splitlines()[0]
-            raise AutoencoderError(f"the autoencoder in {folder} cannot be loaded: {first}") from error
+            raise AutoencoderError(
+                f"the autoencoder in {folder} cannot be loaded: {summarize(error)}."
+            ) from error
         raise AutoencoderError(
-            f"the autoencoder {name} cannot be had: there is no folder of that name and the hub gives no such model. "
+            f"the autoencoder {name} cannot be loaded: there is no folder of that name and the hub gives no such model. "
             "Either download it where the hub can be reached (`hf download` fills the cache that HF_HOME names), "
             "or pass the path of a folder that holds its config.json and diffusion_pytorch_model.safetensors."
         ) from error

@@ -1,4 +1,4 @@
-"""Images: decoding what people have, the centre crop, and uint8 to the network's [-1, 1] and back."""
+"""Encoded images to RGB, the centre crop, and arrays."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class ImageError(InputError):
 
 
 def decode_image(content: bytes, name: str) -> Image.Image:
-    """An encoded image -> RGB, upright. ImageError naming it where it is damaged or none.
+    """An encoded image -> RGB, upright. Raises ImageError with its name where it is damaged or no image.
 
-    Grey, palette and CMYK images become RGB, 16-bit grey is scaled to 8 bits, transparency is laid on
-    white, and an EXIF orientation is applied.
+    Grey, palette and CMYK images become RGB, 16-bit grey is scaled to 8 bits, transparent pixels are blended
+    with white, and an EXIF orientation is applied.
     """
     try:
         image = Image.open(io.BytesIO(content))
@@ -37,11 +37,13 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ImageError(f"{name}: pixels are floating-point numbers, whose white is not known.")
+        raise ImageError(
+            f"{name}: pixels are floating-point numbers, and it is not known which number is white."
+        )
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        over = image.convert("RGBA")
-        ground = Image.new("RGBA", over.size, (255, 255, 255, 255))
-        return Image.alpha_composite(ground, over).convert("RGB")
+        foreground = image.convert("RGBA")
+        white = Image.new("RGBA", foreground.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, foreground).convert("RGB")
     return image.convert("RGB")
 
 

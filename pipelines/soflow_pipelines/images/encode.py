@@ -1,23 +1,26 @@
-"""Images out: a grid, a PNG, a folder of PNG files."""
+"""Images to a grid, to PNG, to a folder of PNG files. Torch is not imported; tensors are taken as they come."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, Union
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from soflow_pipelines.storage.files import write_bytes
 
-Images = Tensor | NDArray[np.uint8]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Images: TypeAlias = Union["Tensor", NDArray[np.uint8]]
 
 
 def image_grid(images: Images, columns: int = 8, padding: int = 2, enlarge: int = 1) -> NDArray[np.uint8]:
-    """uint8 (N, C, H, W), C 1 or 3 -> one RGB image (H', W', 3), row by row, on a white ground.
+    """uint8 (N, C, H, W), C 1 or 3 -> one RGB image (H', W', 3), row by row on white.
 
     `enlarge` repeats each pixel, so that 8 x 8 digits can be seen.
     """
@@ -42,15 +45,19 @@ def image_grid(images: Images, columns: int = 8, padding: int = 2, enlarge: int 
 
 
 def _as_rgb(images: Images) -> NDArray[np.uint8]:
-    array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+    array = _as_array(images)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] not in (1, 3):
         raise ValueError(f"images are uint8 (N, 1 or 3, H, W), these are {array.dtype} {array.shape}")
     return np.broadcast_to(array.transpose(0, 2, 3, 1), (*array.shape[:1], *array.shape[2:], 3))
 
 
+def _as_array(images: Images) -> NDArray[np.uint8]:
+    return images if isinstance(images, np.ndarray) else images.detach().cpu().numpy()
+
+
 def encode_png(image: Images) -> bytes:
     """One uint8 image, (C, H, W) or (H, W, C) with C 1 or 3, or (H, W) -> the bytes of a PNG file."""
-    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    array = _as_array(image)
     if array.dtype != np.uint8:
         raise ValueError(f"a PNG takes uint8 pixels, these are {array.dtype}")
     if array.ndim == 3 and array.shape[2] not in (1, 3):
@@ -67,7 +74,10 @@ def encode_png(image: Images) -> bytes:
 def write_folder(
     images: Images, folder: Path, names: Sequence[str] | None = None, start: int = 0
 ) -> list[Path]:
-    """uint8 (N, C, H, W) -> the files written: `<name>.png`, or numbers of eight digits from `start` on."""
+    """Writes uint8 (N, C, H, W) as `<name>.png`, or as numbers of eight digits from `start` on; returns the paths.
+
+    The folder is an image set that `soflowctl evaluate` takes. Each file is written whole. Raises OSError.
+    """
     if names is None:
         names = [f"{start + index:08d}" for index in range(len(images))]
     if len(names) != len(images):

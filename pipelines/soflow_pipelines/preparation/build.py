@@ -1,125 +1,146 @@
-"""soflow_pipelines.preparation.build"""
+"""Builds the shards of a plan."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from soflow_core.failures import InputError
+from soflow_pipelines.images.codec import Encoder
 from soflow_pipelines.images.convert import to_unit_range
 from soflow_pipelines.images.decode import ImageError
-from soflow_pipelines.preparation.shard_plan import DamagedImages, Encoder, Preparation
-from soflow_pipelines.preparation.state import NOTES, _note, _note_name, finish, only_one, start
+from soflow_pipelines.preparation.shard_plan import ShardPlan
+from soflow_pipelines.preparation.state import (
+    STATE_FOLDER,
+    BuiltShard,
+    begin,
+    exclusive,
+    finish,
+    record_built,
+)
 from soflow_pipelines.shards.info import DatasetInfo
-from soflow_pipelines.shards.tables import StagingFolder, read_info
-from soflow_pipelines.shards.writer import Sample, shard_name, write_shard
+from soflow_pipelines.shards.tables import ShardRecord, read_info
+from soflow_pipelines.shards.writer import ShardWriter, open_shard, shard_name
 from soflow_pipelines.storage.object_store import ObjectStore
+from soflow_pipelines.storage.opening import staging_folder
 
-LOOKAHEAD = 2  # batches decoded while one is encoded
+LOOKAHEAD = 2
+"""Batches that are decoded while one is encoded."""
+
+Decoded: TypeAlias = NDArray[np.uint8] | ImageError
+"""The pixels of a sample, or why they cannot be read."""
 
 
-def build_shard(
-    plan: Preparation,
-    shard: int,
-    storage: ObjectStore,
-    encoder: Encoder | None,
-    threads: int = 1,
-    on_images: Callable[[int], None] | None = None,
-) -> None:
-    """Builds one shard, publishes and notes it. DamagedImages, naming all of the shard's, unless they are skipped.
+class DamagedImages(InputError):
+    """Images of a shard that cannot be used."""
 
-    `threads` decode ahead while a batch is encoded; the bytes do not depend on them.
-    """
-    left_out: list[str] = []
-    samples = _encoded(plan, shard, encoder, threads, left_out, on_images)
-    with StagingFolder(storage, NOTES) as staging:
-        local = staging / shard_name(shard)
+    def __init__(self, errors: list[str]) -> None:
+        super().__init__(*errors)
+        self.errors = errors
+        """One line for each image: its name and what is wrong."""
+
+
+@dataclass(frozen=True)
+class ShardBuilder:
+    """Builds shards of a plan and publishes them to a store; the bytes do not depend on `threads`."""
+
+    plan: ShardPlan
+    store: ObjectStore
+    encoder: Encoder | None = None
+    """None for pixels."""
+    threads: int = 1
+    """Threads that decode while a batch is encoded."""
+    on_images: Callable[[int], None] | None = None
+    """Called with the number of images done, and with minus that of the shard's where the shard fails."""
+
+    def build(self, shard: int) -> BuiltShard:
+        """Builds, publishes and records one shard.
+
+        Raises DamagedImages with all of the shard's, unless they are to be skipped; StorageError, OSError.
+        """
+        with staging_folder(self.store, STATE_FOLDER) as staging:
+            local = staging / shard_name(shard)
+            damaged: list[str] = []
+            with open_shard(local, shard, self.plan.info) as writer:
+                for batch, decoded in self._decoded(shard):
+                    damaged += [str(pixels) for pixels in decoded if isinstance(pixels, ImageError)]
+                    if self.plan.settings.skip_damaged or not damaged:
+                        self._add(writer, batch, decoded)
+                    self._count(len(batch))
+                if damaged and not self.plan.settings.skip_damaged:
+                    self._count(-len(self.plan.shard_samples(shard)))
+                    raise DamagedImages(damaged)
+                record: ShardRecord = writer.finish()
+            self.store.publish(record.name, local)
+        built = BuiltShard(record, tuple(damaged))
+        record_built(self.store, shard, built)
+        return built
+
+    def _count(self, images: int) -> None:
+        if self.on_images is not None:
+            self.on_images(images)
+
+    def _add(self, writer: ShardWriter, batch: range, decoded: list[Decoded]) -> None:
+        """Encodes the samples of a batch whose images could be decoded, and writes them."""
+        usable = [
+            (number, pixels)
+            for number, pixels in zip(batch, decoded, strict=True)
+            if not isinstance(pixels, ImageError)
+        ]
+        if not usable:
+            return
+        arrays: NDArray[Any] = np.stack([pixels for _, pixels in usable])
+        if self.encoder is not None:
+            moments = self.encoder.encode(to_unit_range(torch.from_numpy(arrays)))
+            arrays = moments.numpy().astype(self.plan.info.dtype)
+        for (number, _), array in zip(usable, arrays, strict=True):
+            writer.add(self.plan.sample(number, array))
+
+    def _decoded(self, shard: int) -> Iterator[tuple[range, list[Decoded]]]:
+        """Batches of a shard's sample numbers with their decoded images, `threads` + LOOKAHEAD of them in work."""
+        numbers, size = self.plan.shard_samples(shard), self.plan.settings.batch
+        pending: deque[tuple[range, Future[list[Decoded]]]] = deque()
+        with ThreadPoolExecutor(self.threads, "decode") as pool:
+            for start in range(0, len(numbers), size):
+                batch = numbers[start : start + size]
+                pending.append((batch, pool.submit(self._decode, batch)))
+                if len(pending) >= self.threads + LOOKAHEAD:
+                    ready, future = pending.popleft()
+                    yield ready, future.result()
+            while pending:
+                ready, future = pending.popleft()
+                yield ready, future.result()
+
+    def _decode(self, batch: range) -> list[Decoded]:
+        return [self._pixels(number) for number in batch]
+
+    def _pixels(self, number: int) -> Decoded:
         try:
-            record = write_shard(local, shard, samples, plan.info)
-        except DamagedImages:
-            if on_images is not None:
-                on_images(-len(plan.shard_samples(shard)))
-            raise
-        storage.publish(record.name, local)
-    storage.write(_note_name(shard), _note(record, left_out))
-
-
-def _encoded(
-    plan: Preparation,
-    shard: int,
-    encoder: Encoder | None,
-    threads: int,
-    left_out: list[str],
-    on_images: Callable[[int], None] | None,
-) -> Iterator[Sample]:
-    """The shard's samples in order. Damaged images are gathered in `left_out`; raised at the end unless skipped."""
-    for numbers, decoded in _decoded(plan, shard, threads):
-        good = []
-        for number, pixels in zip(numbers, decoded, strict=True):
-            if isinstance(pixels, ImageError):
-                left_out.append(str(pixels))
-            else:
-                good.append((number, pixels))
-        keep = good and (plan.settings.skip_damaged or not left_out)
-        if keep:
-            stacked = np.stack([pixels for _, pixels in good])
-            arrays: NDArray[Any] = stacked
-            if encoder is not None:
-                moments = encoder.encode(to_unit_range(torch.from_numpy(stacked)))
-                arrays = moments.numpy().astype(plan.info.dtype)
-            for (number, _), array in zip(good, arrays, strict=True):
-                yield plan.sample(number, array)
-        if on_images is not None:
-            on_images(len(numbers))
-    if left_out and not plan.settings.skip_damaged:
-        raise DamagedImages(left_out)
-
-
-def _decoded(
-    plan: Preparation, shard: int, threads: int
-) -> Iterator[tuple[range, list[NDArray[np.uint8] | ImageError]]]:
-    """Batches of decoded images; each thread has one in hand and LOOKAHEAD more are ahead of what is taken."""
-
-    def decode(number: int) -> NDArray[np.uint8] | ImageError:
-        try:
-            return plan.pixels(number)
+            return self.plan.pixels(number)
         except ImageError as error:
             return error
 
-    def decode_all(batch: range) -> list[NDArray[np.uint8] | ImageError]:
-        return [decode(number) for number in batch]
 
-    numbers, size = plan.shard_samples(shard), plan.settings.batch
-    waiting: deque[tuple[range, Future[list[NDArray[np.uint8] | ImageError]]]] = deque()
-    with ThreadPoolExecutor(threads, "decode") as pool:
-        for start in range(0, len(numbers), size):
-            batch = numbers[start : start + size]
-            waiting.append((batch, pool.submit(decode_all, batch)))
-            if len(waiting) >= threads + LOOKAHEAD:
-                ready, future = waiting.popleft()
-                yield ready, future.result()
-        while waiting:
-            ready, future = waiting.popleft()
-            yield ready, future.result()
-
-
-def prepare_here(
-    plan: Preparation,
-    storage: ObjectStore,
-    encoder: Encoder | None,
-    threads: int = 1,
-    on_images: Callable[[int], None] | None = None,
+def prepare_locally(
+    plan: ShardPlan, store: ObjectStore, encoder: Encoder | None = None, threads: int = 1
 ) -> DatasetInfo:
-    """The whole preparation in this process. ShardError, DamagedImages of the first shard that has some."""
-    with only_one(storage):
-        todo = start(plan, storage)
-        if todo is None:
-            return read_info(storage.uri)
-        for shard in todo:
-            build_shard(plan, shard, storage, encoder, threads, on_images)
-        return finish(plan, storage)
+    """Builds all shards that are missing in this process, without Ray, and returns the description of the set.
+
+    `soflowctl data prepare` does the same on a cluster, with the same bytes. Raises ShardError, StorageError, and
+    DamagedImages of the first shard that has some.
+    """
+    with exclusive(store):
+        pending = begin(plan, store)
+        if pending is None:
+            return read_info(store.uri)
+        builder = ShardBuilder(plan, store, encoder, threads)
+        for shard in pending:
+            builder.build(shard)
+        return finish(plan, store)

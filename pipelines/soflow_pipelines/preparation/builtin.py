@@ -1,9 +1,7 @@
-"""soflow_pipelines.preparation.builtin"""
+"""Data sets that come with a dependency, written as shard sets on first use."""
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +9,31 @@ from pathlib import Path
 from soflow_pipelines.shards.info import INFO_NAME, DatasetInfo
 from soflow_pipelines.shards.writer import Sample, write_shards
 from soflow_pipelines.sources.digits import load_digits
+from soflow_pipelines.sources.source import LabelledImages
+from soflow_pipelines.storage.files import sync_folder, temporary_folder
 from soflow_pipelines.storage.object_store import StorageError
 
 
-def digits_samples() -> Iterator[Sample]:
-    """The handwritten digits, in scikit-learn's order, which mixes the classes."""
-    data = load_digits()
-    for number, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
-        yield Sample(f"{number:08d}", image, int(label))
+@dataclass(frozen=True)
+class Expected:
+    """Shape and classes of data that were not opened yet."""
+
+    shape: tuple[int, ...]
+    """(C, H, W)."""
+    classes: int | None
+
+
+BUILTIN = {"digits": Expected((1, 8, 8), 10)}
+"""The built-in data sets, by name."""
 
 
 def ensure_builtin(name: str, folder: str | Path) -> Path:
-    """The folder, holding the built-in data set as shards: written now where it is not there yet.
+    """Writes a built-in data set as shards to a folder, unless it is there, and returns the folder.
 
-    Complete or absent: it is written aside and renamed, so two processes may ask at the same time.
+    It is written aside and renamed, so several processes may call this at the same time. Raises ValueError for another
+    name, StorageError where it cannot be written.
     """
-    if name != "digits":
+    if name not in BUILTIN:
         raise ValueError(f"there is no built-in data set {name!r}; there is 'digits'")
     folder = Path(folder)
     if (folder / INFO_NAME).is_file():
@@ -39,29 +46,20 @@ def ensure_builtin(name: str, folder: str | Path) -> Path:
         classes=len(data.class_names),
         class_names=data.class_names,
         resolution=data.images.shape[-1],
-        recipe={"source": "digits"},
+        recipe={"source": name},
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     try:
-        write_shards(digits_samples(), aside, info, total=len(data.labels))
-        aside.rename(folder)
+        with temporary_folder(folder) as partial:
+            write_shards(_samples(data), partial, info, total=len(data.labels))
+            partial.rename(folder)
+        sync_folder(folder.parent)
     except OSError as error:
+        # Another process may have finished first: a folder that is not empty cannot be replaced.
         if not (folder / INFO_NAME).is_file():
             raise StorageError(f"{folder} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What a configuration says of its data before it is opened."""
-
-    shape: tuple[int, ...]
-    """(C, H, W)"""
-    classes: int | None
-
-
-BUILTIN = {"digits": Expected((1, 8, 8), 10)}
-"""Real data that comes with a dependency, by name."""
+def _samples(data: LabelledImages) -> Iterator[Sample]:
+    for number, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
+        yield Sample(f"{number:08d}", image, int(label))

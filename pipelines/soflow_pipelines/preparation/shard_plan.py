@@ -1,22 +1,20 @@
-"""From a source of images to a shard set, one shard at a time, so that the work can be spread and resumed.
+"""Plan of a preparation: which images make which shard, a function of the source and the settings alone.
 
-What each shard holds is a function of the source and the settings. A shard is built by one worker,
-published complete, and noted in `.preparing/`; a preparation that was cut builds the shards that are not
-noted, and its bytes are those of one that was not cut.
+Each shard can therefore be built by another worker, and an interrupted preparation that is resumed writes the
+same bytes as one that was not.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from soflow_core.failures import InputError
-from soflow_pipelines.images.autoencoder import AutoencoderFacts
+from soflow_pipelines.images.codec import AutoencoderFacts
 from soflow_pipelines.images.decode import centre_crop, to_array
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_pipelines.shards.order import philox_permutation
@@ -24,39 +22,34 @@ from soflow_pipelines.shards.writer import SHARD_BYTES, Sample, samples_per_shar
 from soflow_pipelines.sources.source import Source
 
 
-class DamagedImages(InputError):
-    """Images of a shard that cannot be used, each with its name and what is wrong."""
-
-    def __init__(self, errors: list[str]) -> None:
-        super().__init__(*errors)
-        self.errors = errors
-
-
-class Encoder(Protocol):
-    """Images to latents; an autoencoder."""
-
-    def encode(self, images: Tensor) -> Tensor: ...
+class PreparationError(InputError):
+    """Settings of a preparation that are impossible, or do not fit the source or the autoencoder."""
 
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """What decides the bytes of the shards, beside the source and the autoencoder."""
+    """Settings that decide the bytes of the shards, together with the source and the autoencoder. Raises PreparationError."""
 
-    resolution: int  # pixels of a side
-    flips: bool = False  # each image a second time, mirrored before it is encoded
-    dtype: Literal["float16", "float32"] = "float16"  # of latents
-    seed: int = 0  # of the order in which images are dealt to shards
+    resolution: int
+    """Pixels of a side."""
+    flips: bool = False
+    """Whether each image is stored a second time, mirrored before it is encoded."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Of latents."""
+    seed: int = 0
+    """Of the order in which images are distributed over shards."""
     shard_bytes: int = SHARD_BYTES
-    batch: int = 32  # images encoded at once; rounding may depend on it
+    batch: int = 32
+    """Images encoded at once; rounding may depend on it."""
     skip_damaged: bool = False
 
     def __post_init__(self) -> None:
         if self.resolution < 1 or self.shard_bytes < 1 or self.batch < 1:
-            raise ValueError("resolution, bytes of a shard and batch are 1 or more")
+            raise PreparationError("resolution, bytes of a shard and batch are 1 or more.")
 
 
-class Preparation:
-    """The plan: which images make which shard."""
+class ShardPlan:
+    """Which images of a source make which shard. Raises PreparationError where the autoencoder does not fit."""
 
     def __init__(
         self, source: Source, settings: PrepareSettings, autoencoder: AutoencoderFacts | None = None
@@ -69,11 +62,11 @@ class Preparation:
             shape = (source.channels, size, size)
         else:
             if source.channels != 3:
-                raise ValueError(
+                raise PreparationError(
                     f"{autoencoder.id} encodes RGB images; {source.name} has {source.channels} channel."
                 )
             if size % autoencoder.factor:
-                raise ValueError(
+                raise PreparationError(
                     f"a resolution of {size} is no multiple of {autoencoder.factor}, as {autoencoder.id} needs."
                 )
             shape = (autoencoder.channels, size // autoencoder.factor, size // autoencoder.factor)
@@ -94,10 +87,10 @@ class Preparation:
         )
         self.samples = len(source) * (2 if settings.flips else 1)
         self._per_shard = samples_per_shard(self.info, self.samples, settings.shard_bytes)
-        self._dealt = self._deal()
+        self._order = self._shuffle()
 
     def recipe(self) -> dict[str, Any]:
-        """All that decides the bytes, as it stands in `dataset.json`."""
+        """Everything that decides the bytes, as recorded in `dataset.json`."""
         return {
             "source": self.source.name,
             "images": len(self.source),
@@ -107,10 +100,10 @@ class Preparation:
             "autoencoder_digest": self.autoencoder.digest if self.autoencoder else None,
         }
 
-    def _deal(self) -> NDArray[np.int64]:
-        """The images in the order in which they fill the shards: permuted, so that each shard has all classes.
+    def _shuffle(self) -> NDArray[np.int64]:
+        """Items in the order in which they fill the shards: permuted, so that each shard has all classes.
 
-        Where images are cheap only when read in blocks, blocks are permuted instead of images.
+        Where images are cheap to read only in blocks, blocks are permuted instead of images.
         """
         seed, ends = self.settings.seed, self.source.block_ends
         if ends is None:
@@ -121,20 +114,21 @@ class Preparation:
 
     @property
     def shards(self) -> int:
+        """How many shards there are."""
         return -(-self.samples // self._per_shard)
 
     def shard_samples(self, shard: int) -> range:
-        """The numbers of a shard's samples in the dealt order."""
+        """The numbers of a shard's samples in the shuffled order."""
         return range(shard * self._per_shard, min((shard + 1) * self._per_shard, self.samples))
 
     def place(self, sample: int) -> tuple[int, bool]:
-        """(item of the source, mirrored) of a sample of the dealt order."""
+        """(item of the source, whether mirrored) of a sample of the shuffled order."""
         if self.settings.flips:
-            return int(self._dealt[sample // 2]), bool(sample % 2)
-        return int(self._dealt[sample]), False
+            return int(self._order[sample // 2]), bool(sample % 2)
+        return int(self._order[sample]), False
 
     def pixels(self, sample: int) -> NDArray[np.uint8]:
-        """uint8 (C, H, W) of a sample, cropped and, where it is its turn, mirrored. ImageError."""
+        """uint8 (C, H, W) of a sample, cropped and, for the second of two flips, mirrored. Raises ImageError."""
         item, mirrored = self.place(sample)
         image = centre_crop(self.source.image(item), self.settings.resolution)
         if mirrored:
@@ -142,6 +136,7 @@ class Preparation:
         return to_array(image)
 
     def sample(self, sample: int, array: NDArray[Any]) -> Sample:
+        """A sample as it is stored: key, array and label."""
         item, mirrored = self.place(sample)
         label = None if self.source.labels is None else int(self.source.labels[item])
         return Sample(f"{item:08d}-flip" if mirrored else f"{item:08d}", array, label)

@@ -1,4 +1,8 @@
-"""soflow_pipelines.preparation.state"""
+"""Progress of a preparation, kept in the store beside the shards, so that it can be resumed.
+
+`.preparing/` holds the recipe of the set and, for each shard that was built, its rows of manifest and index. It is removed when
+`dataset.json` has been written.
+"""
 
 from __future__ import annotations
 
@@ -11,111 +15,124 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from soflow_pipelines.preparation.shard_plan import Preparation
+from soflow_pipelines.preparation.shard_plan import ShardPlan
 from soflow_pipelines.shards.info import INFO_NAME, DatasetInfo, ShardError
 from soflow_pipelines.shards.tables import ShardRecord, publish_set, read_info
 from soflow_pipelines.shards.writer import shard_name
 from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import ObjectStore
 
-NOTES = ".preparing"
+STATE_FOLDER = ".preparing"
+RECIPE_NAME = f"{STATE_FOLDER}/plan.json"
 
 
-PLAN_NAME = f"{NOTES}/plan.json"
+@dataclass(frozen=True)
+class BuiltShard:
+    """A shard that was built and published."""
+
+    record: ShardRecord
+    left_out: tuple[str, ...]
+    """Damaged images of the shard that were left out."""
 
 
-def _note_name(shard: int) -> str:
-    return f"{NOTES}/{shard_name(shard)}.parquet"
+def _built_name(shard: int) -> str:
+    return f"{STATE_FOLDER}/{shard_name(shard)}.parquet"
 
 
-def _note(record: ShardRecord, left_out: list[str]) -> bytes:
-    assert record.index is not None
-    facts = {**asdict(replace(record, index=None)), "left_out": left_out}
+def record_built(store: ObjectStore, shard: int, built: BuiltShard) -> None:
+    """Records that a shard was built. Raises StorageError."""
+    index = built.record.index
+    assert index is not None
+    fields = {**asdict(replace(built.record, index=None)), "left_out": list(built.left_out)}
     buffer = io.BytesIO()
-    pq.write_table(record.index.replace_schema_metadata({"record": json.dumps(facts)}), buffer)
-    return buffer.getvalue()
+    pq.write_table(index.replace_schema_metadata({"record": json.dumps(fields)}), buffer)
+    store.write(_built_name(shard), buffer.getvalue())
 
 
-def _read_note(storage: ObjectStore, shard: int) -> tuple[ShardRecord, list[str]]:
-    table = pq.read_table(io.BytesIO(storage.read(_note_name(shard))))
-    facts = json.loads(table.schema.metadata[b"record"])
-    left_out = facts.pop("left_out")
-    facts["label_counts"] = {int(label): count for label, count in facts["label_counts"].items()}
-    return ShardRecord(**{**facts, "index": table.replace_schema_metadata(None)}), left_out
+def _read_built(store: ObjectStore, shard: int) -> BuiltShard:
+    table = pq.read_table(io.BytesIO(store.read(_built_name(shard))))
+    fields = json.loads(table.schema.metadata[b"record"])
+    left_out = fields.pop("left_out")
+    fields["label_counts"] = {int(label): count for label, count in fields["label_counts"].items()}
+    fields["index"] = table.replace_schema_metadata(None)
+    return BuiltShard(ShardRecord(**fields), tuple(left_out))
 
 
-def start(plan: Preparation, storage: ObjectStore) -> list[int] | None:
-    """The shards that are still to be built; None where the set is complete already.
+def begin(plan: ShardPlan, store: ObjectStore) -> list[int] | None:
+    """The shards that have to be built; None where the set is complete. Writes the recipe where nothing was begun.
 
-    ShardError where the place holds something else, naming what differs.
+    Raises ShardError where the store holds something else, with what differs.
     """
-    if storage.size(INFO_NAME) is not None:
-        _check_same(plan.recipe(), dict(read_info(storage.uri).recipe), f"{storage.uri} holds a finished set")
-        clear_notes(storage)
+    if store.size(INFO_NAME) is not None:
+        _check_recipe(plan, dict(read_info(store.uri).recipe), f"{store.uri} holds a finished set")
+        _remove_state(store)
         return None
-    names = storage.names()
-    if PLAN_NAME in names:
-        _check_same(
-            plan.recipe(), json.loads(storage.read(PLAN_NAME)), f"{storage.uri} holds an unfinished set"
-        )
-    elif foreign := [name for name in names if not name.startswith(f"{NOTES}/")]:
-        raise ShardError(f"{storage.uri} is not empty: it holds {foreign[0]}; name another place.")
+    names = store.names()
+    if RECIPE_NAME in names:
+        _check_recipe(plan, json.loads(store.read(RECIPE_NAME)), f"{store.uri} holds an unfinished set")
+    elif foreign := [name for name in names if not name.startswith(f"{STATE_FOLDER}/")]:
+        raise ShardError(f"{store.uri} is not empty: it holds {foreign[0]}; name another folder.")
     else:
-        storage.write(PLAN_NAME, json.dumps(plan.recipe(), indent=2).encode())
+        store.write(RECIPE_NAME, json.dumps(plan.recipe(), indent=2).encode())
     present = set(names)
-    # A note without its shard is what is left when someone removed the shard.
-    return [s for s in range(plan.shards) if _note_name(s) not in present or shard_name(s) not in present]
+    # Someone may have removed a shard whose record is still there.
+    return [s for s in range(plan.shards) if _built_name(s) not in present or shard_name(s) not in present]
 
 
-def _check_same(wanted: dict[str, Any], found: dict[str, Any], what: str) -> None:
-    if found == json.loads(json.dumps(wanted)):
+def _check_recipe(plan: ShardPlan, recorded: dict[str, Any], state: str) -> None:
+    recipe = plan.recipe()
+    if recorded == json.loads(json.dumps(recipe)):
         return
-    differing = [name for name in wanted if found.get(name) != wanted[name]]
-    said = ", ".join(
-        f"{name} {_short(found.get(name))} instead of {_short(wanted[name])}" for name in differing
+    differences = ", ".join(
+        f"{name} {_shorten(recorded.get(name))} instead of {_shorten(recipe[name])}"
+        for name in recipe
+        if recorded.get(name) != recipe[name]
     )
     raise ShardError(
-        f"{what} of other settings ({said or 'of another version'}); name another place or remove it."
+        f"{state} of other settings ({differences or 'of another version'}); name another folder or remove it."
     )
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return f"{value[:12]}..." if isinstance(value, str) and len(value) > 40 else repr(value)
 
 
-def finish(plan: Preparation, storage: ObjectStore) -> DatasetInfo:
-    """Writes index, manifest and `dataset.json` when every shard is there."""
-    notes = [_read_note(storage, shard) for shard in range(plan.shards)]
-    left_out = tuple(sorted(name for _, names in notes for name in names))
-    info = publish_set(storage, replace(plan.info, left_out=left_out), [record for record, _ in notes])
-    clear_notes(storage)
+def finish(plan: ShardPlan, store: ObjectStore) -> DatasetInfo:
+    """Writes index, manifest and `dataset.json` once every shard is built, and returns the description of the set.
+
+    Raises ShardError, StorageError.
+    """
+    built = [_read_built(store, shard) for shard in range(plan.shards)]
+    left_out = tuple(sorted(name for shard in built for name in shard.left_out))
+    info = publish_set(store, replace(plan.info, left_out=left_out), [shard.record for shard in built])
+    _remove_state(store)
     return info
 
 
-def clear_notes(storage: ObjectStore) -> None:
-    """Removes the notes, and what a killed worker left beside them."""
-    if isinstance(storage, LocalFolder):
-        shutil.rmtree(storage.path(NOTES), ignore_errors=True)
+def _remove_state(store: ObjectStore) -> None:
+    """Removes the state folder, with what a killed worker left in it."""
+    if isinstance(store, LocalFolder):
+        shutil.rmtree(store.path(STATE_FOLDER), ignore_errors=True)
         return
-    for name in storage.names():
-        if name.startswith(f"{NOTES}/"):
-            storage.remove(name)
+    for name in store.names():
+        if name.startswith(f"{STATE_FOLDER}/"):
+            store.remove(name)
 
 
 @contextmanager
-def only_one(storage: ObjectStore) -> Iterator[None]:
-    """Keeps a second preparation on this machine out of the same place. ShardError where one is at work."""
-    place = hashlib.sha256(str(getattr(storage, "folder", storage.uri)).encode()).hexdigest()[:16]
-    lock = Path(tempfile.gettempdir(), f"soflow-{os.getuid()}-{place}.lock")
+def exclusive(store: ObjectStore) -> Iterator[None]:
+    """Locks a store against a second preparation on this machine. Raises ShardError where one is running."""
+    key = hashlib.sha256(str(getattr(store, "folder", store.uri)).encode()).hexdigest()[:16]
+    lock = Path(tempfile.gettempdir(), f"soflow-{os.getuid()}-{key}.lock")
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ShardError(f"{storage.uri} is being prepared by another process on this machine.") from None
+            raise ShardError(f"{store.uri} is being prepared by another process on this machine.") from None
         yield

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from soflow_pipelines.images.codec import Decoder
 from soflow_pipelines.images.convert import to_uint8
 from soflow_pipelines.images.decode import centre_crop, to_array
-from soflow_pipelines.images.decoder import Decoder
 from soflow_pipelines.metrics.reservoir import fixed_subset
 from soflow_pipelines.shards.info import INFO_NAME, DatasetInfo
 from soflow_pipelines.shards.reader import SampleReader

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from soflow_pipelines.features.network import FeatureNetwork
-from soflow_pipelines.images.decoder import Decoder
+from soflow_pipelines.images.codec import Decoder
 from soflow_pipelines.metrics.accumulator import METRICS, RESERVOIR, ScoreError, ScoreStatistics
 from soflow_pipelines.metrics.fid import GaussianMoments
 from soflow_pipelines.metrics.reference import Reference

@@ -1,4 +1,4 @@
-"""Shards from elsewhere, kept on a local disk: found by content, bounded, shared by the processes of a machine."""
+"""Cache of remote shards on a local disk: keyed by content, bounded in size, shared by the processes of a machine."""
 
 from __future__ import annotations
 
@@ -12,24 +12,30 @@ from http.client import HTTPException
 from pathlib import Path
 from threading import Event
 
+from soflow_core.failures import summarize
 from soflow_pipelines.shards.tables import ShardRecord
+from soflow_pipelines.storage.backoff import backoff
 from soflow_pipelines.storage.object_store import ObjectStore, StorageError
 
 FOLDER_VARIABLE = "SOFLOW_CACHE"
 LIMIT_VARIABLE = "SOFLOW_CACHE_GB"
 DEFAULT_LIMIT = 32 * 10**9
+"""Bytes."""
 ATTEMPTS = 5
+"""Attempts in a row that bring no byte before a download is given up."""
 CHUNK = 4 * 2**20
-FIRST_PAUSE = 0.2  # seconds; doubled after each attempt
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0
+"""Seconds between attempts."""
+ROOM_POLL_SECONDS = 0.05
 
 
 class ShardCache:
-    """A folder of shards named by their SHA-256, so that another set's shard of the same name is another file.
+    """A folder of shards named by their SHA-256, so that shards of the same name in two sets are two files.
 
-    A file is complete or absent. What is being fetched is reserved at its full size under a lock, so the
-    files never exceed `limit` bytes together; the least recently opened go first. A file that is removed
-    while a process has it open stays readable there. Processes that want the same shard wait for one of
-    them to fetch it.
+    A file is complete or absent. A download takes its full size under a lock before it begins, so the files
+    never exceed `limit` bytes together; the least recently opened are removed first. A file that is removed
+    while a process has it open stays readable there. Processes that need the same shard wait for one of them
+    to download it: they lock the partial file, which therefore has a fixed name.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -38,7 +44,7 @@ class ShardCache:
 
     @classmethod
     def of_machine(cls) -> ShardCache:
-        """The folder $SOFLOW_CACHE (~/.cache/soflow/shards) with $SOFLOW_CACHE_GB (32) gigabytes."""
+        """The cache $SOFLOW_CACHE (~/.cache/soflow/shards) of $SOFLOW_CACHE_GB (32) gigabytes. Raises StorageError."""
         folder = os.environ.get(FOLDER_VARIABLE) or "~/.cache/soflow/shards"
         text = os.environ.get(LIMIT_VARIABLE)
         try:
@@ -47,22 +53,22 @@ class ShardCache:
             raise StorageError(f"{LIMIT_VARIABLE}={text} is not a number of gigabytes.") from None
         return cls(Path(folder).expanduser(), limit)
 
-    def open(self, storage: ObjectStore, record: ShardRecord) -> int:
-        """A descriptor of the shard for reading, fetched first where it is not here. StorageError."""
+    def open(self, store: ObjectStore, record: ShardRecord) -> int:
+        """A file descriptor for reading the shard, which is downloaded where it is missing. Raises StorageError."""
         while True:
-            path = self.fetch(storage, record)
+            path = self.fetch(store, record)
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
-                continue  # another process made room in between
-            # By descriptor: the name may be gone by now, and the content is still here.
+                continue  # another process removed it in between
+            # By descriptor: the name may have been removed by now.
             os.utime(descriptor)
             return descriptor
 
-    def fetch(self, storage: ObjectStore, record: ShardRecord, stop: Event | None = None) -> Path:
-        """The local path of the shard; it may be gone again when another process needs the room.
+    def fetch(self, store: ObjectStore, record: ShardRecord, stop: Event | None = None) -> Path:
+        """The local path of the shard, downloaded where it is missing; another process may remove it again for room.
 
-        `stop`, when it is set, ends a fetch that nobody waits for any more, with StorageError.
+        Raises StorageError where it cannot be downloaded, where it is larger than the cache, and once `stop` is set.
         """
         path = self.folder / f"{record.sha256}.tar"
         if path.exists():
@@ -80,8 +86,8 @@ class ShardCache:
                 return path
             try:
                 self._reserve(descriptor, record.bytes)
-                _download(storage, record, descriptor, stop or Event())
-                # Under the lock: who makes room meanwhile would count it under neither name.
+                _download(store, record, descriptor, stop or Event())
+                # Under the lock: otherwise a process that counts the files meanwhile could miss it under both names.
                 with _locked(self.folder / "lock"):
                     os.replace(part, path)
             except BaseException:
@@ -90,15 +96,16 @@ class ShardCache:
         return path
 
     def _reserve(self, descriptor: int, size: int) -> None:
-        """Makes room and takes it, waiting for fetches of other processes where they fill the cache."""
+        """Makes room and takes it; waits while downloads of other processes fill the cache."""
         while True:
             with _locked(self.folder / "lock"):
                 if self._make_room(size):
                     os.ftruncate(descriptor, size)
                     return
-            time.sleep(0.05)
+            time.sleep(ROOM_POLL_SECONDS)
 
     def _make_room(self, size: int) -> bool:
+        """Removes the least recently opened shards until `size` bytes fit; whether they do."""
         files: list[tuple[float, int, Path]] = []
         total = size
         for path in self.folder.iterdir():
@@ -107,8 +114,8 @@ class ShardCache:
             try:
                 status = path.stat()
             except FileNotFoundError:
-                continue  # dropped by its owner just now
-            if path.suffix == ".part" and status.st_size and _dropped(path):
+                continue  # removed by another process just now
+            if path.suffix == ".part" and status.st_size and _remove_abandoned(path):
                 continue
             total += status.st_size
             if path.suffix == ".tar":
@@ -123,7 +130,7 @@ class ShardCache:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """Opens and locks a file, waiting for its turn; the descriptor is of the file that is there now."""
+    """Opens and locks a file, and yields its descriptor. The file is the one that has the name once the lock is held."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -142,8 +149,8 @@ def _same_file(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _dropped(part: Path) -> bool:
-    """Removes what a killed process was fetching: its lock went with it."""
+def _remove_abandoned(part: Path) -> bool:
+    """Removes the partial file of a process that was killed, which nobody locks any more; whether it is gone."""
     try:
         descriptor = os.open(part, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -159,31 +166,37 @@ def _dropped(part: Path) -> bool:
     return True
 
 
-def _download(storage: ObjectStore, record: ShardRecord, descriptor: int, stop: Event) -> None:
-    """Fills the file. After a cut it goes on where it stopped; StorageError after ATTEMPTS in vain."""
+def _download(store: ObjectStore, record: ShardRecord, descriptor: int, stop: Event) -> None:
+    """Fills the file. A connection that breaks is opened again where it stopped.
+
+    Raises StorageError after ATTEMPTS that bring no byte, once `stop` is set, and where the checksum differs.
+    """
     checksum, done, failures = hashlib.sha256(), 0, 0
+    pauses = backoff(FIRST_PAUSE, LONGEST_PAUSE)
     while done < record.bytes:
         reason = "the connection ended early"
         before = done
         try:
-            with storage.open(record.name, done) as source:
+            with store.open(record.name, done) as source:
                 while not stop.is_set() and (chunk := source.read(min(CHUNK, record.bytes - done))):
                     os.pwrite(descriptor, chunk, done)
                     checksum.update(chunk)
                     done += len(chunk)
         except (OSError, HTTPException, StorageError) as error:
-            reason = str(error) or type(error).__name__
+            reason = summarize(error)
         if stop.is_set():
-            raise StorageError(f"{storage.uri}: the fetch of {record.name} was stopped.")
+            raise StorageError(f"{store.uri}: the download of {record.name} was stopped.")
         if done < record.bytes:
-            failures = failures + 1 if done == before else 1
+            if done > before:
+                failures, pauses = 0, backoff(FIRST_PAUSE, LONGEST_PAUSE)
+            failures += 1
             if failures >= ATTEMPTS:
                 raise StorageError(
-                    f"{storage.uri}: {record.name} could not be fetched, "
-                    f"{done} of {record.bytes} bytes after {ATTEMPTS} attempts: {reason.splitlines()[0]}"
+                    f"{store.uri}: {record.name} could not be fetched, "
+                    f"{done} of {record.bytes} bytes after {ATTEMPTS} attempts: {reason}."
                 )
-            stop.wait(FIRST_PAUSE * 2 ** (failures - 1))
+            stop.wait(next(pauses))
     if checksum.hexdigest() != record.sha256:
         raise StorageError(
-            f"{storage.uri}: {record.name} has not the bytes that the manifest says (SHA-256 differs)."
+            f"{store.uri}: {record.name} has not the bytes that the manifest lists (SHA-256 differs)."
         )

@@ -1,4 +1,4 @@
-"""What a shard set holds: `dataset.json`, and whether it fits a network."""
+"""Description of a shard set (`dataset.json`), and whether it fits a network."""
 
 from __future__ import annotations
 
@@ -8,46 +8,52 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from soflow_core.failures import InputError
+from soflow_pipelines.storage.files import short_digest
 
 INFO_NAME = "dataset.json"
 WRITER_VERSION = 1
 
 
 class ShardError(InputError):
-    """A shard set that is damaged or is none. The text names set, shard, key and what is wrong."""
+    """A shard set that is missing or damaged. The text names set, shard, key and what is wrong."""
 
 
 class DataMismatch(InputError, ValueError):
-    """Data and network that do not fit. The text names both sides."""
+    """Data and network that do not fit each other. The text names both sides."""
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
     """The content of `dataset.json`.
 
-    `shape` is what the network sees, (C, H, W). Latents are stored as (2C, H, W): posterior mean, then
-    standard deviation, as the autoencoder gave them; the network sees ((mean + std eps) - shift) scaling.
+    Latents are stored as (2C, H, W): posterior mean, then standard deviation, unscaled; a network takes
+    ((mean + std eps) - shift) scaling of shape (C, H, W).
     """
 
     kind: Literal["pixels", "latents"]
     shape: tuple[int, int, int]
+    """(C, H, W) of a sample as a network takes it."""
     dtype: Literal["uint8", "float16", "float32"]
     classes: int | None = None
     class_names: tuple[str, ...] = field(default=(), repr=False)
-    resolution: int | None = None  # pixels of the images' sides, before the autoencoder
+    resolution: int | None = None
+    """Pixels of the images' sides, before the autoencoder."""
     crop: str | None = None
     flips: bool = False
     autoencoder: str | None = None
     autoencoder_digest: str | None = None
     scaling: float = 1.0
     shift: float = 0.0
-    left_out: tuple[str, ...] = ()  # damaged images that were left out when asked to
-    recipe: Mapping[str, Any] = field(default_factory=dict)  # what it was made from, and how
+    left_out: tuple[str, ...] = ()
+    """Damaged images that were left out on request."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """Source and settings that it was prepared from."""
     writer_version: int = WRITER_VERSION
     samples: int = 0
     shards: int = 0
     bytes: int = 0
     digest: str = ""
+    """Of the shards' bytes and how they are read: `sha256:...`; see `tables.content_digest`."""
 
     def __post_init__(self) -> None:
         if len(self.shape) != 3 or min(self.shape) < 1:
@@ -63,15 +69,28 @@ class DatasetInfo:
         channels, height, width = self.shape
         return (channels * 2 if self.kind == "latents" else channels), height, width
 
+    def short_digest(self, length: int = 16) -> str:
+        """The first hexadecimal digits of the digest."""
+        return short_digest(self.digest, length)
+
     def to_json(self) -> str:
+        """The text of `dataset.json`."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> DatasetInfo:
-        """ValueError or TypeError where the text is no such record."""
+        """Reads the text of `dataset.json`. Raises ValueError or TypeError where it is not one."""
         content = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
+        return cls.from_dict(content)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> DatasetInfo:
+        """The description that `asdict` made into a dictionary. Unknown fields are ignored.
+
+        Raises ValueError or TypeError where it is not one, or of a newer version.
+        """
         known: dict[str, Any] = {
             field.name: content[field.name] for field in fields(cls) if field.name in content
         }
@@ -92,10 +111,10 @@ class DatasetInfo:
         scaling: float | None = None,
         where: str = "the data",
     ) -> None:
-        """DataMismatch, naming both sides, where a network for samples (C, H, W) cannot train on this data.
+        """Checks that a network for samples (C, H, W) can train on this data. Raises DataMismatch.
 
         `classes` None is an unconditional network, which fits any data. `autoencoder` (an id, or the digest
-        of its weights) and `scaling` are compared where they are given.
+        of its weights) and `scaling` are compared unless they are None. `where` names the data in the error.
         """
         if tuple(shape) != self.shape:
             raise DataMismatch(
@@ -116,4 +135,5 @@ class DatasetInfo:
 
 
 def format_shape(shape: Sequence[int]) -> str:
+    """(3, 32, 32) -> `3 x 32 x 32`."""
     return " x ".join(str(side) for side in shape)

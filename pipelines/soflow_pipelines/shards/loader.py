@@ -1,4 +1,4 @@
-"""Ready batches from a shard set, in an order that can be resumed exactly."""
+"""Training batches from a shard set, in an order that can be resumed exactly."""
 
 from __future__ import annotations
 
@@ -22,37 +22,42 @@ from soflow_pipelines.shards.reader import SampleReader
 from soflow_pipelines.shards.tables import read_info
 
 AHEAD = 2
+"""Batches that each reading thread has in progress or finished."""
 
 Posterior = Literal["sample", "mean", "moments"]
+"""What is read of a latent: a sample of its posterior, the posterior's mean, or mean and standard deviation."""
 
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """The rows of one rank of one global batch."""
+    """One rank's rows of one global batch."""
 
-    x0: Tensor  # (B, C, H, W) float32, as the network takes it
-    labels: Tensor | None  # (B,) int64; None where the set has no labels
-    positions: Tensor  # (B,) int64, in the global order, counted from the start of training
+    x0: Tensor
+    """(B, C, H, W) float32, as a network takes it."""
+    labels: Tensor | None
+    """(B,) int64; None where the set has no labels."""
+    positions: Tensor
+    """(B,) int64, in the global order, counted from the start of training."""
 
 
 class ShardLoader:
     """An endless iterator over batches of a shard set.
 
     The order is that of `SampleOrder`: a function of the seed, the epoch and the manifest. Epochs follow one
-    another without dropping samples, so every batch is full. Rank `rank` takes the global positions
+    another without dropping samples, so every batch is full. Rank `rank` reads the global positions
     `rank::world` of each global batch, so that the first ranks have a row more where it does not divide; all
     ranks make the same number of steps. The state is `consumed`, the samples that all ranks together have
-    taken: a loader made with it goes on there, with any world size and any number of reading threads.
+    read: a loader that is created with it continues there, with any world size and any number of threads.
 
-    Latents are drawn afresh at every position: x0 = (mean + std eps - shift) scaling, with eps a function of
-    (seed, position). `posterior="mean"` leaves eps out; `posterior="moments"` gives the stored mean and std
-    (B, 2C, H, W) as they are, for a draw on the training device.
+    A latent is sampled anew at every position: x0 = (mean + std eps - shift) scaling, with eps a function of
+    (seed, position). `posterior="mean"` leaves eps out; `posterior="moments"` returns the stored mean and std
+    (B, 2C, H, W) as they are, to be sampled on the training device.
 
-    Shards that are not on a local disk come through `cache`, the machine's own by default; those of the
-    window being read and of the next one are fetched in the background.
+    Remote shards are read through `cache`, by default `ShardCache.of_machine()`; those of the window that is
+    being read and of the next one are fetched in the background.
 
-    Each sample's CRC-32 is checked when this loader first reads it. A damaged one raises ShardError with
-    shard, key and what is wrong.
+    Each sample's CRC-32 is checked when this loader first reads it. Raises ShardError with shard, key and what
+    is wrong for a damaged one, StorageError where a shard cannot be fetched, ValueError for impossible settings.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class ShardLoader:
 
     @property
     def epoch_samples(self) -> int:
+        """Samples of the set."""
         return self._order.epoch_samples
 
     def __iter__(self) -> Iterator[LoadedBatch]:

@@ -1,4 +1,4 @@
-"""The order in which samples are read: a function of (seed, epoch) and the manifest alone."""
+"""Shuffled order of samples: a function of (seed, epoch) and the manifest alone."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 
 Int64Array = NDArray[np.int64]
 
-# Samples are mixed within windows of this many bytes of shards, so that a cache which holds two windows
-# is enough for a set of any size. A set that fits into one window is shuffled uniformly.
 WINDOW_BYTES = 4 * 2**30
+"""Samples are shuffled within windows of this many bytes of shards, so that a cache of two windows is enough for a set of any
+size. A set that fits into one window is shuffled uniformly.
+"""
 KEPT_WINDOWS = 3
 
 
 def philox_permutation(count: int, seed: int, epoch: int, stream: int) -> Int64Array:
-    """A permutation of 0 .. count - 1 from the raw words of Philox, which are the same in every numpy."""
+    """A permutation of 0 .. count - 1 from the raw words of Philox, which are the same in every version of numpy."""
     bits = np.random.Philox(
         key=np.array([seed % 2**64, epoch], np.uint64), counter=np.array([0, 0, 0, stream], np.uint64)
     )
@@ -28,15 +29,19 @@ def philox_permutation(count: int, seed: int, epoch: int, stream: int) -> Int64A
 
 @dataclass(frozen=True)
 class _Epoch:
-    shards: tuple[tuple[int, ...], ...]  # the shards of each window
-    ends: Int64Array  # position in the epoch after the last sample of each window
+    """The windows of one epoch."""
+
+    shards: tuple[tuple[int, ...], ...]
+    """The shards of each window."""
+    ends: Int64Array
+    """Position in the epoch after the last sample of each window."""
 
 
 class SampleOrder:
-    """Global position -> row of the index.
+    """Maps positions to rows of the index.
 
     Positions count samples from the start of training; epochs follow one another without a gap. In each
-    epoch the shards are permuted, dealt in that order into windows, and the samples of a window permuted.
+    epoch the shards are permuted, cut in that order into windows, and the samples of a window permuted.
     """
 
     def __init__(
@@ -59,11 +64,11 @@ class SampleOrder:
         self._windows: OrderedDict[tuple[int, int], Int64Array] = OrderedDict()
 
     def rows(self, positions: Int64Array) -> Int64Array:
-        """(B,) positions from 0 on -> (B,) rows of the index."""
+        """(B,) positions, counted from 0 -> (B,) rows of the index."""
         rows = np.empty(len(positions), np.int64)
         epochs, within = np.divmod(positions, self.epoch_samples)
         for epoch in np.unique(epochs):
-            plan = self._plan(int(epoch))
+            plan = self._epoch(int(epoch))
             window_of = np.searchsorted(plan.ends, within, side="right")
             for window in np.unique(window_of[epochs == epoch]):
                 chosen = (epochs == epoch) & (window_of == window)
@@ -74,23 +79,23 @@ class SampleOrder:
     def window(self, position: int) -> tuple[int, int]:
         """(epoch, number of the window) in which a position lies."""
         epoch, within = divmod(position, self.epoch_samples)
-        return epoch, int(np.searchsorted(self._plan(epoch).ends, within, side="right"))
+        return epoch, int(np.searchsorted(self._epoch(epoch).ends, within, side="right"))
 
     def windows(self, epoch: int) -> tuple[tuple[int, ...], ...]:
         """The shards of each window, in the order in which they are read."""
-        return self._plan(epoch).shards
+        return self._epoch(epoch).shards
 
-    def _plan(self, epoch: int) -> _Epoch:
+    def _epoch(self, epoch: int) -> _Epoch:
         with self._lock:
             plan = self._epochs.get(epoch)
             if plan is None:
-                plan = self._deal(epoch)
+                plan = self._plan(epoch)
                 self._epochs[epoch] = plan
                 while len(self._epochs) > KEPT_WINDOWS:
                     self._epochs.popitem(last=False)
             return plan
 
-    def _deal(self, epoch: int) -> _Epoch:
+    def _plan(self, epoch: int) -> _Epoch:
         windows: list[list[int]] = []
         filled = self._window_bytes
         for shard in philox_permutation(len(self._samples), self._seed, epoch, stream=0).tolist():

@@ -1,4 +1,4 @@
-"""soflow_pipelines.shards.prefetch"""
+"""Fetches the shards that are read next into the cache, in background threads."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from soflow_pipelines.shards.reader import SampleReader
 from soflow_pipelines.storage.object_store import StorageError
 
 FETCHES = 4
+"""Shards fetched at once."""
 
 
 class WindowFetcher:
-    """Fetches the shards of the window being read, and of the next one, in the background.
+    """Fetches the shards of the window that is being read, and of the next one where both fit into the cache.
 
-    A fetch that fails is not reported here: the read that needs the shard tries again and says so. The threads
-    do not keep a process that ends.
+    A fetch that fails is not reported here: the read that needs the shard fetches it again and raises. The threads
+    are daemons. Raises StorageError where the cache is smaller than a window.
     """
 
     def __init__(self, reader: SampleReader, order: SampleOrder) -> None:
         self._reader = reader
         self._order = order
-        self._wanted: SimpleQueue[int] = SimpleQueue()
-        self._asked: deque[tuple[int, int]] = deque(maxlen=4)
+        self._queue: SimpleQueue[int] = SimpleQueue()
+        self._requested: deque[tuple[int, int]] = deque(maxlen=4)
+        """The last windows whose shards were requested, as (epoch, window)."""
         self._lock = Lock()
         self._stop = Event()
         assert reader.cache is not None
@@ -34,7 +36,7 @@ class WindowFetcher:
         window = max(sum(sizes[shard] for shard in shards) for shards in order.windows(0))
         if window > reader.cache.limit:
             raise StorageError(
-                f"the cache {reader.cache.folder} may hold {reader.cache.limit / 1e9:.2f} GB, the samples are mixed "
+                f"the cache {reader.cache.folder} may hold {reader.cache.limit / 1e9:.2f} GB, the samples are shuffled "
                 f"over {window / 1e9:.2f} GB: set {LIMIT_VARIABLE} to at least {2 * window / 1e9:.1f}."
             )
         self._ahead = 2 * window <= reader.cache.limit
@@ -43,24 +45,24 @@ class WindowFetcher:
             thread.start()
 
     def reach(self, position: int) -> None:
-        """Reading has come to this position."""
+        """Requests the shards of this position's window, and of the next window."""
         epoch, window = self._order.window(position)
-        self._ask(epoch, window)
+        self._request(epoch, window)
         if self._ahead:
             last = window + 1 == len(self._order.windows(epoch))
-            self._ask(*((epoch + 1, 0) if last else (epoch, window + 1)))
+            self._request(*((epoch + 1, 0) if last else (epoch, window + 1)))
 
-    def _ask(self, epoch: int, window: int) -> None:
+    def _request(self, epoch: int, window: int) -> None:
         with self._lock:
-            if (epoch, window) in self._asked:
+            if (epoch, window) in self._requested:
                 return
-            self._asked.append((epoch, window))
+            self._requested.append((epoch, window))
         for shard in self._order.windows(epoch)[window]:
-            self._wanted.put(shard)
+            self._queue.put(shard)
 
     def _work(self) -> None:
         while True:
-            shard = self._wanted.get()
+            shard = self._queue.get()
             if self._stop.is_set():
                 return
             with suppress(StorageError):
@@ -70,6 +72,6 @@ class WindowFetcher:
         """Ends the fetches and waits for the threads."""
         self._stop.set()
         for _ in self._threads:
-            self._wanted.put(0)
+            self._queue.put(0)
         for thread in self._threads:
             thread.join()

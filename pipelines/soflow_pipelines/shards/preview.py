@@ -1,4 +1,4 @@
-"""Looking at a shard set: images of it, decoded where it holds latents."""
+"""A few images of a shard set, decoded where it holds latents."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from soflow_pipelines.images.codec import Decoder
 from soflow_pipelines.images.convert import to_uint8
-from soflow_pipelines.images.decoder import Decoder
 from soflow_pipelines.shards.loader import ShardLoader
 from soflow_pipelines.shards.tables import read_info
 
 DECODED_AT_ONCE = 8
+"""Latents decoded in one call: the activations of a decoder are large."""
 
 
 def sample_images(
     uri: str | Path, count: int, seed: int = 0, decoder: Decoder | None = None
 ) -> tuple[NDArray[np.uint8], Tensor | None]:
-    """uint8 (N, 1 or 3, H, W) and labels (N,) of `count` samples, or of all where there are fewer.
+    """Images uint8 (N, 1 or 3, H, W) and labels (N,) of `count` samples, or of all where there are fewer.
 
-    Latents are decoded from their posterior means; ValueError where there is no decoder for them.
+    Latents are decoded from their posterior means. Raises ValueError where they have no decoder.
     """
     info = read_info(uri)
     if info.kind == "latents" and decoder is None:

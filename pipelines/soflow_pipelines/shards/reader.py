@@ -1,4 +1,4 @@
-"""Random access to the samples of a shard set, wherever its shards lie."""
+"""Random access to the samples of a shard set, local or remote."""
 
 from __future__ import annotations
 
@@ -25,11 +25,15 @@ from soflow_pipelines.storage.opening import open_storage
 
 
 class SampleReader:
-    """Random access to the samples of a set, by row of its index; safe to use from several threads."""
+    """Random access to the samples of a set, by row of its index; thread-safe.
+
+    Each sample is checked against the index (CRC-32) when it is first read. Raises ShardError with shard, key and
+    what is wrong where index, manifest and shards contradict each other, StorageError where a shard cannot be fetched.
+    """
 
     def __init__(self, uri: str | Path, info: DatasetInfo, cache: ShardCache | None = None) -> None:
-        self._storage = open_storage(uri)
-        local = isinstance(self._storage, LocalFolder)
+        self._store = open_storage(uri)
+        local = isinstance(self._store, LocalFolder)
         self.cache = None if local else cache or ShardCache.of_machine()
         self._maps: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
         self._mapped_bytes = 0
@@ -49,12 +53,12 @@ class SampleReader:
         self._check_index(index["bytes"].to_numpy())
         if local:
             # All at once: mapped one by one between batches they would scatter small blocks over the heap,
-            # and memory would grow with their number. It also finds a missing or cut shard at the start.
+            # and memory would grow with their number. It also detects a missing or truncated shard at the start.
             for shard in range(len(self.shards)):
                 self._map(shard)
 
     def _check_index(self, sizes: NDArray[Any]) -> None:
-        uri, listed = self._storage.uri, sum(shard.samples for shard in self.shards)
+        uri, listed = self._store.uri, sum(shard.samples for shard in self.shards)
         if not self._info.samples == listed == len(self._shard):
             raise ShardError(
                 f"{uri}: dataset.json counts {self._info.samples} samples, manifest.parquet {listed} and "
@@ -74,7 +78,7 @@ class SampleReader:
             raise self._damage(int(np.argmin(self._label)), "no label")
 
     def read(self, rows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """(B,) rows -> stored arrays (B, ...), valid until this thread's next read, and labels (B,) int64."""
+        """(B,) rows -> stored arrays (B, ...), valid until this thread's next call, and labels (B,) int64. Raises ShardError."""
         stored = self._buffer(len(rows))
         content = stored.reshape(len(rows), -1).view(np.uint8)
         header = len(self._header)
@@ -88,7 +92,7 @@ class SampleReader:
         return stored, self._label[rows]
 
     def _buffer(self, count: int) -> NDArray[Any]:
-        """(B, ...) of the stored type, the same memory each time: fresh pages would cost more than the reading."""
+        """An array (B, ...) of the stored type, in the same memory each time: new pages would cost more than reading."""
         buffer: NDArray[Any] | None = getattr(self._local, "buffer", None)
         if buffer is None or len(buffer) != count:
             buffer = self._local.buffer = np.empty((count, *self._info.stored_shape), self._info.dtype)
@@ -104,7 +108,7 @@ class SampleReader:
         self._checked[row] = True
 
     def _map(self, shard: int) -> NDArray[np.uint8]:
-        """The bytes of a shard. Its file is unmapped when it is forgotten here and no batch is being read from it."""
+        """The bytes of a shard, mapped into memory until it is dropped here and no batch is being read from it."""
         mapped = self._maps.get(shard)
         if mapped is not None:
             return mapped
@@ -119,32 +123,33 @@ class SampleReader:
         return mapped
 
     def _open_shard(self, shard: int) -> NDArray[np.uint8]:
-        """ShardError where there is no such file, or it has another size."""
+        """Maps a shard's file. Raises ShardError where it cannot be opened or has another size than listed."""
         record = self.shards[shard]
-        place = f"{self._storage.uri}/{record.name}"
+        place = f"{self._store.uri}/{record.name}"
         try:
             if self.cache is not None:
-                descriptor = self.cache.open(self._storage, record)
+                descriptor = self.cache.open(self._store, record)
             else:
-                assert isinstance(self._storage, LocalFolder)
-                descriptor = os.open(self._storage.path(record.name), os.O_RDONLY | os.O_CLOEXEC)
+                assert isinstance(self._store, LocalFolder)
+                descriptor = os.open(self._store.path(record.name), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ShardError(f"{place} cannot be opened: {error.strerror}.") from error
         try:
             size = os.fstat(descriptor).st_size
             if size != record.bytes:
-                raise ShardError(f"{place} has {size} bytes, the manifest says {record.bytes}.")
-            # This mapping outlives the descriptor, so that a set may have more shards than a process may open files.
+                raise ShardError(f"{place} has {size} bytes, the manifest lists {record.bytes}.")
+            # The mapping outlives the descriptor, so that a set may have more shards than a process may open files.
             return torch.from_file(f"/proc/self/fd/{descriptor}", size=size, dtype=torch.uint8).numpy()
         finally:
             os.close(descriptor)
 
     def fetch(self, shard: int, stop: Event) -> None:
-        """Brings a shard into the cache, unless it is stopped."""
+        """Brings a shard into the cache. Raises StorageError, also once `stop` is set."""
         if self.cache is not None:
-            self.cache.fetch(self._storage, self.shards[shard], stop)
+            self.cache.fetch(self._store, self.shards[shard], stop)
 
     def _damage(self, row: int, what: str) -> ShardError:
-        key = read_index(self._storage.uri, ["key"])["key"][row].as_py()
+        """The error that names a sample's shard and key."""
+        key = read_index(self._store.uri, ["key"])["key"][row].as_py()
         shard = self.shards[self._shard[row]].name
-        return ShardError(f"{self._storage.uri}/{shard}, sample {key}: {what}.")
+        return ShardError(f"{self._store.uri}/{shard}, sample {key}: {what}.")

@@ -1,13 +1,10 @@
-"""soflow_pipelines.shards.tables"""
+"""Tables of a shard set: manifest (a row for each shard), index (a row for each sample), and `dataset.json`."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import secrets
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,19 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from soflow_pipelines.shards.info import INFO_NAME, DatasetInfo, ShardError
-from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import ObjectStore, StorageError
 from soflow_pipelines.storage.opening import open_storage
 
 MANIFEST_NAME = "manifest.parquet"
-
-
 INDEX_NAME = "index.parquet"
-
-
 UNLABELLED = -1
-
-
+"""The label that the index has for samples without one."""
 INDEX_SCHEMA = pa.schema(
     [
         ("shard", pa.int32()),
@@ -39,8 +30,6 @@ INDEX_SCHEMA = pa.schema(
         ("crc32", pa.uint32()),
     ]
 )
-
-
 MANIFEST_SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -54,7 +43,7 @@ MANIFEST_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A row of the manifest, with the shard's rows of the index."""
+    """A row of the manifest, with the shard's rows of the index where it was just written."""
 
     name: str
     samples: int
@@ -64,25 +53,13 @@ class ShardRecord:
     index: pa.Table | None = None
 
 
-class StagingFolder:
-    """A folder for files that are not finished: beside local targets, so that a rename publishes them."""
+def publish_set(store: ObjectStore, info: DatasetInfo, records: Sequence[ShardRecord]) -> DatasetInfo:
+    """Writes index, manifest and, last, `dataset.json` for shards that are already in the store; returns the finished description.
 
-    def __init__(self, storage: ObjectStore, below: str = "") -> None:
-        here = storage.path(below) if isinstance(storage, LocalFolder) else Path(tempfile.gettempdir())
-        self._path = here / f".soflow-staging-{secrets.token_hex(4)}"
-
-    def __enter__(self) -> Path:
-        self._path.mkdir(parents=True)
-        return self._path
-
-    def __exit__(self, *error: object) -> None:
-        shutil.rmtree(self._path, ignore_errors=True)
-
-
-def publish_set(storage: ObjectStore, info: DatasetInfo, records: Sequence[ShardRecord]) -> DatasetInfo:
-    """Writes index, manifest and, last, `dataset.json` for shards that are already there."""
+    Raises ShardError where there are no samples, StorageError where the store cannot be written.
+    """
     if not records or not sum(record.samples for record in records):
-        raise ShardError(f"no samples to write to {storage.uri}")
+        raise ShardError(f"no samples to write to {store.uri}")
     index = pa.concat_tables([record.index for record in records if record.index is not None])
     manifest = pa.Table.from_pylist(
         [
@@ -97,8 +74,8 @@ def publish_set(storage: ObjectStore, info: DatasetInfo, records: Sequence[Shard
         ],
         schema=MANIFEST_SCHEMA,
     )
-    storage.write(INDEX_NAME, _parquet_bytes(index))
-    storage.write(MANIFEST_NAME, _parquet_bytes(manifest))
+    store.write(INDEX_NAME, _parquet_bytes(index))
+    store.write(MANIFEST_NAME, _parquet_bytes(manifest))
     finished = replace(
         info,
         samples=sum(record.samples for record in records),
@@ -106,14 +83,14 @@ def publish_set(storage: ObjectStore, info: DatasetInfo, records: Sequence[Shard
         bytes=sum(record.bytes for record in records),
         digest=content_digest(info, [record.sha256 for record in records]),
     )
-    storage.write(INFO_NAME, finished.to_json().encode())
+    store.write(INFO_NAME, finished.to_json().encode())
     return finished
 
 
 def content_digest(info: DatasetInfo, checksums: Sequence[str]) -> str:
-    """Of what training sees: the shards' bytes and how they are read; not of where they came from."""
-    meaning = [info.kind, info.shape, info.dtype, info.classes, info.scaling, info.shift]
-    return "sha256:" + hashlib.sha256(json.dumps([meaning, list(checksums)]).encode()).hexdigest()
+    """Digest of what training reads: the shards' bytes and how they are interpreted, not where they came from."""
+    interpretation = [info.kind, info.shape, info.dtype, info.classes, info.scaling, info.shift]
+    return "sha256:" + hashlib.sha256(json.dumps([interpretation, list(checksums)]).encode()).hexdigest()
 
 
 def _parquet_bytes(table: pa.Table) -> bytes:
@@ -123,18 +100,18 @@ def _parquet_bytes(table: pa.Table) -> bytes:
 
 
 def read_info(uri: str | Path) -> DatasetInfo:
-    """ShardError where there is no shard set, or its `dataset.json` cannot be understood."""
-    storage = open_storage(uri)
-    if storage.size(INFO_NAME) is None:
-        raise ShardError(f"{storage.uri} holds no shard set: there is no {INFO_NAME}.")
+    """The description of a shard set. Raises ShardError where there is none or it cannot be understood, StorageError."""
+    store = open_storage(uri)
+    if store.size(INFO_NAME) is None:
+        raise ShardError(f"{store.uri} holds no shard set: there is no {INFO_NAME}.")
     try:
-        return DatasetInfo.from_json(storage.read(INFO_NAME).decode())
+        return DatasetInfo.from_json(store.read(INFO_NAME).decode())
     except (ValueError, TypeError) as error:
-        raise ShardError(f"{storage.uri}/{INFO_NAME} cannot be understood: {error}") from error
+        raise ShardError(f"{store.uri}/{INFO_NAME} cannot be understood: {error}") from error
 
 
 def read_manifest(uri: str | Path) -> list[ShardRecord]:
-    """The shards in order, without their index."""
+    """The shards in order, without their rows of the index. Raises ShardError."""
     return [
         ShardRecord(row["shard"], row["samples"], row["bytes"], row["sha256"], dict(row["label_counts"]))
         for row in read_table(open_storage(uri), MANIFEST_NAME, MANIFEST_SCHEMA).to_pylist()
@@ -142,19 +119,19 @@ def read_manifest(uri: str | Path) -> list[ShardRecord]:
 
 
 def read_index(uri: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """A row for each sample, in the order of the shards."""
+    """The index: a row for each sample, in the order of the shards. Raises ShardError."""
     return read_table(open_storage(uri), INDEX_NAME, INDEX_SCHEMA, columns)
 
 
 def read_table(
-    storage: ObjectStore, name: str, schema: pa.Schema, columns: Sequence[str] | None = None
+    store: ObjectStore, name: str, schema: pa.Schema, columns: Sequence[str] | None = None
 ) -> pa.Table:
-    """ShardError where the table is absent, damaged or another one."""
-    wanted = list(columns) if columns is not None else schema.names
+    """Columns of a Parquet table. Raises ShardError where it is missing, damaged or has other columns."""
+    names = list(columns) if columns is not None else schema.names
     try:
-        table = pq.read_table(io.BytesIO(storage.read(name)), columns=wanted)
+        table = pq.read_table(io.BytesIO(store.read(name)), columns=names)
     except (StorageError, pa.ArrowException, OSError) as error:
-        raise ShardError(f"{storage.uri}/{name} cannot be read: {error}") from error
-    if table.schema.names != wanted:
-        raise ShardError(f"{storage.uri}/{name} has the columns {table.schema.names}, not {wanted}.")
+        raise ShardError(f"{store.uri}/{name} cannot be read: {error}") from error
+    if table.schema.names != names:
+        raise ShardError(f"{store.uri}/{name} has the columns {table.schema.names}, not {names}.")
     return table

@@ -1,4 +1,4 @@
-"""Reading a shard set once, whole, and naming every damage in it."""
+"""Full check of a shard set: reads it once and lists every damage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from soflow_pipelines.shards.info import INFO_NAME, DatasetInfo, ShardError
+from soflow_pipelines.shards.info import INFO_NAME, DatasetInfo
 from soflow_pipelines.shards.tables import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -32,7 +32,7 @@ from soflow_pipelines.storage.opening import open_storage
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is wrong: in a file of the set, and in which sample where it is one."""
+    """One defect of a set: the file, the sample's key where it concerns one, and what is wrong."""
 
     file: str
     key: str | None
@@ -48,13 +48,15 @@ class Member:
 
     offset: int
     content_crc: int
-    content: bytes | None  # of a label
+    content: bytes | None
+    """Only of a label."""
     cut: bool
+    """Whether the file ends inside it."""
 
 
 @dataclass
 class Scan:
-    """What a shard's bytes hold."""
+    """Members and defects found in a shard's bytes."""
 
     members: dict[str, Member] = field(default_factory=dict)
     damages: list[tuple[str | None, str]] = field(default_factory=list)
@@ -65,20 +67,21 @@ class Scan:
 def verify(
     uri: str | Path, threads: int | None = None, on_shard: Callable[[ShardRecord], None] | None = None
 ) -> list[Damage]:
-    """Every damage of the set, in the order of its shards; an empty list for a set as it was written.
+    """Every damage of a set, in the order of its shards; an empty list for an intact one.
 
-    ShardError where there is no set, or no manifest and index to compare with.
+    `on_shard` is called after each shard, from several threads. Raises ShardError where there is no set, or no manifest
+    and index to compare with, StorageError where it cannot be read.
     """
-    storage = open_storage(uri)
+    store = open_storage(uri)
     info, records, index = read_info(uri), read_manifest(uri), read_index(uri)
-    damages = _check_tables(storage, info, records, index)
+    damages = _check_tables(store, info, records, index)
     rows: list[list[dict[str, Any]]] = [[] for _ in records]
     for row in index.to_pylist():
         if 0 <= row["shard"] < len(records):
             rows[row["shard"]].append(row)
 
     def check(number: int) -> list[Damage]:
-        found = _check_shard(storage, info, records[number], rows[number])
+        found = _check_shard(store, info, records[number], rows[number])
         if on_shard is not None:
             on_shard(records[number])
         return found
@@ -90,7 +93,7 @@ def verify(
 
 
 def _check_tables(
-    storage: ObjectStore, info: DatasetInfo, records: list[ShardRecord], index: Any
+    store: ObjectStore, info: DatasetInfo, records: list[ShardRecord], index: Any
 ) -> list[Damage]:
     damages = []
     listed = sum(record.samples for record in records)
@@ -107,19 +110,19 @@ def _check_tables(
         damages.append(
             Damage(MANIFEST_NAME, None, f"its checksums are not those of the digest in {INFO_NAME}")
         )
-    if not isinstance(storage, WebFolder):
+    if not isinstance(store, WebFolder):
         known = {INFO_NAME, MANIFEST_NAME, INDEX_NAME, *(record.name for record in records)}
-        damages += [Damage(name, None, "an extra file") for name in storage.names() if name not in known]
+        damages += [Damage(name, None, "an extra file") for name in store.names() if name not in known]
     return damages
 
 
 def _check_shard(
-    storage: ObjectStore, info: DatasetInfo, record: ShardRecord, rows: list[dict[str, Any]]
+    store: ObjectStore, info: DatasetInfo, record: ShardRecord, rows: list[dict[str, Any]]
 ) -> list[Damage]:
     try:
-        if storage.size(record.name) is None:
+        if store.size(record.name) is None:
             return [Damage(record.name, None, "the shard is missing")]
-        content = memoryview(storage.read(record.name))
+        content = memoryview(store.read(record.name))
     except StorageError as error:
         return [Damage(record.name, None, str(error))]
     scan = scan_shard(content)
@@ -172,7 +175,7 @@ def _check_sample(scan: Scan, info: DatasetInfo, row: dict[str, Any]) -> Iterato
 
 
 def scan_shard(content: memoryview) -> Scan:
-    """Reads a tar file to its end, past damaged headers."""
+    """Scans a tar file to its end; after a damaged header it continues at the next one that is intact."""
     scan = Scan(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     position, lost, last = 0, False, None
     while position < len(content):
@@ -210,18 +213,10 @@ def scan_shard(content: memoryview) -> Scan:
 
 
 def _header(block: bytes) -> tarfile.TarInfo | None:
-    # A file's data may look like anything: only a block with tar's mark and checksum is a header.
+    # A member's data may look like anything: only a block with tar's magic and checksum is a header.
     if block[257:262] != b"ustar":
         return None
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         return None
-
-
-def require_intact(uri: str | Path) -> None:
-    """ShardError with the first damages where the set is not as it was written."""
-    damages = verify(uri)
-    if damages:
-        more = f" and {len(damages) - 3} more" if len(damages) > 3 else ""
-        raise ShardError(f"{uri} is damaged: {'; '.join(map(str, damages[:3]))}{more}.")

@@ -1,22 +1,22 @@
-"""Shard sets: WebDataset tar files, an index of offsets, a manifest and `dataset.json`.
+"""Writes shard sets: WebDataset tar files, an index of offsets, a manifest and `dataset.json`.
 
 A set is a folder or URI that holds
 
     shard-000000.tar ...   <key>.npy and <key>.cls, readable by any WebDataset reader, byte-deterministic
     index.parquet          a row for each sample: shard, key, label, offset and bytes of the .npy, its CRC-32
     manifest.parquet       a row for each shard: name, samples, bytes, SHA-256, label counts
-    dataset.json           what it holds; written last, so that a set is complete or absent
+    dataset.json           the description of the set; written last, so that a set is complete or absent
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import secrets
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,15 +26,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from soflow_pipelines.shards.info import INFO_NAME, DataMismatch, DatasetInfo, ShardError
-from soflow_pipelines.shards.tables import INDEX_SCHEMA, UNLABELLED, ShardRecord, StagingFolder, publish_set
-from soflow_pipelines.storage.opening import open_storage
-
-__all__ = ["DataMismatch", "DatasetInfo", "ShardError"]
+from soflow_pipelines.shards.info import INFO_NAME, DatasetInfo, ShardError
+from soflow_pipelines.shards.tables import INDEX_SCHEMA, UNLABELLED, ShardRecord, publish_set
+from soflow_pipelines.storage.files import atomic
+from soflow_pipelines.storage.opening import open_storage, staging_folder
 
 SHARD_BYTES = 256 * 2**20
-WRITE_BYTES = 8 * 2**20  # large writes are cached in large pages, which are faster to read again
+WRITE_BYTES = 8 * 2**20
+"""Large writes are cached in large pages, which are faster to read again."""
 BLOCK = 512
+"""Bytes to which tar pads headers and members."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +48,24 @@ class Sample:
 
 
 def shard_name(number: int) -> str:
+    """The file name of a shard."""
     return f"shard-{number:06d}.tar"
 
 
 def npy_header(dtype: str, shape: Sequence[int]) -> bytes:
-    """What stands before the data in an .npy file of version 1.0; every sample of a set has the same."""
+    """The bytes before the data in an .npy file of version 1.0; the same for every sample of a set."""
     return npy_bytes(np.empty(tuple(shape), dtype))[: -int(np.prod(shape)) * np.dtype(dtype).itemsize]
 
 
 def npy_bytes(array: NDArray[Any]) -> bytes:
+    """An array as an .npy file of version 1.0."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
 
 
 class ShardWriter:
-    """Writes one tar file: USTAR, every time and owner zero, so that equal samples make equal bytes."""
+    """Writes the samples of one tar file: USTAR, every time and owner zero, so that equal samples make equal bytes."""
 
     def __init__(self, file: BinaryIO, number: int, info: DatasetInfo) -> None:
         self._file = file
@@ -74,7 +77,7 @@ class ShardWriter:
         self._keys: set[str] = set()
 
     def add(self, sample: Sample) -> None:
-        """ValueError where the sample is not what `dataset.json` says, or its key was there before."""
+        """Appends a sample. Raises ValueError where it does not fit `dataset.json`, or its key was added before."""
         self._check(sample)
         content = npy_bytes(sample.array)
         offset = self._member(f"{sample.key}.npy", content)
@@ -116,6 +119,7 @@ class ShardWriter:
         self._bytes += len(content)
 
     def finish(self) -> ShardRecord:
+        """Writes the end of the tar file and returns the shard's row of the manifest and its rows of the index."""
         self._write(bytes(2 * BLOCK))
         columns = zip(*self._rows, strict=True) if self._rows else [()] * len(INDEX_SCHEMA)
         arrays = [pa.array(c, field.type) for c, field in zip(columns, INDEX_SCHEMA, strict=True)]
@@ -130,24 +134,24 @@ class ShardWriter:
         )
 
 
+@contextmanager
+def open_shard(path: Path, number: int, info: DatasetInfo) -> Iterator[ShardWriter]:
+    """Opens a local file for one shard, which takes its name when the block ends without an exception; call `finish` in it."""
+    # Not durable: the shard is staged, and publishing it has it reach the disk.
+    with atomic(path, durable=False, buffering=WRITE_BYTES) as file:
+        yield ShardWriter(file, number, info)
+
+
 def write_shard(path: Path, number: int, samples: Iterable[Sample], info: DatasetInfo) -> ShardRecord:
-    """Writes one shard to a local path, which is complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with aside.open("wb", buffering=WRITE_BYTES) as file:
-            writer = ShardWriter(file, number, info)
-            for sample in samples:
-                writer.add(sample)
-            record = writer.finish()
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return record
+    """Writes one shard to a local path, whole. Raises ValueError for a sample that does not fit, OSError."""
+    with open_shard(path, number, info) as writer:
+        for sample in samples:
+            writer.add(sample)
+        return writer.finish()
 
 
 def samples_per_shard(info: DatasetInfo, samples: int, shard_bytes: int = SHARD_BYTES) -> int:
-    """As many as fill `shard_bytes`; a small set is cut into eight, so that work on it can be spread."""
+    """How many samples fill `shard_bytes`; a small set is cut into eight shards, so that several workers can share it."""
     stored = int(np.prod(info.stored_shape)) * np.dtype(info.dtype).itemsize + 128
     member = BLOCK + -(-stored // BLOCK) * BLOCK + (2 * BLOCK if info.classes is not None else 0)
     return max(1, min(shard_bytes // member, -(-samples // 8)))
@@ -160,21 +164,22 @@ def write_shards(
     per_shard: int | None = None,
     total: int | None = None,
 ) -> DatasetInfo:
-    """Writes a whole set in the order given and returns its `dataset.json`.
+    """Writes a whole set, in the order of `samples`, and returns its finished description.
 
-    `per_shard` defaults to what fills 256 MB; with the `total` known, a small set is cut into eight shards.
+    `per_shard` defaults to what fills 256 MB; where the `total` is known, a small set is cut into eight shards.
+    Raises ShardError where there is a set already or no samples, StorageError, ValueError for a sample that does not fit.
     """
-    storage = open_storage(out)
-    if storage.size(INFO_NAME) is not None:
-        raise ShardError(f"{storage.uri} already holds a shard set; write to another place or remove it.")
+    store = open_storage(out)
+    if store.size(INFO_NAME) is not None:
+        raise ShardError(f"{store.uri} already holds a shard set; write to another folder or remove it.")
     if per_shard is None:
         per_shard = samples_per_shard(info, total if total is not None else 2**62)
     remaining = iter(samples)
     records: list[ShardRecord] = []
-    with StagingFolder(storage) as staging:
+    with staging_folder(store) as staging:
         while chunk := list(islice(remaining, per_shard)):
             local = staging / shard_name(len(records))
             record = write_shard(local, len(records), chunk, info)
-            storage.publish(record.name, local)
+            store.publish(record.name, local)
             records.append(record)
-    return publish_set(storage, info, records)
+    return publish_set(store, info, records)

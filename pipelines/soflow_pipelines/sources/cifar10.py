@@ -1,4 +1,4 @@
-"""soflow_pipelines.sources.cifar10"""
+"""The binary archive of CIFAR-10."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ import numpy as np
 
 from soflow_pipelines.sources.source import ArraySource, LabelledImages, SourceError
 
+CIFAR10 = "cifar10:"
+"""Prefix of a path whose images are CIFAR-10's."""
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
 
 class Cifar10Archive(ArraySource):
-    """`cifar-10-binary.tar.gz` as its authors publish it. The Python version is a pickle and is not read."""
+    """`cifar-10-binary.tar.gz` as its authors publish it; not the Python version, which is a pickle.
+
+    Raises SourceError where it cannot be read or has no batches of the split.
+    """
 
     def __init__(self, path: Path, name: str, split: str) -> None:
         images, labels = [], []
@@ -34,9 +41,3 @@ class Cifar10Archive(ArraySource):
             )
         data = LabelledImages(np.concatenate(images), np.concatenate(labels), CIFAR10_CLASSES)
         super().__init__(name, data)
-
-
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-
-CIFAR10 = "cifar10:"

@@ -1,4 +1,4 @@
-"""Real data that a dependency ships: scikit-learn's handwritten digits."""
+"""scikit-learn's handwritten digits: a real data set that comes with a dependency."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from soflow_pipelines.sources.source import LabelledImages
 
 
 def load_digits() -> LabelledImages:
-    """The 1,797 handwritten digits (N, 1, 8, 8) of scikit-learn, 17 grey levels spread over 0 to 255."""
+    """The 1,797 digits (N, 1, 8, 8), their 17 grey levels scaled to 0 to 255."""
     from sklearn.datasets import load_digits as read_digits
 
     digits = read_digits()

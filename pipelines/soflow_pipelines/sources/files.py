@@ -1,8 +1,4 @@
-"""Where images come from: folders, zip files, ImageNet's tree, Parquet, WebDataset shards, digits, CIFAR-10.
-
-A source lists its images once, in an order that depends on their names alone, and then gives any of them.
-It can be sent to another process, which opens the files again.
-"""
+"""Image files in a folder or zip file, with classes by folder; ImageNet's class order where the folders are its synsets."""
 
 from __future__ import annotations
 
@@ -18,13 +14,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from soflow_pipelines.images.decode import ImageError, decode_image
-from soflow_pipelines.sources.source import IMAGE_SUFFIXES, SourceError, _digest
+from soflow_pipelines.sources.source import IMAGE_SUFFIXES, SourceError, listing_digest
 
 SYNSET = re.compile(r"n\d{8}")
+"""Name of a class folder of ImageNet."""
 
 
 class FileSource:
-    """Images by path below a root; the first part of the path is the class."""
+    """Base of sources whose images are files: by path below a root, the first part of which is the class.
+
+    Raises SourceError where there are no images, or images beside the class folders.
+    """
 
     channels = 3
     block_ends: NDArray[np.int64] | None = None
@@ -44,23 +44,26 @@ class FileSource:
         self.ignored = ignored
         self._paths = [path for path, _ in listed]
         self.labels, self.class_names = _classes_of(name, self._paths, class_order)
-        self.digest = _digest([listed, self.class_names])
+        self.digest = listing_digest([listed, self.class_names])
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def item_name(self, item: int) -> str:
+        """Path of an image below the root."""
         return self._paths[item]
 
     def image(self, item: int) -> Image.Image:
+        """An image as RGB. Raises ImageError with its path where it is damaged."""
         return decode_image(self._read(self._paths[item]), self._paths[item])
 
     def _read(self, path: str) -> bytes:
+        """The bytes of a file."""
         raise NotImplementedError
 
 
 class FolderSource(FileSource):
-    """An image folder: `<class>/<anything>.jpg`, or images of no class."""
+    """An image folder: `<class>/<anything>.jpg`, or images without classes."""
 
     def __init__(self, root: Path, name: str, class_order: Sequence[str] | None = None) -> None:
         self._root = root
@@ -79,7 +82,7 @@ class FolderSource(FileSource):
 
 
 class ZipSource(FileSource):
-    """An image folder in a zip file, which is read without unpacking it."""
+    """An image folder in a zip file, read without unpacking it."""
 
     def __init__(
         self, archive: Path, prefix: str, name: str, class_order: Sequence[str] | None = None
@@ -109,6 +112,7 @@ class ZipSource(FileSource):
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
+    """Opens a zip file for reading. Raises SourceError."""
     try:
         return zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
@@ -118,39 +122,40 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 def _classes_of(
     name: str, paths: Sequence[str], class_order: Sequence[str] | None
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Labels (N,) and class names of paths; ImageNet's where the folders are its synsets."""
+    """Labels (N,) and class names of paths, or None and () where they are in no folders."""
     folders = [path.split("/")[0] if "/" in path else None for path in paths]
-    found = sorted({folder for folder in folders if folder is not None})
-    if not found:
+    present = sorted({folder for folder in folders if folder is not None})
+    if not present:
         return None, ()
     if None in folders:
         raise SourceError(
             f"{name} has images beside its class folders, such as {paths[folders.index(None)]}."
         )
-    order, names = _class_order(name, found, class_order)
+    order, names = _class_order(name, present, class_order)
     number = {folder: label for label, folder in enumerate(order)}
     return np.array([number[folder] for folder in folders if folder], np.int64), tuple(names)
 
 
 def _class_order(
-    name: str, found: Sequence[str], wanted: Sequence[str] | None
+    name: str, present: Sequence[str], required: Sequence[str] | None
 ) -> tuple[Sequence[str], Sequence[str]]:
-    if wanted is not None:
-        strange = sorted(set(found) - set(wanted))
-        if strange:
+    """Class folders in the order of their labels, and the names of the classes."""
+    if required is not None:
+        unknown = sorted(set(present) - set(required))
+        if unknown:
             raise SourceError(
-                f"{name} has the class folder {strange[0]!r}; the classes are {', '.join(wanted)}."
+                f"{name} has the class folder {unknown[0]!r}; the classes are {', '.join(required)}."
             )
-        return wanted, wanted
-    if all(SYNSET.fullmatch(folder) for folder in found):
+        return required, required
+    if all(SYNSET.fullmatch(folder) for folder in present):
         synsets, names = imagenet_classes()
-        if set(found) <= set(synsets):
+        if set(present) <= set(synsets):
             return synsets, names
-    return found, found
+    return present, present
 
 
 def imagenet_classes() -> tuple[list[str], list[str]]:
-    """The 1,000 synsets of ILSVRC 2012 in the usual class order, and their names in words."""
+    """The 1,000 synsets of ILSVRC 2012 in the usual class order, and their descriptions."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")

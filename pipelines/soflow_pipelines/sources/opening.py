@@ -1,17 +1,19 @@
-"""soflow_pipelines.sources.opening"""
+"""Opens the image source behind a name or path."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from soflow_pipelines.sources.cifar10 import CIFAR10, CIFAR10_CLASSES
+from soflow_pipelines.sources.cifar10 import CIFAR10, CIFAR10_CLASSES, Cifar10Archive
 from soflow_pipelines.sources.digits import load_digits
 from soflow_pipelines.sources.files import FolderSource, ZipSource, open_zip
+from soflow_pipelines.sources.parquet import ParquetSource
 from soflow_pipelines.sources.source import ArraySource, Source, SourceError
+from soflow_pipelines.sources.webdataset import TarSource
 
 
 def split_folder(folder: Path, split: str) -> Path:
-    """The folder of a split: below ImageNet's tree, below the folder, or the folder itself."""
+    """The folder of a split: in ImageNet's tree, directly below the folder, or the folder itself."""
     for below in (f"ILSVRC/Data/CLS-LOC/{split}", f"Data/CLS-LOC/{split}", split):
         if (folder / below).is_dir():
             return folder / below
@@ -19,7 +21,7 @@ def split_folder(folder: Path, split: str) -> Path:
 
 
 def split_prefix(archive: Path, split: str) -> str:
-    """The path in a zip file below which a split's class folders are, with its slash."""
+    """The path in a zip file, with its slash, below which the class folders of a split are. Raises SourceError."""
     with open_zip(archive) as opened:
         names = opened.namelist()
     for below in (f"ILSVRC/Data/CLS-LOC/{split}/", f"Data/CLS-LOC/{split}/", f"{split}/"):
@@ -33,12 +35,12 @@ def split_prefix(archive: Path, split: str) -> str:
 
 
 def source_path(text: str) -> Path:
-    """The file or folder that a source is in."""
+    """The file or folder of a source."""
     return Path(text.removeprefix(CIFAR10)).expanduser()
 
 
 def absolute_source(text: str) -> str:
-    """The same source for a process with another working folder."""
+    """A source with an absolute path, for processes with another working folder."""
     if text == "digits":
         return text
     return (CIFAR10 if text.startswith(CIFAR10) else "") + str(source_path(text).absolute())
@@ -47,11 +49,10 @@ def absolute_source(text: str) -> str:
 def open_source(
     text: str, split: str = "train", image_column: str | None = None, label_column: str | None = None
 ) -> Source:
-    """`digits`, `cifar10:PATH`, or a path: an image folder, ImageNet's tree, a zip, Parquet, WebDataset shards."""
-    from soflow_pipelines.sources.cifar10 import Cifar10Archive
-    from soflow_pipelines.sources.parquet import ParquetSource
-    from soflow_pipelines.sources.webdataset import TarSource
+    """The source named `digits` or `cifar10:PATH`, or at a path: an image folder, ImageNet's tree, a zip, Parquet, WebDataset shards.
 
+    `split` chooses among several that a source may have; the columns are those of Parquet. Raises SourceError.
+    """
     if text == "digits":
         return ArraySource("digits", load_digits())
     cifar10, path = text.startswith(CIFAR10), source_path(text)

@@ -1,4 +1,4 @@
-"""Sources that are tables or archives: Parquet, WebDataset shards, CIFAR-10's own archive."""
+"""Parquet files with a column of encoded images as a source."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from soflow_pipelines.images.decode import ImageError, decode_image
-from soflow_pipelines.sources.source import SourceError
+from soflow_pipelines.sources.source import SourceError, listing_digest
+
+NUMERIC = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_floating)
 
 
 class ParquetSource:
     """Parquet files with a column of encoded images (binary, or a struct with `bytes`) and one of labels.
 
-    Labels are integers, named by the `huggingface` metadata where there is some, or strings.
+    Labels are strings, or integers whose names are taken from the `huggingface` metadata where there is some.
+    Raises SourceError where the files cannot be read or lack a column.
     """
 
     channels = 3
@@ -58,7 +61,7 @@ class ParquetSource:
         self.labels, self.class_names = self._labels(tables, schema, label)
         sizes = [(path.name, path.stat().st_size) for path in files]
         listed = None if self.labels is None else hashlib.sha256(self.labels.tobytes()).hexdigest()
-        self.digest = hashlib.sha256(json.dumps([sizes, listed, self.class_names]).encode()).hexdigest()
+        self.digest = listing_digest([sizes, listed, self.class_names])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_local"}
@@ -72,6 +75,7 @@ class ParquetSource:
         return int(self.block_ends[-1])
 
     def _file(self, number: int) -> pq.ParquetFile:
+        """A file, opened once in each thread."""
         opened = self._local.__dict__.setdefault("files", {})
         if number not in opened:
             try:
@@ -83,18 +87,22 @@ class ParquetSource:
     def _labels(
         self, tables: Sequence[pq.ParquetFile], schema: pa.Schema, column: str | None
     ) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+        """Labels (N,) and class names, or None and () where there is no column of labels."""
         if column is None:
             return None, ()
-        values = pa.concat_tables([table.read([column]) for table in tables])[column]
+        try:
+            values = pa.concat_tables([table.read([column]) for table in tables])[column]
+        except (OSError, pa.ArrowException) as error:
+            raise SourceError(f"{self.name}: the column {column} cannot be read: {error}.") from error
         if values.null_count:
             raise SourceError(f"{self.name}: {values.null_count} rows have no {column}.")
         if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
             names = sorted(set(values.to_pylist()))
             return np.searchsorted(names, values.to_pylist()).astype(np.int64), tuple(names)
+        if not any(is_kind(values.type) for is_kind in NUMERIC):
+            raise SourceError(f"{self.name}: {column} is {values.type}; labels are integers or strings.")
         labels = values.to_numpy().astype(np.int64)
-        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        feature = metadata.get("info", {}).get("features", {}).get(column, {})
-        names = feature.get("names") or [str(label) for label in range(int(labels.max()) + 1)]
+        names = _names_in_metadata(schema, column) or [str(label) for label in range(int(labels.max()) + 1)]
         if labels.min() < 0 or labels.max() >= len(names):
             raise SourceError(
                 f"{self.name}: labels go from {labels.min()} to {labels.max()}, for {len(names)} classes."
@@ -102,16 +110,19 @@ class ParquetSource:
         return labels, tuple(names)
 
     def item_name(self, item: int) -> str:
+        """File, row group and row of an image."""
         group, row = self._place(item)
         number, number_in_file = self._groups[group]
         return f"{Path(self._files[number]).name}, row group {number_in_file}, row {row}"
 
     def _place(self, item: int) -> tuple[int, int]:
+        """(index into `_groups`, row in the row group) of an item."""
         assert self.block_ends is not None
         group = int(np.searchsorted(self.block_ends, item, side="right"))
         return group, item - (int(self.block_ends[group - 1]) if group else 0)
 
     def image(self, item: int) -> Image.Image:
+        """An image as RGB. Raises ImageError with its name where it is damaged or missing."""
         group, row = self._place(item)
         if getattr(self._local, "group", None) != group:
             number, number_in_file = self._groups[group]
@@ -125,6 +136,7 @@ class ParquetSource:
 
 
 def _image_column(name: str, schema: pa.Schema) -> str:
+    """The first column of encoded images. Raises SourceError where there is none."""
     for field in schema:
         kind = field.type
         if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
@@ -134,3 +146,12 @@ def _image_column(name: str, schema: pa.Schema) -> str:
     raise SourceError(
         f"{name} has no column of images (binary, or a struct with bytes): {', '.join(schema.names)}."
     )
+
+
+def _names_in_metadata(schema: pa.Schema, column: str) -> list[str] | None:
+    """The class names that the `datasets` library wrote for a column of labels."""
+    try:
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        return metadata.get("info", {}).get("features", {}).get(column, {}).get("names")
+    except (ValueError, AttributeError):
+        return None

@@ -1,4 +1,8 @@
-"""soflow_pipelines.sources.source"""
+"""The interface of an image source, and the source of images that are in memory.
+
+A source lists its images once, in an order that depends on their names alone, and then returns any of them. It can be pickled;
+another process opens the files again.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,12 @@ from soflow_core.failures import InputError
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """A data set that fits in memory."""
+    """A labelled image data set in memory."""
 
-    images: NDArray[np.uint8]  # (N, C, H, W), 0 to 255
-    labels: NDArray[np.int64]  # (N,), 0 to len(class_names) - 1
+    images: NDArray[np.uint8]
+    """(N, C, H, W), 0 to 255."""
+    labels: NDArray[np.int64]
+    """(N,), 0 to len(class_names) - 1."""
     class_names: tuple[str, ...]
 
 
@@ -36,24 +42,33 @@ class Source(Protocol):
     """A list of images with labels. Items are numbered from 0."""
 
     name: str
+    """The last part of its path, for messages and `dataset.json`."""
     channels: int
-    resolution: int | None  # the side that all images have by nature, None where sizes differ
+    """3, or 1 for grey images."""
+    resolution: int | None
+    """Side that all images of the data set have, None where sizes differ."""
     labels: NDArray[np.int64] | None
+    """(N,), None where the images have no classes."""
     class_names: tuple[str, ...]
-    digest: str  # of the list: names, sizes and labels
-    ignored: int  # files beside the images that are none
-    block_ends: NDArray[np.int64] | None  # items between two ends are cheap only when read together
+    digest: str
+    """Of the list: names, sizes and labels."""
+    ignored: int
+    """Files beside the images that are not images."""
+    block_ends: NDArray[np.int64] | None
+    """Where given, images are cheap to read only in whole blocks: the number of items up to the end of each block."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """How many images there are."""
 
-    def item_name(self, item: int) -> str: ...
+    def item_name(self, item: int) -> str:
+        """Name of an image for messages."""
 
     def image(self, item: int) -> Image.Image:
-        """RGB, or L where `channels` is 1. ImageError naming a damaged one."""
+        """An image as RGB, or L where `channels` is 1. Raises ImageError with its name where it is damaged."""
 
 
 class ArraySource:
-    """Images that are in memory."""
+    """Images in memory as a source."""
 
     ignored = 0
     block_ends: NDArray[np.int64] | None = None
@@ -71,12 +86,15 @@ class ArraySource:
         return len(self._images)
 
     def item_name(self, item: int) -> str:
+        """Name of an image for messages."""
         return f"{self.name}[{item}]"
 
     def image(self, item: int) -> Image.Image:
+        """An image as RGB, or L where `channels` is 1."""
         pixels = self._images[item]
         return Image.fromarray(pixels[0] if self.channels == 1 else pixels.transpose(1, 2, 0))
 
 
-def _digest(listing: Any) -> str:
+def listing_digest(listing: Any) -> str:
+    """SHA-256 of a list of names, sizes and labels, in hexadecimal."""
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()

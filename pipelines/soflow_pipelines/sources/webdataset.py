@@ -1,10 +1,8 @@
-"""soflow_pipelines.sources.webdataset"""
+"""Tar files in WebDataset's format as a source, also shard sets of pixels."""
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import os
 import tarfile
 from collections.abc import Sequence
@@ -15,12 +13,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from soflow_pipelines.images.decode import ImageError, decode_image
-from soflow_pipelines.shards.info import INFO_NAME, DatasetInfo
-from soflow_pipelines.sources.source import IMAGE_SUFFIXES, SourceError
+from soflow_pipelines.shards.info import INFO_NAME
+from soflow_pipelines.shards.tables import read_info
+from soflow_pipelines.sources.source import IMAGE_SUFFIXES, SourceError, listing_digest
 
 
 class TarSource:
-    """WebDataset shards: `<key>.jpg` (or another image, or a uint8 `.npy`) and `<key>.cls`."""
+    """WebDataset shards: `<key>.jpg` (or another image, or a uint8 `.npy`) and `<key>.cls`.
+
+    Raises SourceError where they cannot be read, hold no images, or only some of these have labels, and ShardError for a
+    `dataset.json` that cannot be understood.
+    """
 
     block_ends: NDArray[np.int64] | None = None
 
@@ -30,7 +33,8 @@ class TarSource:
         self.channels = 3
         self.resolution: int | None = None
         self._files = [str(path) for path in files]
-        self._items: list[tuple[int, str, int, int]] = []  # file, member, offset, bytes
+        self._items: list[tuple[int, str, int, int]] = []
+        """File, name of the member, its offset and its bytes."""
         labels: list[int | None] = []
         for number, path in enumerate(files):
             self._scan(number, path, labels)
@@ -42,9 +46,10 @@ class TarSource:
             raise SourceError(f"{name}: {unlabelled} samples have no .cls, such as {member}.")
         self.labels = None if unlabelled else np.array(labels, np.int64)
         self.class_names = self._class_names(files[0].parent)
-        self.digest = hashlib.sha256(json.dumps([self._items, labels]).encode()).hexdigest()
+        self.digest = listing_digest([self._items, labels])
 
     def _scan(self, number: int, path: Path, labels: list[int | None]) -> None:
+        """Lists the images of one file, and appends their labels to `labels`."""
         images: dict[str, tuple[str, int, int]] = {}
         classes: dict[str, int] = {}
         try:
@@ -69,10 +74,11 @@ class TarSource:
             labels.append(classes.get(key))
 
     def _class_names(self, folder: Path) -> tuple[str, ...]:
+        """Names from `dataset.json` where there is one, which also has channels and resolution; else numbers."""
         if self.labels is None:
             return ()
         if (folder / INFO_NAME).is_file():
-            info = DatasetInfo.from_json((folder / INFO_NAME).read_text())
+            info = read_info(folder)
             if info.kind != "pixels":
                 raise SourceError(f"{self.name} holds latents; images are needed.")
             self.channels, self.resolution = info.shape[0], info.shape[1]
@@ -84,10 +90,12 @@ class TarSource:
         return len(self._items)
 
     def item_name(self, item: int) -> str:
+        """File and member of an image."""
         number, member, *_ = self._items[item]
         return f"{Path(self._files[number]).name}: {member}"
 
     def image(self, item: int) -> Image.Image:
+        """An image as RGB, or L where `channels` is 1. Raises ImageError with its name where it is damaged."""
         number, member, offset, size = self._items[item]
         with open(self._files[number], "rb") as file:
             content = os.pread(file.fileno(), size, offset)

@@ -1,12 +1,18 @@
-"""Files of this machine that are complete or absent: written aside, then renamed; checksums."""
+"""Atomic file operations on a local file system, JSON files, and checksums.
+
+Everything that this project publishes as a file goes through `atomic` or `move`, so that there is one guarantee: a reader sees
+the old content or the new one, never a part, whichever processes, containers and machines write to the folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,31 +21,70 @@ BLOCK_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
-def atomic(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes its name when the block ends without an exception.
+def atomic(path: Path, *, durable: bool = True, buffering: int = -1) -> Iterator[BinaryIO]:
+    """Opens a file for writing that takes its name when the block ends without an exception.
 
-    A reader sees the old content or the new one, never a part. The bytes go to a file beside it whose name is random, so that
-    processes, containers and machines that share the folder never write to the same one; it is removed where the block fails.
-    `durable` has content and name on the disk before this returns. Parent folders are created. Raises OSError.
+    The bytes go to a temporary file in the same folder, whose name is random: a process id is not unique between containers. It
+    is removed where the block fails. With `durable`, content and name are on the disk before this returns. Parent folders are
+    created. `buffering` is that of `open`. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    partial = _partial(path)
     try:
-        with aside.open("wb") as file:
+        with partial.open("wb", buffering=buffering) as file:
             yield file
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(partial, path)
         if durable:
             sync_folder(path.parent)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 
+def move(source: Path, path: Path) -> None:
+    """Moves a finished file to a path where it appears whole, and is on the disk when this returns.
+
+    It is renamed, or copied where the two are on different file systems. Parent folders are created. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with source.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(source, path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with source.open("rb") as content, atomic(path) as target:
+            shutil.copyfileobj(content, target, BLOCK_BYTES)
+        source.unlink()
+    else:
+        sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, to be renamed to it when it is complete; removed with what is left in it.
+
+    Its name is random, as that of a temporary file of `atomic`. Parent folders are created. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    partial.mkdir()
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+
+
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder reach the disk."""
+    """Has the names in a folder reach the disk."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -48,13 +93,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
-    """Write a file that is complete or absent."""
+    """Writes a file atomically."""
     with atomic(path, durable=durable) as file:
         file.write(content)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that is complete or absent, and on the disk when this returns."""
+    """Writes a JSON file atomically; it is on the disk when this returns."""
     write_bytes(path, json.dumps(content, indent=1).encode(), durable=True)
 
 
@@ -68,15 +113,20 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return sha256_of(file)
 
 
 def sha256_of(file: BinaryIO) -> str:
-    """SHA-256 of an open file's bytes, from its beginning."""
+    """SHA-256 of an open file's bytes from its beginning, in hexadecimal."""
     checksum = hashlib.sha256()
     file.seek(0)
     while block := file.read(BLOCK_BYTES):
         checksum.update(block)
     return checksum.hexdigest()
+
+
+def short_digest(digest: str, length: int = 16) -> str:
+    """The first hexadecimal digits of a digest, with or without the name of its algorithm before it (`sha256:...`)."""
+    return digest.rpartition(":")[2][:length]

@@ -1,4 +1,4 @@
-"""The one error of every storage."""
+"""The interface of every object store, and its error."""
 
 from __future__ import annotations
 
@@ -9,29 +9,33 @@ from soflow_core.failures import InputError
 
 
 class StorageError(InputError):
-    """A place that cannot be read or written. The text names it and says what is wrong."""
+    """An object store that cannot be read or written. The text names the file or folder and says what is wrong."""
 
 
 class ObjectStore(Protocol):
-    """A folder of files. A file is complete or absent; names may hold `/`."""
+    """A folder of files, local or remote. A file is complete or absent; names may hold `/`. All methods raise StorageError."""
 
     @property
-    def uri(self) -> str: ...
+    def uri(self) -> str:
+        """The folder or URI that the store was opened with."""
 
-    def read(self, name: str) -> bytes: ...
+    def read(self, name: str) -> bytes:
+        """The content of a file."""
 
-    def open(self, name: str, start: int = 0) -> BinaryIO: ...
+    def open(self, name: str, start: int = 0) -> BinaryIO:
+        """Opens a file for reading, from the byte `start` on."""
 
     def size(self, name: str) -> int | None:
-        """Bytes of the file, None where there is none."""
+        """Bytes of a file, None where there is none."""
 
     def names(self) -> list[str]:
         """The names of all files, sorted."""
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a whole file that outlives the machine's sudden end."""
+        """Writes a file whole; it is on the disk when this returns."""
 
     def publish(self, name: str, local: Path) -> None:
-        """Moves a finished local file here under this name."""
+        """Moves a finished local file here under this name; it is on the disk when this returns."""
 
-    def remove(self, name: str) -> None: ...
+    def remove(self, name: str) -> None:
+        """Removes a file, where there is one."""

@@ -1,9 +1,13 @@
-"""Where a shard set lies: a folder here, in S3 or behind a web server, read and written by name."""
+"""Opens the object store behind a folder or URI."""
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from soflow_pipelines.storage.files import temporary_folder
 from soflow_pipelines.storage.http import WebFolder
 from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import ObjectStore, StorageError
@@ -11,7 +15,10 @@ from soflow_pipelines.storage.s3 import S3Folder
 
 
 def open_storage(uri: str | Path) -> ObjectStore:
-    """The storage behind a folder, `file://`, `s3://bucket/prefix` or `https://host/path`. Nothing is opened yet."""
+    """The store behind a folder, `file://`, `s3://bucket/prefix` or `https://host/path`. It is not accessed yet.
+
+    Raises StorageError for a URI of another scheme.
+    """
     text = str(uri)
     scheme, separator, rest = text.partition("://")
     if not separator:
@@ -23,3 +30,18 @@ def open_storage(uri: str | Path) -> ObjectStore:
     if scheme in ("http", "https"):
         return WebFolder(text)
     raise StorageError(f"{text}: {scheme}:// is not understood; there are folders, file://, s3://, https://.")
+
+
+@contextlib.contextmanager
+def staging_folder(store: ObjectStore, below: str = "") -> Iterator[Path]:
+    """A temporary folder for files that are to be published to a store: inside a local one, so that they need no copy.
+
+    Raises StorageError where it cannot be created.
+    """
+    parent = store.path(below) if isinstance(store, LocalFolder) else Path(tempfile.gettempdir())
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(temporary_folder(parent / "soflow-staging"))
+        except OSError as error:
+            raise StorageError(f"{parent} cannot be written: {error.strerror}") from error
+        yield folder

@@ -1,4 +1,4 @@
-"""Folders that are not of this machine: S3 through pyarrow's filesystem, and web servers."""
+"""A prefix of an S3 bucket as an object store, through pyarrow's S3 client."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from urllib.parse import parse_qs, urlsplit
 
 from soflow_pipelines.storage.object_store import StorageError
 
-CHUNK = 8 * 2**20
+UPLOAD_BYTES = 8 * 2**20
 
 
 class S3Folder:
     """`s3://bucket/prefix[?endpoint_override=HOST:PORT&scheme=http&region=NAME]`.
 
-    Credentials come from where AWS's own tools take them (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,
-    ~/.aws, the instance's role); a server of one's own from the query or AWS_ENDPOINT_URL. Keys in the URI
-    are refused, for URIs are logged.
+    Credentials are taken from where AWS's own tools take them (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,
+    ~/.aws, the instance's role); the address of a server other than AWS from the query or AWS_ENDPOINT_URL.
+    Keys in the URI are refused, because URIs are logged.
     """
 
     def __init__(self, uri: str) -> None:
@@ -37,6 +37,7 @@ class S3Folder:
 
     @property
     def uri(self) -> str:
+        """The URI that the store was opened with."""
         return self._uri
 
     def __getstate__(self) -> dict[str, Any]:
@@ -44,7 +45,7 @@ class S3Folder:
 
     @property
     def _filesystem(self) -> Any:
-        # The client holds threads and sockets: a forked process needs one of its own.
+        # The client holds threads and sockets, which do not survive a fork.
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), self._connect())
         return self._opened[1]
@@ -66,7 +67,7 @@ class S3Folder:
         return S3FileSystem(
             **settings,
             connect_timeout=10,
-            request_timeout=10,  # without a byte
+            request_timeout=10,  # seconds without a byte
             retry_strategy=AwsStandardS3RetryStrategy(max_attempts=2),
             allow_bucket_creation=False,
         )
@@ -75,6 +76,7 @@ class S3Folder:
         return f"{self._root}/{name}"
 
     def read(self, name: str) -> bytes:
+        """The content of a file. Raises StorageError."""
         with self.open(name) as file:
             try:
                 return file.read()
@@ -82,6 +84,7 @@ class S3Folder:
                 raise self._failure(name, "read", error) from error
 
     def open(self, name: str, start: int = 0) -> BinaryIO:
+        """Opens a file for reading, from the byte `start` on. Raises StorageError."""
         try:
             file = self._filesystem.open_input_file(self._path(name))
             file.seek(start)
@@ -90,6 +93,7 @@ class S3Folder:
         return cast(BinaryIO, file)
 
     def size(self, name: str) -> int | None:
+        """Bytes of a file, None where there is none. Raises StorageError."""
         from pyarrow.fs import FileType
 
         try:
@@ -99,6 +103,7 @@ class S3Folder:
         return int(found.size) if found.type == FileType.File else None
 
     def names(self) -> list[str]:
+        """The names of all files, sorted. Raises StorageError."""
         from pyarrow.fs import FileSelector, FileType
 
         try:
@@ -110,9 +115,11 @@ class S3Folder:
         return sorted(entry.path[len(self._root) + 1 :] for entry in found if entry.type == FileType.File)
 
     def write(self, name: str, content: bytes) -> None:
+        """Uploads a file. Raises StorageError."""
         self._upload(name, content)
 
     def publish(self, name: str, local: Path) -> None:
+        """Uploads a finished local file, then removes it. Raises StorageError."""
         self._upload(name, local)
         local.unlink()
 
@@ -131,6 +138,7 @@ class S3Folder:
             raise StorageError(f"{self._uri}/{name}: {expected} bytes were sent, {arrived} arrived.")
 
     def remove(self, name: str) -> None:
+        """Removes a file, where there is one. Raises StorageError."""
         try:
             if self.size(name) is not None:
                 self._filesystem.delete_file(self._path(name))
@@ -147,12 +155,12 @@ def _chunks(content: bytes | Path) -> Any:
         yield content
         return
     with content.open("rb") as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(UPLOAD_BYTES):
             yield chunk
 
 
 def _s3_reason(text: str) -> str:
-    """What an error of the AWS client says, in words."""
+    """The cause of an error of the AWS client, as the end of a sentence."""
     status = re.search(r"HTTP status (\d+)", text)
     if "NO_SUCH_BUCKET" in text or "NoSuchBucket" in text:
         return "there is no such bucket."

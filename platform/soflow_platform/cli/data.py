@@ -1,7 +1,8 @@
-"""`soflowctl data`: make, look at and check shard sets."""
+"""`soflowctl data`: prepares, shows and verifies shard sets."""
 
 from __future__ import annotations
 
+from collections import Counter
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,9 @@ from soflow_platform.cli.terminal import progress_bar, quiet_libraries
 from soflow_platform.errors import JobError, UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from soflow_pipelines.shards.info import DatasetInfo
     from soflow_platform.jobs.prepare import Prepared, PrepareRequest
 
@@ -137,22 +141,17 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what a shard set holds, and its images as a contact sheet."""
-    from soflow_pipelines.shards.info import ShardError
     from soflow_pipelines.shards.tables import read_info, read_manifest
-    from soflow_pipelines.storage.object_store import StorageError
 
-    try:
-        info, records = read_info(uri), read_manifest(uri)
-        _print_info(uri, info)
-        counts: dict[int, int] = {}
-        for record in records:
-            for label, count in record.label_counts.items():
-                counts[label] = counts.get(label, 0) + count
-        _print_classes(info, counts)
-        if sheet is not None:
-            _write_sheet(uri, info, sheet, images, seed, autoencoder)
-    except (ShardError, StorageError) as error:
-        raise UserError(str(error)) from error
+    info, records = read_info(uri), read_manifest(uri)
+    _print_info(uri, info)
+    counts: Counter[int] = Counter()
+    for record in records:
+        counts.update(record.label_counts)
+    _print_classes(info, counts)
+    if sheet is not None:
+        pictures = _preview(uri, info, images, seed, autoencoder)
+        _write_sheet(pictures, sheet)
 
 
 def _print_info(uri: str, info: DatasetInfo) -> None:
@@ -171,11 +170,11 @@ def _print_info(uri: str, info: DatasetInfo) -> None:
         typer.echo(f"left out: {name}")
 
 
-def _print_classes(info: DatasetInfo, counts: dict[int, int]) -> None:
+def _print_classes(info: DatasetInfo, counts: Counter[int]) -> None:
     if info.classes is None:
         typer.echo("no classes")
         return
-    sizes = [counts.get(label, 0) for label in range(info.classes)]
+    sizes = [counts[label] for label in range(info.classes)]
     empty = sizes.count(0)
     typer.echo(
         f"{info.classes} classes of {min(sizes)} to {max(sizes)} samples"
@@ -190,13 +189,12 @@ def _print_classes(info: DatasetInfo, counts: dict[int, int]) -> None:
         typer.echo(f"       and {rest} more")
 
 
-def _write_sheet(
-    uri: str, info: DatasetInfo, sheet: Path, images: int, seed: int, autoencoder: str | None
-) -> None:
+def _preview(
+    uri: str, info: DatasetInfo, count: int, seed: int, autoencoder: str | None
+) -> NDArray[np.uint8]:
+    """Images of a set, decoded where it holds latents. Raises UserError where its autoencoder cannot be loaded."""
     from soflow_pipelines.images.autoencoder import AutoencoderError, load_autoencoder
-    from soflow_pipelines.images.encode import encode_png, image_grid
     from soflow_pipelines.shards.preview import sample_images
-    from soflow_pipelines.storage.files import write_bytes
 
     decoder = None
     if info.kind == "latents":
@@ -210,7 +208,15 @@ def _write_sheet(
                 f"{uri} holds latents of {info.autoencoder} ({info.autoencoder_digest}), the autoencoder given is "
                 f"{decoder.facts.id} ({decoder.facts.digest})."
             )
-    pictures, _ = sample_images(uri, images, seed, decoder)
+    pictures, _ = sample_images(uri, count, seed, decoder)
+    return pictures
+
+
+def _write_sheet(pictures: NDArray[np.uint8], sheet: Path) -> None:
+    """Writes images as one PNG, small ones enlarged. Raises UserError where the file cannot be written."""
+    from soflow_pipelines.images.encode import encode_png, image_grid
+    from soflow_pipelines.storage.files import write_bytes
+
     columns = max(1, round(len(pictures) ** 0.5))
     grid = image_grid(pictures, columns=columns, enlarge=max(1, 64 // pictures.shape[-1]))
     try:
@@ -231,22 +237,17 @@ def verify(
     from rich.console import Console
     from rich.progress import Progress
 
-    from soflow_pipelines.shards.info import ShardError
     from soflow_pipelines.shards.tables import ShardRecord, read_info
     from soflow_pipelines.shards.verify import verify as find_damages
-    from soflow_pipelines.storage.object_store import StorageError
 
-    try:
-        info = read_info(uri)
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("verifying", total=info.bytes)
+    info = read_info(uri)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("verifying", total=info.bytes)
 
-            def show(record: ShardRecord) -> None:
-                bar.advance(task, record.bytes)
+        def show(record: ShardRecord) -> None:
+            bar.advance(task, record.bytes)
 
-            damages = find_damages(uri, threads, show)
-    except (ShardError, StorageError) as error:
-        raise UserError(str(error)) from error
+        damages = find_damages(uri, threads, show)
     for damage in damages:
         typer.echo(str(damage))
     if damages:

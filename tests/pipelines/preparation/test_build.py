@@ -1,4 +1,4 @@
-"""Preparing: what each shard holds, and that a cut preparation ends with the same bytes."""
+"""Preparation: what each shard holds, and that a resumed preparation ends with the same bytes."""
 
 import io
 from itertools import pairwise
@@ -12,23 +12,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from soflow_pipelines.images.autoencoder import AutoencoderError, AutoencoderFacts, load_autoencoder
-from soflow_pipelines.preparation.build import build_shard, prepare_here
-from soflow_pipelines.preparation.shard_plan import DamagedImages, Preparation, PrepareSettings
-from soflow_pipelines.preparation.state import finish, only_one, start
+from soflow_pipelines.images.codec import AutoencoderFacts
+from soflow_pipelines.preparation.build import DamagedImages, ShardBuilder, prepare_locally
+from soflow_pipelines.preparation.shard_plan import PreparationError, PrepareSettings, ShardPlan
+from soflow_pipelines.preparation.state import begin, exclusive, finish
 from soflow_pipelines.shards.info import ShardError
 from soflow_pipelines.shards.loader import ShardLoader
 from soflow_pipelines.shards.tables import read_index, read_info
 from soflow_pipelines.shards.verify import verify
 from soflow_pipelines.sources.opening import open_source
-from soflow_pipelines.storage.object_store import ObjectStore
+from soflow_pipelines.storage.object_store import ObjectStore, StorageError
 from soflow_pipelines.storage.opening import open_storage
 
 IMAGES = 40
 
 
 class Blocks:
-    """Averages of 4 x 4 blocks as the mean, and a constant deviation: what an encoder gives, in little."""
+    """An encoder: averages of 4 x 4 blocks as the mean, and a constant standard deviation."""
 
     facts = AutoencoderFacts("blocks", "0" * 16, 3, 4, 0.5, 0.0)
 
@@ -47,14 +47,14 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def plan_of(images: Path, latents: bool = False, **settings: object) -> Preparation:
+def plan_of(images: Path, latents: bool = False, **settings: object) -> ShardPlan:
     chosen = PrepareSettings(**{"resolution": 16, "batch": 4, **settings})  # type: ignore[arg-type]
-    return Preparation(open_source(str(images)), chosen, Blocks.facts if latents else None)
+    return ShardPlan(open_source(str(images)), chosen, Blocks.facts if latents else None)
 
 
-def damaged_in(plan: Preparation, shard: int, storage: ObjectStore) -> list[str]:
+def damaged_in(plan: ShardPlan, shard: int, storage: ObjectStore) -> list[str]:
     try:
-        build_shard(plan, shard, storage, None)
+        ShardBuilder(plan, storage).build(shard)
     except DamagedImages as error:
         return error.errors
     return []
@@ -66,7 +66,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_every_image_is_there_once_with_its_label(images: Path, tmp_path: Path) -> None:
     plan = plan_of(images)
-    info = prepare_here(plan, open_storage(tmp_path / "out"), None)
+    info = prepare_locally(plan, open_storage(tmp_path / "out"), None)
     assert (info.samples, info.classes, info.shape, info.shards) == (IMAGES, 4, (3, 16, 16), 8)
     rows = read_index(tmp_path / "out").to_pylist()
     source = plan.source
@@ -78,13 +78,13 @@ def test_every_image_is_there_once_with_its_label(images: Path, tmp_path: Path) 
 
 
 def test_images_are_dealt_to_shards_out_of_the_sources_order(images: Path, tmp_path: Path) -> None:
-    prepare_here(plan_of(images), open_storage(tmp_path / "out"), None)
+    prepare_locally(plan_of(images), open_storage(tmp_path / "out"), None)
     rows = read_index(tmp_path / "out").to_pylist()
     order = [int(row["key"]) for row in rows]
     assert order != sorted(order)
     first = [row["label"] for row in rows if row["shard"] < 4]
     assert len(set(first)) == 4
-    prepare_here(plan_of(images, seed=1), open_storage(tmp_path / "other"), None)
+    prepare_locally(plan_of(images, seed=1), open_storage(tmp_path / "other"), None)
     assert [int(row["key"]) for row in read_index(tmp_path / "other").to_pylist()] != order
 
 
@@ -92,67 +92,65 @@ def test_images_are_dealt_to_shards_out_of_the_sources_order(images: Path, tmp_p
 def test_threads_do_not_change_the_bytes(images: Path, tmp_path: Path, latents: bool) -> None:
     for threads in (1, 4):
         encoder = Blocks() if latents else None
-        prepare_here(plan_of(images, latents), open_storage(tmp_path / str(threads)), encoder, threads)
+        prepare_locally(plan_of(images, latents), open_storage(tmp_path / str(threads)), encoder, threads)
     assert contents(tmp_path / "1") == contents(tmp_path / "4")
 
 
-def test_a_cut_preparation_goes_on_to_the_same_bytes_doing_only_what_is_missing(
-    images: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_preparation_builds_the_rest_to_the_same_bytes(images: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    prepare_here(plan_of(images, True), open_storage(whole), Blocks())
+    prepare_locally(plan_of(images, True), open_storage(whole), Blocks())
     plan, storage = plan_of(images, True), open_storage(cut)
-    todo = start(plan, storage)
-    assert todo == list(range(8))
+    pending = begin(plan, storage)
+    assert pending == list(range(8))
     for shard in (5, 1):
-        build_shard(plan, shard, storage, Blocks())
+        ShardBuilder(plan, storage, Blocks()).build(shard)
     with pytest.raises(ShardError, match="no shard set"):
         read_info(cut)
     before = (cut / "shard-000005.tar").stat().st_mtime_ns
     again = plan_of(images, True)
-    assert start(again, storage) == [0, 2, 3, 4, 6, 7]
-    prepare_here(again, storage, Blocks())
+    assert begin(again, storage) == [0, 2, 3, 4, 6, 7]
+    prepare_locally(again, storage, Blocks())
     assert contents(cut) == contents(whole)
     assert (cut / "shard-000005.tar").stat().st_mtime_ns == before
 
 
-def test_a_shard_without_its_note_and_a_note_without_its_shard_are_built_again(
+def test_a_shard_without_its_record_or_a_record_without_it_is_built_again(
     images: Path, tmp_path: Path
 ) -> None:
     plan, storage = plan_of(images), open_storage(tmp_path / "out")
-    start(plan, storage)
+    begin(plan, storage)
     for shard in (0, 1, 2):
-        build_shard(plan, shard, storage, None)
+        ShardBuilder(plan, storage).build(shard)
     (tmp_path / "out" / ".preparing" / "shard-000001.tar.parquet").unlink()
     (tmp_path / "out" / "shard-000002.tar").unlink()
-    assert start(plan, storage) == [1, 2, 3, 4, 5, 6, 7]
+    assert begin(plan, storage) == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_finished_set_is_left_alone_and_other_settings_are_refused(images: Path, tmp_path: Path) -> None:
     storage = open_storage(tmp_path / "out")
-    prepare_here(plan_of(images), storage, None)
+    prepare_locally(plan_of(images), storage, None)
     before = contents(tmp_path / "out")
-    assert start(plan_of(images), storage) is None
+    assert begin(plan_of(images), storage) is None
     with pytest.raises(ShardError, match=r"finished set of other settings \(resolution 16 instead of 8\)"):
-        start(plan_of(images, resolution=8), storage)
+        begin(plan_of(images, resolution=8), storage)
     assert contents(tmp_path / "out") == before
 
 
-def test_an_unfinished_set_of_other_settings_and_a_foreign_folder_are_refused(
+def test_an_unfinished_set_of_other_settings_and_other_files_are_refused(
     images: Path, tmp_path: Path
 ) -> None:
-    start(plan_of(images), open_storage(tmp_path / "out"))
+    begin(plan_of(images), open_storage(tmp_path / "out"))
     with pytest.raises(ShardError, match="unfinished set of other settings"):
-        start(plan_of(images, flips=True), open_storage(tmp_path / "out"))
+        begin(plan_of(images, flips=True), open_storage(tmp_path / "out"))
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("mine")
     with pytest.raises(ShardError, match=r"not empty: it holds thesis\.tex"):
-        start(plan_of(images), open_storage(tmp_path / "home"))
+        begin(plan_of(images), open_storage(tmp_path / "home"))
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.tex"]
 
 
 def test_flips_are_made_before_the_encoder(images: Path, tmp_path: Path) -> None:
-    info = prepare_here(plan_of(images, True, flips=True), open_storage(tmp_path / "out"), Blocks())
+    info = prepare_locally(plan_of(images, True, flips=True), open_storage(tmp_path / "out"), Blocks())
     assert info.samples == 2 * IMAGES
     with ShardLoader(tmp_path / "out", 2 * IMAGES, posterior="mean", threads=0) as loader:
         batch = next(loader)
@@ -166,7 +164,7 @@ def test_flips_are_made_before_the_encoder(images: Path, tmp_path: Path) -> None
 
 
 def test_latents_keep_mean_and_deviation_as_the_encoder_gave_them(images: Path, tmp_path: Path) -> None:
-    info = prepare_here(plan_of(images, True), open_storage(tmp_path / "out"), Blocks())
+    info = prepare_locally(plan_of(images, True), open_storage(tmp_path / "out"), Blocks())
     assert (info.kind, info.dtype, info.shape, info.scaling) == ("latents", "float16", (3, 4, 4), 0.5)
     with ShardLoader(tmp_path / "out", IMAGES, posterior="moments", threads=0) as loader:
         mean, std = next(loader).x0.chunk(2, 1)
@@ -183,7 +181,7 @@ def test_damaged_images_are_all_named_and_stop_the_set(images: Path, tmp_path: P
         (images / name).write_bytes((images / name).read_bytes()[:60])
     storage = open_storage(tmp_path / "out")
     plan = plan_of(images)
-    start(plan, storage)
+    begin(plan, storage)
     named = [name for shard in range(plan.shards) for name in damaged_in(plan, shard, storage)]
     assert sorted(name.split(":")[0] for name in named) == [
         "class0/000.png",
@@ -194,9 +192,39 @@ def test_damaged_images_are_all_named_and_stop_the_set(images: Path, tmp_path: P
         read_info(tmp_path / "out")
 
 
+def test_a_shard_that_fails_takes_back_the_images_it_counted(images: Path, tmp_path: Path) -> None:
+    plan, store = plan_of(images), open_storage(tmp_path / "out")
+    item = plan.source.item_name(plan.place(plan.shard_samples(3)[-1])[0])
+    (images / item).write_bytes(b"")
+    plan = plan_of(images, seed=0)
+    begin(plan, store)
+    counted: list[int] = []
+    broken = next(
+        shard
+        for shard in range(plan.shards)
+        if item in {plan.source.item_name(plan.place(n)[0]) for n in plan.shard_samples(shard)}
+    )
+    with pytest.raises(DamagedImages, match=item):
+        ShardBuilder(plan, store, on_images=counted.append).build(broken)
+    assert max(counted) > 0
+    assert sum(counted) == 0
+    assert not (tmp_path / "out" / f"shard-{broken:06d}.tar").exists()
+
+
+def test_a_shard_says_which_of_its_images_were_left_out(images: Path, tmp_path: Path) -> None:
+    (images / "class2/006.png").write_bytes(b"")
+    plan, store = plan_of(images, skip_damaged=True), open_storage(tmp_path / "out")
+    begin(plan, store)
+    built = [ShardBuilder(plan, store).build(shard) for shard in range(plan.shards)]
+    named = [name for shard in built for name in shard.left_out]
+    assert [name.split(":")[0] for name in named] == ["class2/006.png"]
+    for shard, one in enumerate(built):
+        assert one.record.samples + len(one.left_out) == len(plan.shard_samples(shard))
+
+
 def test_damaged_images_can_be_left_out_by_name(images: Path, tmp_path: Path) -> None:
     (images / "class2/006.png").write_bytes(b"")
-    info = prepare_here(plan_of(images, skip_damaged=True), open_storage(tmp_path / "out"), None)
+    info = prepare_locally(plan_of(images, skip_damaged=True), open_storage(tmp_path / "out"), None)
     assert info.samples == IMAGES - 1
     assert [name.split(":")[0] for name in info.left_out] == ["class2/006.png"]
     assert verify(tmp_path / "out") == []
@@ -210,7 +238,7 @@ def test_parquet_is_dealt_by_row_groups_so_that_each_is_read_once(tmp_path: Path
 
     table = pa.table({"image": [png(i) for i in range(40)], "label": [i % 2 for i in range(40)]})
     pq.write_table(table, tmp_path / "x.parquet", row_group_size=5)
-    plan = Preparation(open_source(str(tmp_path / "x.parquet")), PrepareSettings(8))
+    plan = ShardPlan(open_source(str(tmp_path / "x.parquet")), PrepareSettings(8))
     items = [plan.place(number)[0] for number in range(40)]
     assert sorted(items) == list(range(40))
     groups = [item // 5 for item in items]
@@ -220,38 +248,19 @@ def test_parquet_is_dealt_by_row_groups_so_that_each_is_read_once(tmp_path: Path
 
 def test_a_second_preparation_of_the_same_place_is_kept_out(tmp_path: Path) -> None:
     storage = open_storage(tmp_path / "out")
-    with only_one(storage), pytest.raises(ShardError, match="another process"), only_one(storage):
+    with exclusive(storage), pytest.raises(ShardError, match="another process"), exclusive(storage):
         pass
 
 
 def test_a_resolution_that_the_autoencoder_cannot_halve_is_refused(images: Path) -> None:
-    with pytest.raises(ValueError, match="18 is no multiple of 4"):
+    with pytest.raises(PreparationError, match="18 is no multiple of 4"):
         plan_of(images, True, resolution=18)
-
-
-@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "/nowhere/at/all"])
-def test_an_autoencoder_that_is_not_there_is_named(name: str) -> None:
-    with pytest.raises(AutoencoderError, match="neither a folder here nor a hub id"):
-        load_autoencoder(name)
-
-
-def test_an_autoencoder_that_the_hub_does_not_give_names_both_ways_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(AutoencoderError, match=r"HF_HOME.*pass the path of a folder"):
-        load_autoencoder("no-such-owner/no-such-model")
-
-
-def test_a_folder_without_a_config_is_no_autoencoder(tmp_path: Path) -> None:
-    with pytest.raises(AutoencoderError, match=r"no config\.json"):
-        load_autoencoder(str(tmp_path))
 
 
 def test_finishing_before_all_shards_are_there_publishes_nothing(images: Path, tmp_path: Path) -> None:
     plan, storage = plan_of(images), open_storage(tmp_path / "out")
-    start(plan, storage)
-    build_shard(plan, 0, storage, None)
-    with pytest.raises(Exception, match="shard-000001"):
+    begin(plan, storage)
+    ShardBuilder(plan, storage).build(0)
+    with pytest.raises(StorageError, match="shard-000001"):
         finish(plan, storage)
     assert not (tmp_path / "out" / "dataset.json").exists()

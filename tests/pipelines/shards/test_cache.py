@@ -88,7 +88,7 @@ def test_a_shard_larger_than_the_cache_is_refused(origin: Path, tmp_path: Path) 
 def test_a_cache_smaller_than_what_is_mixed_is_refused(origin: Path, tmp_path: Path) -> None:
     with (
         serve(origin) as address,
-        pytest.raises(StorageError, match=r"mixed over .* SOFLOW_CACHE_GB to at least"),
+        pytest.raises(StorageError, match=r"shuffled over .* SOFLOW_CACHE_GB to at least"),
     ):
         ShardLoader(address, 4, cache=ShardCache(tmp_path, 100_000))
 
@@ -118,7 +118,7 @@ def test_the_size_in_the_environment_must_be_a_number(
 
 
 class SlowFolder(LocalFolder):
-    """A folder that counts what is opened, and takes its time."""
+    """A folder that logs each file that is opened, and takes 0.05 s to open it."""
 
     def open(self, name: str, start: int = 0):
         with (self.folder.parent / "opened").open("a") as log:
@@ -194,7 +194,7 @@ def test_threads_that_want_one_shard_fetch_it_once(origin: Path, tmp_path: Path)
 
 
 class StuckFolder(LocalFolder):
-    """A folder whose files never come."""
+    """A folder whose files take ten minutes to open."""
 
     def open(self, name: str, start: int = 0):
         time.sleep(600)

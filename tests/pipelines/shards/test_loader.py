@@ -91,7 +91,7 @@ def test_each_epoch_holds_every_sample_once_and_has_an_order_of_its_own(numbered
 
 
 @pytest.mark.parametrize("worlds", [(1, 2), (2, 3), (3, 8), (8, 1)])
-def test_resuming_in_mid_epoch_with_another_world_continues_the_global_order(
+def test_resuming_mid_epoch_with_another_world_continues_the_global_order(
     numbered: Path, worlds: tuple[int, int]
 ) -> None:
     whole = take(numbered, 8, 24)

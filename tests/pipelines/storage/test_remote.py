@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from soflow_pipelines.preparation.build import prepare_here
-from soflow_pipelines.preparation.shard_plan import Preparation, PrepareSettings
+from soflow_pipelines.preparation.build import prepare_locally
+from soflow_pipelines.preparation.shard_plan import PrepareSettings, ShardPlan
 from soflow_pipelines.shards.cache import ShardCache
 from soflow_pipelines.shards.info import DatasetInfo, ShardError
 from soflow_pipelines.shards.loader import ShardLoader
@@ -211,10 +211,10 @@ def test_two_sets_with_shards_of_one_name_share_a_cache(
 
 
 def test_shards_prepared_into_s3_are_those_prepared_on_disk(server: S3Server, tmp_path: Path) -> None:
-    plan = Preparation(open_source("digits"), PrepareSettings(8))
+    plan = ShardPlan(open_source("digits"), PrepareSettings(8))
     far = open_storage(uri(server.port, "sets/digits"))
     near = open_storage(tmp_path / "digits")
-    assert prepare_here(plan, far, None) == prepare_here(plan, near, None)
+    assert prepare_locally(plan, far, None) == prepare_locally(plan, near, None)
     assert far.names() == near.names()
     for name in far.names():
         assert far.read(name) == near.read(name)

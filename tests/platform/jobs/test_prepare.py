@@ -1,4 +1,4 @@
-"""Preparation spread with Ray: the same bytes as on one process, whatever is killed."""
+"""Preparation on a Ray cluster: the same bytes as in one process, whichever process is killed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from soflow_pipelines.preparation.build import prepare_here
+from soflow_core.failures import InputError
+from soflow_pipelines.preparation.build import prepare_locally
 from soflow_pipelines.shards.tables import read_info
 from soflow_pipelines.shards.verify import verify
 from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.cli.data import app
 from soflow_platform.cluster.actor_pool import share_cluster
 from soflow_platform.cluster.connection import Cluster
-from soflow_platform.errors import JobError, UserError
+from soflow_platform.errors import JobError
 from soflow_platform.jobs.prepare import PrepareRequest, Progress, make_plan, prepare
 
 SECONDS = 120
@@ -46,12 +47,12 @@ def request_for(images: Path, out: Path, **settings: object) -> PrepareRequest:
 
 
 def expected(request: PrepareRequest, folder: Path) -> dict[str, bytes]:
-    prepare_here(make_plan(request), open_storage(folder), None)
+    prepare_locally(make_plan(request), open_storage(folder), None)
     return contents(folder)
 
 
 @pytest.mark.slow
-def test_the_cluster_writes_the_bytes_of_one_process_and_does_nothing_again(tmp_path: Path) -> None:
+def test_a_cluster_writes_the_bytes_of_one_process_and_nothing_again(tmp_path: Path) -> None:
     request = request_for(write_images(tmp_path / "images", 80), tmp_path / "out")
     seen: list[Progress] = []
     first = prepare(request, report=seen.append)
@@ -79,7 +80,7 @@ def test_damaged_images_of_all_shards_are_named_and_the_rest_is_kept(tmp_path: P
     for path, content in zip(damaged, whole, strict=True):
         path.write_bytes(content)
     # The list of names and sizes is as it would have been, but the sizes were others when the work began.
-    with pytest.raises(UserError, match="source_digest"):
+    with pytest.raises(InputError, match="source_digest"):
         prepare(request)
 
 
@@ -100,24 +101,35 @@ def wait_for(condition, driver: subprocess.Popen[bytes], log: Path) -> None:
         time.sleep(0.05)
 
 
+def builders_of(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The processes of the builder actors that a driver started."""
+    children = psutil.Process(driver.pid).children(recursive=True)
+    builders = [child for child in children if "BuilderActor" in " ".join(child.cmdline())]
+    assert builders
+    return builders
+
+
 @pytest.mark.faults
 def test_a_killed_driver_and_the_same_command_end_with_the_same_bytes(tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     request = request_for(write_images(tmp_path / "images", 160, side=1000, kind="bmp"), out)
     driver = start_driver(request, log)
-    notes = out / ".preparing"
-    wait_for(lambda: len(list(notes.glob("*.tar.parquet"))) >= 2, driver, log)
+    records = out / ".preparing"
+    wait_for(lambda: len(list(records.glob("*.tar.parquet"))) >= 2, driver, log)
+    builders = builders_of(driver)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     assert not (out / "dataset.json").exists()
-    time.sleep(3)  # workers that outlive the driver for a moment may finish what they hold
+    # Builders outlive the driver for a moment and may finish their shards.
+    _, alive = psutil.wait_procs(builders, timeout=SECONDS)
+    assert not alive
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.tar")}
-    noted = {path.name.removesuffix(".parquet") for path in notes.glob("*.tar.parquet")}
-    assert 2 <= len(noted) < 8
+    recorded = {path.name.removesuffix(".parquet") for path in records.glob("*.tar.parquet")}
+    assert 2 <= len(recorded) < 8
     done = prepare(request)
-    assert done.built == 8 - len(noted)
+    assert done.built == 8 - len(recorded)
     assert contents(out) == expected(request, tmp_path / "here")
-    for name in noted:
+    for name in recorded:
         assert (out / name).stat().st_mtime_ns == kept[name]
     assert verify(out) == []
 
@@ -128,37 +140,31 @@ def test_a_killed_worker_costs_its_shard_alone(tmp_path: Path) -> None:
     request = request_for(write_images(tmp_path / "images", 160, side=1000, kind="bmp"), out)
     driver = start_driver(request, log)
     wait_for(lambda: list((out / ".preparing").glob("*.tar.parquet")), driver, log)
-    builders = [
-        child
-        for child in psutil.Process(driver.pid).children(recursive=True)
-        if "Builder" in " ".join(child.cmdline())
-    ]
-    assert builders
-    builders[0].kill()
+    builders_of(driver)[0].kill()
     assert driver.wait(timeout=SECONDS) == 0, log.read_text()[-2000:]
     assert contents(out) == expected(request, tmp_path / "here")
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"source": "/nowhere"}, "/nowhere does not exist"),
         ({"autoencoder": "./nowhere"}, "neither a folder here nor a hub id"),
         ({"out": "gopher://host/x"}, "gopher:// is not understood"),
-        ({"out": "/proc/nowhere"}, "cannot be made"),
+        ({"out": "/proc/nowhere"}, "cannot be written"),
     ],
 )
 def test_what_cannot_be_made_is_refused_in_a_sentence(
-    tmp_path: Path, settings: dict[str, str], said: str
+    tmp_path: Path, settings: dict[str, str], message: str
 ) -> None:
     images = write_images(tmp_path / "images", 5)
     fields = {"source": str(images), "out": str(tmp_path / "out"), "resolution": 32, **settings}
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(InputError, match=message):
         prepare(PrepareRequest(**fields))  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
-def test_a_builder_gets_a_gpu_and_its_share_of_the_cores_where_there_are_gpus() -> None:
+def test_a_builder_gets_a_gpu_and_its_share_of_the_cores() -> None:
     machines = Cluster(address="x", local=False, cpus=32, gpus=4, nodes=2, machines=2)
     share = share_cluster(machines, tasks=100, uses_gpu=True)
     assert (share.actors, share.cpus, share.gpus, share.threads) == (4, 8, 1, 8)
@@ -169,7 +175,9 @@ def test_a_builder_gets_a_gpu_and_its_share_of_the_cores_where_there_are_gpus() 
 
 def test_inspect_and_verify_tell_what_is_there(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    prepare_here(make_plan(request_for(write_images(tmp_path / "images", 20), out)), open_storage(out), None)
+    prepare_locally(
+        make_plan(request_for(write_images(tmp_path / "images", 20), out)), open_storage(out), None
+    )
     runner = CliRunner()
     shown = runner.invoke(app, ["inspect", str(out), "--sheet", str(tmp_path / "sheet.png")])
     assert shown.exit_code == 0, shown.output
@@ -183,5 +191,5 @@ def test_inspect_and_verify_tell_what_is_there(tmp_path: Path) -> None:
     assert isinstance(damaged.exception, JobError)
     assert "shard-000002.tar" in damaged.output
     absent = runner.invoke(app, ["verify", str(tmp_path / "nothing")])
-    assert isinstance(absent.exception, UserError)
+    assert isinstance(absent.exception, InputError)
     assert read_info(out).samples == 20
