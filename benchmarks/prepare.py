@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from soflow_pipelines.images.autoencoder import KlAutoencoder, load_autoencoder
 from soflow_pipelines.images.convert import to_unit_range
 from soflow_pipelines.images.decode import centre_crop, decode_image, to_array
-from soflow_platform.jobs.prepare import PrepareRequest, Progress, prepare
+from soflow_platform.cluster.actor_pool import Progress
+from soflow_platform.jobs.prepare import PrepareRequest, prepare
 
 SHARED = Path(os.environ.get("SOFLOW_TEST_DATA") or Path(__file__).parents[2] / "shared")
 BATCH = 32
@@ -61,8 +62,8 @@ def preparation(images: Path, autoencoder: str | None, out: Path) -> tuple[float
     first: list[tuple[float, int]] = []
 
     def note(progress: Progress) -> None:
-        if progress.images and not first:
-            first.append((time.perf_counter(), progress.images))
+        if progress.done and not first:
+            first.append((time.perf_counter(), progress.done))
 
     request = PrepareRequest(str(images), str(out), resolution=SIZE, autoencoder=autoencoder, batch=BATCH)
     total = prepare(request, report=note).info.samples

@@ -15,7 +15,7 @@ from threading import Event
 from soflow_core.failures import summarize
 from soflow_pipelines.shards.tables import ShardRecord
 from soflow_pipelines.storage.backoff import backoff
-from soflow_pipelines.storage.object_store import ObjectStore, StorageError
+from soflow_pipelines.storage.object_store import LocationError, ObjectStore, StorageError
 
 FOLDER_VARIABLE = "SOFLOW_CACHE"
 LIMIT_VARIABLE = "SOFLOW_CACHE_GB"
@@ -44,13 +44,13 @@ class ShardCache:
 
     @classmethod
     def of_machine(cls) -> ShardCache:
-        """The cache $SOFLOW_CACHE (~/.cache/soflow/shards) of $SOFLOW_CACHE_GB (32) gigabytes. Raises StorageError."""
+        """The cache $SOFLOW_CACHE (~/.cache/soflow/shards) of $SOFLOW_CACHE_GB (32) gigabytes. Raises LocationError."""
         folder = os.environ.get(FOLDER_VARIABLE) or "~/.cache/soflow/shards"
         text = os.environ.get(LIMIT_VARIABLE)
         try:
             limit = round(float(text) * 10**9) if text else DEFAULT_LIMIT
         except ValueError:
-            raise StorageError(f"{LIMIT_VARIABLE}={text} is not a number of gigabytes.") from None
+            raise LocationError(f"{LIMIT_VARIABLE}={text} is not a number of gigabytes.") from None
         return cls(Path(folder).expanduser(), limit)
 
     def open(self, store: ObjectStore, record: ShardRecord) -> int:
@@ -68,13 +68,13 @@ class ShardCache:
     def fetch(self, store: ObjectStore, record: ShardRecord, stop: Event | None = None) -> Path:
         """The local path of the shard, downloaded where it is missing; another process may remove it again for room.
 
-        Raises StorageError where it cannot be downloaded, where it is larger than the cache, and once `stop` is set.
+        Raises StorageError where it cannot be downloaded and once `stop` is set, LocationError where it is larger than the cache.
         """
         path = self.folder / f"{record.sha256}.tar"
         if path.exists():
             return path
         if record.bytes > self.limit:
-            raise StorageError(
+            raise LocationError(
                 f"{record.name} has {record.bytes} bytes, the cache {self.folder} may hold {self.limit}: "
                 f"set {LIMIT_VARIABLE}."
             )

@@ -10,7 +10,7 @@ from threading import Event, Lock, Thread
 from soflow_pipelines.shards.cache import LIMIT_VARIABLE
 from soflow_pipelines.shards.order import SampleOrder
 from soflow_pipelines.shards.reader import SampleReader
-from soflow_pipelines.storage.object_store import StorageError
+from soflow_pipelines.storage.object_store import LocationError, StorageError
 
 FETCHES = 4
 """Shards fetched at once."""
@@ -20,7 +20,7 @@ class WindowFetcher:
     """Fetches the shards of the window that is being read, and of the next one where both fit into the cache.
 
     A fetch that fails is not reported here: the read that needs the shard fetches it again and raises. The threads
-    are daemons. Raises StorageError where the cache is smaller than a window.
+    are daemons. Raises LocationError where the cache is smaller than a window.
     """
 
     def __init__(self, reader: SampleReader, order: SampleOrder) -> None:
@@ -35,7 +35,7 @@ class WindowFetcher:
         sizes = [shard.bytes for shard in reader.shards]
         window = max(sum(sizes[shard] for shard in shards) for shards in order.windows(0))
         if window > reader.cache.limit:
-            raise StorageError(
+            raise LocationError(
                 f"the cache {reader.cache.folder} may hold {reader.cache.limit / 1e9:.2f} GB, the samples are shuffled "
                 f"over {window / 1e9:.2f} GB: set {LIMIT_VARIABLE} to at least {2 * window / 1e9:.1f}."
             )

@@ -12,6 +12,10 @@ class StorageError(InputError):
     """An object store that cannot be read or written. The text names the file or folder and says what is wrong."""
 
 
+class LocationError(InputError):
+    """A URI or setting that names no usable place. Unlike a StorageError, it is the same however often it is tried."""
+
+
 class ObjectStore(Protocol):
     """A folder of files, local or remote. A file is complete or absent; names may hold `/`. All methods raise StorageError."""
 

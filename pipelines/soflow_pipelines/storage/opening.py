@@ -10,14 +10,14 @@ from pathlib import Path
 from soflow_pipelines.storage.files import temporary_folder
 from soflow_pipelines.storage.http import WebFolder
 from soflow_pipelines.storage.local import LocalFolder
-from soflow_pipelines.storage.object_store import ObjectStore, StorageError
+from soflow_pipelines.storage.object_store import LocationError, ObjectStore, StorageError
 from soflow_pipelines.storage.s3 import S3Folder
 
 
 def open_storage(uri: str | Path) -> ObjectStore:
     """The store behind a folder, `file://`, `s3://bucket/prefix` or `https://host/path`. It is not accessed yet.
 
-    Raises StorageError for a URI of another scheme.
+    Raises LocationError for another scheme, and for an s3:// URI without a bucket, with keys or with an unknown option.
     """
     text = str(uri)
     scheme, separator, rest = text.partition("://")
@@ -29,7 +29,9 @@ def open_storage(uri: str | Path) -> ObjectStore:
         return S3Folder(text)
     if scheme in ("http", "https"):
         return WebFolder(text)
-    raise StorageError(f"{text}: {scheme}:// is not understood; there are folders, file://, s3://, https://.")
+    raise LocationError(
+        f"{text}: {scheme}:// is not understood; there are folders, file://, s3://, https://."
+    )
 
 
 @contextlib.contextmanager

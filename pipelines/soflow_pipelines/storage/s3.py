@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import parse_qs, urlsplit
 
-from soflow_pipelines.storage.object_store import StorageError
+from soflow_pipelines.storage.object_store import LocationError, StorageError
 
 UPLOAD_BYTES = 8 * 2**20
 
@@ -18,20 +18,20 @@ class S3Folder:
 
     Credentials are taken from where AWS's own tools take them (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,
     ~/.aws, the instance's role); the address of a server other than AWS from the query or AWS_ENDPOINT_URL.
-    Keys in the URI are refused, because URIs are logged.
+    Keys in the URI are refused, because URIs are logged. Raises LocationError.
     """
 
     def __init__(self, uri: str) -> None:
         parts = urlsplit(uri)
         if parts.username or parts.password:
-            raise StorageError("s3:// URIs hold no keys: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.")
+            raise LocationError("s3:// URIs hold no keys: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.")
         if not parts.netloc:
-            raise StorageError(f"{uri} names no bucket; write s3://bucket/prefix.")
+            raise LocationError(f"{uri} names no bucket; write s3://bucket/prefix.")
         self._uri = uri
         self._options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
         unknown = set(self._options) - {"endpoint_override", "scheme", "region"}
         if unknown:
-            raise StorageError(f"{uri}: the option {sorted(unknown)[0]!r} is not known.")
+            raise LocationError(f"{uri}: the option {sorted(unknown)[0]!r} is not known.")
         self._root = f"{parts.netloc}/{parts.path.strip('/')}".rstrip("/")
         self._opened: tuple[int, Any] | None = None
 

@@ -27,6 +27,7 @@ UriArgument = Annotated[
     str, typer.Argument(metavar="URI", help="A shard set: a folder, s3://bucket/prefix or https://host/path.")
 ]
 LISTED = 200
+"""Classes that `inspect` lists."""
 
 
 class LatentType(str, Enum):
@@ -64,7 +65,7 @@ def prepare(
         bool, typer.Option("--flips", help="Add each image mirrored, before it is encoded.")
     ] = False,
     dtype: Annotated[LatentType, typer.Option(help="How latents are stored.")] = LatentType.float16,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order in which images are dealt to shards.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order in which images fill the shards.")] = 0,
     shard_mb: Annotated[int, typer.Option("--shard-mb", min=1, help="Size of a shard.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 32,
     skip_damaged: Annotated[
@@ -80,7 +81,7 @@ def prepare(
 ) -> None:
     """Turn images into a shard set, of pixels or of latents.
 
-    A preparation that was cut goes on with the same command, and its shards are those of one that was not.
+    The same command resumes a preparation that was interrupted; its shards are the same to the last byte.
     """
     from soflow_platform.jobs.prepare import PrepareRequest
 
@@ -105,12 +106,11 @@ def prepare(
 
 
 def _with_progress(request: PrepareRequest, address: str | None) -> Prepared:
-    from soflow_platform.cluster.actor_pool import Progress
-    from soflow_platform.jobs.prepare import prepare
+        from soflow_platform.jobs.prepare import prepare
 
     what = "encoding" if request.autoencoder else "preparing"
     with progress_bar(what, waiting="listing the source") as report:
-        return prepare(request, address, lambda progress: report(Progress(progress.images, progress.total)))
+        return prepare(request, address, report)
 
 
 def _print_prepared(done: Prepared, out: str) -> None:
@@ -119,7 +119,7 @@ def _print_prepared(done: Prepared, out: str) -> None:
     typer.echo(f"{out}: {what}.")
     typer.echo(
         f"{info.samples} samples of {info.kind}, {' x '.join(map(str, info.shape))}, {info.classes or 'no'} classes, "
-        f"{info.shards} shards, {info.bytes / 1e6:.1f} MB, {info.digest[:19]}"
+        f"{info.shards} shards, {info.bytes / 1e6:.1f} MB, sha256:{info.short_digest(12)}"
     )
     for name in info.left_out:
         typer.echo(f"left out: {name}")

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from soflow_core.failures import summarize
 from soflow_pipelines.images.autoencoder import load_autoencoder
 from soflow_pipelines.preparation.build import DamagedImages, ShardBuilder
 from soflow_pipelines.preparation.shard_plan import PrepareSettings, ShardPlan
@@ -20,8 +19,7 @@ from soflow_pipelines.shards.info import DatasetInfo
 from soflow_pipelines.shards.tables import read_info
 from soflow_pipelines.sources.opening import open_source
 from soflow_pipelines.storage.opening import open_storage
-from soflow_platform.cluster.actor_pool import CallbackActorPool as ActorPool
-from soflow_platform.cluster.actor_pool import TaskError, new_counter, read_counter, share_cluster
+from soflow_platform.cluster.actor_pool import ActorPool, Progress, Report, deterministic_torch, no_report
 from soflow_platform.cluster.connection import Cluster, connected
 from soflow_platform.errors import JobError
 
@@ -53,14 +51,6 @@ class PrepareRequest:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Images that are done, of all."""
-
-    images: int
-    total: int
-
-
-@dataclass(frozen=True)
 class Prepared:
     """The finished set."""
 
@@ -69,10 +59,7 @@ class Prepared:
     """Shards built by this run; 0 where the set was complete already."""
 
 
-Report = Callable[[Progress], None]
-
-
-def prepare(request: PrepareRequest, address: str | None = None, report: Report = lambda _: None) -> Prepared:
+def prepare(request: PrepareRequest, address: str | None = None, report: Report = no_report) -> Prepared:
     """Prepares a shard set, or what is missing of it, on the Ray cluster at `address` or on a local one.
 
     Raises InputError for a request that cannot be carried out, JobError where a shard fails.
@@ -108,26 +95,15 @@ def make_plan(request: PrepareRequest) -> ShardPlan:
 class BuilderActor:
     """Ray actor that builds shards, one after the other."""
 
-    def __init__(self, plan: ShardPlan, request: PrepareRequest, threads: int, counter: Any) -> None:
-        import torch
-
-        # One thread and deterministic kernels: latents are the same to the last bit on every machine with the
-        # same kind of device, so that a shard that is built again has the same bytes.
-        torch.set_num_threads(1)
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.allow_tf32 = False
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    def __init__(
+        self, plan: ShardPlan, request: PrepareRequest, threads: int, count: Callable[[int], None]
+    ) -> None:
+        # One thread for torch also where several decode: a shard that is built again has the same bytes.
+        device = deterministic_torch(1)
         encoder = load_autoencoder(request.autoencoder, device) if request.autoencoder else None
-        self._builder = ShardBuilder(
-            plan,
-            open_storage(request.out),
-            encoder,
-            threads,
-            on_images=lambda images: counter.add.remote(images),
-        )
+        self._builder = ShardBuilder(plan, open_storage(request.out), encoder, threads, count)
 
-    def build(self, shard: int) -> list[str]:
+    def run(self, shard: int) -> list[str]:
         """Builds a shard; returns the damaged images that prevent it, each with what is wrong, or none."""
         try:
             self._builder.build(shard)
@@ -139,36 +115,17 @@ class BuilderActor:
 def _build(
     plan: ShardPlan, request: PrepareRequest, pending: list[int], cluster: Cluster, report: Report
 ) -> None:
-    """Builds the pending shards on the cluster. Raises JobError."""
-    import ray
-
-    share = share_cluster(cluster, len(pending), plan.autoencoder is not None)
-    counter, made = new_counter(), 0
-    shared_plan = ray.put(plan)
-
-    def new_builder() -> Any:
-        actor = ray.remote(BuilderActor).options(num_cpus=share.cpus, num_gpus=share.gpus)
-        return actor.remote(shared_plan, request, share.threads, counter)
-
-    done = plan.samples - sum(len(plan.shard_samples(shard)) for shard in pending)
-    damaged: list[str] = []
+    """Builds the pending shards on the cluster. Raises InputError, JobError."""
     pool: ActorPool[int] = ActorPool(
-        new_builder,
-        start=lambda builder, shard: builder.build.remote(shard),
-        named=lambda shard: f"shard {shard}",
-        kept="Finished shards are kept",
-        cluster=cluster,
+        cluster,
+        BuilderActor,
+        (plan, request),
+        describe=lambda shard: f"shard {shard}",
+        resume_hint="Finished shards are kept",
+        uses_gpu=plan.autoencoder is not None,
     )
-    try:
-        for finished in pool.run(pending, share.actors):
-            if finished is not None:
-                damaged += finished[1]
-            made = read_counter(counter, made)
-            report(Progress(done + made, plan.samples))
-    except TaskError as error:
-        raise JobError(
-            f"shard {error.task} failed: {summarize(error.cause)}. Finished shards are kept: the same command goes on."
-        ) from error
+    start = Progress(plan.samples - sum(len(plan.shard_samples(shard)) for shard in pending), plan.samples)
+    damaged = [image for _, images in pool.imap_unordered(pending, start, report) for image in images]
     if damaged:
         raise JobError(_list_damaged(damaged))
     report(Progress(plan.samples, plan.samples))

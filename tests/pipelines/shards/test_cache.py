@@ -22,7 +22,7 @@ from soflow_pipelines.shards.loader import ShardLoader
 from soflow_pipelines.shards.tables import ShardRecord, read_manifest
 from soflow_pipelines.shards.writer import Sample, write_shards
 from soflow_pipelines.storage.local import LocalFolder
-from soflow_pipelines.storage.object_store import StorageError
+from soflow_pipelines.storage.object_store import LocationError
 from soflow_pipelines.storage.opening import open_storage
 
 INFO = DatasetInfo(kind="pixels", shape=(1, 64, 64), dtype="uint8")
@@ -81,14 +81,14 @@ def test_a_shard_that_was_dropped_stays_readable_where_it_is_open(origin: Path, 
 
 def test_a_shard_larger_than_the_cache_is_refused(origin: Path, tmp_path: Path) -> None:
     record = read_manifest(origin)[0]
-    with pytest.raises(StorageError, match="SOFLOW_CACHE_GB"):
+    with pytest.raises(LocationError, match="SOFLOW_CACHE_GB"):
         ShardCache(tmp_path, record.bytes - 1).fetch(open_storage(origin), record)
 
 
 def test_a_cache_smaller_than_what_is_mixed_is_refused(origin: Path, tmp_path: Path) -> None:
     with (
         serve(origin) as address,
-        pytest.raises(StorageError, match=r"shuffled over .* SOFLOW_CACHE_GB to at least"),
+        pytest.raises(LocationError, match=r"shuffled over .* SOFLOW_CACHE_GB to at least"),
     ):
         ShardLoader(address, 4, cache=ShardCache(tmp_path, 100_000))
 
@@ -113,7 +113,7 @@ def test_the_size_in_the_environment_must_be_a_number(
     cache = ShardCache.of_machine()
     assert (cache.folder, cache.limit) == (tmp_path, 1_500_000_000)
     monkeypatch.setenv("SOFLOW_CACHE_GB", "lots")
-    with pytest.raises(StorageError, match="SOFLOW_CACHE_GB=lots"):
+    with pytest.raises(LocationError, match="SOFLOW_CACHE_GB=lots"):
         ShardCache.of_machine()
 
 

@@ -23,7 +23,7 @@ from soflow_pipelines.shards.tables import read_info, read_manifest
 from soflow_pipelines.shards.verify import verify
 from soflow_pipelines.shards.writer import Sample, write_shards
 from soflow_pipelines.sources.opening import open_source
-from soflow_pipelines.storage.object_store import StorageError
+from soflow_pipelines.storage.object_store import LocationError, StorageError
 from soflow_pipelines.storage.opening import open_storage
 from tests.support.object_store import ACCESS_KEY, SECRET_KEY, S3Server, Wire, find_weed, free_port, uri
 
@@ -222,11 +222,11 @@ def test_shards_prepared_into_s3_are_those_prepared_on_disk(server: S3Server, tm
 
 
 def test_keys_in_a_uri_and_unknown_options_are_refused() -> None:
-    with pytest.raises(StorageError, match="hold no keys"):
+    with pytest.raises(LocationError, match="hold no keys"):
         open_storage("s3://user:secret@bucket/x")
-    with pytest.raises(StorageError, match="'endpont' is not known"):
+    with pytest.raises(LocationError, match="'endpont' is not known"):
         open_storage("s3://bucket/x?endpont=1")
-    with pytest.raises(StorageError, match="gopher://"):
+    with pytest.raises(LocationError, match="gopher://"):
         open_storage("gopher://host/x")
 
 

@@ -21,10 +21,10 @@ from soflow_pipelines.shards.tables import read_info
 from soflow_pipelines.shards.verify import verify
 from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.cli.data import app
-from soflow_platform.cluster.actor_pool import share_cluster
+from soflow_platform.cluster.actor_pool import Progress, share_cluster
 from soflow_platform.cluster.connection import Cluster
 from soflow_platform.errors import JobError
-from soflow_platform.jobs.prepare import PrepareRequest, Progress, make_plan, prepare
+from soflow_platform.jobs.prepare import PrepareRequest, make_plan, prepare
 
 SECONDS = 120
 
@@ -59,7 +59,7 @@ def test_a_cluster_writes_the_bytes_of_one_process_and_nothing_again(tmp_path: P
     assert (first.built, first.info.samples) == (8, 80)
     assert contents(tmp_path / "out") == expected(request, tmp_path / "here")
     assert seen[-1] == Progress(80, 80)
-    assert [p.images for p in seen] == sorted(p.images for p in seen)
+    assert [p.done for p in seen] == sorted(p.done for p in seen)
     again = prepare(request)
     assert (again.built, again.info) == (0, first.info)
 
@@ -104,7 +104,7 @@ def wait_for(condition, driver: subprocess.Popen[bytes], log: Path) -> None:
 def builders_of(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The processes of the builder actors that a driver started."""
     children = psutil.Process(driver.pid).children(recursive=True)
-    builders = [child for child in children if "BuilderActor" in " ".join(child.cmdline())]
+    builders = [child for child in children if "PoolActor" in " ".join(child.cmdline())]
     assert builders
     return builders
 
