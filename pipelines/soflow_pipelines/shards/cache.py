@@ -14,7 +14,6 @@ from threading import Event
 
 from soflow_core.failures import summarize
 from soflow_pipelines.shards.tables import ShardRecord
-from soflow_pipelines.storage.backoff import backoff
 from soflow_pipelines.storage.object_store import LocationError, ObjectStore, StorageError
 
 FOLDER_VARIABLE = "SOFLOW_CACHE"
@@ -24,8 +23,8 @@ DEFAULT_LIMIT = 32 * 10**9
 ATTEMPTS = 5
 """Attempts in a row that bring no byte before a download is given up."""
 CHUNK = 4 * 2**20
-FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0
-"""Seconds between attempts."""
+FIRST_PAUSE = 0.2
+"""Seconds after an attempt that brought no byte, doubled after each further one."""
 ROOM_POLL_SECONDS = 0.05
 
 
@@ -172,7 +171,6 @@ def _download(store: ObjectStore, record: ShardRecord, descriptor: int, stop: Ev
     Raises StorageError after ATTEMPTS that bring no byte, once `stop` is set, and where the checksum differs.
     """
     checksum, done, failures = hashlib.sha256(), 0, 0
-    pauses = backoff(FIRST_PAUSE, LONGEST_PAUSE)
     while done < record.bytes:
         reason = "the connection ended early"
         before = done
@@ -187,15 +185,13 @@ def _download(store: ObjectStore, record: ShardRecord, descriptor: int, stop: Ev
         if stop.is_set():
             raise StorageError(f"{store.uri}: the download of {record.name} was stopped.")
         if done < record.bytes:
-            if done > before:
-                failures, pauses = 0, backoff(FIRST_PAUSE, LONGEST_PAUSE)
-            failures += 1
+            failures = failures + 1 if done == before else 1
             if failures >= ATTEMPTS:
                 raise StorageError(
                     f"{store.uri}: {record.name} could not be fetched, "
                     f"{done} of {record.bytes} bytes after {ATTEMPTS} attempts: {reason}."
                 )
-            stop.wait(next(pauses))
+            stop.wait(FIRST_PAUSE * 2 ** (failures - 1))
     if checksum.hexdigest() != record.sha256:
         raise StorageError(
             f"{store.uri}: {record.name} has not the bytes that the manifest lists (SHA-256 differs)."

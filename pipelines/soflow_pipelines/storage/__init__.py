@@ -6,5 +6,4 @@ local         LocalFolder: a folder of this machine
 s3            S3Folder: a prefix of an S3 bucket
 http          WebFolder: a folder of a web server, read only
 opening       open_storage: the store behind a path or URI; staging folders
-backoff       growing pauses between attempts
 """

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soflow_core.failures import summarize
+from soflow_pipelines.storage.files import short_digest
 from soflow_platform.errors import UserError
 from soflow_platform.storage.project import ProjectFolder
 
@@ -115,7 +116,7 @@ class TrackedDataset:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         # MLflow keeps 36 characters of a digest.
-        digest = self.digest.rsplit(":", 1)[-1][:32]
+        digest = short_digest(self.digest, 32)
         source = json.dumps({"uri": self.source})
         kept = Dataset(name=self.name, digest=digest, source_type="http", source=source)
         return DatasetInput(kept, tags=[InputTag("mlflow.data.context", "training")])
