@@ -81,14 +81,14 @@ def verify(
             rows[row["shard"]].append(row)
 
     def check(number: int) -> list[Damage]:
-        found = _check_shard(store, info, records[number], rows[number])
+        damages_of_shard = _check_shard(store, info, records[number], rows[number])
         if on_shard is not None:
             on_shard(records[number])
-        return found
+        return damages_of_shard
 
     with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1), "verify") as pool:
-        for found in pool.map(check, range(len(records))):
-            damages += found
+        for damages_of_shard in pool.map(check, range(len(records))):
+            damages += damages_of_shard
     return damages
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import parse_qs, urlsplit
 
+from soflow_core.failures import summarize
 from soflow_pipelines.storage.object_store import LocationError, StorageError
 
 UPLOAD_BYTES = 8 * 2**20
@@ -97,22 +98,22 @@ class S3Folder:
         from pyarrow.fs import FileType
 
         try:
-            found = self._filesystem.get_file_info(self._path(name))
+            info = self._filesystem.get_file_info(self._path(name))
         except OSError as error:
             raise self._failure(name, "read", error) from error
-        return int(found.size) if found.type == FileType.File else None
+        return int(info.size) if info.type == FileType.File else None
 
     def names(self) -> list[str]:
         """The names of all files, sorted. Raises StorageError."""
         from pyarrow.fs import FileSelector, FileType
 
         try:
-            found = self._filesystem.get_file_info(
+            entries = self._filesystem.get_file_info(
                 FileSelector(self._root, recursive=True, allow_not_found=True)
             )
         except OSError as error:
             raise self._failure("", "listed", error) from error
-        return sorted(entry.path[len(self._root) + 1 :] for entry in found if entry.type == FileType.File)
+        return sorted(entry.path[len(self._root) + 1 :] for entry in entries if entry.type == FileType.File)
 
     def write(self, name: str, content: bytes) -> None:
         """Uploads a file. Raises StorageError."""
@@ -147,7 +148,7 @@ class S3Folder:
 
     def _failure(self, name: str, what: str, error: OSError) -> StorageError:
         place = f"{self._uri.partition('?')[0].rstrip('/')}/{name}".rstrip("/")
-        return StorageError(f"{place} cannot be {what}: {_s3_reason(str(error))}")
+        return StorageError(f"{place} cannot be {what}: {_s3_reason(error)}")
 
 
 def _chunks(content: bytes | Path) -> Any:
@@ -159,8 +160,9 @@ def _chunks(content: bytes | Path) -> Any:
             yield chunk
 
 
-def _s3_reason(text: str) -> str:
+def _s3_reason(error: OSError) -> str:
     """The cause of an error of the AWS client, as the end of a sentence."""
+    text = str(error)
     status = re.search(r"HTTP status (\d+)", text)
     if "NO_SUCH_BUCKET" in text or "NoSuchBucket" in text:
         return "there is no such bucket."
@@ -171,4 +173,4 @@ def _s3_reason(text: str) -> str:
         return f"the connection failed ({curl[1] if curl else 'no answer'})."
     if "NO_SUCH_KEY" in text or "NOT_FOUND" in text or "not found" in text.lower() or "404" in text:
         return "there is no such file."
-    return text.strip().splitlines()[0]
+    return f"{summarize(error)}."

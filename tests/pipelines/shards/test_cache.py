@@ -51,19 +51,19 @@ def held(folder: Path) -> int:
 
 
 def test_what_is_fetched_is_kept_by_content(origin: Path, tmp_path: Path) -> None:
-    cache, storage = ShardCache(tmp_path, 10**8), open_storage(origin)
+    cache, store = ShardCache(tmp_path, 10**8), open_storage(origin)
     record = read_manifest(origin)[3]
-    path = cache.fetch(storage, record)
+    path = cache.fetch(store, record)
     assert path.name == f"{record.sha256}.tar"
     assert path.read_bytes() == (origin / record.name).read_bytes()
-    assert cache.fetch(storage, record) == path
+    assert cache.fetch(store, record) == path
 
 
 def test_the_least_recently_opened_goes_first(origin: Path, tmp_path: Path) -> None:
     records = read_manifest(origin)
-    cache, storage = ShardCache(tmp_path, 3 * records[0].bytes), open_storage(origin)
+    cache, store = ShardCache(tmp_path, 3 * records[0].bytes), open_storage(origin)
     for shard in (0, 1, 2, 0, 3):
-        os.close(cache.open(storage, records[shard]))
+        os.close(cache.open(store, records[shard]))
         time.sleep(0.01)
     kept = {path.stem for path in tmp_path.glob("*.tar")}
     assert kept == {records[shard].sha256 for shard in (2, 0, 3)}
@@ -71,9 +71,9 @@ def test_the_least_recently_opened_goes_first(origin: Path, tmp_path: Path) -> N
 
 def test_a_shard_that_was_dropped_stays_readable_where_it_is_open(origin: Path, tmp_path: Path) -> None:
     records = read_manifest(origin)
-    cache, storage = ShardCache(tmp_path, records[0].bytes), open_storage(origin)
-    descriptor = cache.open(storage, records[0])
-    os.close(cache.open(storage, records[1]))
+    cache, store = ShardCache(tmp_path, records[0].bytes), open_storage(origin)
+    descriptor = cache.open(store, records[0])
+    os.close(cache.open(store, records[1]))
     assert [path.stem for path in tmp_path.glob("*.tar")] == [records[1].sha256]
     assert os.pread(descriptor, 1 << 20, 0) == (origin / records[0].name).read_bytes()
     os.close(descriptor)
@@ -128,11 +128,11 @@ class SlowFolder(LocalFolder):
 
 
 def _read_many(origin: Path, cache: ShardCache, seed: int) -> int:
-    storage = SlowFolder(origin)
+    store = SlowFolder(origin)
     records = read_manifest(origin)
     good = 0
     for shard in np.random.default_rng(seed).integers(0, len(records), 40):
-        descriptor = cache.open(storage, records[shard])
+        descriptor = cache.open(store, records[shard])
         good += os.pread(descriptor, 1 << 20, 0) == (origin / records[shard].name).read_bytes()
         os.close(descriptor)
     return good
@@ -168,24 +168,24 @@ def test_what_is_fetched_appears_only_while_nobody_counts_the_files(origin: Path
             fcntl.flock(self.counting, fcntl.LOCK_EX)
             return super().open(name, start)
 
-    cache, storage, record = ShardCache(tmp_path / "cache", 10**8), Counted(origin), read_manifest(origin)[2]
+    cache, store, record = ShardCache(tmp_path / "cache", 10**8), Counted(origin), read_manifest(origin)[2]
     path = cache.folder / f"{record.sha256}.tar"
-    fetching = threading.Thread(target=cache.fetch, args=(storage, record))
+    fetching = threading.Thread(target=cache.fetch, args=(store, record))
     fetching.start()
     fetching.join(0.5)
     assert fetching.is_alive()
     assert not path.exists()
-    storage.counting.close()
+    store.counting.close()
     fetching.join()
     assert path.read_bytes() == (origin / record.name).read_bytes()
 
 
 def test_threads_that_want_one_shard_fetch_it_once(origin: Path, tmp_path: Path) -> None:
-    cache, storage = ShardCache(tmp_path / "cache", 10**8), SlowFolder(origin)
+    cache, store = ShardCache(tmp_path / "cache", 10**8), SlowFolder(origin)
     record = read_manifest(origin)[5]
     log = origin.parent / "opened"
     log.unlink(missing_ok=True)
-    threads = [threading.Thread(target=cache.fetch, args=(storage, record)) for _ in range(6)]
+    threads = [threading.Thread(target=cache.fetch, args=(store, record)) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:

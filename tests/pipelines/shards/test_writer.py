@@ -103,7 +103,7 @@ def test_tar_members_carry_no_time_and_no_owner(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sample", "said"),
+    ("sample", "message"),
     [
         (Sample("a.b", np.zeros((1, 2, 2), np.uint8), 0), "no dot"),
         (Sample("0000", np.zeros((1, 2, 2), np.uint8), 0), "comes twice"),
@@ -114,9 +114,9 @@ def test_tar_members_carry_no_time_and_no_owner(tmp_path: Path) -> None:
     ],
 )
 def test_a_sample_that_does_not_belong_is_refused_and_nothing_is_published(
-    tmp_path: Path, sample: Sample, said: str
+    tmp_path: Path, sample: Sample, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         write_shards([*pixel_samples(2), sample], tmp_path / "a", PIXELS)
     assert not list((tmp_path / "a").glob("*"))
     with pytest.raises(ShardError, match="no shard set"):
@@ -153,9 +153,9 @@ def test_data_that_fits_is_accepted_and_a_misfit_names_both_sides() -> None:
         ({"shape": (4, 32, 32), "autoencoder": "kl-f8-mini"}, "sd-vae-ft-mse.*kl-f8-mini"),
         ({"shape": (4, 32, 32), "scaling": 0.13}, "0.18215.*0.13"),
     ]
-    for asked, said in misfits:
-        with pytest.raises(DataMismatch, match=said):
-            latents.check_fits(**asked)
+    for settings, message in misfits:
+        with pytest.raises(DataMismatch, match=message):
+            latents.check_fits(**settings)
 
 
 def _build(folder: Path) -> str:

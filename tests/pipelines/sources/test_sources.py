@@ -220,7 +220,7 @@ def test_a_damaged_member_of_a_zip_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda base: base / "absent", "does not exist"),
         (lambda base: base, "holds no images"),
@@ -230,11 +230,11 @@ def test_a_damaged_member_of_a_zip_is_named(tmp_path: Path) -> None:
         (lambda base: base / "broken.parquet", "cannot be read as Parquet"),
     ],
 )
-def test_what_is_no_source_is_refused_in_a_sentence(tmp_path: Path, make, said: str) -> None:
+def test_what_is_no_source_is_refused_in_a_sentence(tmp_path: Path, make, message: str) -> None:
     path = make(tmp_path)
     if path.suffix:
         path.write_bytes(b"nothing of the kind" * 40)
-    with pytest.raises(SourceError, match=said):
+    with pytest.raises(SourceError, match=message):
         open_source(str(path))
 
 

@@ -67,9 +67,9 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uploaded(server: S3Server, local: Path) -> str:
     os.environ.setdefault("AWS_ACCESS_KEY_ID", ACCESS_KEY)
     os.environ.setdefault("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
-    storage = open_storage(uri(server.port, "sets/latents"))
+    store = open_storage(uri(server.port, "sets/latents"))
     for path in local.iterdir():
-        storage.write(path.name, path.read_bytes())
+        store.write(path.name, path.read_bytes())
     return "sets/latents"
 
 
@@ -173,28 +173,28 @@ def test_a_slow_server_is_waited_for(wire: Wire, uploaded: str, local: Path, tmp
 @pytest.mark.slow
 def test_a_server_that_stalls_is_given_up(wire: Wire, uploaded: str, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, 10**9)
-    storage = open_storage(uri(wire.port, uploaded))
-    record = read_manifest(storage.uri)[0]
+    store = open_storage(uri(wire.port, uploaded))
+    record = read_manifest(store.uri)[0]
     wire.stalled = True
     started = time.monotonic()
     with pytest.raises(StorageError, match="could not be fetched"):
-        cache.fetch(storage, record)
+        cache.fetch(store, record)
     assert time.monotonic() - started < 200
 
 
 def test_a_shard_that_was_changed_in_s3_is_not_taken(server: S3Server, local: Path, tmp_path: Path) -> None:
-    storage = open_storage(uri(server.port, "sets/changed"))
+    store = open_storage(uri(server.port, "sets/changed"))
     for path in local.iterdir():
-        storage.write(path.name, path.read_bytes())
+        store.write(path.name, path.read_bytes())
     content = bytearray((local / "shard-000002.tar").read_bytes())
     content[5000] ^= 1
-    storage.write("shard-000002.tar", bytes(content))
+    store.write("shard-000002.tar", bytes(content))
     with (
-        ShardLoader(storage.uri, 120, cache=ShardCache(tmp_path, 10**9)) as loader,
+        ShardLoader(store.uri, 120, cache=ShardCache(tmp_path, 10**9)) as loader,
         pytest.raises(StorageError, match=r"shard-000002\.tar has not the bytes"),
     ):
         next(loader)
-    assert str(verify(storage.uri)[0]).startswith("shard-000002.tar, sample")
+    assert str(verify(store.uri)[0]).startswith("shard-000002.tar, sample")
 
 
 def test_two_sets_with_shards_of_one_name_share_a_cache(
@@ -202,12 +202,12 @@ def test_two_sets_with_shards_of_one_name_share_a_cache(
 ) -> None:
     other = tmp_path / "other"
     write_shards(latents(120)[::-1], other, LATENTS, per_shard=30)
-    storage = open_storage(uri(server.port, "sets/other"))
+    store = open_storage(uri(server.port, "sets/other"))
     for path in other.iterdir():
-        storage.write(path.name, path.read_bytes())
+        store.write(path.name, path.read_bytes())
     cache = ShardCache(tmp_path / "cache", 10**9)
     assert_reads_like(uri(server.port, uploaded), local, cache)
-    assert_reads_like(storage.uri, other, cache)
+    assert_reads_like(store.uri, other, cache)
 
 
 def test_shards_prepared_into_s3_are_those_prepared_on_disk(server: S3Server, tmp_path: Path) -> None:
