@@ -209,7 +209,7 @@ def test_a_shard_of_another_size_and_a_missing_one_are_named(numbered: Path, tmp
     folder = shutil.copytree(numbered, tmp_path / "set")
     shard = folder / "shard-000002.tar"
     shard.write_bytes(shard.read_bytes()[:-600])
-    with pytest.raises(ShardError, match=r"shard-000002\.tar has \d+ bytes, the manifest says \d+"):
+    with pytest.raises(ShardError, match=r"shard-000002\.tar has \d+ bytes, the manifest lists \d+"):
         ShardLoader(folder, 53)
     shard.unlink()
     with pytest.raises(ShardError, match=r"shard-000002\.tar cannot be opened"):
