@@ -106,7 +106,7 @@ def prepare(
 
 
 def _with_progress(request: PrepareRequest, address: str | None) -> Prepared:
-        from soflow_platform.jobs.prepare import prepare
+    from soflow_platform.jobs.prepare import prepare
 
     what = "encoding" if request.autoencoder else "preparing"
     with progress_bar(what, waiting="listing the source") as report:
