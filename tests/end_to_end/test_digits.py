@@ -233,5 +233,5 @@ def test_runs_lists_the_sweep_and_its_trials(
     assert "digits v1" in listed.stdout
     trials = soflowctl("runs", record.id, *place)
     for trial in record.trials:
-        assert trial["name"] in trials.stdout
+        assert trial.name in trials.stdout
     assert trials.stdout.count("40/40") == 4

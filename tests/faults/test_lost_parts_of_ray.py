@@ -17,8 +17,8 @@ pytestmark = pytest.mark.faults
 Note = Callable[[Outcome], None]
 STEPS = 1500
 
-BOARD, DRIVER, CONTROLLER, CLEANER, WORKER = (
-    "ray::ProgressBoard",
+PROGRESS_ACTOR, DRIVER, CONTROLLER, CLEANER, WORKER = (
+    "ray::ProgressActor",
     "ray::ImplicitFunc",
     "ray::TrainController",
     "ray::PlacementGroupCleaner",
@@ -31,7 +31,10 @@ BOARD, DRIVER, CONTROLLER, CLEANER, WORKER = (
     [
         ([DRIVER], "the function that drives a trial"),
         ([CONTROLLER], "Ray Train's controller of a trial"),
-        ([DRIVER, CONTROLLER, CLEANER, WORKER, BOARD], "every process of a trial, and the sweep's board"),
+        (
+            [DRIVER, CONTROLLER, CLEANER, WORKER, PROGRESS_ACTOR],
+            "every process of a trial, and the sweep's progress actor",
+        ),
         (["raylet/raylet"], "the local Ray's raylet, and all workers with it"),
     ],
 )
@@ -56,12 +59,12 @@ def test_a_trial_goes_on_where_part_of_ray_is_killed(
     outcome(Outcome(f"kill -9 of {what}", "state `restarting`, then `running`; exit 0", seconds, lost))
 
 
-def test_a_board_that_is_killed_costs_nothing(tmp_path: Path, outcome: Note) -> None:
+def test_a_progress_actor_that_is_killed_costs_nothing(tmp_path: Path, outcome: Note) -> None:
     sweep = Watched(ProjectFolder(tmp_path / "runs"), steps=STEPS, every=500, save_every=100)
     step = sweep.trains()
-    (board,) = sweep.processes(BOARD)
+    (actor,) = sweep.processes(PROGRESS_ACTOR)
     since = time.monotonic()
-    board.kill()
+    actor.kill()
     sweep.wait_for(lambda: sweep.status["step"] > step + 2 * LOG_EVERY)
     seconds = time.monotonic() - since
     code, printed, said = sweep.end()
@@ -69,7 +72,7 @@ def test_a_board_that_is_killed_costs_nothing(tmp_path: Path, outcome: Note) -> 
     sweep.expect_whole_curves()
     assert f"step {STEPS:,}: eval/fd_nfe1" in printed
     assert "going on with 1 worker" not in sweep.log
-    outcome(Outcome("kill -9 of the sweep's board", "training goes on; exit 0", seconds, 0))
+    outcome(Outcome("kill -9 of the sweep's progress actor", "training goes on; exit 0", seconds, 0))
 
 
 def test_a_ray_that_dies_again_and_again_ends_the_command_with_a_sentence(

@@ -75,7 +75,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path, outcome: 
     )
 
 
-def test_a_sweep_told_to_terminate_saves_marks_its_runs_and_exits_143(tmp_path: Path, outcome: Note) -> None:
+def test_sigterm_saves_marks_the_runs_and_exits_143(tmp_path: Path, outcome: Note) -> None:
     sweep = Watched(ProjectFolder(tmp_path / "runs"), steps=3000, every=100)
     sweep.trains()
     sweep.process.send_signal(signal.SIGTERM)
@@ -119,15 +119,14 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         cluster.shutdown()
 
 
-# Nodes of 2 CPU have room for one such worker each, and for the function that drives the trial.
-WORKERS_ON_NODES = "resources={workers: 2, cpus_per_worker: 1.5, max_failures: 3, concurrent_trials: 1}"
-
-
-def test_a_removed_node_is_replaced_by_a_spare_one(cluster: Any, tmp_path: Path, outcome: Note) -> None:
-    nodes = [cluster.add_node(num_cpus=2) for _ in range(3)]
+def removed_node(
+    cluster: Any, tmp_path: Path, nodes: int, resources: str | None = None
+) -> tuple[Watched, float]:
+    """A sweep that trains on a cluster of so many nodes, and the moment at which a node that trains was removed."""
+    added = [cluster.add_node(num_cpus=2) for _ in range(nodes)]
     sweep = Watched(
         ProjectFolder(tmp_path / "runs"),
-        WORKERS_ON_NODES,
+        resources or WORKERS_ON_NODES,
         steps=1500,
         every=500,
         save_every=100,
@@ -135,7 +134,16 @@ def test_a_removed_node_is_replaced_by_a_spare_one(cluster: Any, tmp_path: Path,
     )
     sweep.trains()
     since = time.monotonic()
-    cluster.remove_node(_busy(nodes), allow_graceful=False)
+    cluster.remove_node(_busy(added), allow_graceful=False)
+    return sweep, since
+
+
+# Nodes of 2 CPU have room for one such worker each, and for the function that drives the trial.
+WORKERS_ON_NODES = "resources={workers: 2, cpus_per_worker: 1.5, max_failures: 3, concurrent_trials: 1}"
+
+
+def test_a_removed_node_is_replaced_by_a_spare_one(cluster: Any, tmp_path: Path, outcome: Note) -> None:
+    sweep, since = removed_node(cluster, tmp_path, 3)
     seconds, lost = sweep.recovery(since)
     code, _, said = sweep.end()
     assert code == 0, said
@@ -149,19 +157,8 @@ def test_a_removed_node_is_replaced_by_a_spare_one(cluster: Any, tmp_path: Path,
 def test_with_fewer_nodes_an_elastic_trial_goes_on_at_the_same_batch(
     cluster: Any, tmp_path: Path, outcome: Note
 ) -> None:
-    nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
     elastic = WORKERS_ON_NODES.replace("workers: 2", "workers: 2, min_workers: 1")
-    sweep = Watched(
-        ProjectFolder(tmp_path / "runs"),
-        elastic,
-        steps=1500,
-        every=500,
-        save_every=100,
-        address=str(cluster.address),
-    )
-    sweep.trains()
-    since = time.monotonic()
-    cluster.remove_node(_busy(nodes), allow_graceful=False)
+    sweep, since = removed_node(cluster, tmp_path, 2, elastic)
     seconds, lost = sweep.recovery(since)
     code, _, said = sweep.end()
     assert code == 0, said
@@ -183,19 +180,8 @@ def test_with_fewer_nodes_an_elastic_trial_goes_on_at_the_same_batch(
 def test_a_node_that_never_comes_fails_the_trial_with_the_time_that_was_waited(
     cluster: Any, tmp_path: Path, outcome: Note
 ) -> None:
-    nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
     impatient = WORKERS_ON_NODES.replace("workers: 2", "workers: 2, wait_minutes: 1.5")
-    sweep = Watched(
-        ProjectFolder(tmp_path / "runs"),
-        impatient,
-        steps=1500,
-        every=500,
-        save_every=100,
-        address=str(cluster.address),
-    )
-    sweep.trains()
-    since = time.monotonic()
-    cluster.remove_node(_busy(nodes), allow_graceful=False)
+    sweep, since = removed_node(cluster, tmp_path, 2, impatient)
     code, _, said = sweep.end()
     seconds = time.monotonic() - since
     assert code == 1
@@ -213,17 +199,7 @@ def test_a_node_that_never_comes_fails_the_trial_with_the_time_that_was_waited(
 
 
 def test_a_trial_that_waits_for_a_node_can_be_stopped(cluster: Any, tmp_path: Path) -> None:
-    nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
-    sweep = Watched(
-        ProjectFolder(tmp_path / "runs"),
-        WORKERS_ON_NODES,
-        steps=1500,
-        every=500,
-        save_every=100,
-        address=str(cluster.address),
-    )
-    sweep.trains()
-    cluster.remove_node(_busy(nodes), allow_graceful=False)
+    sweep, _ = removed_node(cluster, tmp_path, 2)
     sweep.wait_for(lambda: time.time() - sweep.status["updated"] > 10)
     request_stop(sweep.storage, sweep.record.id)
     code, _, said = sweep.end(90)
@@ -232,7 +208,7 @@ def test_a_trial_that_waits_for_a_node_can_be_stopped(cluster: Any, tmp_path: Pa
     assert sweep.status["state"] == "stopped"
 
 
-def test_what_trials_ask_for_machines_outlasts_its_node(cluster: Any) -> None:
+def test_the_autoscaling_coordinator_outlasts_its_node(cluster: Any) -> None:
     import ray
 
     def node_of(actor: Any) -> str:
@@ -270,6 +246,6 @@ def _busy(nodes: list[Any]) -> Any:
         held = " ".join(
             part for child in psutil.Process(raylet.pid).children(recursive=True) for part in child.cmdline()
         )
-        if "RayTrainWorker" in held and "ProgressBoard" not in held:
+        if "RayTrainWorker" in held and "ProgressActor" not in held:
             return node
     raise AssertionError("no node trains")

@@ -72,7 +72,7 @@ def test_a_disk_that_is_full_while_saving_delays_the_checkpoint(
     )
 
 
-def test_a_disk_that_stays_full_fails_the_trial_at_its_end_with_what_is_older_kept(
+def test_a_disk_that_stays_full_fails_the_trial_at_its_end(
     tmp_path: Path, small_disk: Path, outcome: Note
 ) -> None:
     (small_disk / "ballast").write_bytes(bytes(23 << 20))
@@ -223,9 +223,7 @@ def test_a_loss_that_is_not_finite_fails_the_trial_with_step_term_and_rank(
     )
 
 
-def test_a_sample_that_breaks_the_loss_of_one_rank_stops_all_and_names_that_rank(
-    tmp_path: Path, outcome: Note
-) -> None:
+def test_a_loss_that_breaks_on_one_rank_stops_all_and_names_it(tmp_path: Path, outcome: Note) -> None:
     folder, odd = tmp_path / "set", 333
     # All samples are 0 but one, which is finite, and whose square is not.
     moments = np.zeros((640, 8, 8, 8), np.float16)
@@ -260,9 +258,7 @@ def _meets(folder: Path) -> tuple[int, int]:
     raise AssertionError("it is in no batch of the first epoch")
 
 
-def test_a_project_folder_on_a_full_disk_delays_and_costs_nothing_once_there_is_room(
-    small_disk: Path, outcome: Note
-) -> None:
+def test_a_full_project_folder_only_delays_until_there_is_room(small_disk: Path, outcome: Note) -> None:
     sweep = Watched(ProjectFolder(small_disk / "runs"), steps=1200)
     sweep.trains()
     ballast = small_disk / "ballast"

@@ -1,4 +1,4 @@
-"""What a running sweep looks like in a terminal: a table of trials while it runs, then the result."""
+"""Terminal output of a running sweep: a table of trials, or lines where there is no terminal, then the result."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SweepDisplay(Display):
         self.console, self.experiment, self.trials = console, experiment, trials
         self.training = False
         """Whether trials are under way."""
-        self._told: dict[str, dict[str, float]] = {}
+        self._printed: dict[str, dict[str, float]] = {}
         self._started = self._described = time.monotonic()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -117,8 +117,8 @@ class SweepDisplay(Display):
 
     def _print_news(self, statuses: dict[str, TrialStatus]) -> None:
         for name, status in statuses.items():
-            if status.metrics and self._told.get(name) != status.metrics:
-                self._told[name] = status.metrics
+            if status.metrics and self._printed.get(name) != status.metrics:
+                self._printed[name] = status.metrics
                 scores = ", ".join(f"{key} {value:.4g}" for key, value in status.metrics.items())
                 self.say(f"{name} step {status.scored_step:,}: {scores}")
 

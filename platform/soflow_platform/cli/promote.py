@@ -1,4 +1,4 @@
-"""soflowctl promote."""
+"""soflowctl promote: changes the champion of a registered model."""
 
 from __future__ import annotations
 

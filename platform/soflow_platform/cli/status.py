@@ -102,9 +102,9 @@ def stop_command(name: str, wait: float, storage_option: str | None) -> None:
 
 
 def _wait(storage: ProjectFolder, found: SweepRef, seconds: float) -> None:
-    """Return when nothing of it runs any more, telling meanwhile what is waited for. Raises JobError after `seconds`."""
+    """Return when nothing of it runs any more, printing meanwhile what is waited for. Raises JobError after `seconds`."""
     end = time.monotonic() + seconds
-    told = ""
+    printed = ""
     while True:
         waiting = _still_running(storage, found)
         if not waiting:
@@ -114,8 +114,8 @@ def _wait(storage: ProjectFolder, found: SweepRef, seconds: float) -> None:
                 f"{found} has not stopped within {seconds:g} s, waiting for {waiting}; the request stands: "
                 f"see `soflowctl status {found.record.id}{storage_flag(storage)}`."
             )
-        if waiting != told:
-            told = waiting
+        if waiting != printed:
+            printed = waiting
             print(f"waiting for {waiting}", flush=True)
         time.sleep(min(POLL_SECONDS, max(0.0, end - time.monotonic())))
 
@@ -134,7 +134,7 @@ def _still_running(storage: ProjectFolder, found: SweepRef) -> str:
 
 
 def status_command(name: str | None, as_json: bool, storage_option: str | None) -> None:
-    """Print where trials stand: of the sweep or trial named, else of every running sweep, else of the newest."""
+    """Print the state of trials: of the sweep or trial named, else of every running sweep, else of the newest."""
     storage = find_project(storage_option)
     chosen = [resolve(storage, name)] if name else _running_or_newest(storage)
     shown = [(found.record, trial_reports(storage, found.record, found.trials)) for found in chosen]

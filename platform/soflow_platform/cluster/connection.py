@@ -1,4 +1,4 @@
-"""Connecting to Ray: a local one that lives as long as the command, or a cluster at an address."""
+"""Connects to a Ray cluster at an address, or starts a local Ray that lasts as long as the command; checks that it is alive."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from soflow_core.failures import summarize
 from soflow_platform.errors import JobError, UserError
 
 PROBE_SECONDS = 5.0
@@ -21,7 +22,7 @@ HEALTH_CHECK_SECONDS = 5.0
 """Between two looks at whether Ray is alive, in a loop that waits for it."""
 HEALTH_SECONDS = 10.0
 DRIVER_CPUS = 0.1
-"""What Tune holds for the function that drives one trial; the work is done by the trial's workers."""
+"""CPUs that Tune reserves for a trial function, which only watches the trial's workers."""
 
 _QUIET = {
     # Unset, a local start turns token authentication on and clients without the token fail.
@@ -35,7 +36,7 @@ _QUIET = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # Ctrl-C ends the sweep where it stands; Tune's own handler would go on as if the trials had been stopped.
+    # The command handles Ctrl-C; Tune's handler would go on as if the trials had been stopped.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # A trial that was stopped before its first evaluation ends without the metric.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -49,7 +50,7 @@ class RayLost(JobError):
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a connected Ray offers."""
+    """A Ray that this process is connected to, and its resources when it connected."""
 
     address: str
     local: bool
@@ -60,11 +61,11 @@ class Cluster:
     """Different addresses among the nodes."""
 
     def require_alive(self) -> None:
-        """Raises RayLost where the node that this process is connected to has died: what waits for Ray would wait for ever."""
+        """Raises RayLost where this process's Ray node has died: calls to it would not return."""
         import ray
 
-        own = ray.get_runtime_context().get_node_id()
-        if not any(node["Alive"] and node["NodeID"] == own for node in ray.nodes()):
+        this_node = ray.get_runtime_context().get_node_id()
+        if not any(node["Alive"] and node["NodeID"] == this_node for node in ray.nodes()):
             raise RayLost(
                 "the Ray node that this command is connected to has died. What is saved is kept: the same command goes on."
             )
@@ -105,12 +106,13 @@ def connected(address: str | None) -> Iterator[Cluster]:
             **(local if address is None else {}),
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"Ray at {address or 'this machine'} refused the connection: {first}") from None
+        raise UserError(
+            f"Ray at {address or 'this machine'} refused the connection: {summarize(error)}."
+        ) from None
     if threading.current_thread() is threading.main_thread():
-        # Ray answers SIGTERM by aborting the process; the caller's own answer closes its runs first.
-        for number, answer in before.items():
-            signal.signal(number, answer)
+        # Ray aborts the process on SIGTERM; the caller's handler closes its runs first.
+        for number, handler in before.items():
+            signal.signal(number, handler)
     try:
         resources = ray.cluster_resources()
         alive = [node for node in ray.nodes() if node["Alive"]]
@@ -142,7 +144,7 @@ def require_answer(address: str | None) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise _no_answer(address, getattr(error, "strerror", None) or str(error)) from None
-    # Something listens; only Ray's own check tells whether it is Ray, and it may wait for ever for an answer.
+    # Something listens; Ray's own check finds out whether it is Ray, and has no time limit.
     check = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
         healthy = (

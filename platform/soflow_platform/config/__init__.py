@@ -1,1 +1,13 @@
-"""Sweep files: document, schema, validation, presets."""
+"""Sweep files: their schema and checks. Light to import: no Ray, no MLflow, no timm.
+
+document     YAML with `extends`, overrides and the line of every key
+validation   a document checked against the schema; errors in one sentence
+experiment   the whole schema, checks across sections, digests
+sections     base class, data, network, tracking, registry
+training     training loop and resources
+evaluation   scores during training
+comparison   ways of sampling that `compare` scores
+search       search space, budgets, scheduler
+locations    paths and URIs made absolute
+presets      the sweep files that come with the package
+"""

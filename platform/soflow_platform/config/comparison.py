@@ -1,4 +1,4 @@
-"""How the methods of a sweep are sampled when they are compared."""
+"""Settings of `comparison`: the ways of sampling in which `soflowctl compare` scores the methods of a sweep."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SamplingConfig(Section):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is sampled in another way than the trial's own."""
+        """The sampling settings that replace the trial's own."""
         given = {"sampler": self.sampler, "sampling_scale": self.sampling_scale}
         return {name: value for name, value in given.items() if value is not None}
 

@@ -1,4 +1,4 @@
-"""Sweep files as data that remembers where each value was written.
+"""YAML documents that keep the file and line of every value.
 
 A `Document` is the merged content of a YAML file, of the files it `extends`, and of `--set` overrides, together
 with the origin (file and line) of every key, so that a refused value can be pointed at.

@@ -1,4 +1,4 @@
-"""Settings of the numbers that trials are compared by."""
+"""Settings of `evaluation`: the scores during training, which trials are compared by."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole of a sweep file, validated, and the trials it stands for."""
+"""Schema of a whole sweep file: sections, checks across them, and the digest that identifies a sweep."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ else:
 
 DECIDING_SECTIONS = ("seed", "data", "network", "objective", "optimizer", "evaluation", "search")
 DECIDING_TRAINING = ("steps", "batch", "ema", "precision", "clip_norm")
-"""What decides a sweep's numbers and what they are compared by. The rest - machines, pace of logs and checkpoints, places, words - may
-differ each time that the sweep is started."""
+"""Settings that decide a sweep's numbers and what they are compared by. The others (machines, pace of logs and checkpoints, places,
+descriptions) may differ each time that the sweep is started."""
 
 
 class Experiment(Section):
@@ -54,7 +54,7 @@ class Experiment(Section):
     registry: RegistryConfig = RegistryConfig()
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> Experiment:
+    def _batch_divides(self) -> Experiment:
         training, resources = self.training, self.resources
         whole = training.accumulate > 1 or training.parallel == "fsdp"
         for workers in resources.possible_workers if whole else [resources.workers]:
@@ -68,18 +68,36 @@ class Experiment(Section):
                     "(resources.workers, resources.min_workers, training.accumulate): take a multiple, or workers of "
                     f"{', '.join(map(str, fitting)) or 'no number here: lower training.accumulate'}"
                 )
-        if training.parallel == "fsdp" and resources.workers == 1:
+        return self
+
+    @model_validator(mode="after")
+    def _fsdp_has_several_workers(self) -> Experiment:
+        if self.training.parallel == "fsdp" and self.resources.workers == 1:
             raise ValueError(
                 "training.parallel fsdp shares a network among workers: raise resources.workers above 1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_are_within_the_training(self) -> Experiment:
         for setting, step in self._steps_within().items():
-            if step is not None and step > training.steps:
-                raise ValueError(f"{setting} ({step}) is beyond training.steps ({training.steps}): lower it")
+            if step is not None and step > self.training.steps:
+                raise ValueError(
+                    f"{setting} ({step}) is beyond training.steps ({self.training.steps}): lower it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _metric_is_reported(self) -> Experiment:
         reported = self.evaluation.metrics(self.data.conditional)
         if self.search.metric not in reported:
             raise ValueError(
                 f"search.metric {self.search.metric!r} is never reported: this sweep reports {', '.join(reported)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _digits_classifier_scores_digits(self) -> Experiment:
         if self.evaluation.features == "digits-classifier" and self.data.source != "digits":
             raise ValueError(
                 "evaluation.features digits-classifier scores data.source digits only: use pooled"
@@ -118,7 +136,7 @@ class Experiment(Section):
 
 
 def trial_params(experiment: Experiment) -> dict[str, Any]:
-    """What decides a trial's numbers, flat and without what is not set: the params of its run."""
+    """The settings that decide a trial's numbers, flat and without those that are not set: the params of its run."""
     around = {"name", "description", "comparison", "search", "resources", "tracking", "registry"}
     own = {key: value for key, value in experiment.resolved().items() if key not in around}
     return {key: value for key, value in flatten(own).items() if value is not None}

@@ -1,4 +1,4 @@
-"""soflow_platform.config.locations"""
+"""Paths and URIs of a sweep file, made absolute so that processes with other working folders find the same place."""
 
 from __future__ import annotations
 

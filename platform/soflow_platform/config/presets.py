@@ -1,4 +1,4 @@
-"""The sweep files that are installed with the package."""
+"""Folder of the sweep files that are installed with the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of the search: what varies between trials, and what decides between them."""
+"""Settings of `search`: the space, the budgets, the scheduler, and the metric that trials are compared by."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a section of a sweep file is, and the sections that say what is trained on what and where it is kept.
+"""Base class of all sections of a sweep file, and the sections `data`, `network`, `tracking` and `registry`.
 
 Every section refuses unknown keys. Defaults are the paper's ImageNet recipe where the paper has one.
 """

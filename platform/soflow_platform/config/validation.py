@@ -1,4 +1,4 @@
-"""soflow_platform.config.validation"""
+"""Checks a sweep document against the schema: unknown keys first, then values; errors name file and line in one sentence."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _refuse_unknown_keys(document: Document, annotation: Any, value: Any, path: 
 
 
 def _known_fields(annotation: Any, value: dict[str, Any]) -> dict[str, Any] | None:
-    """Names and types of a section's keys; None for a free mapping or a section that cannot be told yet."""
+    """Names and types of a section's keys; None for a free mapping or an objective whose method is not given."""
     if typing.get_origin(annotation) is Annotated:
         return _known_fields(typing.get_args(annotation)[0], value)
     if typing.get_origin(annotation) in (Union, types.UnionType):

@@ -1,4 +1,4 @@
-"""The checkpoint that a sweep proposes for registration."""
+"""The best evaluation of a sweep, as the model registry takes it."""
 
 from __future__ import annotations
 

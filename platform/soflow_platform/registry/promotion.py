@@ -1,4 +1,4 @@
-"""soflow_platform.registry.promotion"""
+"""Promotion of a registered version to champion, behind a gate, and its rollback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PREVIOUS = "soflow.previous_champion"
 
 @dataclass(frozen=True)
 class Promotion:
-    """A change of champion: from which version, to which, and why it was let through."""
+    """A change of champion: from which version, to which, and why it was accepted."""
 
     model: str
     version: str
@@ -26,7 +26,7 @@ class Promotion:
 def promote(store: TrackingStore, model: str, force: str | None = None) -> Promotion:
     """Make a version champion if it is better than the present one on the same metric, or for the reason given.
 
-    Raises UserError where the gate stays shut.
+    Raises UserError where it is not, or where the two cannot be compared.
     """
     version = find_version(store, model)
     name, champion = version.name, _aliased(store, version.name, CHAMPION)
@@ -62,7 +62,7 @@ def _gate(version: Any, champion: Any | None) -> str:
     if champion is None:
         return "first champion"
     metric = version.tags.get("metric")
-    # What was said of numbers is no setting of theirs.
+    # Remarks on the numbers are no settings that the numbers depend on.
     settings = [k for k in version.tags if k.startswith("eval.") and k != FLAGS_TAG]
     facts = [metric, "mode", *settings]
     values = version.tags.get(metric), champion.tags.get(metric)

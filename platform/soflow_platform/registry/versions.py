@@ -1,4 +1,4 @@
-"""Versions of registered generators, their aliases, and the gate a candidate passes to become champion."""
+"""Versions of registered models: registers the best checkpoint of a sweep, finds versions by name, alias or number."""
 
 from __future__ import annotations
 

@@ -121,6 +121,7 @@ def progress_actor(sweep: str) -> Any:
 
 
 def progress_actor_name(sweep: str) -> str:
+    """Name of the actor in Ray's namespace."""
     return f"progress-{sweep}"
 
 

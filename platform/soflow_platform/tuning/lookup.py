@@ -1,4 +1,4 @@
-"""What a user calls a sweep or a trial, found among those of a project folder."""
+"""Finds the sweep or trial of a project folder that a name or the beginning of one stands for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trials a search space stands for, each a complete experiment, checked before anything starts."""
+"""Expands a search space into trials, each a complete experiment that is checked before anything starts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Trial:
     settings: dict[str, Any]
     experiment: Experiment
     budgets: tuple[Budget, ...]
-    """What it has in common with the other trials of each; several where they give it the same steps."""
+    """Budgets that this trial was made for; several where they come to the same steps."""
 
 
 def trials(document: Document, experiment: Experiment) -> list[Trial]:
@@ -91,7 +91,7 @@ def _trial(document: Document, base: Experiment, index: int, point: dict[str, An
         own.put(("training", "steps"), equal_evaluations(base, experiment), origin)
         experiment = validate(own)
     _check_sampling(own, experiment)
-    parts = [_said(key, value) for key, value in point.items()]
+    parts = [_setting_name(key, value) for key, value in point.items()]
     if len(base.search.budgets) > 1:
         parts.append(f"equal-{budget}")
         point = {**point, "budget": budget}
@@ -114,8 +114,8 @@ def _check_sampling(document: Document, experiment: Experiment) -> None:
                 for steps in row.steps:
                     sampling_evaluations(sampled, steps, conditional)
     except (UserError, ValueError) as error:
-        said = str(error).rstrip(".")
-        raise UserError(f"{document.origin(('comparison',))}: `comparison`: {said}.") from None
+        message = str(error).rstrip(".")
+        raise UserError(f"{document.origin(('comparison',))}: `comparison`: {message}.") from None
 
 
 def equal_evaluations(base: Experiment, experiment: Experiment) -> int:
@@ -129,8 +129,8 @@ def _evaluations_of_a_step(experiment: Experiment) -> float:
     return batch * training_evaluations(experiment.objective, batch, experiment.data.conditional)
 
 
-def _said(key: str, value: Any) -> str:
+def _setting_name(key: str, value: Any) -> str:
     """`weight_power=1`; of a whole section its method, or what it sets: part of a trial's name."""
     if isinstance(value, dict):
-        return str(value.get("method") or "-".join(_said(k, v) for k, v in value.items()))
+        return str(value.get("method") or "-".join(_setting_name(k, v) for k, v in value.items()))
     return f"{key.rsplit('.', 1)[-1]}={f'{value:.4g}' if isinstance(value, float) else value}"

@@ -76,7 +76,7 @@ def test_a_hang_up_that_is_ignored_stays_so(tmp_path: Path, training: SweepDispl
 
 
 @pytest.mark.parametrize(("lost", "allowed", "goes_on"), [(0, 0, True), (2, 2, True), (2, 1, False)])
-def test_a_sweep_whose_ray_died_is_started_again_as_often_as_it_may_lose_machines(
+def test_a_sweep_whose_ray_died_restarts_up_to_max_failures(
     training: SweepDisplay, lost: int, allowed: int, goes_on: bool
 ) -> None:
     starts = 0

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from soflow_pipelines.shards.info import DatasetInfo
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.validation import read_experiment
 from soflow_platform.errors import UserError
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.training.dataset import expected
+from soflow_platform.training.model import describe_network, network_config
 from soflow_platform.tuning.record import load_record, new_or_resumed_record, sweep_id
 from soflow_platform.tuning.search_space import trials
 
@@ -301,7 +305,7 @@ def test_what_only_runs_a_sweep_may_change_while_it_stays_the_same(override: str
     assert read_experiment(DIGITS, overrides)[0].digest() == read_experiment(DIGITS)[0].digest()
 
 
-def test_a_sweep_started_again_keeps_its_runs_and_has_the_settings_of_the_newest_start(
+def test_a_sweep_started_again_keeps_its_runs_and_takes_new_settings(
     tmp_path: Path,
 ) -> None:
     storage = ProjectFolder(tmp_path)
@@ -320,3 +324,24 @@ def test_a_sweep_started_again_keeps_its_runs_and_has_the_settings_of_the_newest
     assert kept.experiment["resources"]["workers"] == 2
     assert {point.experiment.resources.workers for point in points} == {2}
     assert kept.trials == begun.trials
+
+
+def test_a_class_count_that_the_data_can_answer_is_not_missed_before_they_are_read() -> None:
+    path = ROOT / "sweeps" / "xl2.yaml"
+    experiment, document = read_experiment(path, ("data.classes=null",))
+    for trial in trials(document, experiment):
+        data = expected(trial.experiment)
+        assert data is not None
+        assert data.classes is None
+        assert describe_network(trial.experiment, data).width == 32
+    latents = DatasetInfo(
+        kind="latents",
+        shape=(4, 32, 32),
+        dtype="float16",
+        classes=1000,
+        autoencoder=experiment.data.autoencoder,
+        scaling=experiment.data.scaling,
+    )
+    assert network_config(experiment, latents).null_label
+    with pytest.raises(UserError, match="holds no labels"):
+        network_config(experiment, replace(latents, classes=None))

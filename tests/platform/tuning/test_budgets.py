@@ -77,7 +77,7 @@ def test_guidance_at_sampling_and_second_order_double_the_evaluations() -> None:
     assert sampling_evaluations(Diffusion(sampler="ddpm", sampling_scale=2.0), 50) == 100
 
 
-def test_the_methods_sweep_trains_every_method_for_equal_steps_and_for_equal_evaluations() -> None:
+def test_the_methods_sweep_has_equal_steps_and_equal_evaluations() -> None:
     experiment, document = read_experiment(METHODS)
     points = trials(document, experiment)
     for budget in ("steps", "evaluations"):
