@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from enum import Enum
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from soflow_platform.cli.options import AddressOption
 from soflow_platform.cli.terminal import progress_bar, quiet_libraries
 from soflow_platform.errors import JobError, UserError
 
@@ -75,9 +77,7 @@ def prepare(
         str | None, typer.Option(help="Of Parquet; default: the first of images.")
     ] = None,
     label_column: Annotated[str | None, typer.Option(help="Of Parquet; default: label.")] = None,
-    address: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="A running Ray cluster; default is a local Ray.")
-    ] = None,
+    address: AddressOption = None,
 ) -> None:
     """Turn images into a shard set, of pixels or of latents.
 
@@ -234,20 +234,14 @@ def verify(
     ] = None,
 ) -> None:
     """Read a shard set once, whole, and list every damage with shard and key. Exit code 1 where there is one."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from soflow_pipelines.shards.tables import ShardRecord, read_info
+    from soflow_pipelines.shards.tables import read_info
     from soflow_pipelines.shards.verify import verify as find_damages
+    from soflow_platform.cluster.actor_pool import Progress
 
     info = read_info(uri)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("verifying", total=info.bytes)
-
-        def show(record: ShardRecord) -> None:
-            bar.advance(task, record.bytes)
-
-        damages = find_damages(uri, threads, show)
+    checked = itertools.count(1)
+    with progress_bar("verifying") as report:
+        damages = find_damages(uri, threads, lambda _: report(Progress(next(checked), info.shards)))
     for damage in damages:
         typer.echo(str(damage))
     if damages:
