@@ -75,5 +75,8 @@ class LocalFolder:
             sync_folder(self.folder)
 
     def remove(self, name: str) -> None:
-        """Removes a file, where there is one."""
-        self.path(name).unlink(missing_ok=True)
+        """Removes a file, where there is one. Raises StorageError."""
+        try:
+            self.path(name).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{self.path(name)} cannot be removed: {error.strerror}") from error
