@@ -1,4 +1,4 @@
-"""The whole way at reduced size: a sweep file to a registered model and images from it."""
+"""From a sweep file to a registered model and images from it, at reduced size."""
 
 from __future__ import annotations
 

@@ -38,9 +38,7 @@ def steps(storage: ProjectFolder, record: SweepRecord, number: int) -> list[int]
     return [checkpoint.state.step for checkpoint in CheckpointStore(root).published()]
 
 
-def test_finished_trials_are_kept_and_the_cut_one_goes_on_from_its_checkpoint(
-    soflowctl: Run, tmp_path: Path
-) -> None:
+def test_finished_trials_are_kept_and_the_killed_one_is_resumed(soflowctl: Run, tmp_path: Path) -> None:
     storage = ProjectFolder(tmp_path / "runs")
     arguments = [*ARGUMENTS, *ONE_AT_A_TIME, "--storage", str(storage.root)]
     process = subprocess.Popen(
@@ -77,7 +75,7 @@ def test_finished_trials_are_kept_and_the_cut_one_goes_on_from_its_checkpoint(
     assert len(client.search_model_versions("name = 'digits'")) == 1
 
 
-def test_a_running_sweep_is_not_started_twice_and_a_terminated_one_closes_its_runs(
+def test_a_running_sweep_is_locked_and_a_terminated_one_closes_its_runs(
     soflowctl: Run, tmp_path: Path
 ) -> None:
     storage = ProjectFolder(tmp_path / "runs")
@@ -95,9 +93,9 @@ def test_a_running_sweep_is_not_started_twice_and_a_terminated_one_closes_its_ru
         assert " running " in listed.stdout
     finally:
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert [line for line in said.decode().splitlines() if line] == [
+    assert [line for line in errors.decode().splitlines() if line] == [
         "asked to stop: trials finish their step and save; once more ends at once.",
         "soflowctl: stopped: the sweep was asked to stop and its trials are saved: run the same command to go on.",
     ]

@@ -71,9 +71,7 @@ def test_the_latents_are_those_of_the_images(latents: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_a_network_learns_from_the_latents_and_its_samples_decode_to_a_grid(
-    latents: Path, tmp_path: Path
-) -> None:
+def test_a_network_learns_from_latents_and_its_samples_are_decoded(latents: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     objective = SoFlow()

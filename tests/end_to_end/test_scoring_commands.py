@@ -25,19 +25,19 @@ def test_a_trial_is_scored_on_the_cluster_and_the_score_kept_and_logged(
     swept: ProjectFolder, soflowctl: Run
 ) -> None:
     place = ("--storage", str(swept.root))
-    asked = ("evaluate", f"{SWEEP}/trial-01", "--num", "200", "--steps", "1,2", "--guidance", "2", *place)
-    done = soflowctl(*asked)
+    arguments = ("evaluate", f"{SWEEP}/trial-01", "--num", "200", "--steps", "1,2", "--guidance", "2", *place)
+    done = soflowctl(*arguments)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["images", "steps", "NFE", "fd", "label_agreement"]
     assert [line.split()[-4:-2] for line in lines[1:3]] == [["1", "2"], ["2", "4"]]
     assert "evaluate/fd200_nfe4_uniform" in lines[-1]
-    again = soflowctl(*asked, "--json")
+    again = soflowctl(*arguments, "--json")
     assert again.returncode == 0, again.stderr
     scores = json.loads(again.stdout)
     assert [score["settings"]["nfe"] for score in scores] == ["2", "4"]
-    subject = find_target(f"{SWEEP}/trial-01", swept, TrackingStore(swept.tracking_uri))
-    metrics = TrackingStore(swept.tracking_uri).client.get_run(subject.run or "").data.metrics
+    target = find_target(f"{SWEEP}/trial-01", swept, TrackingStore(swept.tracking_uri))
+    metrics = TrackingStore(swept.tracking_uri).client.get_run(target.run or "").data.metrics
     assert [metrics[f"evaluate/fd200_nfe{nfe}_uniform"] for nfe in (2, 4)] == [
         score["fd"] for score in scores
     ]

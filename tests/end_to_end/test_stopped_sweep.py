@@ -1,4 +1,4 @@
-"""A sweep and a trial that are asked to stop do so after their step, and go on with the same command."""
+"""`soflowctl stop` ends a trial or a sweep after its step; `soflowctl run` goes on from there."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_trial_and_sweep_stop_with_their_work_saved_and_go_on(soflowctl: Run, tm
     place = ("--storage", str(storage.root))
 
     def status() -> dict[str, dict[str, Any]]:
-        told = json.loads(soflowctl("status", "--json", *place).stdout)
-        return {trial["trial"]: trial for trial in told}
+        trials = json.loads(soflowctl("status", "--json", *place).stdout)
+        return {trial["trial"]: trial for trial in trials}
 
     def stopped() -> list[dict[str, Any]]:
         return [trial for trial in status().values() if trial["state"] == "stopped"]

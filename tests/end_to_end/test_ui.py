@@ -50,7 +50,7 @@ def post(url: str, content: dict[str, object]) -> dict[str, object]:
     return result
 
 
-def test_the_page_shows_the_trials_of_the_newest_sweep_and_nothing_listens_beyond_loopback(
+def test_the_page_shows_the_newest_sweep_on_loopback_alone(
     page: tuple[int, str, str],
 ) -> None:
     pid, url, parent = page
@@ -58,10 +58,10 @@ def test_the_page_shows_the_trials_of_the_newest_sweep_and_nothing_listens_beyon
     with urllib.request.urlopen(address, timeout=20) as answer:
         assert "<title>MLflow</title>" in answer.read().decode()
     path, query = fragment.split("?")
-    wanted = urllib.parse.parse_qs(query)
-    assert wanted["orderByKey"] == ["metrics.`eval/fd_nfe1`"]
-    assert parent in wanted["searchFilter"][0]
-    search = {"experiment_ids": [path.split("/")[2]], "filter": wanted["searchFilter"][0]}
+    parameters = urllib.parse.parse_qs(query)
+    assert parameters["orderByKey"] == ["metrics.`eval/fd_nfe1`"]
+    assert parent in parameters["searchFilter"][0]
+    search = {"experiment_ids": [path.split("/")[2]], "filter": parameters["searchFilter"][0]}
     found = post(f"{address}/api/2.0/mlflow/runs/search", search)["runs"]
     assert isinstance(found, list)
     assert [run["info"]["run_name"] for run in found] == ["trial-00"]

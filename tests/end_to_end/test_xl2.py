@@ -87,19 +87,19 @@ def test_latents_of_other_classes_are_refused_with_both_numbers(
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "message"),
     [
         ("data.autoencoder", "other", "holds latents of test, the configuration names the autoencoder other"),
         ("data.scaling", "0.13025", "is scaled by 0.18215, the configuration says a scaling of 0.13025"),
     ],
 )
 def test_latents_of_another_autoencoder_or_scaling_are_refused(
-    soflowctl: Run, latents: Path, tmp_path: Path, key: str, value: str, said: str
+    soflowctl: Run, latents: Path, tmp_path: Path, key: str, value: str, message: str
 ) -> None:
     arguments = overrides(latents, **{key: value})
     done = soflowctl("run", "xl2", "--storage", str(tmp_path / "runs"), *arguments)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert not (tmp_path / "runs").exists()
 
 

@@ -1,4 +1,4 @@
-"""The soflowctl command line."""
+"""The commands of soflowctl with their options, and its exit codes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from soflow_platform.errors import JobError, Stopped
 from soflow_platform.tracking.outages import describe_outage
 
 UsageError: type[BaseException] = typer.BadParameter.__mro__[1]
-"""What a wrong option raises; typer brings its own click or uses the installed one, by version."""
+"""Raised for a wrong option. Taken from typer, because some versions of it bring their own click."""
 
 app = typer.Typer(
     name="soflowctl",
@@ -71,7 +71,7 @@ def run(
 ) -> None:
     """Run a sweep: every trial trained and scored, the best one registered.
 
-    A sweep that was cut goes on with the same command.
+    The same command goes on where an interrupted sweep stopped.
     """
     from soflow_platform.cli.run import run_command
 
@@ -80,7 +80,7 @@ def run(
 
 @app.command()
 def validate(sweep: SweepArgument, overrides: SetOption = None) -> None:
-    """Check a sweep file and every trial it stands for, without starting anything."""
+    """Check a sweep file and each of its trials, without starting anything."""
     from soflow_platform.cli.run import validate_command
 
     validate_command(sweep, tuple(overrides or ()))
@@ -102,10 +102,10 @@ def runs(
 @app.command()
 def status(
     name: Annotated[str | None, NameArgument] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="A list of trials for other programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the trials as JSON.")] = False,
     storage: StorageOption = None,
 ) -> None:
-    """Show where trials stand: of one sweep or trial, else of every running sweep, else of the newest."""
+    """Show the status of trials: of one sweep or trial, else of every running sweep, else of the newest."""
     from soflow_platform.cli.status import status_command
 
     status_command(name, as_json, storage)
@@ -118,7 +118,7 @@ def logs(
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many lines to begin with.")] = 20,
     storage: StorageOption = None,
 ) -> None:
-    """Print what a trial has logged; of a sweep, what all its trials have, in the order of time."""
+    """Print the log of a trial, or the logs of all trials of a sweep in the order of time."""
     from soflow_platform.cli.status import logs_command
 
     logs_command(name, follow, lines, storage)
@@ -128,11 +128,11 @@ def logs(
 def stop(
     name: Annotated[str, NameArgument],
     wait: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="How long to wait for it; 0 only asks.")
+        float, typer.Option(metavar="SECONDS", min=0, help="How long to wait for the end; 0 returns at once.")
     ] = 120,
     storage: StorageOption = None,
 ) -> None:
-    """Stop a running sweep or trial after the step it is at, with a checkpoint; `soflowctl run` goes on with it."""
+    """Stop a running sweep or trial after its present step, with a checkpoint; `soflowctl run` resumes it."""
     from soflow_platform.cli.status import stop_command
 
     stop_command(name, wait, storage)
@@ -156,7 +156,7 @@ def promote(
         str, typer.Argument(metavar="MODEL", help="models:/NAME@candidate, models:/NAME/3, or NAME.")
     ],
     force: Annotated[
-        str | None, typer.Option(metavar="REASON", help="Promote although the gate says no.")
+        str | None, typer.Option(metavar="REASON", help="Promote although the gate refuses.")
     ] = None,
     rollback: Annotated[
         bool, typer.Option("--rollback", help="Restore the champion before this one.")
@@ -191,7 +191,7 @@ def generate(
 ) -> None:
     """Make images with a trained network: PNG files and one grid.
 
-    A command that was cut makes what is missing with the same command.
+    The same command makes the images that an interrupted one left out.
     """
     from soflow_platform.cli.generate import generate_command
     from soflow_platform.jobs.requests import GenerateRequest
@@ -206,7 +206,7 @@ def evaluate(
         typer.Argument(
             metavar="MODEL|RUN|CHECKPOINT|FOLDER|NPZ",
             help="models:/NAME@ALIAS, a sweep, SWEEP/TRIAL or MLflow run, a checkpoint folder or .safetensors file, "
-            "a folder of images, or an .npz file of samples.",
+            "a folder of images, an .npz file of samples, or a shard set.",
         ),
     ],
     metrics: Annotated[
@@ -214,11 +214,14 @@ def evaluate(
         typer.Option(help="fid, sfid, is, kid, precision, recall, fd, label_agreement; several with commas."),
     ] = None,
     num: Annotated[
-        int | None, typer.Option(min=2, help="Images; default 50,000, or all that are there.")
+        int | None,
+        typer.Option(
+            min=2, help="Number of images; default 50,000 of a network, or all of a folder or file."
+        ),
     ] = None,
-    steps: Annotated[str, typer.Option(help="Numbers of sampling steps to score, such as 1,2,4.")] = "1",
+    steps: Annotated[str, typer.Option(help="Numbers of sampling steps, each scored, such as 1,2,4.")] = "1",
     labels: Annotated[
-        LabelMode, typer.Option(help="Drawn for each image, or every class in turn.")
+        LabelMode, typer.Option(help="Labels drawn for each image, or every class in turn.")
     ] = LabelMode.uniform,
     seed: Annotated[int, typer.Option(help="Image i is a function of the seed, i and its label.")] = 0,
     features: Annotated[
@@ -240,19 +243,19 @@ def evaluate(
         typer.Option(metavar="ID|PATH", help="Decodes latents; default is the one they were made with."),
     ] = None,
     sampler: Annotated[
-        str | None, typer.Option(help="Of methods that have several: euler, heun, ddim, ddpm.")
+        str | None, typer.Option(help="Sampler, for methods that have several: euler, heun, ddim, ddpm.")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale at sampling, of methods that have one.")
+        float | None, typer.Option(help="Guidance scale at sampling, for methods that have one.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the scores for other programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
     address: AddressOption = None,
     storage: StorageOption = None,
     tracking: TrackingOption = None,
 ) -> None:
-    """Score images that a network makes, or that are there: FID and the like, with all settings that move them.
+    """Score the images of a network, or images in a folder or file: FID and other metrics, with the settings that decide them.
 
-    A command that was cut goes on with the same command.
+    The same command goes on where an interrupted one stopped.
     """
     from soflow_platform.cli.evaluate import evaluate_command, parse_list, parse_steps
     from soflow_platform.jobs.requests import EvaluateRequest, ProtocolRequest, SamplingRequest
@@ -283,19 +286,20 @@ def compare(
         str,
         typer.Argument(
             metavar="SWEEP",
-            help="Id or name of a sweep that ran, or its file, whose `comparison` is then taken.",
+            help="Id or name of a sweep that ran, or its file, whose `comparison` section is then used.",
         ),
     ],
     overrides: SetOption = None,
     costs: Annotated[
-        bool, typer.Option("--costs/--no-costs", help="Measure seconds and memory of each method, here.")
+        bool,
+        typer.Option("--costs/--no-costs", help="Measure seconds and memory of each method on this machine."),
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows for other programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
     address: AddressOption = None,
     storage: StorageOption = None,
     tracking: TrackingOption = None,
 ) -> None:
-    """Compare the methods of a sweep: distance at each number of evaluations, cost of a step, time of an image."""
+    """Compare the methods of a sweep: distance at each number of function evaluations, cost of a step, time of an image."""
     from soflow_platform.cli.compare import compare_command
 
     places = Places(address, storage, tracking)

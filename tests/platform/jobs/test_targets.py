@@ -135,7 +135,7 @@ def test_a_checkpoint_taken_elsewhere_is_scored_without_a_run(
     assert not empty.root.exists()
 
 
-def test_a_registered_version_is_a_copy_of_its_weights_in_the_project_folder(
+def test_a_registered_version_is_a_copy_in_the_project_folder(
     scored: ProjectFolder,
 ) -> None:
     record = load_record(scored, SWEEP)
