@@ -22,8 +22,7 @@ import torch
 from soflow_core.host_copy import HostCopy, map_tensors
 from soflow_core.networks import DiT, dit_config
 from soflow_core.objectives import Batch, SoFlow
-from soflow_core.optimizer import OptimizerConfig
-from soflow_core.train_step import TrainStep
+from soflow_core.train_step import TrainStep, TrainStepConfig
 from soflow_platform.storage.checkpoints import EMA, STATE, CheckpointState, CheckpointStore
 from soflow_platform.training.checkpointer import AsyncCheckpointer
 
@@ -77,7 +76,7 @@ def main() -> int:
     options = parser.parse_args()
     device, objective = torch.device(options.device), SoFlow()
     config = dit_config(options.size, channels=4, height=32, width=32, classes=1000, null_label=True)
-    train = TrainStep(DiT(config).to(device), objective, OptimizerConfig(), total_steps=1000)
+    train = TrainStep(DiT(config).to(device), objective, TrainStepConfig(total_steps=1000))
     batch = Batch(torch.randn(options.batch, 4, 32, 32), torch.randint(1000, (options.batch,)))
 
     def step() -> None:

@@ -30,7 +30,7 @@ import torch
 
 from soflow_core.networks import DiT
 from soflow_core.objectives import Batch
-from soflow_core.train_step import TrainStep
+from soflow_core.train_step import TrainStep, TrainStepConfig
 from soflow_pipelines.shards.loader import ShardLoader
 from soflow_pipelines.storage.files import read_json
 from soflow_platform import sweeps_folder
@@ -99,10 +99,12 @@ def train_bare(options: argparse.Namespace, storage: ProjectFolder) -> None:
     train_step = TrainStep(
         DiT(network_config(experiment, info)),
         objective,
-        experiment.optimizer,
-        total_steps=training.steps,
-        ema_decays=training.ema,
-        precision="float32",
+        TrainStepConfig(
+            total_steps=training.steps,
+            optimizer=experiment.optimizer,
+            ema_decays=training.ema,
+            precision="float32",
+        ),
     )
     moments, losses = {}, {}
     for step in range(1, last_point(options) + 1):

@@ -57,8 +57,8 @@ def quotient(
     x_t, velocity = path.state(x0, x1), path.velocity(x0, x1)
     middle = t + (s - t) * ratio
     x_l = x_t + per_row(middle - t, x_t) * velocity
-    f_t = objective.coefficients(t, s).solution(x_t, passes.exact(x_t, t, s, None))
-    f_l = objective.coefficients(middle, s).solution(x_l, passes.exact(x_l, middle, s, None))
+    f_t = objective.coefficients(t, s).solution(x_t, passes.high_precision(x_t, t, s, None))
+    f_l = objective.coefficients(middle, s).solution(x_l, passes.high_precision(x_l, middle, s, None))
     return (f_t - f_l) / per_row(t - middle, x_t)
 
 

@@ -21,14 +21,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.nn.parallel import DistributedDataParallel
 
 from communication import BUCKET, FLOAT, SAMPLE_BYTES, Work, fsdp_messages
 from loader import INFO, latents
+from soflow_core.gradient_sync import DDP, FSDP, Local
 from soflow_core.networks import DiT, DiTConfig, dit_config
 from soflow_core.objectives import Batch, SoFlow
-from soflow_core.optimizer import OptimizerConfig
-from soflow_core.train_step import TrainStep
+from soflow_core.train_step import TrainStep, TrainStepConfig
 from soflow_pipelines.shards.loader import ShardLoader
 from soflow_pipelines.shards.writer import write_shards
 
@@ -60,8 +59,8 @@ def make_step(size: str, distributed: bool) -> TrainStep:
     torch.manual_seed(0)
     network = DiT(network_config(size))
     objective = SoFlow()
-    wrapped = DistributedDataParallel(network) if distributed else network
-    return TrainStep(wrapped, objective, OptimizerConfig(), total_steps=1000, precision="float32")
+    config = TrainStepConfig(total_steps=1000, precision="float32")
+    return TrainStep(network, objective, config, DDP() if distributed else Local())
 
 
 def network_config(size: str) -> DiTConfig:
@@ -139,8 +138,6 @@ def work_as_worker(options: argparse.Namespace) -> None:
 
 def count_as_worker(options: argparse.Namespace) -> None:
     """One of two processes that share a network; rank 0 prints how often its parts are gathered and scattered in a step."""
-    from soflow_core.sharding import shard
-
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{options.meeting}", rank=options.rank, world_size=options.world
@@ -148,9 +145,8 @@ def count_as_worker(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     network = DiT(network_config("S/8"))
     parts = len(network.blocks) + 1
-    train_step = TrainStep(
-        shard(network), SoFlow(), OptimizerConfig(), total_steps=1000, precision=options.precision
-    )
+    config = TrainStepConfig(total_steps=1000, precision=options.precision)
+    train_step = TrainStep(network, SoFlow(), config, FSDP())
     action = stepping(train_step, 8)
     action(0)
     with CommDebugMode() as counted:

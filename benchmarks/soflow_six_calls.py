@@ -1,7 +1,7 @@
 """SoFlow's loss as the formulas are read: each branch by itself, six calls of the network, no row left out.
 
 The measure of what soflow_core.objectives.soflow saves, and an independent form of the same numbers. Each call has
-the precision of its kind: guidance and Flow Matching are tolerant, the consistency pair is exact.
+the precision of its kind: guidance and Flow Matching in low precision, the consistency pair in high precision.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ def velocity_loss(
     if labels is not None and guidance.active:
         assert dropped is not None
         mask = dropped[:, None, None, None]
-        v_p = coefficients.velocity(x_t, passes.tolerant(x_t, t, t, drop_labels(labels, dropped)))
+        v_p = coefficients.velocity(x_t, passes.low_precision(x_t, t, t, drop_labels(labels, dropped)))
         with torch.no_grad():
-            v_u = coefficients.velocity(x_t, passes.tolerant(x_t, t, t, None))
+            v_u = coefficients.velocity(x_t, passes.low_precision(x_t, t, t, None))
             guided = target + decay(column, guidance.decay_from) * (guidance.scale - 1) * (target - v_u)
             target = torch.where(mask, target, guidance.mix * guided + (1 - guidance.mix) * v_p)
     else:
-        v_p = coefficients.velocity(x_t, passes.tolerant(x_t, t, t, labels))
+        v_p = coefficients.velocity(x_t, passes.low_precision(x_t, t, t, labels))
     mse = (v_p - target).square().mean(dim=(1, 2, 3))
     weight = 1 / (coefficients.db_ds.abs() * (mse.detach() + objective.weight_eps) ** objective.weight_power)
     return weight * mse
@@ -110,17 +110,17 @@ def consistency_loss(
         at_t = parameterization(t, t)
         strength = decay(t, guidance.decay_from)[:, None, None, None] * (guidance.scale - 1)
         with torch.no_grad():
-            v_u = at_t.velocity(x_t, passes.tolerant(x_t, t, t, None))
+            v_u = at_t.velocity(x_t, passes.low_precision(x_t, t, t, None))
             guided = velocity + strength * (velocity - v_u)
             if guidance.mix != 1:
-                v_p = at_t.velocity(x_t, passes.tolerant(x_t, t, t, labels))
+                v_p = at_t.velocity(x_t, passes.low_precision(x_t, t, t, labels))
                 guided = guidance.mix * guided + (1 - guidance.mix) * v_p
             velocity = torch.where(dropped[:, None, None, None], velocity, guided)
     start, middle = parameterization(t, s), parameterization(l, s)
-    prediction = passes.exact(x_t, t, s, seen)
+    prediction = passes.high_precision(x_t, t, s, seen)
     with torch.no_grad():
         x_l = x_t + velocity * (l - t)[:, None, None, None]
-        f_l = middle.solution(x_l, passes.exact(x_l, l, s, seen))
+        f_l = middle.solution(x_l, passes.high_precision(x_l, l, s, seen))
         quotient = (start.solution(x_t, prediction) - f_l) / (t - l)[:, None, None, None]
         weight = 1 / (quotient.square().mean(dim=(1, 2, 3)) + objective.weight_eps) ** objective.weight_power
     inner = (prediction * quotient * weight[:, None, None, None]).mean(dim=(1, 2, 3))

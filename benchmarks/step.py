@@ -44,9 +44,8 @@ from soflow_core.kernels import step_kernels
 from soflow_core.networks import DiT, dit_config
 from soflow_core.objectives import Batch, FlowMatching, Loss, MeanFlow, Objective, SoFlow
 from soflow_core.objectives.base import DEFAULT_POLICY
-from soflow_core.optimizer import OptimizerConfig
 from soflow_core.passes import PassPolicy
-from soflow_core.train_step import MOST_GRAPHS, TrainStep
+from soflow_core.train_step import MOST_GRAPHS, TrainStep, TrainStepConfig
 from soflow_six_calls import six_call_loss
 
 MeasuredT = TypeVar("MeasuredT")
@@ -111,10 +110,7 @@ class Bench:
         self.step = TrainStep(
             network,
             SoFlow(),
-            OptimizerConfig(),
-            TOTAL_STEPS,
-            precision=self.precision,
-            compile=self.compile,
+            TrainStepConfig(TOTAL_STEPS, precision=self.precision, compile=self.compile),
         )
         self.generator = torch.Generator().manual_seed(0)
         self.batch = Batch(

@@ -1,6 +1,4 @@
-"""How an objective runs the network: in which precision each pass goes, which rows it may leave out, and
-who teaches.
-"""
+"""Forward passes of a network inside an objective: precision, rows that may be skipped, and teacher network."""
 
 from __future__ import annotations
 
@@ -20,26 +18,25 @@ Network = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """F(x, t, s, labels): (B, C, H, W), (B,), (B,), (B,) int64 or None -> (B, C, H, W)."""
 
 Precision = Literal["float32", "mixed", "bfloat16"]
-"""`mixed` runs the tolerant passes in bfloat16 and the exact ones in float32; losses are float32 in all
-three.
-"""
+"""`mixed` runs low-precision passes in bfloat16 and high-precision ones in float32. Losses are always float32."""
 
 
 @dataclass(frozen=True)
 class PassPolicy:
-    """The precision of passes, and whether rows whose result is multiplied by 0 are left out of them.
-
-    Leaving rows out makes batch sizes vary from step to step and reads masks back from the device, so it pays
-    on a CPU and not under a compiler or on a GPU.
-    """
+    """How the passes of a training step run."""
 
     precision: Precision = "float32"
     skip_unused: bool = True
+    """Whether rows whose result is multiplied by 0 are left out of a pass.
+
+    Batch sizes then vary from step to step and masks are read back from the device, so it pays on a CPU, and not
+    under a compiler or on a GPU.
+    """
     teacher: Network | None = None
-    """Gives the targets of a method with a teacher; None is the network itself."""
+    """Network that computes the targets of a method with a teacher; None is the trained network itself."""
     uniform: bool = False
-    """Whether every rank makes the same passes, of no rows where it needs none: each pass of a sharded network
-    is an exchange that all ranks take part in.
+    """Whether every rank makes the same passes, with no rows where it needs none. Each pass of a sharded network
+    is a collective, in which all ranks must take part.
     """
 
     def __post_init__(self) -> None:
@@ -48,33 +45,34 @@ class PassPolicy:
 
 @dataclass(frozen=True)
 class Passes:
-    """A network under a policy. Results are float32."""
+    """Forward passes of a network under a policy; results are float32."""
 
     network: Network
     policy: PassPolicy
 
-    def tolerant(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        """A pass whose rounding stays its own size: guidance and Flow Matching."""
+    def low_precision(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        """A pass whose rounding error is not amplified (guidance, Flow Matching): bfloat16 under `mixed`."""
         return self._run(self.network, x, t, s, labels, self.policy.precision != "float32")
 
-    def exact(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        """A pass that enters a difference quotient, which divides its rounding by r: never bfloat16 under
-        `mixed`. On a GPU its products are TF32 there, and float32 under `float32`.
+    def high_precision(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        """A pass that enters a difference quotient, which divides its rounding error by r: float32 under `mixed`.
+
+        On a GPU its matrix products are TF32 under `mixed`, and float32 under `float32`.
         """
         return self._run(self.network, x, t, s, labels, self.policy.precision == "bfloat16")
 
     @torch.no_grad()
-    def taught(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        """A pass of the teacher."""
+    def teacher(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        """A pass of the teacher network, without gradient, in low precision."""
         return self._run(
             self.policy.teacher or self.network, x, t, s, labels, self.policy.precision != "float32"
         )
 
     @torch.no_grad()
-    def used(
+    def forward_where(
         self, run: Network, use: Tensor, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None
     ) -> Tensor:
-        """A pass without gradient of which only the rows `use` (B,) matter; the others may come back as 0."""
+        """The pass `run`, without gradient, in the rows where `use` (B,) bool holds; the other rows may be 0."""
         if not self.policy.skip_unused:
             return run(x, t, s, labels)
         rows = torch.nonzero(use).squeeze(1)
@@ -89,11 +87,10 @@ class Passes:
     def total_derivative(
         self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, velocity: Tensor
     ) -> Tensor:
-        """-> dF/dt = v . dF/dx + dF/dt, with s held: one Jacobian-vector product along (v, 1, 0), without
-        autocast.
+        """-> dF/dt = v . dF/dx + dF/dt at fixed s: one Jacobian-vector product along (v, 1, 0), without autocast.
 
-        Only the mathematical attention kernel has a forward-mode derivative, so it is chosen here; compiled
-        networks run as they were written. Raises ValueError where the network loses the derivative.
+        Only the math attention kernel has a forward-mode derivative, so it is selected here; compiled networks run
+        uncompiled. Raises ValueError where the network loses the derivative.
         """
         try:
             with (
@@ -117,7 +114,7 @@ class Passes:
         self, network: Network, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, bfloat16: bool
     ) -> Tensor:
         if not torch.is_grad_enabled() and isinstance(network, DistributedDataParallel):
-            # Ranks differ in how many rows they need here, so nothing may be exchanged.
+            # Ranks may differ in how many rows they need, so DDP must not communicate.
             network = cast(Network, network.module)
         if not bfloat16:
             return network(x, t, s, labels)

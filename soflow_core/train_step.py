@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -15,13 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from soflow_core.ema import EMA, Exponential
+from soflow_core.gradient_sync import GradientSync, Local, all_gather
 from soflow_core.host_copy import HostCopy, map_tensors
 from soflow_core.kernels import fast_bfloat16, step_kernels
 from soflow_core.networks.dit import DiT
 from soflow_core.objectives.base import Batch, Draws, Objective
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.passes import Network, PassPolicy, Precision
-from soflow_core.rank_check import Gather, first_difference
+from soflow_core.rank_check import first_difference
 from soflow_core.sharding import (
     compile_blocks,
     is_first,
@@ -38,133 +39,126 @@ MOST_GRAPHS = 32
 limit is 8, after which it goes on uncompiled.
 """
 
-__all__ = ["OptimizerConfig", "StepRecord", "TrainStep"]
+
+@dataclass(frozen=True)
+class TrainStepConfig:
+    """Settings of a training beside its network and objective."""
+
+    total_steps: int
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema_decays: tuple[float, ...] = (0.9999,)
+    power_ema_widths: tuple[float, ...] = ()
+    """Relative widths of power-function EMAs, kept beside those of `ema_decays`."""
+    precision: Precision | Literal["auto"] = "auto"
+    """`auto` is `mixed` where the device multiplies bfloat16 in hardware, and else `float32`."""
+    clip_norm: float | None = None
+    """Largest norm of all gradients together; None does not clip."""
+    accumulate: int = 1
+    """Strided pieces that the rows are taken in, one backward pass each, for less memory."""
+    compile: bool = False
+    deterministic: bool = False
+    """Lets a step use deterministic kernels alone (`torch.use_deterministic_algorithms`), also in the backward
+    pass. On a GPU cuBLAS needs the environment variable CUBLAS_WORKSPACE_CONFIG=:4096:8, set before the process
+    first uses the GPU.
+    """
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate is {self.accumulate}; a step has at least 1 piece")
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps is {self.total_steps}; a training has at least 1 step")
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step did. A step that was refused (`finite` is False) changed nothing, and `culprit` names the
-    term.
-    """
+    """Result of one step. A refused step (`finite` is False) changed nothing; `culprit` names the term."""
 
     step: int
     """Finished steps, this one included if it was taken."""
     loss: float
     """Mean over this rank's rows."""
     terms: dict[str, float]
-    """Each the mean over the pieces that have it."""
+    """Logged terms of the loss, each the mean over the pieces that have it."""
     grad_norm: float
-    """Of all gradients together, before clipping."""
+    """Norm of all gradients together, before clipping."""
     learning_rate: float
-    """Of this step."""
     finite: bool = True
     culprit: str | None = None
 
 
 class TrainStep:
-    """Owns network, optimizer, EMAs and step count; a call makes one step.
+    """Network, optimizer, EMAs and step count of one training; a call makes one step.
 
-    `precision` "auto" is mixed where bfloat16 is fast, on a GPU or a CPU with matrix units, and else float32.
-
-    Many ranks: `network` is wrapped in DistributedDataParallel, or sharded (`soflow_core.sharding.shard`), or
-    `reduce_gradients` averages the gradients over the ranks in place, which objectives with a Jacobian-vector
-    product need on a network that is not sharded. With `gather`, the first step compares parameters and
-    gradients of all ranks and raises RuntimeError where they differ. A call, `state_dict`, `ema_state`,
-    `host_state` and `host_ema_state` of a sharded network are for all ranks at once.
-
-    `accumulate` takes the rows in so many strided pieces, one backward pass each, for less memory.
-
-    `deterministic` lets a step use deterministic kernels alone (`torch.use_deterministic_algorithms`, also in
-    the backward pass) and puts the setting back. On a GPU cuBLAS asks for the environment variable
-    CUBLAS_WORKSPACE_CONFIG=:4096:8, set before the process first uses the GPU.
+    `network` is the plain one on its device; `sync` wraps it where several ranks train it. Ranks that hold
+    replicas compare parameters and gradients in their first step, which raises RuntimeError where they differ.
+    Where the network is sharded, all ranks must call `state_dict`, `ema_state`, `host_state` and
+    `host_ema_state` together.
     """
 
     def __init__(
         self,
         network: nn.Module,
         objective: Objective,
-        optimizer: OptimizerConfig,
-        total_steps: int,
-        ema_decays: Sequence[float] = (0.9999,),
-        precision: Precision | Literal["auto"] = "auto",
-        clip_norm: float | None = None,
-        compile: bool = False,
-        reduce_gradients: Callable[[list[Tensor]], None] | None = None,
-        power_ema_widths: Sequence[float] = (),
-        deterministic: bool = False,
-        accumulate: int = 1,
-        gather: Gather | None = None,
+        config: TrainStepConfig,
+        sync: GradientSync | None = None,
     ) -> None:
-        wrapped = isinstance(network, DistributedDataParallel)
-        self.mesh = sharding_mesh(network)
-        exchanged = reduce_gradients is not None or gather is not None
-        _check_combination(objective, wrapped, self.mesh is not None, exchanged)
-        if accumulate < 1:
-            raise ValueError(f"accumulate is {accumulate}; a step has at least 1 piece")
-        if total_steps < 1:
-            raise ValueError(f"total_steps is {total_steps}; a training has at least 1 step")
-        self.network = network
-        self.module = cast(nn.Module, network.module) if wrapped else network
-        _check_labels(objective, self.module)
+        self.sync = sync or Local()
+        _check_combination(objective, network, self.sync)
+        _check_labels(objective, network)
         self.objective = objective
-        self.optimizer_config = optimizer
-        self.total_steps = total_steps
-        self.clip_norm = clip_norm
-        self.reduce_gradients = reduce_gradients
-        self.deterministic = deterministic
-        self.accumulate = accumulate
-        self.gather = gather
-        self.compile = compile
+        self.config = config
+        self.module = network
+        self.network = self.sync.wrap(network)
+        self.mesh = sharding_mesh(self.network)
         self.step = 0
+        self._replicas_compared = not self.sync.replicated
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.names, self.parameters = list(trained), list(trained.values())
         self.device = self.parameters[0].device
-        if precision == "auto":
-            precision = "mixed" if fast_bfloat16(self.device) else "float32"
-        self.optimizer = optimizer.build(self.parameters)
-        teaches = objective.teacher_decay
-        if teaches is not None and teaches not in ema_decays:
-            ema_decays = (*ema_decays, teaches)
-        self.ema = EMA(trained, ema_decays, power_ema_widths)
+        self.optimizer = config.optimizer.build(self.parameters)
+        teacher_decay = objective.teacher_decay
+        decays = config.ema_decays
+        if teacher_decay is not None and teacher_decay not in decays:
+            decays = (*decays, teacher_decay)
+        self.ema = EMA(trained, decays, config.power_ema_widths)
         self.policy = PassPolicy(
-            precision,
-            skip_unused=self.device.type == "cpu" and not compile,
-            teacher=None if teaches is None else self._averaged(teaches),
+            self._precision(),
+            skip_unused=self.device.type == "cpu" and not config.compile,
+            teacher=None if teacher_decay is None else self._averaged(teacher_decay),
             uniform=self.mesh is not None,
         )
-        if compile:
+        if config.compile:
             compile_blocks(self.module)
 
     def __call__(self, batch: Batch, draws: Draws) -> StepRecord:
         """One step on this rank's rows. Raises ValueError after the last of `total_steps`."""
-        if self.step >= self.total_steps:
+        if self.step >= self.config.total_steps:
             raise ValueError(
-                f"all {self.total_steps} steps are done, and schedules end there; give a larger total_steps"
+                f"all {self.config.total_steps} steps are done, and schedules end there; give a larger total_steps"
             )
         self._check_batch(batch)
         pieces = self._pieces(batch.to(self.device), draws.to(self.device))
-        rate = self.optimizer_config.learning_rate(self.step, self.total_steps)
+        rate = self.config.optimizer.learning_rate(self.step, self.config.total_steps)
         tf32 = self.policy.precision != "float32"
-        with self._compiler(), step_kernels(self.device, tf32, self.deterministic):
+        with self._compiler(), step_kernels(self.device, tf32, self.config.deterministic):
             self.optimizer.zero_grad(set_to_none=True)
             losses: dict[str, list[Tensor]] = {"loss": []}
             for number, piece in enumerate(pieces, start=1):
-                with self._exchange(last=number == len(pieces)):
+                with self.sync.accumulation(self.network, last=number == len(pieces)):
                     self._backward(*piece, losses)
             gradients = [p.grad for p in self.parameters if p.grad is not None]
-            if self.reduce_gradients is not None:
-                self.reduce_gradients(gradients)
-            if self.gather is not None:
-                self._compare_ranks(self.gather)
+            self.sync.reduce(gradients)
+            if not self._replicas_compared:
+                self._compare_replicas()
             values = {name: torch.stack(parts).mean() for name, parts in losses.items()}
             norm = whole(get_total_norm(gradients, foreach=True))
-            # The one wait for the device in a step: the update must know whether it may happen.
-            *told, grad_norm = torch.stack([*values.values(), norm]).tolist()
-            terms = dict(zip(values, told, strict=True))
+            # The only wait for the device in a step: the update needs to know whether everything is finite.
+            *numbers, grad_norm = torch.stack([*values.values(), norm]).tolist()
+            terms = dict(zip(values, numbers, strict=True))
             if not math.isfinite(grad_norm):
                 return self._refuse(terms, grad_norm, rate)
-            if self.clip_norm is not None:
-                clip_grads_with_norm_(self.parameters, self.clip_norm, norm, foreach=True)
+            if self.config.clip_norm is not None:
+                clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm, foreach=True)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
@@ -221,9 +215,9 @@ class TrainStep:
                 f"the state is of {method}, this training is {self.objective.method}; to start from its weights, load"
                 " them into the network"
             )
-        if state["total_steps"] != self.total_steps:
+        if state["total_steps"] != self.config.total_steps:
             raise ValueError(
-                f"the state is of {state['total_steps']} total steps, this training of {self.total_steps};"
+                f"the state is of {state['total_steps']} total steps, this training of {self.config.total_steps};"
                 " schedules depend on the total, so resume with the same"
             )
         own = self.module.state_dict()
@@ -235,50 +229,51 @@ class TrainStep:
         self.step = state["step"]
 
     def _compiler(self) -> AbstractContextManager[object]:
-        return torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS) if self.compile else nullcontext()
+        return (
+            torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS) if self.config.compile else nullcontext()
+        )
 
     def _pieces(self, batch: Batch, draws: Draws) -> list[tuple[Batch, Draws]]:
         """Piece j of n has rows j, j + n, j + 2 n, ..., as a rank's share of a batch has, so that each holds its
         part of the velocity rows.
         """
-        rows, count = len(batch.x0), self.accumulate
+        rows, count = len(batch.x0), self.config.accumulate
         if rows % count:
             raise ValueError(
                 f"{rows} rows do not divide into {count} equal pieces; give a rank a multiple of accumulate rows"
             )
         return [(batch.rows(j, count), draws.rows(j, count)) for j in range(count)]
 
-    def _exchange(self, last: bool) -> AbstractContextManager[None]:
-        """DistributedDataParallel sums over the ranks in the last piece alone. A sharded network sums in each: a
-        rank has no room for whole gradients between them.
-        """
-        if last or not isinstance(self.network, DistributedDataParallel):
-            return nullcontext()
-        return cast(AbstractContextManager[None], self.network.no_sync())
-
     def _backward(self, batch: Batch, draws: Draws, values: dict[str, list[Tensor]]) -> None:
         """Adds a piece's share of the mean to the gradients, and its loss and terms to `values`."""
-        result = self.objective.loss(self.network, batch, draws, self.step, self.total_steps, self.policy)
+        result = self.objective.loss(
+            self.network, batch, draws, self.step, self.config.total_steps, self.policy
+        )
         named = {"loss": result.loss, **result.terms}
         for name, value in named.items():
             values.setdefault(name, []).append(value.detach().float())
         # A seed of NaN makes every gradient NaN, on this rank and, after the reduction, on all of them.
         healthy = torch.isfinite(torch.stack([parts[-1] for parts in values.values()])).all()
-        share = torch.full_like(result.loss, 1 / self.accumulate)
+        share = torch.full_like(result.loss, 1 / self.config.accumulate)
         result.loss.backward(torch.where(healthy, share, math.nan))
 
-    def _compare_ranks(self, gather: Gather) -> None:
-        """Raises on every rank where parameters, or gradients after the reduction, are not the same on all."""
-        self.gather = None
-        name = first_difference(self.names, self.parameters, gather)
+    def _compare_replicas(self) -> None:
+        """Raises RuntimeError, on every rank, where parameters or averaged gradients differ between ranks."""
+        self._replicas_compared = True
+        name = first_difference(self.names, self.parameters, all_gather)
         if name is not None:
             raise RuntimeError(f"{name} differs between ranks; start all with the same weights")
-        name = first_difference(self.names, [p.grad for p in self.parameters], gather)
+        name = first_difference(self.names, [p.grad for p in self.parameters], all_gather)
         if name is not None:
             raise RuntimeError(
                 f"the gradient of {name} differs between ranks after the reduction, which must leave the same mean"
                 " on all of them"
             )
+
+    def _precision(self) -> Precision:
+        if self.config.precision != "auto":
+            return self.config.precision
+        return "mixed" if fast_bfloat16(self.device) else "float32"
 
     def _averaged(self, decay: float) -> Network:
         """The network with the parameters of an EMA, whatever they are when it is called."""
@@ -297,7 +292,7 @@ class TrainStep:
         """`state_dict()` in this rank's shares of tensors."""
         return {
             "step": self.step,
-            "total_steps": self.total_steps,
+            "total_steps": self.config.total_steps,
             "method": self.objective.method,
             "network": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -387,17 +382,14 @@ def _check_labels(objective: Objective, module: nn.Module) -> None:
         )
 
 
-def _check_combination(objective: Objective, wrapped: bool, sharded: bool, exchanged: bool) -> None:
-    """Refuses what does not go together: of a method, a wrapped or sharded network, and a caller's own exchange
-    between ranks.
-    """
-    if objective.uses_jvp and wrapped:
+def _check_combination(objective: Objective, network: nn.Module, sync: GradientSync) -> None:
+    """Raises ValueError where the network is wrapped already, or where the objective needs a derivative it loses."""
+    if isinstance(network, DistributedDataParallel) or sharding_mesh(network) is not None:
         raise ValueError(
-            f"{objective.method} takes a Jacobian-vector product, which DistributedDataParallel has not;"
-            " pass the plain network and reduce_gradients"
+            "the network is wrapped for several ranks already; pass the plain one, and its wrapper as sync"
         )
-    if sharded and exchanged:
+    if objective.uses_jvp and not sync.carries_jvp:
         raise ValueError(
-            "a sharded network averages its own gradients, and its ranks hold different shares of them;"
-            " leave out reduce_gradients and gather"
+            f"{objective.method} takes a Jacobian-vector product, which {type(sync).__name__} does not carry;"
+            " use FlatAllReduce or FSDP"
         )

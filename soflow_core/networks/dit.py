@@ -1,23 +1,21 @@
-"""DiT with two times (arXiv 2212.09748, adaLN-Zero), on timm's PatchEmbed, Attention and Mlp.
+"""Diffusion transformer with adaLN-Zero (DiT, arXiv 2212.09748), conditioned on two times and a label.
 
-The condition of a block is t_embedding(t) + s_embedding(t - s) + label_embedding(y). Parameters have the
-names of the official SoFlow checkpoints without their `network.` prefix.
+The condition of a block is t_embedding(t) + s_embedding(t - s) + label_embedding(y). Parameters have the names of
+the official SoFlow checkpoints without their `network.` prefix.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, cast
 
 import torch
-from timm.layers import Mlp, PatchEmbed
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from soflow_core.labels import NULL_LABEL
+from soflow_core.networks.layers import Attention, Mlp, PatchEmbed
 
 FREQUENCIES = 256
 """Width of the sinusoidal time embedding."""
@@ -108,9 +106,9 @@ class Block(nn.Module):
     def __init__(self, hidden: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden, num_heads=heads, qkv_bias=True)
+        self.attn = Attention(hidden, heads)
         self.norm2 = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden, int(hidden * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(hidden, int(hidden * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 6 * hidden))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -146,8 +144,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_blocks = checkpoint_blocks
-        side = (config.height, config.width)
-        self.x_embedder = PatchEmbed(side, config.patch, config.channels, config.hidden)
+        self.x_embedder = PatchEmbed(config.channels, config.patch, config.hidden)
         self.t_embedder = TimeEmbedder(config.hidden)
         self.s_embedder = TimeEmbedder(config.hidden)
         self.y_embedder = (
@@ -178,7 +175,7 @@ class DiT(nn.Module):
 
         self.apply(xavier)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.zeros_(cast(Tensor, self.x_embedder.proj.bias))
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for name, parameter in self.named_parameters():
@@ -188,6 +185,7 @@ class DiT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
+        self._check_shape(x)
         tokens = self.x_embedder(x) + self.pos_embed
         condition = self.condition(t, s, labels)
         for block in self.blocks:
@@ -212,6 +210,14 @@ class DiT(nn.Module):
                     )
                 labels = torch.full(t.shape, NULL_LABEL, dtype=torch.int64, device=t.device)
             return condition + self.y_embedder(labels)
+
+    def _check_shape(self, x: Tensor) -> None:
+        """Raises ValueError where an input has other sides or channels than the configuration."""
+        expected = (self.config.channels, self.config.height, self.config.width)
+        if tuple(x.shape[1:]) != expected:
+            raise ValueError(
+                f"the input has rows of shape {tuple(x.shape[1:])}; this network takes {expected}"
+            )
 
     def unpatchify(self, pixels: Tensor) -> Tensor:
         """(B, N, patch * patch * channels) -> (B, C, H, W)."""

@@ -142,7 +142,7 @@ class AlphaFlow(AverageVelocityModel):
         labels = None if batch.labels is None else drop_labels(batch.labels, dropped_rows(draws))
         x_t, v_c = path.state(batch.x0, draws.noise), path.velocity(batch.x0, draws.noise)
         start = Start(x_t, v_c, draws.t, draws.s, labels, draws.velocity_rows)
-        prediction = passes.exact(x_t, draws.t, draws.s, labels)
+        prediction = passes.high_precision(x_t, draws.t, draws.s, labels)
         nowhere = torch.zeros_like(draws.t, dtype=torch.bool)
         with torch.no_grad():
             velocity = guided_target(passes, start, self.guidance, nowhere, prediction)
@@ -166,6 +166,6 @@ class AlphaFlow(AverageVelocityModel):
         middle = t - alpha * (t - s)
         v = velocity[first:]
         x = start.x[first:] + per_row(middle - t, v) * v
-        later = v if alpha == 1 else passes.exact(x, middle, s, labels)
+        later = v if alpha == 1 else passes.high_precision(x, middle, s, labels)
         target = (alpha * v + (1 - alpha) * later).clamp(-CLIP, CLIP)
         return torch.cat([velocity[:first], target])

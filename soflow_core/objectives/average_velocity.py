@@ -55,7 +55,7 @@ def guidance_pass(
     x = torch.cat([start.x, start.x[first:]])
     t = torch.cat([start.t, start.t[first:]])
     y = torch.cat([null_labels(len(start.x), x.device), start.labels[first:]])
-    velocities = passes.used(passes.tolerant, torch.cat([use, use[first:]]), x, t, t, y)
+    velocities = passes.forward_where(passes.low_precision, torch.cat([use, use[first:]]), x, t, t, y)
     own = velocities[len(start.x) :] if guidance.kappa else torch.zeros_like(start.x[start.first :])
     return velocities[: len(start.x)], own
 

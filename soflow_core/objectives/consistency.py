@@ -74,11 +74,11 @@ def discrete_loss(
     """
     times = [sigma / (1 + sigma) for sigma in sigmas]
     points = [linear(t).state(batch.x0, noise) for t in times]
-    f_t = consistency_function(passes.exact, points[0], times[0], batch.labels)
+    f_t = consistency_function(passes.high_precision, points[0], times[0], batch.labels)
     with torch.no_grad():
         # At t = 0 the function is its argument, whatever the network says.
-        later = passes.used(
-            passes.exact, times[1] > 0, points[1], times[1], torch.zeros_like(times[1]), batch.labels
+        later = passes.forward_where(
+            passes.high_precision, times[1] > 0, points[1], times[1], torch.zeros_like(times[1]), batch.labels
         )
         f_l = points[1] - per_row(times[1], later) * later
     difference = f_t - f_l
@@ -254,7 +254,7 @@ class ContinuousConsistency(ConsistencyModel):
         t, zero = draws.t, torch.zeros_like(draws.t)
         path = linear(t)
         x_t, v_c = path.state(batch.x0, draws.noise), path.velocity(batch.x0, draws.noise)
-        prediction = passes.tolerant(x_t, t, zero, batch.labels)
+        prediction = passes.low_precision(x_t, t, zero, batch.labels)
         derivative = passes.total_derivative(x_t, t, zero, batch.labels, v_c)
         warmup = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
         tangent = (v_c - prediction.detach()) - warmup * per_row(t, x_t) * derivative

@@ -96,7 +96,7 @@ class Diffusion(Objective):
         signal, noise = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
         x = per_row(signal, batch.x0) * batch.x0 + per_row(noise, batch.x0) * draws.noise
         labels = None if batch.labels is None else drop_labels(batch.labels, dropped_rows(draws))
-        prediction = Passes(network, policy).tolerant(x, draws.t, draws.t, labels)
+        prediction = Passes(network, policy).low_precision(x, draws.t, draws.t, labels)
         # L_simple (DDPM, Eq. 14).
         mse = row_mean((prediction - draws.noise).square()).mean()
         return Loss(mse, {"noise_mse": mse.detach()})

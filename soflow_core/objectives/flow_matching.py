@@ -89,7 +89,7 @@ class FlowMatching(Objective):
         x_t = path.state(batch.x0, draws.noise)
         target = path.velocity(batch.x0, draws.noise)
         labels = None if batch.labels is None else drop_labels(batch.labels, dropped_rows(draws))
-        prediction = Passes(network, policy).tolerant(x_t, draws.t, draws.t, labels)
+        prediction = Passes(network, policy).low_precision(x_t, draws.t, draws.t, labels)
         mse = row_mean((prediction - target).square()).mean()
         return Loss(mse, {"velocity_mse": mse.detach()})
 

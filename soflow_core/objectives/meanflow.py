@@ -98,7 +98,7 @@ class MeanFlow(AverageVelocityModel):
             labels = drop_labels(labels, dropped)
         x_t, v_c = path.state(batch.x0, draws.noise), path.velocity(batch.x0, draws.noise)
         start = Start(x_t, v_c, draws.t, draws.s, labels, draws.velocity_rows)
-        prediction = passes.tolerant(x_t, draws.t, draws.s, labels)
+        prediction = passes.low_precision(x_t, draws.t, draws.s, labels)
         with torch.no_grad():
             velocity = guided_target(passes, start, self.guidance, dropped, prediction)
             target = differential_target(passes, start, velocity)

@@ -108,7 +108,7 @@ class Shortcut(AverageVelocityModel):
             rest = None if labels is None else labels[first:]
             steps = self._two_half_steps(passes, x_t[first:], draws.t[first:], draws.s[first:], rest)
             target = torch.cat([v_c[:first], steps])
-        prediction = passes.tolerant(x_t, draws.t, draws.s, labels)
+        prediction = passes.low_precision(x_t, draws.t, draws.s, labels)
         mse = row_mean((prediction - target).square())
         parts = {"velocity_mse": mse[:first], "bootstrap_mse": mse[first:]}
         return Loss(mse.mean(), {k: v.detach().mean() for k, v in parts.items() if len(v)})
@@ -142,8 +142,8 @@ class Shortcut(AverageVelocityModel):
         self, passes: Passes, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, guided: Tensor
     ) -> Tensor:
         """The teacher's velocity, guided in the rows of the finest steps."""
-        velocity = passes.taught(x, t, s, labels)
+        velocity = passes.teacher(x, t, s, labels)
         if labels is None or self.scale == 1:
             return velocity
-        unconditional = passes.used(passes.taught, guided, x, t, s, null_labels(len(x), x.device))
+        unconditional = passes.forward_where(passes.teacher, guided, x, t, s, null_labels(len(x), x.device))
         return choose_rows(guided, guide_prediction(velocity, unconditional, self.scale), velocity)

@@ -210,7 +210,7 @@ class SoFlow(Objective):
         t = torch.cat([draws.t, draws.t[first:]])
         y = torch.cat([null_labels(len(x_t), x.device), labels[first:]])
         use = ~torch.cat([dropped, dropped[first:]])
-        v = self.coefficients(t, t).velocity(x, passes.used(passes.tolerant, use, x, t, t, y))
+        v = self.coefficients(t, t).velocity(x, passes.forward_where(passes.low_precision, use, x, t, t, y))
         guided = guided_velocity(v_c, v[: len(x_t)], self.guidance.strength(draws.t))
         if first < len(x_t):
             guided = torch.cat(
@@ -226,12 +226,12 @@ class SoFlow(Objective):
         """
         uniform = passes.policy.uniform
         if first == len(x) and not uniform:
-            return passes.tolerant(x, t, s, labels)
+            return passes.low_precision(x, t, s, labels)
         if passes.policy.precision != "mixed" or (first == 0 and not uniform):
-            return passes.exact(x, t, s, labels)
+            return passes.high_precision(x, t, s, labels)
         head, tail = (None, None) if labels is None else (labels[:first], labels[first:])
-        velocity = passes.tolerant(x[:first], t[:first], s[:first], head)
-        return torch.cat([velocity, passes.exact(x[first:], t[first:], s[first:], tail)])
+        velocity = passes.low_precision(x[:first], t[:first], s[:first], head)
+        return torch.cat([velocity, passes.high_precision(x[first:], t[first:], s[first:], tail)])
 
     def _velocity_branch(
         self, prediction: Tensor, x_t: Tensor, t: Tensor, target: Tensor, mixed_rows: Tensor | None
@@ -259,18 +259,20 @@ class SoFlow(Objective):
         labels: Tensor | None,
         ratio: float,
     ) -> BranchLoss:
-        """sgn(b) <F_t, q> W / D, with q = (f_t - f_l) / (t - l): the gradient of W |f_t - sg f_l|^2 / (2 D
-        |b| (t - l)).
+        """sgn(b) <F_t, q> W / D with q = (f_t - f_l) / (t - l), l = t_mid.
+
+        Its gradient is that of W |f_t - sg f_l|^2 / (2 D |b| (t - l)).
         """
         t, s = times
-        l = middle_time(t, s, ratio)  # noqa: E741
-        start, middle = self.coefficients(t, s), self.coefficients(l, s)
+        t_mid = middle_time(t, s, ratio)
+        start, middle = self.coefficients(t, s), self.coefficients(t_mid, s)
         with torch.no_grad():
-            x_l = x_t + per_row(l - t, x_t) * velocity
-            # Where s = l, b(l, s) = 0 and F_l does not matter.
-            f_l = middle.solution(x_l, passes.used(passes.exact, l > s, x_l, l, s, labels))
+            x_mid = x_t + per_row(t_mid - t, x_t) * velocity
+            # Where s = t_mid, b(t_mid, s) = 0 and the prediction there does not matter.
+            mid_prediction = passes.forward_where(passes.high_precision, t_mid > s, x_mid, t_mid, s, labels)
+            f_mid = middle.solution(x_mid, mid_prediction)
             f_t = start.solution(x_t, prediction)
-            quotient = (f_t - f_l) / per_row(t - l, x_t)
+            quotient = (f_t - f_mid) / per_row(t - t_mid, x_t)
             mse = row_mean(quotient.square())
             weight = self._weight(mse)
         inner = row_mean(prediction * quotient * per_row(weight, quotient))

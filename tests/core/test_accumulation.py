@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from soflow_core.guidance import Guidance, VelocityGuidance
 from soflow_core.objectives import OBJECTIVES, AlphaFlow, AlphaSchedule, MeanFlow, Objective, Shortcut, SoFlow
 from soflow_core.optimizer import OptimizerConfig
-from soflow_core.train_step import TrainStep
+from soflow_core.train_step import TrainStep, TrainStepConfig
 from tests.support.random_networks import random_inputs, random_network
 
 CASES: dict[str, Objective] = {name: kind() for name, kind in OBJECTIVES.items()} | {
@@ -24,7 +24,9 @@ CASES: dict[str, Objective] = {name: kind() for name, kind in OBJECTIVES.items()
 def make(objective: Objective, dtype: torch.dtype, **settings) -> TrainStep:
     """In the middle of training, so that schedules are at no end and a teacher is not the network."""
     settings = {"precision": "float32", **settings}
-    train = TrainStep(random_network(dtype), objective, OptimizerConfig(lr=1e-3), 20, (0.9,), **settings)
+    train = TrainStep(
+        random_network(dtype), objective, TrainStepConfig(20, OptimizerConfig(lr=1e-3), (0.9,), **settings)
+    )
     other = random_network(dtype, seed=1)
     for average in train.ema.averages.values():
         for name, tensor in average.items():

@@ -127,7 +127,7 @@ def test_only_rows_with_two_times_pay_for_a_derivative():
     assert rows == [4]
 
 
-def test_a_kernel_without_forward_mode_is_told_of_and_the_right_one_is_chosen():
+def test_a_kernel_without_forward_mode_is_refused_and_avoided():
     network = random_network(torch.float32)
     batch, draws = random_inputs(MeanFlow(flow_matching_share=0.0), dtype=torch.float32)
     arguments = (batch.x0, draws.t, draws.s, batch.labels, draws.noise)
@@ -207,7 +207,7 @@ def test_soflow_is_alpha_flow_with_alpha_the_middle_ratio():
     assert_close(ours * ratio**2, theirs)
 
 
-def test_alpha_flow_drops_labels_inside_its_window_only_and_keeps_their_target():
+def test_alpha_flow_drops_labels_only_inside_its_window():
     objective = AlphaFlow(
         flow_matching_share=0.0, guidance=VelocityGuidance(omega=0.5, kappa=0.5, start=0.4, end=0.7, drop=0.5)
     )
@@ -269,7 +269,7 @@ def test_discrete_consistency_compares_two_noise_levels_of_the_same_pair(objecti
     assert_close(gradient(found, network), gradient(expected, network), rtol=1e-4, atol=1e-5)
 
 
-def test_shortcut_targets_are_two_half_steps_of_the_teacher_guided_at_the_finest():
+def test_shortcut_targets_are_two_half_steps_of_the_teacher():
     network, teacher = random_network(), random_network(seed=1)
     objective = Shortcut(bootstrap_share=0.75, scale=2.0)
     batch, draws = random_inputs(objective)
@@ -325,7 +325,7 @@ def test_flow_matching_predicts_the_velocity_and_drops_labels():
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
-def test_every_method_draws_the_same_from_the_same_generator_and_splits_over_ranks(method):
+def test_draws_depend_on_the_generator_alone_and_split_over_ranks(method):
     objective = OBJECTIVES[method]()
     assert objective.method == method
     network = random_network()

@@ -34,21 +34,21 @@ def constant_ratio(ratio: float, **settings) -> SoFlow:
 
 
 @pytest.mark.parametrize("data", [*DATA, Mixture()], ids=str)
-def test_the_exact_solution_solves_the_ode_of_the_exact_velocity(data):
+def test_oracle_solution_solves_the_ode_of_the_oracle_velocity(data):
     x, t, s = grid_points(20)
     x = x.clamp(-2, 2)
     assert_close(data.solution(x, t, s), runge_kutta(data.velocity, x, t, s), rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("data", [*DATA, Mixture()], ids=str)
-def test_the_exact_solution_is_a_semigroup(data):
+def test_oracle_solution_is_a_semigroup(data):
     x, t, s = grid_points(20)
     x = x.clamp(-2, 2)
     middle = s + 0.3 * (t - s)
     assert_close(data.solution(data.solution(x, t, middle), middle, s), data.solution(x, t, s))
 
 
-def test_the_exact_velocity_is_the_regression_of_sample_velocities():
+def test_oracle_velocity_is_the_regression_of_sample_velocities():
     data, t = Gaussian(), torch.tensor([0.4], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     x0 = data.mean + data.std * torch.randn(400_000, generator=generator, dtype=torch.float64)
@@ -112,7 +112,7 @@ def test_the_meanflow_identity_holds_for_the_exact_average_velocity():
     assert limit.loss(data.network, batch, draws, 0, 1).terms["average_mse"] < 1e-22
 
 
-def test_the_alpha_flow_residual_of_the_exact_average_velocity_vanishes_with_alpha_squared():
+def test_the_exact_alpha_flow_residual_vanishes_with_alpha_squared():
     data, (x, t, s) = Gaussian(), grid_points()
     batch, draws = rows_along(x / 2, t, s, data.velocity(x / 2, t))
     sizes = [
@@ -143,7 +143,7 @@ def test_two_half_steps_of_the_exact_average_velocity_are_the_whole_step():
 
 
 @pytest.mark.parametrize("objective", [ImprovedConsistency(), EasyConsistency()], ids=lambda o: o.method)
-def test_discrete_consistency_of_the_exact_function_vanishes_as_levels_close_in(objective):
+def test_discrete_consistency_of_the_exact_function_vanishes(objective):
     data, (x, t, _) = Gaussian(), grid_points()
     batch, draws = rows_along(x, t, torch.zeros_like(t), data.velocity(x, t))
     early, late = (objective.loss(data.network, batch, draws, k, 1000) for k in (0, 999))

@@ -8,13 +8,13 @@ import torch
 from soflow_core.host_copy import HostCopy, map_tensors
 from soflow_core.objectives import SoFlow
 from soflow_core.optimizer import OptimizerConfig
-from soflow_core.train_step import TrainStep
+from soflow_core.train_step import TrainStep, TrainStepConfig
 from tests.support.random_networks import random_inputs, random_network
 
 
 def make(device: str = "cpu") -> TrainStep:
     network = random_network(torch.float32).to(device)
-    return TrainStep(network, SoFlow(), OptimizerConfig(lr=1e-3), 10, (0.9, 0.5))
+    return TrainStep(network, SoFlow(), TrainStepConfig(10, OptimizerConfig(lr=1e-3), (0.9, 0.5)))
 
 
 def run(train: TrainStep, first: int, last: int) -> list[float]:

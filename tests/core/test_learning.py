@@ -24,7 +24,7 @@ from soflow_core.objectives import (
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.samplers.noise import sample_noise
 from soflow_core.times import LogitNormal
-from soflow_core.train_step import TrainStep
+from soflow_core.train_step import TrainStep, TrainStepConfig
 from tests.support.gaussian import SHAPE, Gaussian
 
 DATA = Gaussian(0.7, 0.5)
@@ -75,7 +75,8 @@ def test_a_method_learns_the_gaussian(objective: Objective, sampling_steps: int,
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     network = AffineNetwork(1e-3 if isinstance(objective, Diffusion) else 1.0)
-    train = TrainStep(network, objective, OptimizerConfig(lr=2e-3), STEPS, ema_decays=(0.99,), clip_norm=1.0)
+    config = TrainStepConfig(STEPS, OptimizerConfig(lr=2e-3), ema_decays=(0.99,), clip_norm=1.0)
+    train = TrainStep(network, objective, config)
     for _ in range(STEPS):
         x0 = DATA.mean + DATA.std * torch.randn(256, *SHAPE, generator=generator)
         assert train(Batch(x0), objective.draw(generator, 256, SHAPE, conditional=False)).finite

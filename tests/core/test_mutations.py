@@ -1,16 +1,24 @@
-"""Every broken line turns a test red."""
+"""Mutations of the methods: each stands in the sources, and each turns a test red."""
 
 import pytest
 
-from tests.support.mutations import MUTATIONS, NOTHING, run
+from tests.support.mutations import MUTATIONS, NOTHING, Mutation, run
+
+every_mutation = pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+
+
+@every_mutation
+def test_a_mutated_text_stands_in_its_file_as_often_as_expected(mutation: Mutation) -> None:
+    assert mutation.occurrences == mutation.times
+    assert mutation.before != mutation.after
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
-def test_a_broken_line_is_seen(mutation):
+@every_mutation
+def test_a_mutation_is_caught(mutation: Mutation) -> None:
     assert run(mutation, most=1)
 
 
 @pytest.mark.slow
-def test_the_sound_code_is_green_in_the_copy_where_mutations_run():
+def test_the_tests_that_run_on_mutations_pass_without_one() -> None:
     assert run(NOTHING) == []

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from soflow_core.objectives import SoFlow
 from soflow_core.optimizer import OptimizerConfig
-from soflow_core.train_step import TrainStep
+from soflow_core.train_step import TrainStep, TrainStepConfig
 from tests.support.random_networks import random_inputs, random_network
 
 TOTAL = 100
@@ -78,7 +78,7 @@ def test_a_step_uses_and_records_its_rate_also_after_resuming(name):
     config = OptimizerConfig(name=name, lr=1e-2, warmup_steps=2, decay="linear")
 
     def make() -> TrainStep:
-        return TrainStep(random_network(float32), SoFlow(), config, total_steps=4)
+        return TrainStep(random_network(float32), SoFlow(), TrainStepConfig(4, config))
 
     def steps(train: TrainStep, first: int, last: int) -> list[float]:
         inputs = (random_inputs(train.objective, dtype=float32, seed=k) for k in range(first, last))
@@ -100,7 +100,7 @@ def test_fused_adam_takes_the_rate_of_each_step():
     whole, half = (OptimizerConfig(**settings, warmup_steps=w) for w in (0, 2))
     moved = []
     for config in (whole, half):
-        train = TrainStep(random_network(float32), SoFlow(), config, total_steps=4)
+        train = TrainStep(random_network(float32), SoFlow(), TrainStepConfig(4, config))
         assert train.optimizer.defaults["fused"]
         before = train.module.final_layer.linear.bias.detach().clone()
         train(*random_inputs(train.objective, dtype=float32))
@@ -114,7 +114,7 @@ def test_weight_decay_takes_its_share_of_the_weights_beside_adams_step():
     after = []
     for weight_decay in (0.0, 0.5):
         config = OptimizerConfig(lr=1e-2, weight_decay=weight_decay)
-        train = TrainStep(random_network(float32), SoFlow(), config, total_steps=4)
+        train = TrainStep(random_network(float32), SoFlow(), TrainStepConfig(4, config))
         before = [p.detach().clone() for p in train.parameters]
         train(*random_inputs(train.objective, dtype=float32))
         after.append(train.parameters)

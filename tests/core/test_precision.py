@@ -89,7 +89,7 @@ def test_every_method_is_here():
 
 
 @each_method
-def test_mixed_halves_the_precision_of_passes_that_no_difference_quotient_divides(objective, step, expected):
+def test_mixed_lowers_the_precision_of_passes_outside_quotients(objective, step, expected):
     assert passes(objective, "mixed", step) == expected
 
 
@@ -115,7 +115,7 @@ def test_soflow_in_six_calls_gives_each_the_precision_of_its_kind():
     assert [name_of(*note) for note in watched.seen] == [TOLERANT] * 4 + [EXACT] * 2
 
 
-def test_times_and_labels_condition_a_network_in_float32_also_under_autocast():
+def test_the_condition_is_computed_in_float32_also_under_autocast():
     network = random_network(torch.float32)
     t, s, labels = torch.linspace(0.5, 0.51, 6), torch.linspace(0.1, 0.2, 6), torch.arange(6) % 3
     with torch.no_grad():

@@ -1,6 +1,9 @@
-"""Each method's default settings, and what it draws by them, are its recipe's (docs/methods.md)."""
+"""Each method's default settings, and what it draws by them, are the recipe in docs/methods.md."""
 
-import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,131 +13,108 @@ from torch.special import ndtr
 from soflow_core.objectives import OBJECTIVES, Draws, Shortcut
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.settings import to_dict
-from soflow_core.train_step import TrainStep
+from soflow_core.train_step import TrainStepConfig
 
+METHODS_PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 DIFFUSION_STEPS = 1000
-WINDOW = {"start": 0.0, "end": 1.0, "drop": 0.1}
-RECIPES = {
-    "soflow": {
-        "flow_matching_share": 0.75,
-        "weight_power": 1.0,
-        "weight_eps": 0.01,
-        "path": "linear",
-        "parameterization": "euler",
-        "times": {
-            "velocity": {"mean": -0.2, "std": 1.0},
-            "start": {"mean": 0.2, "std": 0.8},
-            "end": {"mean": -1.0, "std": 0.8},
-        },
-        "guidance": {"scale": 3.0, "mix": 0.25, "drop": 0.1, "decay_from": 0.8},
-        "schedule": {"kind": "exponential", "initial": 0.1, "final": 0.002},
-    },
-    "flow_matching": {
-        "path": "linear",
-        "time": None,
-        "drop": 0.1,
-        "sampler": "euler",
-        "sampling_scale": 1.0,
-    },
-    "diffusion": {
-        "diffusion_steps": DIFFUSION_STEPS,
-        "beta_first": 1e-4,
-        "beta_last": 0.02,
-        "drop": 0.1,
-        "sampler": "ddim",
-        "sampling_scale": 1.0,
-    },
-    "ict": {
-        "time": {"mean": -1.1, "std": 2.0},
-        "sigma_min": 0.002,
-        "sigma_max": 80.0,
-        "rho": 7.0,
-        "first_levels": 10,
-        "last_levels": 1280,
-        "huber": 0.00054,
-    },
-    "ect": {"time": {"mean": -1.1, "std": 2.0}, "quotient": 2.0, "stages": 8, "offset": 8.0, "huber": 0.0},
-    "scm": {"time": {"mean": -1.0, "std": 1.4}, "warmup_steps": 10_000, "tangent_eps": 0.1},
-    "meanflow": {
-        "flow_matching_share": 0.75,
-        "weight_power": 1.0,
-        "weight_eps": 0.01,
-        "time": {"mean": -0.4, "std": 1.0},
-        "guidance": {"omega": 1.0, "kappa": 0.0, **WINDOW},
-    },
-    "alphaflow": {
-        "flow_matching_share": 0.25,
-        "weight_eps": 0.001,
-        "time": {"mean": -0.4, "std": 1.0},
-        "guidance": {"omega": 1.0, "kappa": 0.5, **WINDOW},
-        "schedule": {
-            "kind": "sigmoid",
-            "start": 0.0,
-            "end": 1.0,
-            "steepness": 25.0,
-            "snap": 0.005,
-            "value": 0.01,
-        },
-    },
-    "shortcut": {
-        "base_steps": 128,
-        "bootstrap_share": 0.125,
-        "teacher_ema": 0.999,
-        "drop": 0.1,
-        "scale": 1.5,
-    },
-}
+Cdf = Callable[[Tensor], Tensor]
 
 
-def test_the_defaults_of_every_method_are_its_recipe():
-    found = {method: to_dict(kind()) for method, kind in OBJECTIVES.items()}
-    assert found == {method: {"method": method, **recipe} for method, recipe in RECIPES.items()}
+def documented_defaults() -> dict[str, dict[str, Any]]:
+    """Method, or "training" -> dotted key -> default, read from the tables with the header `| key | default | |`."""
+    defaults: dict[str, dict[str, Any]] = {}
+    section, in_table = "", False
+    for line in METHODS_PAGE.read_text(encoding="utf-8").splitlines():
+        if found := re.search(r"`method: (\w+)`", line):
+            section = found[1]
+        elif line.startswith("## "):
+            section = line.removeprefix("## ").lower()
+        in_table = line.startswith("| key | default |") or (in_table and line.startswith("|"))
+        if in_table and line.startswith("| `"):
+            names, values = line.split("|")[1:3]
+            defaults.setdefault(section, {}).update(_row(re.findall(r"`([\w.]+)`", names), values))
+    return defaults
 
 
-def test_the_defaults_of_a_training_are_those_of_soflow_on_imagenet():
-    config = OptimizerConfig()
-    assert (config.name, config.lr, config.betas, config.weight_decay) == ("adamw", 1e-4, (0.9, 0.99), 0.0)
-    assert (config.warmup_steps, config.decay) == (0, "constant")
-    parameters = inspect.signature(TrainStep).parameters
-    assert parameters["ema_decays"].default == (0.9999,)
-    assert parameters["clip_norm"].default is None
+def _row(names: list[str], text: str) -> dict[str, Any]:
+    """The keys of one row; `guidance.scale`, `mix` names guidance.mix second, and (a, b) is one value."""
+    values = re.findall(r"\([^)]*\)|[^,\s]+", text.replace("\N{MINUS SIGN}", "-"))
+    prefix = names[0].rpartition(".")[0]
+    keys = [names[0], *(f"{prefix}.{name}" if prefix and "." not in name else name for name in names[1:])]
+    return dict(zip(keys, map(_value, values), strict=True))
 
 
-# Distributions, by the Kolmogorov-Smirnov distance of many draws
+def _value(text: str) -> Any:
+    if text.startswith("("):
+        return tuple(float(part) for part in text.strip("()").split(","))
+    try:
+        return float(text)
+    except ValueError:
+        return None if text == "none" else text
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value; the mean and std of a distribution are one value."""
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict) and value.keys() != {"mean", "std"}:
+            values |= flat(value, f"{prefix}{name}.")
+        else:
+            values[prefix + name] = tuple(value.values()) if isinstance(value, dict) else value
+    return values
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_the_defaults_of_a_method_are_those_of_its_page(method: str) -> None:
+    settings = flat(to_dict(OBJECTIVES[method]()))
+    del settings["method"]
+    assert settings == documented_defaults()[method]
+
+
+def test_the_defaults_of_a_training_are_those_of_its_page() -> None:
+    config = TrainStepConfig(total_steps=1)
+    (decay,) = config.ema_decays
+    settings = {f"optimizer.{name}": value for name, value in to_dict(OptimizerConfig()).items()}
+    settings |= {"training.ema": decay, "training.clip_norm": config.clip_norm}
+    assert settings == documented_defaults()["training"]
+
 
 ROWS = 20_000
-# Of 5000 rows, the least below, one seed in 250 comes farther than this from the right distribution; the seed is fixed.
 NEAR = 0.025
+"""Bound of the Kolmogorov-Smirnov distance of many draws from the right distribution. Of 5000 rows, the fewest
+below, one seed in 250 exceeds it; the seed is fixed.
+"""
 
 
-def distance(values: Tensor, cdf) -> float:
+def distance(values: Tensor, cdf: Cdf) -> float:
     """The largest distance of the empirical distribution function from `cdf`."""
     ordered = cdf(values.double().sort().values)
     steps = (torch.arange(len(values), dtype=torch.float64) + 0.5) / len(values)
     return (ordered - steps).abs().max().item()
 
 
-def logit_normal(mean: float, std: float):
+def logit_normal(mean: float, std: float) -> Cdf:
     return lambda t: ndtr((torch.logit(t) - mean) / std)
 
 
-def cut_logit_normal(mean: float, std: float, low: float, high: float):
-    """Of sigma from low to high alone, whose logarithm is the logit of t."""
+def cut_logit_normal(mean: float, std: float, low: float, high: float) -> Cdf:
+    """Distribution of t for sigma between low and high; ln sigma is the logit of t."""
     bounds = ndtr((torch.tensor([low, high], dtype=torch.float64).log() - mean) / std)
     return lambda t: (logit_normal(mean, std)(t) - bounds[0]) / (bounds[1] - bounds[0])
 
 
-def larger(cdf):
-    """Of two draws."""
+def larger(cdf: Cdf) -> Cdf:
+    """Distribution of the larger of two draws."""
     return lambda t: cdf(t) ** 2
 
 
-def smaller(cdf, other):
+def smaller(cdf: Cdf, other: Cdf) -> Cdf:
+    """Distribution of the smaller of two draws."""
     return lambda t: 1 - (1 - cdf(t)) * (1 - other(t))
 
 
-def grid(count: int):
-    """1 / count, 2 / count, ..., 1 equally often; the function half way up each jump."""
+def grid(count: int) -> Cdf:
+    """1 / count, 2 / count, ..., 1 equally often; half way up each jump."""
     return lambda t: t - 0.5 / count
 
 
@@ -166,14 +146,14 @@ TIMES = [
 
 
 @pytest.mark.parametrize(("method", "part", "time", "cdf"), TIMES, ids=["-".join(row[:3]) for row in TIMES])
-def test_times_have_the_distribution_of_the_method(method, part, time, cdf):
+def test_times_have_the_distribution_of_the_method(method: str, part: str, time: str, cdf: Cdf) -> None:
     draws = draw(method)
     times, first = getattr(draws, time), draws.velocity_rows
     assert distance(times[:first] if part == "leading" else times[first:], cdf) < NEAR
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
-def test_noise_is_normal_and_leading_rows_are_those_with_one_time(method):
+def test_noise_is_normal_and_leading_rows_are_those_with_one_time(method: str) -> None:
     shares = {
         "soflow": 0.75,
         "flow_matching": 1.0,
@@ -192,7 +172,7 @@ def test_noise_is_normal_and_leading_rows_are_those_with_one_time(method):
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
-def test_one_label_in_ten_is_dropped_where_the_method_has_guidance(method):
+def test_one_label_in_ten_is_dropped_where_the_method_has_guidance(method: str) -> None:
     draws = draw(method)
     if method in ("ict", "ect", "scm"):
         assert draws.dropped is None
@@ -202,14 +182,14 @@ def test_one_label_in_ten_is_dropped_where_the_method_has_guidance(method):
     assert int(draws.dropped.sum()) == int(trained.sum())
 
 
-def test_diffusion_draws_every_step_number():
+def test_diffusion_draws_every_step_number() -> None:
     counts = torch.bincount(draw("diffusion", 100 * DIFFUSION_STEPS).t.long(), minlength=DIFFUSION_STEPS)
     assert len(counts) == DIFFUSION_STEPS
     assert ((counts - 100).abs() < 60).all()
 
 
 @pytest.mark.parametrize("batch_size", [8, 16, 128])
-def test_every_step_size_of_shortcut_is_trained_equally_often_at_any_batch_size(batch_size):
+def test_every_step_size_of_shortcut_is_trained_equally_often(batch_size: int) -> None:
     generator, counts, rounds = torch.Generator().manual_seed(0), torch.zeros(7), 1400
     for _ in range(rounds):
         draws = Shortcut().draw(generator, batch_size, (1, 1, 1), conditional=False)

@@ -35,7 +35,7 @@ def affine_response(sampler, steps: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
-def test_renoising_with_the_exact_solution_keeps_the_distribution_at_any_number_of_steps(steps):
+def test_renoising_with_the_exact_solution_keeps_the_distribution(steps):
     def sampler(noise, renoise):
         return sample_with_renoising(DATA.solution, noise, steps, renoise, linear)
 
@@ -48,7 +48,7 @@ def test_steps_of_the_exact_solution_end_where_one_step_does(steps):
 
 
 @pytest.mark.parametrize("objective", [SoFlow(), MeanFlow(), Shortcut()], ids=lambda o: o.method)
-def test_one_step_objectives_sample_exactly_with_the_exact_average_velocity(objective):
+def test_one_step_objectives_sample_exactly_with_the_exact_field(objective):
     assert_close(objective.sample(DATA.network, X, None, 1), 0.7 + 0.5 * X)
 
 

@@ -9,13 +9,14 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
+from soflow_core.gradient_sync import FSDP, Local
 from soflow_core.guidance import Guidance
 from soflow_core.host_copy import HostCopy
 from soflow_core.objectives import MeanFlow, Objective, Shortcut, SoFlow
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.sharding import local, shard
-from soflow_core.train_step import TrainStep
-from tests.support.gloo_ranks import WORLD, average, gather, rank_rows, run_ranks
+from soflow_core.train_step import TrainStep, TrainStepConfig
+from tests.support.gloo_ranks import WORLD, rank_rows, run_ranks
 from tests.support.random_networks import random_inputs, random_network
 
 GUIDED = SoFlow(guidance=Guidance(scale=3.0, mix=0.25, drop=0.3))
@@ -39,12 +40,11 @@ class Case:
     def make(self, sharded: bool = False) -> TrainStep:
         network = random_network(torch.float32)
         network.checkpoint_blocks = self.checkpoint_blocks
-        if sharded:
-            network = shard(network)
         # The gradient of a key's bias is 0 but for rounding, which a smaller eps would turn into full steps.
         optimizer = OptimizerConfig(name=self.optimizer, lr=1e-3, eps=1e-4, warmup_steps=2)
         settings = {"precision": "float32"} | self.settings | ({} if sharded else self.alone)
-        return TrainStep(network, self.objective, optimizer, TOTAL, (0.9,), **settings)
+        config = TrainStepConfig(TOTAL, optimizer, ema_decays=(0.9,), **settings)
+        return TrainStep(network, self.objective, config, FSDP() if sharded else Local())
 
     def inputs(self, step: int):
         return random_inputs(self.objective, self.rows, torch.float32, seed=step)
@@ -93,20 +93,15 @@ def _train_shards(rank: int, folder: str) -> None:
 
 
 def _messages(rank: int) -> list[str]:
-    """What a sharded network refuses, and who is told of a gradient that is broken on one rank alone."""
-    told = [_refusal(settings) for settings in ({"reduce_gradients": average}, {"gather": gather})]
+    """The refusal of a network that is sharded already, and the culprit of a gradient broken on one rank."""
+    with pytest.raises(ValueError, match="wrapped for several ranks already") as refused:
+        TrainStep(shard(random_network(torch.float32)), GUIDED, TrainStepConfig(TOTAL))
     train = Case().make(sharded=True)
     if rank == 1:
         bias = train.module.final_layer.linear.bias
         bias.register_post_accumulate_grad_hook(lambda p: local(p.grad).fill_(float("nan")))
     record = train(*rank_rows(Case().inputs(0), rank))
-    return [*told, str(record.culprit)]
-
-
-def _refusal(settings: dict[str, Any]) -> str:
-    with pytest.raises(ValueError, match="sharded") as refused:
-        TrainStep(shard(random_network(torch.float32)), GUIDED, OptimizerConfig(), TOTAL, **settings)
-    return str(refused.value)
+    return [str(refused.value), str(record.culprit)]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +146,7 @@ every_case = pytest.mark.parametrize("name", CASES)
 
 
 @every_case
-def test_losses_norms_and_the_final_state_are_those_of_one_process(name, plain, shards):
+def test_losses_norms_and_final_state_are_those_of_one_process(name, plain, shards):
     records, _, end, _ = plain[name]
     for step, whole in enumerate(records):
         ranks = [found["records"][step] for found in shards[name]]
@@ -198,11 +193,10 @@ def test_what_is_not_finite_on_one_rank_is_refused_on_both(name, shards):
     assert refused[1]["culprit"].endswith(("_loss", "_mse"))
 
 
-def test_refusals_say_what_to_leave_out_and_a_broken_share_is_named_on_both_ranks(shards):
+def test_both_ranks_name_a_share_that_is_broken_on_one(shards):
     assert shards["messages"][0] == shards["messages"][1]
-    *refused, culprit = shards["messages"][0]
-    assert len(refused) == 2
-    assert all("leave out reduce_gradients and gather" in sentence for sentence in refused)
+    refusal, culprit = shards["messages"][0]
+    assert "pass the plain one, and its wrapper as sync" in refusal
     assert culprit == "gradient of final_layer.linear.bias"
 
 

@@ -96,9 +96,7 @@ def test_mixed_precision_keeps_the_quotient_exact():
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("parameterization", ["euler", "trigonometric"])
 @pytest.mark.parametrize("path", ["linear", "trigonometric"])
-def test_the_inner_product_has_the_gradient_of_half_the_weighted_squared_distance(
-    path, parameterization, power
-):
+def test_the_inner_product_has_the_gradient_of_the_weighted_distance(path, parameterization, power):
     """M = W |f_t - sg f_l|^2 / (2 D |b| (t - l))."""
     objective = SoFlow(
         flow_matching_share=0.0,
@@ -151,7 +149,7 @@ def _without_floor(objective, network, batch, draws, ratio):
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.01])
-def test_at_the_ratios_of_training_it_is_close_to_half_the_meanflow_gradient(ratio):
+def test_at_training_ratios_it_is_near_half_the_meanflow_gradient(ratio):
     network = random_network()
     soflow = SoFlow(
         flow_matching_share=0.0, schedule=RatioSchedule("constant", ratio, ratio), guidance=UNGUIDED
@@ -222,7 +220,7 @@ def test_a_zero_network_sees_the_guided_velocity_itself():
     assert_close(terms["consistency_mse"], row_mean(v_c[n:].square()).mean(), rtol=1e-6, atol=0)
 
 
-def test_with_full_power_the_velocity_loss_is_one_wherever_the_error_is_large():
+def test_with_full_power_the_velocity_loss_is_one_at_large_errors():
     objective = SoFlow(weight_eps=1e-9, flow_matching_share=1.0, guidance=UNGUIDED)
     batch, draws = random_inputs(objective)
     assert objective.loss(random_network(), batch, draws, 0, 1).loss.item() == pytest.approx(1, abs=1e-6)
@@ -243,7 +241,7 @@ def test_the_teacher_and_the_target_carry_no_gradient():
     assert found is None or found == 0
 
 
-def test_the_first_rows_of_the_global_batch_are_flow_matching_whatever_the_world():
+def test_the_first_rows_are_flow_matching_at_any_number_of_ranks():
     objective = SoFlow()
     draws = objective.draw(torch.Generator().manual_seed(0), 32, (1, 2, 2), conditional=True)
     assert draws.velocity_rows == 24

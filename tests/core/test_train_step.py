@@ -13,7 +13,7 @@ from soflow_core.guidance import Guidance
 from soflow_core.networks import DiT, DiTConfig
 from soflow_core.objectives import Batch, SoFlow
 from soflow_core.optimizer import OptimizerConfig
-from soflow_core.train_step import TrainStep
+from soflow_core.train_step import TrainStep, TrainStepConfig
 
 CONFIG = DiTConfig(
     channels=1, height=4, width=4, patch=2, hidden=16, depth=1, heads=2, classes=3, null_label=True
@@ -40,7 +40,7 @@ def step_inputs(objective, step: int, size: int = 8):
 
 def train_step(**settings) -> TrainStep:
     settings = {"total_steps": 20, "ema_decays": (0.9, 0.99), "precision": "float32", **settings}
-    return TrainStep(network(), SoFlow(), OptimizerConfig(lr=1e-2), **settings)
+    return TrainStep(network(), SoFlow(), TrainStepConfig(optimizer=OptimizerConfig(lr=1e-2), **settings))
 
 
 def run(step: TrainStep, first: int, last: int) -> list[float]:
@@ -50,9 +50,9 @@ def run(step: TrainStep, first: int, last: int) -> list[float]:
 @pytest.mark.parametrize("name", ["adamw", "adam", "radam"])
 def test_a_resumed_training_is_bit_for_bit_the_uninterrupted_one(name, tmp_path):
     def make() -> TrainStep:
-        return TrainStep(
-            network(), SoFlow(), OptimizerConfig(name=name, lr=1e-2), 20, (0.9, 0.99), power_ema_widths=(0.1,)
-        )
+        optimizer = OptimizerConfig(name=name, lr=1e-2)
+        config = TrainStepConfig(20, optimizer, ema_decays=(0.9, 0.99), power_ema_widths=(0.1,))
+        return TrainStep(network(), SoFlow(), config)
 
     whole = make()
     losses = run(whole, 0, 10)
@@ -118,12 +118,12 @@ def test_the_last_step_is_the_last():
         train_step(total_steps=0)
 
 
-def test_a_network_that_does_not_fit_the_method_is_refused_before_it_trains():
+def test_a_network_that_does_not_fit_the_method_is_refused_at_once():
     plain = DiT(replace(CONFIG, null_label=False))
     with pytest.raises(ValueError, match="soflow drops labels or guides, and this network has no null label"):
-        TrainStep(plain, SoFlow(), OptimizerConfig(), 20)
-    TrainStep(plain, SoFlow(guidance=Guidance(scale=1)), OptimizerConfig(), 20)
-    without = TrainStep(DiT(replace(CONFIG, classes=None, null_label=False)), SoFlow(), OptimizerConfig(), 20)
+        TrainStep(plain, SoFlow(), TrainStepConfig(20))
+    TrainStep(plain, SoFlow(guidance=Guidance(scale=1)), TrainStepConfig(20))
+    without = TrainStep(DiT(replace(CONFIG, classes=None, null_label=False)), SoFlow(), TrainStepConfig(20))
     with pytest.raises(ValueError, match="the network has no classes"):
         run(without, 0, 1)
 

@@ -1,6 +1,8 @@
 """Compiled, distributed, reduced-precision and deterministic training, and methods with a teacher."""
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+from soflow_core.gradient_sync import DDP, FlatAllReduce, GradientSync
 from soflow_core.host_copy import map_tensors
 from soflow_core.objectives import (
     Batch,
@@ -20,18 +23,18 @@ from soflow_core.objectives import (
     SoFlow,
 )
 from soflow_core.optimizer import OptimizerConfig
-from soflow_core.train_step import TrainStep
-from tests.support.gloo_ranks import WORLD, average, gather, rank_rows, run_ranks
+from soflow_core.train_step import TrainStep, TrainStepConfig
+from tests.support.gloo_ranks import WORLD, rank_rows, run_ranks
 from tests.support.random_networks import SHAPE, random_inputs, random_network
 
 # The gradient of a key's bias is 0 but for rounding, which a smaller eps would turn into full steps.
 OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-4)
 
 
-def make(objective: Objective, **settings) -> TrainStep:
-    network = random_network(torch.float32)
-    settings = {"total_steps": 10, "ema_decays": (0.9,), "precision": "float32", **settings}
-    return TrainStep(network, objective, OPTIMIZER, **settings)
+def make(objective: Objective, sync: GradientSync | None = None, **settings: Any) -> TrainStep:
+    settings = {"ema_decays": (0.9,), "precision": "float32", **settings}
+    config = TrainStepConfig(total_steps=10, optimizer=OPTIMIZER, **settings)
+    return TrainStep(random_network(torch.float32), objective, config, sync)
 
 
 def inputs(objective: Objective, step: int) -> tuple[Batch, Draws]:
@@ -39,7 +42,7 @@ def inputs(objective: Objective, step: int) -> tuple[Batch, Draws]:
 
 
 @pytest.mark.slow
-def test_compiled_training_gives_the_same_losses_and_does_not_compile_again():
+def test_compiled_training_gives_the_same_losses_and_compiles_once():
     """Losses agree to 2e-5 relative; the compiler works in the first step only."""
     objective = SoFlow()
     plain, compiled = make(objective), make(objective, compile=True)
@@ -54,7 +57,7 @@ def test_compiled_training_gives_the_same_losses_and_does_not_compile_again():
 
 
 @pytest.mark.slow
-def test_every_pass_of_every_piece_is_compiled_in_the_first_step_and_only_there(monkeypatch):
+def test_every_pass_of_every_piece_is_compiled_in_the_first_step(monkeypatch):
     """Two trainings of one process, whose pieces of 9 and 3 or 21 and 7 rows are in part bfloat16, make more
     versions than torch compiles by default. A compiler that changes nothing will do here.
     """
@@ -88,9 +91,7 @@ def test_a_deterministic_run_is_bit_for_bit_the_same_twice(precision):
 
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("refused", [True, False])
-def test_deterministic_kernels_alone_run_from_the_first_pass_to_the_update_and_not_after(
-    deterministic, refused
-):
+def test_only_deterministic_kernels_run_from_first_pass_to_update(deterministic, refused):
     train = make(SoFlow(), deterministic=deterministic)
     seen = []
     train.module.register_forward_hook(lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
@@ -146,32 +147,41 @@ def test_compiled_training_takes_its_jacobian_vector_product_uncompiled(objectiv
         assert records[1].loss == pytest.approx(records[0].loss, rel=2e-5)
 
 
-METHODS = ["ddp", "reduce", "meanflow", "ddp in pieces"]
+METHODS: dict[str, tuple[Objective, GradientSync, int]] = {
+    "ddp": (SoFlow(), DDP(), 1),
+    "flat": (SoFlow(), FlatAllReduce(), 1),
+    "meanflow": (MeanFlow(), FlatAllReduce(), 1),
+    "ddp in pieces": (SoFlow(), DDP(), 2),
+}
+"""Name -> objective, synchronization, pieces."""
 
 
-def _forgets_one(gradients: list[torch.Tensor]) -> None:
-    average(gradients[:3] + gradients[4:])
+class OneForgotten(FlatAllReduce):
+    def reduce(self, gradients: list[torch.Tensor]) -> None:
+        super().reduce(gradients[:3] + gradients[4:])
 
 
-def _ends_one_bit_apart(gradients: list[torch.Tensor]) -> None:
-    average(gradients)
-    if dist.get_rank() == 1:
-        last = gradients[-1].view(-1)[-1:]
-        last.copy_(torch.nextafter(last, last + 1))
+class LastBit(FlatAllReduce):
+    def reduce(self, gradients: list[torch.Tensor]) -> None:
+        super().reduce(gradients)
+        if dist.get_rank() == 1:
+            last = gradients[-1].view(-1)[-1:]
+            last.copy_(torch.nextafter(last, last + 1))
 
 
-def _swaps_two_elements(gradients: list[torch.Tensor]) -> None:
-    average(gradients)
-    if dist.get_rank() == 0:
-        gradients[0].view(-1)[:2] = gradients[0].view(-1)[:2].flip(0)
+class Order(FlatAllReduce):
+    def reduce(self, gradients: list[torch.Tensor]) -> None:
+        super().reduce(gradients)
+        if dist.get_rank() == 0:
+            gradients[0].view(-1)[:2] = gradients[0].view(-1)[:2].flip(0)
 
 
-BROKEN = {
-    "one forgotten": (_forgets_one, "the gradient of t_embedder.mlp.0.bias differs"),
-    "last bit": (_ends_one_bit_apart, "the gradient of final_layer.adaLN_modulation.1.bias differs"),
-    "order": (_swaps_two_elements, "the gradient of x_embedder.proj.weight differs"),
+BROKEN: dict[str, tuple[GradientSync, str]] = {
+    "one forgotten": (OneForgotten(), "the gradient of t_embedder.mlp.0.bias differs"),
+    "last bit": (LastBit(), "the gradient of final_layer.adaLN_modulation.1.bias differs"),
+    "order": (Order(), "the gradient of x_embedder.proj.weight differs"),
     "other weights": (
-        average,
+        FlatAllReduce(),
         "^s_embedder.mlp.2.weight differs between ranks; start all with the same weights",
     ),
 }
@@ -180,34 +190,28 @@ BROKEN = {
 def _two_ranks(rank: int, folder: str) -> None:
     _train_all_ways(rank, folder)
     torch.save(
-        {name: _told(rank, name, reduction) for name, (reduction, _) in BROKEN.items()},
-        f"{folder}/told-{rank}.pt",
+        {name: _message(rank, name, sync) for name, (sync, _) in BROKEN.items()},
+        f"{folder}/messages-{rank}.pt",
     )
 
 
-def _told(rank: int, name: str, reduction) -> str:
-    """What the first step of MeanFlow says of a reduction that is broken, or of ranks that start apart."""
-    train = make(MeanFlow(), reduce_gradients=reduction, gather=gather)
+def _message(rank: int, name: str, sync: GradientSync) -> str:
+    """The error of MeanFlow's first step under a reduction that is broken, or from unlike weights."""
+    train = make(MeanFlow(), sync)
     if name == "other weights" and rank == 1:
         train.module.s_embedder.mlp[2].weight.data[0, 0] += 1e-6
-    with pytest.raises(RuntimeError) as told:
+    with pytest.raises(RuntimeError) as raised:
         train(*rank_rows(inputs(train.objective, 0), rank))
-    return str(told.value)
+    return str(raised.value)
 
 
 def _train_all_ways(rank: int, folder: str) -> None:
-    for method in METHODS:
-        objective: Objective = SoFlow() if method != "meanflow" else MeanFlow()
-        network = random_network(torch.float32)
-        wrapped = DistributedDataParallel(network) if method.startswith("ddp") else network
-        exchange = {} if method.startswith("ddp") else {"reduce_gradients": average}
-        pieces = 2 if method.endswith("pieces") else 1
-        train = TrainStep(
-            wrapped, objective, OPTIMIZER, 10, (0.9,), "float32", accumulate=pieces, gather=gather, **exchange
-        )
-        records, messages = [], []
-        if method.startswith("ddp"):
-            wrapped.register_comm_hook(messages, _count)
+    for method, (objective, sync, pieces) in METHODS.items():
+        train = make(objective, sync, accumulate=pieces)
+        records: list[dict[str, Any]] = []
+        messages: list[None] = []
+        if isinstance(train.network, DistributedDataParallel):
+            train.network.register_comm_hook(messages, _count)
         for step in range(4):
             batch, draws = rank_rows(inputs(objective, step), rank)
             if step == 3 and rank == 1:
@@ -232,7 +236,7 @@ def two_ranks(tmp_path_factory):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_train_as_one_worker_and_stop_together(method, two_ranks):
-    alone = make(SoFlow() if method != "meanflow" else MeanFlow())
+    alone = make(METHODS[method][0])
     losses = [alone(*inputs(alone.objective, step)).loss for step in range(3)]
     saved = [torch.load(two_ranks / f"{method}-{r}.pt") for r in range(WORLD)]
     states, records, _ = zip(*saved, strict=True)
@@ -249,11 +253,11 @@ def test_two_ranks_train_as_one_worker_and_stop_together(method, two_ranks):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_reduction_is_told_on_every_rank_with_the_first_parameter(name, two_ranks):
-    """A right one passes: every way to share a step above was compared in its first step."""
-    told = [torch.load(two_ranks / f"told-{rank}.pt")[name] for rank in range(WORLD)]
-    assert told[0] == told[1]
-    assert re.search(BROKEN[name][1], told[0])
+def test_every_rank_names_the_first_parameter_of_a_broken_reduction(name: str, two_ranks: Path) -> None:
+    """Right reductions pass: the first step of every way to share a step above was compared."""
+    messages = [torch.load(two_ranks / f"messages-{rank}.pt")[name] for rank in range(WORLD)]
+    assert messages[0] == messages[1]
+    assert re.search(BROKEN[name][1], messages[0])
 
 
 def test_pieces_are_exchanged_once_a_step(two_ranks):
@@ -261,11 +265,6 @@ def test_pieces_are_exchanged_once_a_step(two_ranks):
     assert counts[0] == counts[1] >= 4
 
 
-def test_ddp_does_not_carry_a_jacobian_vector_product():
-    class Wrapped(DistributedDataParallel):
-        def __init__(self):
-            torch.nn.Module.__init__(self)
-            self.module = random_network(torch.float32)
-
-    with pytest.raises(ValueError, match="pass the plain network and reduce_gradients"):
-        TrainStep(Wrapped(), MeanFlow(), OptimizerConfig(), 10)
+def test_ddp_does_not_carry_a_jacobian_vector_product() -> None:
+    with pytest.raises(ValueError, match="which DDP does not carry; use FlatAllReduce or FSDP"):
+        make(MeanFlow(), DDP())

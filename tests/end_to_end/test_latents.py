@@ -15,7 +15,7 @@ from soflow_core.objectives import SoFlow
 from soflow_core.objectives.base import Batch
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.samplers.noise import sample_noise
-from soflow_core.train_step import TrainStep
+from soflow_core.train_step import TrainStep, TrainStepConfig
 from soflow_pipelines.images.autoencoder import load_autoencoder
 from soflow_pipelines.images.convert import to_uint8
 from soflow_pipelines.images.encode import encode_png, image_grid
@@ -81,7 +81,9 @@ def test_a_network_learns_from_latents_and_its_samples_are_decoded(latents: Path
         network = DiT(
             dit_config("S/4", channels, height, width, classes=1000, null_label=objective.needs_null_label)
         )
-        train = TrainStep(network, objective, OptimizerConfig(lr=3e-4), STEPS, ema_decays=(0.9,))
+        train = TrainStep(
+            network, objective, TrainStepConfig(STEPS, OptimizerConfig(lr=3e-4), ema_decays=(0.9,))
+        )
         generator = torch.Generator().manual_seed(0)
         losses = []
         for _ in range(STEPS):

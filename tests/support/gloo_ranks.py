@@ -17,7 +17,7 @@ WORLD = 2
 
 
 def run_ranks(function: Callable[..., None], *arguments: object) -> None:
-    """`function(rank, *arguments)` in WORLD processes, which must all succeed."""
+    """Runs `function(rank, *arguments)` in WORLD processes, which must all succeed."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = int(s.getsockname()[1])
@@ -28,20 +28,6 @@ def rank_rows(inputs: tuple[Batch, Draws], rank: int) -> tuple[Batch, Draws]:
     """A rank's rows of the global batch."""
     batch, draws = inputs
     return batch.rows(rank, WORLD), draws.rows(rank, WORLD)
-
-
-def average(gradients: list[torch.Tensor]) -> None:
-    """The mean over ranks, in place."""
-    for gradient in gradients:
-        dist.all_reduce(gradient)
-        gradient /= WORLD
-
-
-def gather(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Every rank's version of a tensor."""
-    parts = [torch.empty_like(tensor) for _ in range(WORLD)]
-    dist.all_gather(parts, tensor)
-    return parts
 
 
 def _joined(rank: int, port: int, function: Callable[..., None], arguments: tuple[object, ...]) -> None:

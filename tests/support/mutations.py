@@ -1,9 +1,7 @@
-"""Breaks the mathematics on purpose, one line at a time, and asks whether a test sees it.
+"""Mutation tests of the methods: breaks one line at a time in a copy of the sources and runs the tests on it.
 
-    python -m tests.support.mutations             # all, a table of what caught each
-    python -m tests.support.mutations MeanFlow    # those whose name holds this word
-
-Each mutation is made in a copy of the sources; the checkout is not touched.
+python -m tests.support.mutations             # all mutations: a table of the tests that caught each
+python -m tests.support.mutations MeanFlow    # mutations whose name contains this word
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ ALPHAFLOW = "soflow_core/objectives/alphaflow.py"
 SHORTCUT = "soflow_core/objectives/shortcut.py"
 OPTIMIZER = "soflow_core/optimizer.py"
 
-# The reference is left out: the mathematics has to stand by itself.
+# Without test_reference.py: the other tests must catch every mutation by themselves.
 TESTS = [
     "test_times.py",
     "test_guidance.py",
@@ -47,10 +45,19 @@ TESTS = [
 
 @dataclass(frozen=True)
 class Mutation:
+    """One text of one file, and what replaces it wherever it stands."""
+
     name: str
     file: str
     before: str
     after: str
+    times: int = 1
+    """How often the text stands in the file."""
+
+    @property
+    def occurrences(self) -> int:
+        """How often the text is in the file as it is now."""
+        return (ROOT / self.file).read_text(encoding="utf-8").count(self.before)
 
 
 MUTATIONS = [
@@ -65,8 +72,8 @@ MUTATIONS = [
     Mutation(
         "gradient through the teacher",
         SOFLOW,
-        "        with torch.no_grad():\n            x_l =",
-        "        if True:\n            x_l =",
+        "        with torch.no_grad():\n            x_mid =",
+        "        if True:\n            x_mid =",
     ),
     Mutation("gradient through the mixed-in velocity", GUIDANCE, "(1 - mix) * predicted.detach()", "(1 - mix) * predicted"),
     Mutation("weight not detached", SOFLOW, "self._weight(mse.detach())", "self._weight(mse)"),
@@ -76,10 +83,10 @@ MUTATIONS = [
         "self._weight(mse.detach()) / coefficients.db_ds.abs()",
         "self._weight(mse.detach())",
     ),
-    Mutation("quotient by t - s", SOFLOW, "/ per_row(t - l, x_t)", "/ per_row(t - s, x_t)"),
-    Mutation("step to the middle time backwards", SOFLOW, "per_row(l - t, x_t) * velocity", "per_row(t - l, x_t) * velocity"),
-    Mutation("teacher asked at t", SOFLOW, "l > s, x_l, l, s, labels", "l > s, x_l, t, s, labels"),
-    Mutation("teacher at x_t", SOFLOW, "l > s, x_l, l, s, labels", "l > s, x_t, l, s, labels"),
+    Mutation("quotient by t - s", SOFLOW, "/ per_row(t - t_mid, x_t)", "/ per_row(t - s, x_t)"),
+    Mutation("step to the middle time backwards", SOFLOW, "per_row(t_mid - t, x_t) * velocity", "per_row(t - t_mid, x_t) * velocity"),
+    Mutation("teacher asked at t", SOFLOW, "t_mid > s, x_mid, t_mid, s, labels", "t_mid > s, x_mid, t, s, labels"),
+    Mutation("teacher at x_t", SOFLOW, "t_mid > s, x_mid, t_mid, s, labels", "t_mid > s, x_t, t_mid, s, labels"),
     Mutation("weight's power doubled", SOFLOW, "** -self.weight_power", "** (-2 * self.weight_power)"),
     Mutation("eps left out of the weight", SOFLOW, "(mse + self.weight_eps)", "(mse + 1e-12)"),
     Mutation(
@@ -185,15 +192,20 @@ MUTATIONS = [
         "with torch.autocast(t.device.type, enabled=False):",
         "if True:",
     ),
-    Mutation("precision: SoFlow's guidance", SOFLOW, "passes.used(passes.tolerant,", "passes.used(passes.exact,"),
-    Mutation("precision: MeanFlow", MEANFLOW, "passes.tolerant(x_t", "passes.exact(x_t"),
-    Mutation("precision: alpha-Flow", ALPHAFLOW, "passes.exact", "passes.tolerant"),
-    Mutation("precision: iCT and ECT", CONSISTENCY, "passes.exact", "passes.tolerant"),
+    Mutation(
+        "precision: SoFlow's guidance",
+        SOFLOW,
+        "passes.forward_where(passes.low_precision,",
+        "passes.forward_where(passes.high_precision,",
+    ),
+    Mutation("precision: MeanFlow", MEANFLOW, "passes.low_precision(x_t", "passes.high_precision(x_t"),
+    Mutation("precision: alpha-Flow", ALPHAFLOW, "passes.high_precision", "passes.low_precision", times=2),
+    Mutation("precision: iCT and ECT", CONSISTENCY, "passes.high_precision", "passes.low_precision", times=2),
     Mutation(
         "precision: Flow Matching",
         FLOW_MATCHING,
-        "Passes(network, policy).tolerant",
-        "Passes(network, policy).exact",
+        "Passes(network, policy).low_precision",
+        "Passes(network, policy).high_precision",
     ),
 ]  # fmt: skip
 
@@ -202,16 +214,16 @@ NOTHING = Mutation("nothing", SOFLOW, "", "")
 
 
 def run(mutation: Mutation, most: int = 3) -> list[str]:
-    """The tests that fail on this mutation, `most` of them; an import that fails counts as one."""
+    """Names of tests that fail on this mutation, up to `most`; a failing import counts as one."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for part in ("soflow_core", "tests/core", "tests/reference", "benchmarks"):
+        for part in ("soflow_core", "tests/core", "tests/support", "tests/reference", "benchmarks"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", copy)
+        (copy / "docs").mkdir()
+        for name in ("pyproject.toml", "tests/__init__.py", "docs/methods.md"):
+            shutil.copy(ROOT / name, copy / name)
         source = copy / mutation.file
         text = source.read_text()
-        if mutation.before not in text:
-            raise ValueError(f"{mutation.name}: {mutation.file} no longer holds {mutation.before!r}")
         source.write_text(text.replace(mutation.before, mutation.after))
         tests = [str(copy / "tests/core" / name) for name in TESTS]
         command = [
@@ -233,7 +245,7 @@ def run(mutation: Mutation, most: int = 3) -> list[str]:
 
 
 def main(word: str = "") -> int:
-    """Prints a table row for each mutation; the number that no test saw is the exit code."""
+    """Prints a table row for each mutation. Returns the number that no test caught, the exit code."""
     if red := run(NOTHING):
         print(f"the tests are red before anything is broken: {red}")
         return 1

@@ -8,7 +8,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from soflow_platform.errors import JobError
 
@@ -18,29 +17,6 @@ T = TypeVar("T")
 def rows_of(rank: int, world: int, batch: int) -> int:
     """Rows of a global batch that a rank has: every world-th."""
     return len(range(rank, batch, world))
-
-
-def _weighted_mean(weight: float, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """What DistributedDataParallel does with a bucket of gradients, of ranks that count by their rows."""
-    bucket.buffer().mul_(weight)
-    return allreduce_hook(None, bucket)  # type: ignore[arg-type]
-
-
-def average_gradients(gradients: list[torch.Tensor], weight: float = 1.0) -> None:
-    """Mean over ranks, each counting by its weight, in place, in one message."""
-    flat = torch._utils._flatten_dense_tensors(gradients)
-    flat *= weight
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for gradient, mean in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
-        gradient.copy_(mean)
-
-
-def all_gather_tensor(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Every rank's version of a tensor, in rank order."""
-    versions = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(versions, tensor.contiguous())
-    return versions
 
 
 def all_gather_list(items: list[Any]) -> list[Any]:
