@@ -1,3 +1,28 @@
-"""The mathematics of one-step generators: networks, paths, objectives, samplers and the training step. Needs
-torch and timm only.
+"""One-step image generators: networks, training methods, samplers and the training step. Needs torch and safetensors alone.
+
+networks            diffusion transformer with two times (DiT), and its named sizes
+objectives          training methods, one file each
+samplers            ODE, solution-function and diffusion samplers; noise of a sample by its index
+paths               paths from data to noise, with derivatives
+parameterization    the solution function in terms of the network
+times               distributions of training times and the schedule of the middle time
+guidance            classifier-free guidance inside training targets
+labels              the label that stands for no class
+rows                arithmetic between values per row and batches of images
+passes              forward passes of an objective: precision, skipped rows, teacher
+nfe                 number of network evaluations of training and sampling
+optimizer           Adam settings and the learning rate as a function of the step
+ema                 averages of the parameters; post-hoc reconstruction of power-function EMAs (EDM2)
+train_step          one optimizer step of any objective, and its state
+gradient_sync       averages gradients over ranks: DDP, one all-reduce, FSDP
+sharding            FSDP2: a network whose parameters are split over ranks
+rank_check          compares tensors of all ranks bit for bit
+host_copy           copies of nested states in host memory
+kernels             TF32 and deterministic kernels within a step
+weights             weights files: safetensors with a header, official SoFlow checkpoints
+settings            checks and (de)serialization of settings dataclasses
+failures            errors about input, and one-line summaries of exceptions
+
+`ema.posthoc_weights`, `ema.combine` and `TrainStepConfig.power_ema_widths` are library API: no soflowctl command
+uses them.
 """

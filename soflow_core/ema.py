@@ -1,5 +1,7 @@
-"""Averages of the parameters over training: exponential, and of a power of the step (EDM2, arXiv 2312.02696,
-section 3).
+"""Averages of parameters over training: exponential, and power-function EMAs (EDM2, arXiv 2312.02696, section 3).
+
+`posthoc_weights` and `combine`, which reconstruct a power-function EMA from stored ones, are library API: no
+soflowctl command uses them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from soflow_core.sharding import local, split_like
 
 @dataclass(frozen=True)
 class Exponential:
-    """average <- decay average + (1 - decay) parameters, from the initial parameters on."""
+    """Exponential average: average <- decay average + (1 - decay) parameters, from the initial parameters on."""
 
     decay: float
 
@@ -30,16 +32,14 @@ class Exponential:
         return f"{self.decay:g}" if float(f"{self.decay:g}") == self.decay else repr(self.decay)
 
     def keep(self, step: int) -> float:
-        """Share of the old average that stays at the step-th update, counted from 1."""
+        """Factor of the previous average in the step-th update, counted from 1."""
         del step
         return self.decay
 
 
 @dataclass(frozen=True)
 class Power:
-    """Weights proportional to the gamma-th power of the step; sigma_rel is their width relative to the length
-    of training.
-    """
+    """Average weighted by the gamma-th power of the step; sigma_rel is the width relative to the training length."""
 
     sigma_rel: float
 
@@ -53,9 +53,7 @@ class Power:
 
     @cached_property
     def gamma(self) -> float:
-        """Solves sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (EDM2, Eq. 126), which falls in
-        gamma above 0.
-        """
+        """Solution of sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (EDM2, Eq. 126), by bisection."""
         low, high = 0.0, 1.0
         while _relative_width(high) > self.sigma_rel:
             high *= 2
@@ -65,9 +63,7 @@ class Power:
         return (low + high) / 2
 
     def keep(self, step: int) -> float:
-        """beta(k) = (1 - 1/k)^(gamma + 1) (EDM2, Eq. 127): the first update takes the parameters as they
-        are.
-        """
+        """beta(k) = (1 - 1/k)^(gamma + 1) (EDM2, Eq. 127); 0 at the first update."""
         return float((1 - 1 / step) ** (self.gamma + 1))
 
 
@@ -76,7 +72,7 @@ def _relative_width(gamma: float) -> float:
 
 
 class EMA:
-    """Several averages of one set of named parameters, in float32, and split over ranks where those are."""
+    """Averages of one set of named parameters, in float32; split over ranks where the parameters are."""
 
     def __init__(
         self,
@@ -95,16 +91,14 @@ class EMA:
 
     @torch.no_grad()
     def update(self, parameters: Iterable[Tensor], step: int) -> None:
-        """Takes the parameters after the step-th step (counted from 1), in the order they were first
-        given.
-        """
-        now = [local(p).float() for p in parameters]
+        """Adds the parameters after the step-th step (counted from 1), in the order of the constructor's mapping."""
+        current = [local(p).float() for p in parameters]
         for kind in self.kinds:
             averages = [local(average) for average in self.averages[kind.name].values()]
-            torch._foreach_lerp_(averages, now, 1 - kind.keep(step))
+            torch._foreach_lerp_(averages, current, 1 - kind.keep(step))
 
     def average(self, name: str | None = None) -> dict[str, Tensor]:
-        """The average of this name, by default the first."""
+        """The average with this name, by default the first. Raises KeyError where there is none."""
         if name is None:
             name = next(iter(self.averages), None)
         if name is None or name not in self.averages:
@@ -116,7 +110,7 @@ class EMA:
         return self.averages
 
     def check(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Raises ValueError where a state has other averages than these."""
+        """Raises ValueError where a state holds other averages than these."""
         if set(state) != set(self.averages):
             raise ValueError(
                 f"the state has the EMAs {sorted(state)} and this training keeps {sorted(self.averages)};"
@@ -124,7 +118,7 @@ class EMA:
             )
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Takes the averages of a state that has the same ones."""
+        """Copies the averages of a state. Raises ValueError where it holds other ones."""
         self.check(state)
         for name, average in self.averages.items():
             for key, tensor in average.items():
@@ -132,15 +126,14 @@ class EMA:
 
 
 def posthoc_weights(snapshots: Sequence[tuple[int, float]], target: tuple[int, float]) -> Tensor:
-    """(N stored (step, sigma_rel)), one wanted (step, sigma_rel) -> (N,) float64: what to multiply the
-    snapshots with.
+    """N stored (step, sigma_rel), target (step, sigma_rel) -> (N,) float64: the snapshots' coefficients in `combine`.
 
-    The least-squares fit of the wanted power-function profile by the stored ones (EDM2, Algorithm 3).
+    Least-squares fit of the target power-function profile by the stored ones (EDM2, Algorithm 3).
     """
     stored = [(float(step), Power(width).gamma) for step, width in snapshots]
-    wanted = (float(target[0]), Power(target[1]).gamma)
+    fitted = (float(target[0]), Power(target[1]).gamma)
     gram = torch.tensor([[_profile_product(a, b) for b in stored] for a in stored], dtype=torch.float64)
-    right = torch.tensor([_profile_product(a, wanted) for a in stored], dtype=torch.float64)
+    right = torch.tensor([_profile_product(a, fitted) for a in stored], dtype=torch.float64)
     return torch.linalg.lstsq(gram, right[:, None], driver="gelsd").solution[:, 0]
 
 
@@ -153,7 +146,7 @@ def _profile_product(a: tuple[float, float], b: tuple[float, float]) -> float:
 
 
 def combine(snapshots: Sequence[Mapping[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:
-    """N sets of parameters, (N,) -> their weighted sum, in float64 on the way."""
+    """N sets of parameters, (N,) -> their weighted sum in float32, accumulated in float64."""
     return {
         name: sum(
             (w * s[name].double() for w, s in zip(weights, snapshots, strict=True)), torch.zeros(())

@@ -1,6 +1,4 @@
-"""Classifier-free guidance inside the training target: guided velocity, its decay near t = 1, dropped
-labels.
-"""
+"""Classifier-free guidance inside the training target: guided velocity, its decay near t = 1, dropped labels."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ DECAY_RATE = 0.025
 
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance of SoFlow's target. A scale of 1 turns all of it off: labels are then neither dropped nor
-    mixed.
-    """
+    """Guidance of SoFlow's target. At a scale of 1 there is none: no label is dropped, no velocity mixed in."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -59,9 +55,7 @@ class Guidance:
 
 
 def decay(t: Tensor, decay_from: float, rate: float = DECAY_RATE) -> Tensor:
-    """(B,) -> (B,): d(t) = 1 up to tau, then 1 - exp(-kappa z / (1 - z)) with z = (1 - t) / (1 - tau), which
-    ends at 0.
-    """
+    """(B,) -> (B,): d(t) = 1 up to tau, then 1 - exp(-kappa z / (1 - z)), z = (1 - t) / (1 - tau), down to 0."""
     if decay_from >= 1:
         return torch.ones_like(t)
     z = ((1 - t) / (1 - decay_from)).clamp(0, 1 - 1e-6)
@@ -79,7 +73,7 @@ def mix_velocity(guided: Tensor, predicted: Tensor, mix: float) -> Tensor:
 
 
 def draw_dropped(generator: torch.Generator | None, count: int, probability: float) -> Tensor:
-    """-> (count,) bool: each label is dropped by itself with this probability."""
+    """-> (count,) bool: which labels are dropped, each independently with this probability."""
     return torch.rand(count, generator=generator) < probability
 
 
@@ -89,14 +83,13 @@ def drop_labels(labels: Tensor, dropped: Tensor) -> Tensor:
 
 
 def null_labels(count: int, device: torch.device) -> Tensor:
-    """-> (count,) int64, all null."""
+    """-> (count,) int64: the null label for every row."""
     return torch.full((count,), NULL_LABEL, dtype=torch.int64, device=device)
 
 
 @dataclass(frozen=True)
 class VelocityGuidance:
-    """Guidance of MeanFlow's target: v_g = omega v_c + (1 - omega - kappa) v_u + kappa v_p inside a window of
-    times.
+    """Guidance of MeanFlow's target: v_g = omega v_c + (1 - omega - kappa) v_u + kappa v_p in a window of times.
 
     Its effective scale is omega / (1 - kappa). SoFlow's scale w and mix m are omega = m w, kappa = 1 - m.
     """
@@ -137,11 +130,11 @@ class VelocityGuidance:
         """(B,) -> (B,) bool: whether these times are guided."""
         return (t >= self.start) & (t <= self.end)
 
-    def velocity(self, sample: Tensor, unconditional: Tensor, own: Tensor) -> Tensor:
+    def velocity(self, sample: Tensor, unconditional: Tensor, predicted: Tensor) -> Tensor:
         """(B, C, H, W) x 3 -> (B, C, H, W): v_g of v_c, v_u and v_p."""
-        return self.omega * sample + (1 - self.omega - self.kappa) * unconditional + self.kappa * own
+        return self.omega * sample + (1 - self.omega - self.kappa) * unconditional + self.kappa * predicted
 
 
 def guide_prediction(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """(B, C, H, W) x 2 -> (B, C, H, W): v_u + w (v_c - v_u), guidance at sampling, in all channels."""
+    """(B, C, H, W) x 2 -> (B, C, H, W): v_u + w (v_c - v_u), guidance at sampling in all channels."""
     return unconditional + scale * (conditional - unconditional)

@@ -1,4 +1,4 @@
-"""Nested states, of dictionaries, lists, tuples, tensors and plain values, and copies of them in host memory."""
+"""Copies in host memory of nested states: dictionaries, lists and tuples of tensors and plain values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from soflow_core.sharding import whole
 
 
 def map_tensors(state: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same nesting, in containers of its own, with every tensor replaced by what `change` makes of it."""
+    """Copy of a nested state with `change` applied to every tensor."""
     if isinstance(state, Tensor):
         return change(state)
     if isinstance(state, dict):
@@ -23,18 +23,18 @@ def map_tensors(state: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 class HostCopy:
-    """Host memory for copies of states, taken once and, for a GPU's tensors, pinned.
+    """Reusable host memory for copies of a state, pinned for tensors of a GPU.
 
-    A copy is written over the one before it, so that must be done with, or its HostCopy be another.
+    Each copy overwrites the one before it: use another HostCopy where both are needed.
     """
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
 
     def take(self, state: Any, keep: bool = True) -> Any:
-        """A copy of a state, of whole tensors, that shares no memory with it.
+        """Copy of a state, with full tensors, that shares no memory with it.
 
-        Of a state with shares of tensors all ranks must take one; a rank that does not `keep` gets {}.
+        A collective where tensors are sharded; a rank that does not `keep` the copy gets {}.
         """
         used = 0
         waiting: set[torch.device] = set()
@@ -57,7 +57,7 @@ class HostCopy:
         return copied if keep else {}
 
     def _buffer(self, index: int, tensor: Tensor) -> Tensor:
-        """The buffer of the index-th tensor of a state, which is made anew where the tensor does not fit."""
+        """Buffer of the index-th tensor of a state, replaced where the tensor does not fit."""
         kept = self._buffers[index : index + 1]
         if not kept or (kept[0].shape, kept[0].dtype) != (tensor.shape, tensor.dtype):
             kept = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")]

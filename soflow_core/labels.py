@@ -3,6 +3,4 @@
 from __future__ import annotations
 
 NULL_LABEL = -1
-"""Stands for "no label" in a tensor of labels; the network looks it up in the last row of its table, index
-`classes`.
-"""
+"""Value for "no label" in a tensor of labels; a network looks it up in the last row of its table, index `classes`."""

@@ -1,7 +1,8 @@
-"""How often a method runs its network, for each sample of a training step and for each image, counted on the method itself.
+"""Number of network evaluations of a method, in training and in sampling, counted by running it on a stub network.
 
-Training is counted in forward passes of one sample: a backward pass counts two more, the tangent of a Jacobian-vector product one
-more. Rows that a CPU leaves out because they are multiplied by 0 count like the others, so that the number is the same everywhere.
+Training is counted in forward passes of one sample: a backward pass counts two more, the tangent of a Jacobian-vector
+product one more. Rows that a CPU skips because they are multiplied by 0 are counted too, so that the number is the
+same on every device.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from soflow_core.objectives import Batch, Objective
 from soflow_core.passes import PassPolicy
 
 SCHEDULE_POINTS = 64
-"""Places of training at which a step is counted: schedules change what a step does."""
+"""Number of steps, spread over training, whose evaluations are averaged: schedules change what a step does."""
 
 _SAMPLE = (1, 1, 1)
 
 
 class _Counter:
-    """Stands for a network F(x, t, s, labels) and counts the rows it is given."""
+    """Stub for a network F(x, t, s, labels) that counts rows and passes."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -45,7 +46,7 @@ def _has_tangent(x: Tensor) -> bool:
 
 
 def training_evaluations(objective: Objective, batch: int, conditional: bool = True) -> float:
-    """Forward passes that one sample of a training step is worth, on average over training (METHODS of the papers: F)."""
+    """Cost of one sample of a training step in forward passes, averaged over training."""
     generator = torch.Generator().manual_seed(0)
     counts = []
     for step in range(SCHEDULE_POINTS):
@@ -60,7 +61,7 @@ def training_evaluations(objective: Objective, batch: int, conditional: bool = T
 
 @torch.inference_mode()
 def sampling_evaluations(objective: Objective, steps: int, conditional: bool = True) -> int:
-    """Function evaluations (NFE) of one image in `steps` steps; an evaluation guided at sampling counts two."""
+    """Function evaluations (NFE) of one image sampled in `steps` steps; one with guidance at sampling counts two."""
     counter = _Counter()
     noise = torch.zeros(1, *_SAMPLE)
     labels = torch.zeros(1, dtype=torch.int64) if conditional else None
@@ -69,7 +70,7 @@ def sampling_evaluations(objective: Objective, steps: int, conditional: bool = T
 
 
 def steps_for(objective: Objective, evaluations: int, conditional: bool = True) -> int:
-    """Sampling steps that make `evaluations` evaluations. Raises ValueError where no number of steps does."""
+    """Number of sampling steps with this many evaluations. Raises ValueError where there is none."""
     each = sampling_evaluations(objective, 1, conditional)
     steps, rest = divmod(evaluations, each)
     if rest:

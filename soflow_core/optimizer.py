@@ -1,4 +1,4 @@
-"""An Adam's settings, and its learning rate as a function of the step."""
+"""Settings of Adam, and its learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from soflow_core.settings import check_choices
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """An Adam and its settings; the defaults are SoFlow's on ImageNet."""
+    """Variant and settings of Adam; the defaults are SoFlow's on ImageNet."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     name: Literal["adamw", "radam", "adam"] = "adamw"
     lr: float = 1e-4
-    """The learning rate; where it varies, the highest."""
+    """Learning rate; the highest one where it varies."""
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     eps: float = 1e-8
@@ -44,10 +44,10 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.final_lr is {self.final_lr}; give 0 up to lr, which is {self.lr}")
 
     def learning_rate(self, step: int, total_steps: int) -> float:
-        """The rate of the step after `step` finished steps of `total_steps`.
+        """Learning rate of the step after `step` finished steps of `total_steps`.
 
-        It is lr (k + 1) / W in the W steps of the warm-up, lr at its last step or, without one, at the first,
-        and final_lr at the last step of training.
+        lr (k + 1) / W in the W steps of the warm-up; then constant, or falling from lr at the last warm-up step (the
+        first step where there is none) to final_lr at the last step of training.
         """
         if step < self.warmup_steps:
             return self.lr * ((step + 1) / self.warmup_steps)
@@ -56,13 +56,13 @@ class OptimizerConfig:
         peak, last = max(self.warmup_steps - 1, 0), total_steps - 1
         if step >= last:
             return self.final_lr
-        gone = (step - peak) / (last - peak)
+        progress = (step - peak) / (last - peak)
         if self.decay == "cosine":
-            gone = (1 - math.cos(math.pi * gone)) / 2
-        return max(self.final_lr, self.lr - (self.lr - self.final_lr) * gone)
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return max(self.final_lr, self.lr - (self.lr - self.final_lr) * progress)
 
     def build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer, in its fused form where there is one for this device."""
+        """The optimizer, fused where torch has a fused kernel for the device."""
         settings: dict[str, Any] = {
             "lr": self.lr,
             "betas": self.betas,

@@ -1,6 +1,4 @@
-"""The solution function in terms of the network: f(x, t, s) = a(t, s) x + b(t, s) F(x, t, s), with f(x, t, t)
-= x.
-"""
+"""The solution function in terms of the network: f(x, t, s) = a(t, s) x + b(t, s) F(x, t, s), f(x, t, t) = x."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ ParameterizationName = Literal["euler", "trigonometric"]
 
 @dataclass(frozen=True)
 class Coefficients:
-    """a and b at times (t, s), each (B,), and their derivatives in s."""
+    """Coefficients a and b at times (t, s), each (B,), and their derivatives in s."""
 
     a: Tensor
     b: Tensor
@@ -31,9 +29,7 @@ class Coefficients:
         return per_row(self.a, x) * x + per_row(self.b, x) * prediction
 
     def velocity(self, x: Tensor, prediction: Tensor) -> Tensor:
-        """(B, C, H, W), (B, C, H, W) -> (B, C, H, W): at s = t, df/ds = a_s x + b_s F is the velocity at (x,
-        t).
-        """
+        """(B, C, H, W), (B, C, H, W) -> (B, C, H, W): df/ds = a_s x + b_s F, the velocity at (x, t) where s = t."""
         return per_row(self.da_ds, x) * x + per_row(self.db_ds, x) * prediction
 
 

@@ -17,7 +17,7 @@ PathName = Literal["linear", "trigonometric"]
 
 @dataclass(frozen=True)
 class PathPoint:
-    """A path's coefficients at times t, each (B,), and their derivatives in t."""
+    """Coefficients of a path at times t, each (B,), and their derivatives in t."""
 
     alpha: Tensor
     beta: Tensor
@@ -29,9 +29,7 @@ class PathPoint:
         return per_row(self.alpha, x0) * x0 + per_row(self.beta, x1) * x1
 
     def velocity(self, x0: Tensor, x1: Tensor) -> Tensor:
-        """(B, C, H, W), (B, C, H, W) -> (B, C, H, W): v_c = alpha' x0 + beta' x1, the velocity of this
-        sample.
-        """
+        """(B, C, H, W), (B, C, H, W) -> (B, C, H, W): v_c = alpha' x0 + beta' x1, the velocity of this sample."""
         return per_row(self.d_alpha, x0) * x0 + per_row(self.d_beta, x1) * x1
 
 

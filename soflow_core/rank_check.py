@@ -1,4 +1,4 @@
-"""Whether all ranks hold the same tensors, bit for bit, told by two integers a tensor."""
+"""Bitwise comparison of tensors between ranks, by a digest of two integers for each tensor."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 Gather = Callable[[Tensor], list[Tensor]]
-"""Every rank's version of a tensor of one shape, in rank order, on every rank."""
+"""Returns every rank's version of a tensor of one shape, in rank order, on every rank."""
 
 
 def digest(tensors: Sequence[Tensor | None]) -> Tensor:
-    """N tensors of 1, 2, 4 or 8 bytes an element -> (N, 2) int64: of the bits, their sum, and their sum
-    weighted by odd numbers.
+    """N tensors of 1, 2, 4 or 8 bytes an element -> (N, 2) int64: sum of the bits, and sum weighted by odd numbers.
 
-    Integers wrap around, so the order of summation does not matter. All NaN count as one, and None has a
-    digest of its own.
+    Integers wrap around, so the order of summation does not matter. All NaN are equal; None has its own digest.
     """
     rows = [_digest(tensor) if tensor is not None else torch.tensor([-1, 0]) for tensor in tensors]
     device = next((t.device for t in tensors if t is not None), torch.device("cpu"))
@@ -24,7 +22,7 @@ def digest(tensors: Sequence[Tensor | None]) -> Tensor:
 
 
 def first_difference(names: Sequence[str], tensors: Sequence[Tensor | None], gather: Gather) -> str | None:
-    """The name of the first tensor that is not the same on all ranks; the same answer on every rank."""
+    """Name of the first tensor that differs between ranks, or None; the same result on every rank."""
     versions = torch.stack(gather(digest(tensors)))
     differing = (versions != versions[0]).any(2).any(0).nonzero()
     return names[int(differing[0])] if len(differing) else None

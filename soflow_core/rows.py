@@ -1,4 +1,4 @@
-"""Arithmetic between one value a row, (B,), and a batch of images, (B, C, H, W)."""
+"""Arithmetic between per-row values (B,) and batches of images (B, C, H, W)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def per_row(value: Tensor, like: Tensor) -> Tensor:
-    """(B,), (B, C, H, W) -> (B, 1, 1, 1): one value a row, ready to meet a batch of that rank."""
+    """(B,), (B, C, H, W) -> (B, 1, 1, 1): per-row values in a shape that broadcasts against `like`."""
     return value.reshape(-1, *(1,) * (like.ndim - 1))
 
 
@@ -22,7 +22,5 @@ def row_sum(x: Tensor) -> Tensor:
 
 
 def choose_rows(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """(B,), (B, C, H, W), (B, C, H, W) -> (B, C, H, W): rows of `yes` where the condition holds, else of
-    `no`.
-    """
+    """(B,) bool, (B, C, H, W) x 2 -> (B, C, H, W): rows of `yes` where the condition holds, else of `no`."""
     return torch.where(per_row(condition, yes), yes, no)

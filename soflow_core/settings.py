@@ -1,4 +1,4 @@
-"""Settings dataclasses: checked names and ranges, and to plain dictionaries, for a file's header, and back."""
+"""Settings dataclasses: checks of their values, and conversion to plain dictionaries and back."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[SettingsT], values: Mapping[str, Any]) -> SettingsT:
-    """Nested dictionaries -> the dataclass `kind`; a key that it does not have is refused."""
+    """Nested dictionaries -> the dataclass `kind`. Raises ValueError for a key that it does not have."""
     assert dataclasses.is_dataclass(kind)
     known = {field.name for field in dataclasses.fields(kind) if field.init}
     unknown = sorted(set(values) - known)
@@ -66,7 +66,7 @@ def _value(hint: Any, value: Any) -> Any:
 
 
 def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
-    """Fields that take one of several values, and these."""
+    """Literal fields of a dataclass, with their values."""
     hints = get_type_hints(kind)
     return {
         field.name: get_args(hints[field.name])

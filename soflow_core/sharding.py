@@ -1,7 +1,7 @@
-"""A network whose parameters, gradients, averages and optimizer state are spread over ranks (FSDP2).
+"""Sharded networks (FSDP2): parameters, gradients, averages and optimizer state are split over ranks.
 
-Its parameters are DTensors, each split along its first dimension. States that leave it are the plain
-network's, of whole tensors, so that a training goes on with another number of ranks, or with one.
+Parameters are DTensors, each split along its first dimension. States are saved as whole tensors, as those of a plain
+network, so that training can resume on another number of ranks.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from soflow_core.networks.dit import DiT
 def shard(network: DiT, mesh: DeviceMesh | None = None) -> DiT:
     """Splits the trained parameters over the ranks of the mesh, in place, and returns the network.
 
-    Every rank must give the same weights. `mesh` is by default all ranks, on the network's device; a mesh of
-    (replicas, shards) splits over the second. A network built on the CPU goes to a mesh of GPUs block by
-    block, so the whole need never fit there. Each block, and the rest as one, is gathered when it runs and
-    let go afterwards, also after passes without gradient: otherwise the next pass would see weights from
-    before an update.
+    All ranks must pass the same weights. `mesh` is by default all ranks, on the network's device; a mesh of
+    (replicas, shards) splits over the second dimension. A network on the CPU moves to a mesh of GPUs block by block,
+    so that no GPU needs room for all of it. Each block, and the rest as one, is gathered when it runs and freed
+    afterwards, also after passes without gradient: the next pass would otherwise use weights from before an update.
+    Raises ValueError where no process group is initialized.
     """
     if not dist.is_initialized():
         raise ValueError("sharding needs several processes: call torch.distributed.init_process_group first")
@@ -39,41 +39,41 @@ def shard(network: DiT, mesh: DeviceMesh | None = None) -> DiT:
     for part in (*network.blocks, network):
         fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=frozen)
         if mesh.device_type != "cuda":
-            # gloo takes a mean for a sum in torch 2.8; a sum, divided afterwards, is the same everywhere.
+            # In torch 2.8 gloo sums where a mean is requested; a sum, divided afterwards, is right on every version.
             cast(FSDPModule, part).set_force_sum_reduction_for_comms(True)
     return network
 
 
 def sharding_mesh(module: nn.Module) -> DeviceMesh | None:
-    """The ranks that a module is split over; None for a plain one."""
+    """Mesh of ranks that a module is split over; None for a module that is not sharded."""
     if not isinstance(module, FSDPModule):
         return None
     return next(p.device_mesh for p in module.parameters() if isinstance(p, DTensor))
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Compiles a DiT block by block, which is traced once for all of them; another network as a whole.
+    """Compiles a DiT block by block, so that one trace serves all blocks; any other network as a whole.
 
-    What ranks exchange between the blocks of a sharded network cannot be compiled.
+    The collectives between the blocks of a sharded network cannot be compiled.
     """
     for part in module.blocks if isinstance(module, DiT) else [module]:
         part.compile(dynamic=False)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's share of a tensor, of the same memory, without gradient; a plain tensor is its own share."""
+    """This rank's shard of a tensor, sharing its memory, without gradient; a plain tensor is returned as it is."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All shares of a tensor together, on every rank; all ranks must call it. A plain tensor is whole."""
+    """The full tensor of all shards, on every rank; a collective. A plain tensor is returned as it is."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def split_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, of which every rank has the same, split as `like` is."""
+    """Shards a full tensor, equal on all ranks, like `like`."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
     return distribute_tensor(
@@ -82,7 +82,7 @@ def split_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def on_every_rank(flags: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    """(N,) bool -> (N,) bool: true where every rank of the mesh says so; all ranks must call it."""
+    """(N,) bool -> (N,) bool: logical AND over the ranks of the mesh; a collective."""
     if mesh is None:
         return flags
     votes = flags.int()
@@ -99,11 +99,11 @@ def is_first(mesh: DeviceMesh) -> bool:
 
 @contextmanager
 def substituted(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, the shares of the parameters hold those of `values`; only passes without gradient may run."""
+    """Context in which parameters hold `values`; only passes without gradient may run in it."""
     shares = [local(p) for p in parameters]
-    kept = [share.clone() for share in shares]
+    originals = [share.clone() for share in shares]
     torch._foreach_copy_(shares, [local(value) for value in values])
     try:
         yield
     finally:
-        torch._foreach_copy_(shares, kept)
+        torch._foreach_copy_(shares, originals)

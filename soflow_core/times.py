@@ -1,6 +1,4 @@
-"""Where on the path a step trains: time distributions, the middle time l between s and t, and its
-schedule.
-"""
+"""Distributions of training times, the middle time l between s and t, and its schedule."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from torch import Tensor
 from soflow_core.settings import check_choices
 
 MINIMAL_GAP = 1e-4
-"""Smallest t, and smallest distance of s and of l from t, in the consistency branch (SoFlow)."""
+"""Lower bound of t, and of the distances of s and l from t, in the consistency branch (SoFlow)."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,7 @@ class LogitNormal:
 
 
 def consistency_times(start: Tensor, end: Tensor, gap: float = MINIMAL_GAP) -> tuple[Tensor, Tensor]:
-    """(B,), (B,) -> t, s with t >= gap and s <= t - gap: a pair drawn the wrong way round is clamped, not
-    swapped.
-    """
+    """(B,), (B,) -> t, s with t >= gap and s <= t - gap; a pair in the wrong order is clamped, not swapped."""
     t = start.clamp(min=gap)
     return t, torch.minimum(end, t - gap)
 
@@ -56,12 +52,12 @@ def middle_time(t: Tensor, s: Tensor, ratio: float, gap: float = MINIMAL_GAP) ->
 
 @dataclass(frozen=True)
 class RatioSchedule:
-    """r(k, K): the share of the way from t to s at which the middle time l stands, at step k of K."""
+    """Schedule of the middle-time ratio r(k, K) at step k of K: the middle time is l = t + (s - t) r."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     kind: Literal["constant", "linear", "cosine", "exponential"] = "exponential"
-    """How r goes from initial to final; `constant` stays at final."""
+    """Shape of r between `initial` and `final`; `constant` is `final` throughout."""
     initial: float = 0.1
     """r at step 0."""
     final: float = 0.002

@@ -1,4 +1,4 @@
-"""One optimizer step of any objective, with everything a checkpoint of it needs."""
+"""One optimizer step of any objective, and the state that a checkpoint saves."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from soflow_core.sharding import (
 )
 
 MOST_GRAPHS = 32
-"""Compiled versions of a network: one for each pass, size of branch, precision and gradient mode. Torch's own
-limit is 8, after which it goes on uncompiled.
+"""Limit of compiled versions of a network: one for each pass, branch size, precision and gradient mode. Beyond
+torch's own limit of 8 a network would run uncompiled.
 """
 
 
@@ -131,7 +131,7 @@ class TrainStep:
             compile_blocks(self.module)
 
     def __call__(self, batch: Batch, draws: Draws) -> StepRecord:
-        """One step on this rank's rows. Raises ValueError after the last of `total_steps`."""
+        """Makes one step on this rank's rows. Raises ValueError after the last of `total_steps`."""
         if self.step >= self.config.total_steps:
             raise ValueError(
                 f"all {self.config.total_steps} steps are done, and schedules end there; give a larger total_steps"
@@ -167,47 +167,49 @@ class TrainStep:
         return self._record(terms, grad_norm, rate)
 
     def ema_state(self, decay: float | str | None = None) -> dict[str, Tensor]:
-        """The network's state with the averaged parameters: of this decay, of an EMA's name, or of the first
-        EMA. Later steps change its tensors; `host_ema_state` copies.
+        """The network's state with averaged parameters, of an EMA given by decay or name, by default the first.
+
+        Later steps change its tensors; `host_ema_state` copies them.
         """
         return {name: whole(tensor) for name, tensor in self._ema_shares(decay).items()}
 
     @contextmanager
     def averaged(self, decay: float | str | None = None) -> Iterator[nn.Module]:
-        """The network with the parameters of an EMA, named as for `ema_state`, in its own memory. Only passes
-        without gradient may run inside; training goes on afterwards as if there had been none.
+        """Context in which the network has the parameters of an EMA, given as for `ema_state`.
+
+        Only passes without gradient may run in it; the trained parameters are back afterwards.
         """
         name = Exponential(decay).name if isinstance(decay, float) else decay
         with substituted(self.parameters, list(self.ema.average(name).values())):
             yield self.module
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a later TrainStep needs to go on as this one would, in whole tensors.
+        """State from which another TrainStep continues as this one would, with full tensors.
 
-        Later steps change them; `host_state` copies.
+        Later steps change its tensors; `host_state` copies them.
         """
         state: dict[str, Any] = map_tensors(self._shares(), whole)
         return state
 
     def host_state(self, copy: HostCopy | None = None) -> dict[str, Any]:
-        """A copy of `state_dict()` in host memory, which later steps do not change, to be written meanwhile.
+        """Copy of `state_dict()` in host memory, which can be written while training goes on.
 
-        Of a sharded network the first rank gets it, tensor after tensor, and the others get {}. `copy` gives
-        the memory; its former state is written over.
+        Of a sharded network the first rank gets the copy, and the others get {}. `copy` provides the memory, and
+        its previous content is overwritten.
         """
         return self._to_host(self._shares(), copy)
 
     def host_ema_state(
         self, decay: float | str | None = None, copy: HostCopy | None = None
     ) -> dict[str, Tensor]:
-        """A copy of `ema_state(decay)` in host memory, as `host_state` is of `state_dict`."""
+        """Copy of `ema_state(decay)` in host memory, as `host_state` is of `state_dict`."""
         return self._to_host(self._ema_shares(decay), copy)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state, whatever number of ranks it was made on.
+        """Resumes from a state, made on any number of ranks.
 
-        Its method and total_steps must be the same, because its averages and schedules depend on them. The
-        optimizer's settings stay those given here. A state that is refused, with ValueError, changes nothing.
+        Method and total_steps must be the same, because averages and schedules depend on them; the optimizer's
+        settings stay those of this TrainStep. Raises ValueError, without any change, where the state does not fit.
         """
         method = state.get("method", self.objective.method)
         if method != self.objective.method:
@@ -220,10 +222,12 @@ class TrainStep:
                 f"the state is of {state['total_steps']} total steps, this training of {self.config.total_steps};"
                 " schedules depend on the total, so resume with the same"
             )
-        own = self.module.state_dict()
-        _check_shapes(state["network"], own)
+        current = self.module.state_dict()
+        _check_shapes(state["network"], current)
         self.ema.check(state["ema"])
-        self.module.load_state_dict({name: split_like(t, own[name]) for name, t in state["network"].items()})
+        self.module.load_state_dict(
+            {name: split_like(t, current[name]) for name, t in state["network"].items()}
+        )
         self.optimizer.load_state_dict(self._split_optimizer(state["optimizer"]))
         self.ema.load_state_dict(state["ema"])
         self.step = state["step"]
@@ -234,8 +238,10 @@ class TrainStep:
         )
 
     def _pieces(self, batch: Batch, draws: Draws) -> list[tuple[Batch, Draws]]:
-        """Piece j of n has rows j, j + n, j + 2 n, ..., as a rank's share of a batch has, so that each holds its
-        part of the velocity rows.
+        """Splits the rows into pieces for accumulation. Raises ValueError where they do not divide.
+
+        Piece j of n has rows j, j + n, j + 2 n, ..., as a rank's rows of a batch are, so that each piece has its part
+        of the velocity rows.
         """
         rows, count = len(batch.x0), self.config.accumulate
         if rows % count:
@@ -245,14 +251,14 @@ class TrainStep:
         return [(batch.rows(j, count), draws.rows(j, count)) for j in range(count)]
 
     def _backward(self, batch: Batch, draws: Draws, values: dict[str, list[Tensor]]) -> None:
-        """Adds a piece's share of the mean to the gradients, and its loss and terms to `values`."""
+        """Adds a piece's part of the mean to the gradients, and appends its loss and terms to `values`."""
         result = self.objective.loss(
             self.network, batch, draws, self.step, self.config.total_steps, self.policy
         )
         named = {"loss": result.loss, **result.terms}
         for name, value in named.items():
             values.setdefault(name, []).append(value.detach().float())
-        # A seed of NaN makes every gradient NaN, on this rank and, after the reduction, on all of them.
+        # A NaN seed makes every gradient NaN, on this rank and, after the reduction, on all of them.
         healthy = torch.isfinite(torch.stack([parts[-1] for parts in values.values()])).all()
         share = torch.full_like(result.loss, 1 / self.config.accumulate)
         result.loss.backward(torch.where(healthy, share, math.nan))
@@ -276,20 +282,20 @@ class TrainStep:
         return "mixed" if fast_bfloat16(self.device) else "float32"
 
     def _averaged(self, decay: float) -> Network:
-        """The network with the parameters of an EMA, whatever they are when it is called."""
+        """Function that runs the network with the current parameters of an EMA."""
         average = self.ema.average(Exponential(decay).name)
 
         def network(x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
             if self.mesh is None:
                 return cast(Tensor, functional_call(self.module, average, (x, t, s, labels)))
-            # What a sharded network gathers is what its parameters hold, whatever a call hands in.
+            # A sharded network gathers what its parameters hold, not what functional_call passes in.
             with substituted(self.parameters, list(average.values())):
                 return cast(Tensor, self.module(x, t, s, labels))
 
         return network
 
     def _shares(self) -> dict[str, Any]:
-        """`state_dict()` in this rank's shares of tensors."""
+        """`state_dict()` with this rank's shards of tensors."""
         return {
             "step": self.step,
             "total_steps": self.config.total_steps,
@@ -309,8 +315,9 @@ class TrainStep:
         return state
 
     def _split_optimizer(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """An optimizer's state with moments as this network's parameters are split, and this optimizer's
-        settings. Nothing in it shares memory with the state given.
+        """Optimizer state with moments sharded like the parameters, and this optimizer's settings.
+
+        It shares no memory with `state`.
         """
 
         def split(value: Any, parameter: Tensor) -> Any:
@@ -325,7 +332,7 @@ class TrainStep:
         return {"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]}
 
     def _check_batch(self, batch: Batch) -> None:
-        """A network without classes would leave labels out, and its guidance would guide by nothing."""
+        """Raises ValueError for labels of a network without classes, which would ignore them."""
         unlabelled = isinstance(self.module, DiT) and self.module.config.classes is None
         if unlabelled and batch.labels is not None:
             raise ValueError("the batch has labels and the network has no classes; give Batch(x0) alone")
@@ -333,15 +340,15 @@ class TrainStep:
     def _record(
         self, terms: dict[str, float], grad_norm: float, rate: float, culprit: str | None = None
     ) -> StepRecord:
-        others = {name: value for name, value in terms.items() if name != "loss"}
+        logged = {name: value for name, value in terms.items() if name != "loss"}
         return StepRecord(
-            self.step, terms["loss"], others, grad_norm, rate, finite=culprit is None, culprit=culprit
+            self.step, terms["loss"], logged, grad_norm, rate, finite=culprit is None, culprit=culprit
         )
 
     def _refuse(self, terms: dict[str, float], grad_norm: float, rate: float) -> StepRecord:
-        """No update: the first non-finite term is the culprit, then the loss, then a parameter's gradient."""
+        """Record of a step without update. The culprit is the first non-finite term, the loss, or a gradient."""
         broken = [name for name, value in terms.items() if not math.isfinite(value)]
-        good = torch.stack(
+        finite = torch.stack(
             [
                 torch.isfinite(local(p.grad)).all()
                 if p.grad is not None
@@ -349,8 +356,8 @@ class TrainStep:
                 for p in self.parameters
             ]
         )
-        good = on_every_rank(good, self.mesh)
-        bad = [name for name, fine in zip(self.names, good.tolist(), strict=True) if not fine]
+        finite = on_every_rank(finite, self.mesh)
+        bad = [name for name, is_finite in zip(self.names, finite.tolist(), strict=True) if not is_finite]
         if broken:
             culprit = next((name for name in broken if name != "loss"), "loss")
         elif not bad:
@@ -361,19 +368,19 @@ class TrainStep:
         return self._record(terms, grad_norm, rate, culprit)
 
 
-def _check_shapes(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Two states of one network."""
-    for name in sorted(given.keys() | own.keys()):
-        here, there = own.get(name), given.get(name)
-        if here is None or there is None or here.shape != there.shape:
-            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (there, here)]
+def _check_shapes(state: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where a state is that of another network than the current one."""
+    for name in sorted(state.keys() | current.keys()):
+        stored, expected = state.get(name), current.get(name)
+        if stored is None or expected is None or stored.shape != expected.shape:
+            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (stored, expected)]
             raise ValueError(
                 f"{name} is {shapes[0]} in the state and {shapes[1]} in the network; build the same network"
             )
 
 
 def _check_labels(objective: Objective, module: nn.Module) -> None:
-    """A dropped label needs its row in the network's table."""
+    """Raises ValueError where the objective drops labels and the network has no row for the null label."""
     if not isinstance(module, DiT) or module.config.classes is None or module.config.null_label:
         return
     if objective.needs_null_label:

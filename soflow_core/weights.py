@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors with a JSON header, and the official SoFlow .pt files."""
+"""Weights files: safetensors with a JSON header, and the official SoFlow checkpoints."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Weights:
-    """A network's weights, and what is needed to use them."""
+    """Weights of a network, with its architecture, method and data."""
 
     network_config: DiTConfig
     objective: Objective | None
-    """The method it was trained with; None where a file does not say."""
+    """Method that it was trained with; None where the file does not contain it."""
     data: dict[str, Any] = field(default_factory=dict)
-    """Facts about its data, as JSON."""
+    """Metadata of the training data, as JSON values."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -44,7 +44,7 @@ def save_weights(
     objective: Objective,
     data: Mapping[str, Any],
 ) -> None:
-    """Writes one safetensors file, complete or not at all."""
+    """Writes a safetensors file atomically."""
     path = Path(path)
     header = {
         "format": FORMAT,
@@ -64,7 +64,7 @@ def save_weights(
 
 
 def load_weights(path: str | Path) -> Weights:
-    """Reads a file of save_weights."""
+    """Reads a file written by save_weights. Raises ValueError for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(HEADER)
@@ -90,16 +90,16 @@ def load_weights(path: str | Path) -> Weights:
 
 
 def build_network(weights: Weights) -> DiT:
-    """The network with these weights, in eval mode."""
+    """Network with these weights, in eval mode. Raises ValueError where weights and architecture disagree."""
     network = DiT(weights.network_config)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
+    stored = {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
     for name, shape in expected.items():
-        if name not in given:
+        if name not in stored:
             raise ValueError(f"the weights lack {name}, which a network of this configuration has")
-        if given[name] != shape:
-            raise ValueError(f"the weights have {name} of shape {given[name]}; the network needs {shape}")
-    extra = sorted(set(given) - set(expected))
+        if stored[name] != shape:
+            raise ValueError(f"the weights have {name} of shape {stored[name]}; the network needs {shape}")
+    extra = sorted(set(stored) - set(expected))
     if extra:
         raise ValueError(f"the weights have {extra[0]}, which a network of this configuration does not have")
     network.load_state_dict(weights.tensors)
@@ -112,12 +112,11 @@ def read_official(
     heads: int | None = None,
     null_label: bool | None = None,
 ) -> Weights:
-    """Reads an official SoFlow checkpoint of the latent DiT, as tensors only; the architecture is told by the
-    shapes.
+    """Reads an official SoFlow checkpoint of the latent DiT, as tensors only; shapes give the architecture.
 
-    `heads` is needed for a width and depth that are none of the named sizes, `null_label` where there is a
-    label table: in guided models its last row is the null label, and its shape cannot say so. Raises
-    ValueError where one is missing or the file is another.
+    `heads` is needed where width and depth are those of no named size. `null_label` is needed where there is a
+    label table, whose shape does not show whether its last row is the null label, as it is in guided models.
+    Raises ValueError where one of these is missing, or for any other file.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -126,8 +125,8 @@ def read_official(
             f"{path} holds more than tensors, which only running its code would read; save its state dicts alone"
         ) from error
     if not isinstance(state, dict) or which not in state:
-        found = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"{path} has no {which}; it holds {found}")
+        content = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{path} has no {which}; it holds {content}")
     tensors = {_plain_name(name): tensor for name, tensor in state[which].items()}
     if "pos_embed" not in tensors or "x_embedder.proj.weight" not in tensors:
         raise ValueError(f"{path} is not a DiT checkpoint: it lacks pos_embed or x_embedder.proj.weight")

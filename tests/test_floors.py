@@ -46,7 +46,7 @@ PACKAGES = {
     ],
 }
 """The packages of a floor, lowest first: each imports only those before it."""
-CORE_MAY_IMPORT = {"torch", "timm", "safetensors"}
+CORE_MAY_IMPORT = {"torch", "safetensors"}
 FROM_PLATFORM_UP = {"ray", "mlflow"}
 FROM_PIPELINES_UP = {"webdataset"}
 
@@ -79,7 +79,7 @@ def test_no_floor_imports_upwards(floor: str) -> None:
     assert offences(floor, set(FLOORS) - BELOW[floor] - {floor}) == []
 
 
-def test_the_core_needs_torch_and_timm_alone() -> None:
+def test_the_core_needs_torch_and_safetensors_alone() -> None:
     allowed = CORE_MAY_IMPORT | set(sys.stdlib_module_names) | {"soflow_core"}
     found = {name.split(".")[0] for path in modules("soflow_core") for _, name in imported(path)}
     assert found - allowed == set()

@@ -26,7 +26,7 @@ MAX_PERIOD = 10_000.0
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """A DiT's architecture."""
+    """Architecture of a DiT."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -62,7 +62,7 @@ class DiTConfig:
 
 
 class TimeEmbedder(nn.Module):
-    """Sinusoids of a time in [0, 1], as it is, then two linear layers: (B,) -> (B, hidden)."""
+    """Embedding of a time, unscaled: sinusoids, then two linear layers. (B,) -> (B, hidden)."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class TimeEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         half, weight = FREQUENCIES // 2, cast(nn.Linear, self.mlp[0]).weight
-        # Of bfloat16 weights too: a time in bfloat16 has no more than three digits.
+        # At least float32, also with bfloat16 weights: a time in bfloat16 has three digits.
         precise = torch.promote_types(weight.dtype, torch.float32)
         exponents = torch.arange(half, dtype=precise, device=t.device) / half
         angles = t[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
@@ -80,9 +80,7 @@ class TimeEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A table of classes, with a last row for the null label where there is one: (B,) int64 -> (B,
-    hidden).
-    """
+    """Table of label embeddings, with a last row for the null label if any: (B,) int64 -> (B, hidden)."""
 
     def __init__(self, classes: int, null_label: bool, hidden: int) -> None:
         super().__init__()
@@ -101,7 +99,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each modulated and gated by the condition (adaLN-Zero)."""
+    """Transformer block: attention and MLP, each modulated and gated by the condition (adaLN-Zero)."""
 
     def __init__(self, hidden: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -119,7 +117,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens to patches of pixels: (B, N, D), (B, D) -> (B, N, patch * patch * channels)."""
+    """Output layer, tokens to pixels: (B, N, D), (B, D) -> (B, N, patch * patch * channels)."""
 
     def __init__(self, hidden: int, patch: int, channels: int) -> None:
         super().__init__()
@@ -134,10 +132,10 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """F(x, t, s, labels): (B, C, H, W), (B,), (B,), (B,) int64 or None -> (B, C, H, W).
+    """Network F(x, t, s, labels): (B, C, H, W), (B,), (B,), (B,) int64 or None -> (B, C, H, W).
 
-    Labels of None mean the null label for every row. Times enter raw, in [0, 1]. `checkpoint_blocks`
-    recomputes each block in the backward pass, for less memory.
+    None labels are the null label in every row. Times are embedded unscaled. `checkpoint_blocks` recomputes each
+    block in the backward pass, for less memory.
     """
 
     def __init__(self, config: DiTConfig, checkpoint_blocks: bool = False) -> None:
@@ -163,8 +161,8 @@ class DiT(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """Xavier linears, N(0, 0.02) label and t embeddings, Xavier s embedding, zero modulation and output:
-        F = 0 at first.
+        """Initial weights: Xavier linear layers and s embedding, N(0, 0.02) label and t embeddings, zero modulation
+        and output layers, so that F = 0.
         """
 
         def xavier(module: nn.Module) -> None:
@@ -196,8 +194,9 @@ class DiT(nn.Module):
         return self.unpatchify(self.final_layer(tokens, condition))
 
     def condition(self, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        """(B,), (B,), (B,) or None -> (B, hidden), in the weights' own precision even under autocast: it costs
-        nothing and q needs it.
+        """(B,), (B,), (B,) or None -> (B, hidden), in the precision of the weights even under autocast.
+
+        Difference quotients over times need it, and it costs next to nothing.
         """
         with torch.autocast(t.device.type, enabled=False):
             condition: Tensor = self.t_embedder(t) + self.s_embedder(t - s)
@@ -228,9 +227,7 @@ class DiT(nn.Module):
 
 
 def sincos_positions(hidden: int, rows: int, columns: int) -> Tensor:
-    """-> (rows * columns, hidden): fixed positions; the first half of a token tells its column, the second
-    its row.
-    """
+    """-> (rows * columns, hidden): position embeddings; the first half encodes the column, the second the row."""
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     halves = [_sincos(place.reshape(-1), hidden // 2) for place in (column, row)]
     return torch.cat(halves, dim=1).float()

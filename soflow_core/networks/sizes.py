@@ -1,4 +1,4 @@
-"""The named sizes of DiT (arXiv 2212.09748, Table 1; M as in MeanFlow, arXiv 2505.13447)."""
+"""Named sizes of DiT (arXiv 2212.09748, Table 1; M as in MeanFlow, arXiv 2505.13447)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def dit_config(
     classes: int | None = None,
     null_label: bool = False,
 ) -> DiTConfig:
-    """The architecture called, for example, "XL/2" (size / patch)."""
+    """Architecture of a named size, for example "XL/2" (size / patch). Raises ValueError for an unknown name."""
     name, _, patch = size.partition("/")
     if name not in SIZES or patch not in {str(p) for p in PATCHES}:
         known = ", ".join(SIZES)

@@ -1,4 +1,15 @@
-"""Training methods, each in its own file."""
+"""Training methods, one file each; a method is a frozen dataclass of its settings.
+
+base                 interface of a method; batch, draws and loss of a step
+soflow               Solution Flow Models
+flow_matching        Flow Matching
+diffusion            DDPM and DDIM
+consistency          consistency models: iCT, ECT, sCM
+average_velocity     shared by MeanFlow, alpha-Flow and Shortcut
+meanflow             MeanFlow
+alphaflow            alpha-Flow
+shortcut             Shortcut models
+"""
 
 from soflow_core.objectives.alphaflow import AlphaFlow, AlphaSchedule
 from soflow_core.objectives.base import Batch, Draws, Loss, Objective

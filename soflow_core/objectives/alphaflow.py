@@ -1,6 +1,4 @@
-"""alpha-Flow (arXiv 2510.20771): from trajectory Flow Matching (alpha = 1) to MeanFlow (alpha = 0) over
-training.
-"""
+"""alpha-Flow (arXiv 2510.20771): trajectory Flow Matching (alpha = 1) turns into MeanFlow (alpha = 0)."""
 
 from __future__ import annotations
 
@@ -40,7 +38,7 @@ CLIP = 4.0
 
 @dataclass(frozen=True)
 class AlphaSchedule:
-    """alpha over training: a falling sigmoid (alpha-Flow, Algorithm 2), or constant."""
+    """Schedule of alpha over training: a falling sigmoid (alpha-Flow, Algorithm 2), or constant."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -81,9 +79,7 @@ class AlphaSchedule:
 
 @dataclass(frozen=True)
 class AlphaFlow(AverageVelocityModel):
-    """Settings of alpha-Flow; the defaults are those of the paper's B/2, with kappa as in its released
-    configuration.
-    """
+    """Settings of alpha-Flow; the defaults are the paper's for B/2, with kappa of the released configuration."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -157,9 +153,7 @@ class AlphaFlow(AverageVelocityModel):
         return Loss((weight * mse).mean(), terms)
 
     def _discrete_target(self, passes: Passes, start: Start, velocity: Tensor, alpha: float) -> Tensor:
-        """(B, C, H, W): alpha v + (1 - alpha) u(x - dt v, t - dt, s) with dt = alpha (t - s) (alpha-Flow,
-        Def. 1).
-        """
+        """-> (B, C, H, W): alpha v + (1 - alpha) u(x - dt v, t - dt, s), dt = alpha (t - s) (alpha-Flow, Def. 1)."""
         first = start.first
         t, s = start.t[first:], start.s[first:]
         labels = None if start.labels is None else start.labels[first:]

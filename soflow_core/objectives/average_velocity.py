@@ -1,6 +1,4 @@
-"""What MeanFlow, alpha-Flow and Shortcut share: F(x, t, s) is the average velocity between s and t, and
-f = x - (t - s) F.
-"""
+"""Shared by MeanFlow, alpha-Flow and Shortcut: F is the average velocity between s and t, f = x - (t - s) F."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from soflow_core.times import LogitNormal
 
 @dataclass(frozen=True)
 class Start:
-    """Where the rows of a batch stand: x_t and v_c (B, C, H, W), t and s (B,), and labels after dropping."""
+    """Rows of a batch on the path: x_t and v_c (B, C, H, W), t and s (B,), and labels after dropping."""
 
     x: Tensor
     velocity: Tensor
@@ -47,8 +45,7 @@ def guidance_pass(
 ) -> tuple[Tensor, Tensor]:
     """-> v_u (B, C, H, W) of all rows and v_p of the rows after `first`, in one pass without gradient.
 
-    The network's own velocity in the leading rows is the prediction that they are trained on, so it is not
-    made here.
+    v_p of the leading rows is the prediction that they are trained on, so it is not computed again.
     """
     first = start.first if guidance.kappa else len(start.x)
     assert start.labels is not None
@@ -56,8 +53,8 @@ def guidance_pass(
     t = torch.cat([start.t, start.t[first:]])
     y = torch.cat([null_labels(len(start.x), x.device), start.labels[first:]])
     velocities = passes.forward_where(passes.low_precision, torch.cat([use, use[first:]]), x, t, t, y)
-    own = velocities[len(start.x) :] if guidance.kappa else torch.zeros_like(start.x[start.first :])
-    return velocities[: len(start.x)], own
+    predicted = velocities[len(start.x) :] if guidance.kappa else torch.zeros_like(start.x[start.first :])
+    return velocities[: len(start.x)], predicted
 
 
 def guided_target(
@@ -65,20 +62,18 @@ def guided_target(
 ) -> Tensor:
     """-> v_g (B, C, H, W): guided inside the window, v_c outside it and where `keep_sample` (B,) holds.
 
-    `prediction` (B, C, H, W) is F(x, t, s, y), of which the leading rows are the network's own velocity
-    there.
+    `prediction` (B, C, H, W) is F(x, t, s, y), which in the leading rows is the predicted velocity.
     """
     if start.labels is None or not guidance.active:
         return start.velocity
     use = guidance.inside(start.t) & ~keep_sample
-    unconditional, own = guidance_pass(passes, start, guidance, use)
-    own = torch.cat([prediction[: start.first].detach(), own])
-    return choose_rows(use, guidance.velocity(start.velocity, unconditional, own), start.velocity)
+    unconditional, rest = guidance_pass(passes, start, guidance, use)
+    predicted = torch.cat([prediction[: start.first].detach(), rest])
+    return choose_rows(use, guidance.velocity(start.velocity, unconditional, predicted), start.velocity)
 
 
 def differential_target(passes: Passes, start: Start, velocity: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, H, W): u_tgt = v - (t - s) du/dt, by a Jacobian-vector product only where s is
-    not t.
+    """(B, C, H, W) -> (B, C, H, W): u_tgt = v - (t - s) du/dt, by a Jacobian-vector product in rows with s < t.
 
     The identity u = v - (t - s) du/dt is MeanFlow's (arXiv 2505.13447, Eq. 6).
     """
@@ -117,12 +112,12 @@ class AverageVelocityModel(Objective):
 
 
 def leading_rows(generator: torch.Generator | None, draws_rows: int, probability: float) -> Tensor:
-    """-> (B,) bool: the first n rows, with n binomial: MeanFlow drops the labels of these."""
+    """-> (B,) bool: the first n rows, n binomial, whose labels MeanFlow drops."""
     count = int((torch.rand(draws_rows, generator=generator) < probability).sum())
     return torch.arange(draws_rows) < count
 
 
 def branch_means(draws: Draws, mse: Tensor) -> dict[str, Tensor]:
-    """(B,) -> the detached mean of each branch that has rows, to log."""
+    """(B,) -> detached mean of each branch that has rows, to log."""
     parts = {"velocity_mse": mse[: draws.velocity_rows], "average_mse": mse[draws.velocity_rows :]}
     return {name: part.detach().mean() for name, part in parts.items() if len(part)}

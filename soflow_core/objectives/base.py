@@ -1,4 +1,7 @@
-"""What every method is to the rest of the house: settings that draw, lose and sample."""
+"""Interface of a training method: `draw` (the randomness of a step), `loss` and `sample`.
+
+A method is a frozen dataclass of its settings.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ DEFAULT_POLICY = PassPolicy()
 
 @dataclass
 class Batch:
-    """Data of one step: x0 (B, C, H, W) float32, and labels (B,) int64 or None."""
+    """Data of one step: x0 (B, C, H, W) float32 and labels (B,) int64 or None."""
 
     x0: Tensor
     labels: Tensor | None = None
@@ -36,10 +39,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Draws:
-    """All randomness of one step, one row for each sample of the global batch.
+    """Randomness of one step, one row for each sample of the global batch.
 
-    The leading `velocity_rows` rows train the velocity (s = t), the others the method's own condition between
-    t and s. A rank takes every world-th row, so that the rows of all ranks together are those of one worker.
+    The leading `velocity_rows` rows train the velocity (s = t), the others the method's condition between t and s.
+    A rank takes every world-th row, so that all ranks together have the rows of a single process.
     """
 
     noise: Tensor
@@ -49,7 +52,7 @@ class Draws:
     s: Tensor
     """(B,), equal to t in the leading rows."""
     dropped: Tensor | None
-    """(B,) bool, rows that lose their label; None where no label is dropped."""
+    """(B,) bool: rows whose label is dropped; None where no label is dropped."""
     velocity_rows: int
 
     def rows(self: DrawsT, rank: int, world: int) -> DrawsT:
@@ -69,17 +72,17 @@ class Draws:
 
 @dataclass
 class Loss:
-    """The scalar to differentiate, and detached scalars to log."""
+    """Scalar to differentiate, and detached scalars to log."""
 
     loss: Tensor
     terms: dict[str, Tensor]
 
 
 class Objective(ABC):
-    """A training method. Its subclasses are frozen dataclasses of settings: the objective is its settings."""
+    """Training method; subclasses are frozen dataclasses of its settings."""
 
     method: str
-    """The method's name in settings files."""
+    """Name of the method in sweep files and weights headers."""
 
     @property
     def needs_null_label(self) -> bool:
@@ -88,23 +91,17 @@ class Objective(ABC):
 
     @property
     def uses_jvp(self) -> bool:
-        """Whether the loss takes a forward-mode derivative of the network, which DDP and flash attention
-        lack.
-        """
+        """Whether the loss takes a forward-mode derivative of the network, which DDP and flash attention lack."""
         return False
 
     @property
     def trained_guidance(self) -> float | None:
-        """Guidance scale that is trained into the network, 1 where it is none; None where a method has none in
-        training.
-        """
+        """Guidance scale of the training target, 1 without guidance; None for a method that has no such setting."""
         return None
 
     @property
     def teacher_decay(self) -> float | None:
-        """Decay of the EMA whose network gives this method's targets; None where the network teaches
-        itself.
-        """
+        """Decay of the EMA that computes the targets; None where the trained network does."""
         return None
 
     @abstractmethod
@@ -115,9 +112,7 @@ class Objective(ABC):
         sample_shape: tuple[int, ...],
         conditional: bool,
     ) -> Draws:
-        """The randomness of one step of a global batch, on the CPU. Only conditional training drops
-        labels.
-        """
+        """Randomness of one step of a global batch, on the CPU. Only conditional training drops labels."""
 
     @abstractmethod
     def loss(
@@ -129,7 +124,7 @@ class Objective(ABC):
         total_steps: int,
         policy: PassPolicy = DEFAULT_POLICY,
     ) -> Loss:
-        """The mean over the rows given, after `step` finished steps of `total_steps`."""
+        """Mean loss of these rows, after `step` finished steps of `total_steps`."""
 
     @abstractmethod
     def sample(
@@ -140,9 +135,7 @@ class Objective(ABC):
         steps: int,
         renoise: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Noise (B, C, H, W) -> x0 (B, C, H, W) in `steps` steps, with renoise[i] used between steps i and i
-        + 1.
-        """
+        """Noise (B, C, H, W) -> x0 (B, C, H, W) in `steps` steps; renoise[i] is added between steps i and i + 1."""
 
 
 def draw_noise(generator: torch.Generator | None, batch_size: int, sample_shape: tuple[int, ...]) -> Tensor:
@@ -151,7 +144,7 @@ def draw_noise(generator: torch.Generator | None, batch_size: int, sample_shape:
 
 
 def dropped_rows(draws: Draws) -> Tensor:
-    """(B,) bool: which rows lose their label, of draws that must say so."""
+    """(B,) bool: rows whose label is dropped. Raises ValueError for draws of unconditional training."""
     if draws.dropped is None:
         raise ValueError("labels came with draws of unconditional training; draw with conditional=True")
     return draws.dropped

@@ -1,8 +1,8 @@
-"""Consistency models on the linear path: f(x, t) = x - t F(x, t, 0), which is x0 at t = 0 by construction.
+"""Consistency models (iCT, ECT, sCM) on the linear path: f(x, t) = x - t F(x, t, 0), which is x at t = 0.
 
-Noise levels of the papers are sigma = t / (1 - t), and ln sigma is the logit of t. A pair at two times of the
-same data and noise is one step along the sample's velocity. None of these methods learns a velocity field, so
-none has guidance in training.
+The papers' noise level is sigma = t / (1 - t), so that ln sigma is the logit of t. The points at two times of the same
+data and noise are one step along the sample's velocity apart. None of these methods learns a velocity field, so none
+has guidance in training.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def consistency_function(network: Network, x: Tensor, t: Tensor, labels: Tensor 
 
 
 class ConsistencyModel(Objective):
-    """What the three have in common: no dropped labels, no velocity rows, and the sampler."""
+    """Base class of the three methods: draws without dropped labels and velocity rows, and the sampler."""
 
     time: LogitNormal
 
@@ -46,7 +46,7 @@ class ConsistencyModel(Objective):
         return Draws(noise, t, torch.zeros_like(t), None, velocity_rows=0)
 
     def draw_time(self, generator: torch.Generator | None, count: int) -> Tensor:
-        """-> (count,)."""
+        """-> (count,) times."""
         return self.time.sample(generator, count)
 
     def sample(
@@ -67,8 +67,7 @@ class ConsistencyModel(Objective):
 def discrete_loss(
     passes: Passes, batch: Batch, noise: Tensor, sigmas: tuple[Tensor, Tensor], huber: float
 ) -> Loss:
-    """sqrt(|f_t - sg f_l|^2 + c^2) - c over sigma_t - sigma_l, for the same data and noise at two levels (B,)
-    each.
+    """Loss (sqrt(|f_t - sg f_l|^2 + c^2) - c) / (sigma_t - sigma_l) of the same data and noise at two levels (B,).
 
     The pseudo-Huber distance and the weight are iCT's (arXiv 2310.14189, Eqs. 6 and 7).
     """
@@ -76,7 +75,7 @@ def discrete_loss(
     points = [linear(t).state(batch.x0, noise) for t in times]
     f_t = consistency_function(passes.high_precision, points[0], times[0], batch.labels)
     with torch.no_grad():
-        # At t = 0 the function is its argument, whatever the network says.
+        # At t = 0 the function is its argument, whatever the network predicts.
         later = passes.forward_where(
             passes.high_precision, times[1] > 0, points[1], times[1], torch.zeros_like(times[1]), batch.labels
         )
@@ -92,9 +91,7 @@ def discrete_loss(
 
 @dataclass(frozen=True)
 class ImprovedConsistency(ConsistencyModel):
-    """iCT (arXiv 2310.14189): neighbours on a grid of noise levels that doubles in stages, the network as
-    its own teacher.
-    """
+    """Settings of iCT (arXiv 2310.14189): neighbouring noise levels of a grid that doubles in stages."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -134,10 +131,9 @@ class ImprovedConsistency(ConsistencyModel):
         return ((low + share * (high - low)) ** self.rho).float()
 
     def draw_time(self, generator: torch.Generator | None, count: int) -> Tensor:
-        """-> (count,): logit-normal, cut to the grid's range.
+        """-> (count,): logit-normal times, truncated to the grid's range.
 
-        Rounded down to the grid, it falls on level i as often as iCT's Eq. 10 says, whatever the grid of the
-        step.
+        Rounded down to the grid of a step, they have the distribution of levels of iCT's Eq. 10.
         """
         uniform = torch.rand(count, generator=generator, dtype=torch.float64)
         bounds = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64).log()
@@ -166,7 +162,7 @@ class ImprovedConsistency(ConsistencyModel):
 
 @dataclass(frozen=True)
 class EasyConsistency(ConsistencyModel):
-    """ECT (arXiv 2406.14548): the second level moves from 0 towards the first as training goes on."""
+    """Settings of ECT (arXiv 2406.14548): the second noise level rises from 0 towards the first during training."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -189,9 +185,7 @@ class EasyConsistency(ConsistencyModel):
             raise ValueError(f"stages is {self.stages}; at least 1 is needed")
 
     def second_level(self, sigma: Tensor, step: int, total_steps: int) -> Tensor:
-        """(B,) -> (B,): sigma (1 - q^-(a + 1) (1 + 8 sigmoid(-sigma))), at least 0, in stage a (ECT's
-        official code).
-        """
+        """(B,) -> (B,): sigma (1 - q^-(a + 1) (1 + offset sigmoid(-sigma))), at least 0, in stage a (official code)."""
         stage = min(step * self.stages // total_steps, self.stages - 1)
         share = self.quotient ** -(stage + 1) * (1 + self.offset * torch.sigmoid(-sigma))
         return (sigma * (1 - share)).clamp(min=0)
@@ -212,10 +206,10 @@ class EasyConsistency(ConsistencyModel):
 
 @dataclass(frozen=True)
 class ContinuousConsistency(ConsistencyModel):
-    """sCM (arXiv 2410.11081) on the linear path: the limit of equal times, with a normalized tangent.
+    """Settings of sCM (arXiv 2410.11081) on the linear path: the limit of equal times, with a normalized tangent.
 
-    Where f is constant along the sample's velocity, v_c - F - t dF/dt is 0. The paper's learned weight of
-    each time is left out.
+    Where f is constant along the sample's velocity, v_c - F - t dF/dt is 0. The paper's learned weight of each time is
+    left out.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -224,9 +218,7 @@ class ContinuousConsistency(ConsistencyModel):
     time: LogitNormal = field(default_factory=lambda: LogitNormal(-1.0, 1.4))
     """Distribution of the noise level: mean and std of ln sigma."""
     warmup_steps: int = 10_000
-    """Steps over which the derivative's part of the tangent grows to its full size; until then Flow
-    Matching leads.
-    """
+    """Steps over which the factor of the derivative in the tangent grows from 0, which is Flow Matching, to 1."""
     tangent_eps: float = 0.1
     """c of the normalization g / (rms(g) + c)."""
 
@@ -260,7 +252,7 @@ class ContinuousConsistency(ConsistencyModel):
         tangent = (v_c - prediction.detach()) - warmup * per_row(t, x_t) * derivative
         size = row_mean(tangent.square()).sqrt()
         normalized = tangent / per_row(size + self.tangent_eps, tangent)
-        # The gradient of |F - sg F - g|^2 is that of -2 <F, g>: the value is the tangent's square.
+        # The gradient of |F - sg F - g|^2 is that of -2 <F, g>; its value is |g|^2.
         mse = row_mean((prediction - prediction.detach() - normalized).square()).mean()
         return Loss(
             mse, {"tangent_mse": size.square().mean(), "warmup": torch.full((), warmup, device=t.device)}

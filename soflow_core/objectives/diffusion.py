@@ -67,7 +67,7 @@ class Diffusion(Objective):
 
     @property
     def alpha_bar(self) -> Tensor:
-        """(T,) float64: the share of the data's variance left after each step."""
+        """(T,) float64: share of the data's variance left after each step."""
         return linear_alpha_bar(self.diffusion_steps, self.beta_first, self.beta_last)
 
     def draw(

@@ -1,6 +1,4 @@
-"""Flow Matching (arXiv 2210.02747), as SiT trains it (arXiv 2401.08740): the network is the velocity at
-one time.
-"""
+"""Flow Matching (arXiv 2210.02747) with SiT's settings (arXiv 2401.08740): the network predicts the velocity."""
 
 from __future__ import annotations
 

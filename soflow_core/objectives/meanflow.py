@@ -1,6 +1,4 @@
-"""MeanFlow (arXiv 2505.13447): the average velocity from its own total derivative, a Jacobian-vector
-product.
-"""
+"""MeanFlow (arXiv 2505.13447): the average velocity from its total derivative, a Jacobian-vector product."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Shortcut(AverageVelocityModel):
 
     method: Literal["shortcut"] = "shortcut"
     base_steps: int = 128
-    """The finest grid; a power of 2."""
+    """Steps of the finest grid; a power of 2."""
     bootstrap_share: float = 0.125
     """Share of the batch trained on two half steps; the rest is Flow Matching at the finest step."""
     teacher_ema: float = 0.999
@@ -80,7 +80,7 @@ class Shortcut(AverageVelocityModel):
         velocity_rows = batch_size - int(self.bootstrap_share * batch_size)
         noise = draw_noise(generator, batch_size, sample_shape)
         row, levels = torch.arange(batch_size), int(math.log2(self.base_steps))
-        # Bootstrap rows go through the step sizes in turn, from one that is drawn: a small batch has not all of them.
+        # Bootstrap rows cycle through the step sizes from a random one: a small batch does not contain them all.
         level = (row + torch.randint(levels, (), generator=generator)) % levels
         sections = torch.where(row < velocity_rows, self.base_steps, 2**level)
         uniform = torch.rand(batch_size, generator=generator)
@@ -130,7 +130,7 @@ class Shortcut(AverageVelocityModel):
     def _two_half_steps(
         self, passes: Passes, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None
     ) -> Tensor:
-        """(B, C, H, W): the mean velocity of two half steps of the teacher (Shortcut, Eq. 5)."""
+        """-> (B, C, H, W): mean velocity of two half steps of the teacher (Shortcut, Eq. 5)."""
         middle = (t + s) / 2
         finest = t - middle < 1.5 / self.base_steps
         one = self._teach(passes, x, t, middle, labels, finest)
@@ -141,7 +141,7 @@ class Shortcut(AverageVelocityModel):
     def _teach(
         self, passes: Passes, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, guided: Tensor
     ) -> Tensor:
-        """The teacher's velocity, guided in the rows of the finest steps."""
+        """Velocity of the teacher, guided in the rows where `guided` (B,) holds, those of the finest steps."""
         velocity = passes.teacher(x, t, s, labels)
         if labels is None or self.scale == 1:
             return velocity

@@ -1,9 +1,8 @@
-"""Solution Flow Models (arXiv 2512.15657): one network for the velocity and for the solution f(x_t, t, s) of
-its ODE.
+"""Solution Flow Models (SoFlow, arXiv 2512.15657): one network for a velocity and the solution f of its ODE.
 
-The first `flow_matching_share` of a batch trains the velocity, df/ds at s = t. The rest trains f(x_t, t, s)
-to agree with f(x_l, l, s), where x_l is one Euler step from x_t along the guided velocity of the sample: no
-Jacobian-vector product, and no teacher but the network itself.
+The first `flow_matching_share` of a batch trains the velocity, df/ds at s = t. The rest trains f(x_t, t, s) to agree
+with f(x_l, l, s), where x_l is one Euler step from x_t along the guided velocity of the sample, and l, `t_mid` in
+code, lies between s and t. There is no Jacobian-vector product, and no teacher but the network itself.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from soflow_core.times import LogitNormal, RatioSchedule, consistency_times, mid
 
 @dataclass(frozen=True)
 class SoFlowTimes:
-    """Distributions of the three times."""
+    """Distributions of the times of SoFlow's two branches."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -57,9 +56,7 @@ class SoFlowTimes:
 
 @dataclass(frozen=True)
 class BranchLoss:
-    """One branch, each (B,): what is differentiated, the mean squared error behind it, and its detached
-    weight.
-    """
+    """Rows of one branch, each (B,): differentiable loss, detached mean squared error, and detached weight."""
 
     loss: Tensor
     mse: Tensor
@@ -68,7 +65,7 @@ class BranchLoss:
 
 @dataclass(frozen=True)
 class SoFlow(Objective):
-    """SoFlow's settings; the defaults are the paper's ImageNet 256 recipe."""
+    """Settings of SoFlow; the defaults are the paper's ImageNet 256 recipe."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -180,7 +177,7 @@ class SoFlow(Objective):
                 terms[f"{name}_loss"] = branch.loss.detach().mean()
                 terms[f"{name}_mse"] = branch.mse.mean()
                 terms[f"{name}_weight"] = branch.weight.mean()
-        # The two branches share the batch as their rows do: L = L_v B_v / B + L_c (B - B_v) / B.
+        # Branches are weighted by their rows: L = L_v B_v / B + L_c (B - B_v) / B.
         return Loss(torch.cat([velocity.loss, consistency.loss]).mean(), terms)
 
     def sample(
@@ -199,11 +196,9 @@ class SoFlow(Objective):
     def _guide(
         self, passes: Passes, x_t: Tensor, v_c: Tensor, labels: Tensor, draws: Draws, dropped: Tensor
     ) -> Tensor:
-        """(B, C, H, W): the guided velocity v_g of each row; in the consistency rows with the network's own
-        mixed in.
+        """-> (B, C, H, W): guided velocity v_g; in consistency rows mixed with the predicted velocity v_p.
 
-        One pass without gradient gives v_u for all rows and v_p for the consistency rows. Dropped rows need
-        neither.
+        One pass without gradient gives v_u for all rows and v_p for the consistency rows. Dropped rows need neither.
         """
         first = draws.velocity_rows if self.guidance.mix < 1 else len(x_t)
         x = torch.cat([x_t, x_t[first:]])
@@ -221,9 +216,7 @@ class SoFlow(Objective):
     def _predict(
         self, passes: Passes, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, first: int
     ) -> Tensor:
-        """(B, C, H, W): F with gradient, in one pass, or in two where the branches have their own
-        precision.
-        """
+        """-> (B, C, H, W): F with gradient, in one pass, or in two where the branches differ in precision."""
         uniform = passes.policy.uniform
         if first == len(x) and not uniform:
             return passes.low_precision(x, t, s, labels)
@@ -238,8 +231,8 @@ class SoFlow(Objective):
     ) -> BranchLoss:
         """Flow Matching: |v_p - v_g|^2, weighted by 1 / (|b_s| (mse + eps)^p).
 
-        In `mixed_rows` (B,) the target is m v_g + (1 - m) sg(v_p): it scales this branch's gradient by m and
-        leaves its minimum.
+        In `mixed_rows` (B,) the target is m v_g + (1 - m) sg(v_p), which scales the gradient by m and keeps the
+        minimum.
         """
         coefficients = self.coefficients(t, t)
         v_p = coefficients.velocity(x_t, prediction)

@@ -1,6 +1,4 @@
-"""Ancestral (DDPM, arXiv 2006.11239) and implicit (DDIM, arXiv 2010.02502) sampling with a noise
-prediction.
-"""
+"""Diffusion samplers with a noise prediction: DDPM (arXiv 2006.11239) and DDIM (arXiv 2010.02502)."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ def linear_alpha_bar(steps: int, beta_first: float, beta_last: float) -> Tensor:
 
 
 def respaced(total: int, steps: int) -> list[int]:
-    """Evenly spaced step numbers from total - 1 down to 0; one step is total - 1 alone."""
+    """Evenly spaced step numbers from total - 1 down to 0; only total - 1 for one step."""
     if not 1 <= steps <= total:
         raise ValueError(f"{steps} sampling steps of a diffusion of {total}; give 1 to {total}")
     if steps == 1:
@@ -35,9 +33,7 @@ def predicted_data(x: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
 
 @torch.no_grad()
 def ddim(predict: PredictNoise, noise: Tensor, alpha_bar: Tensor, steps: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, H, W): x' = sqrt(abar') x0 + sqrt(1 - abar') eps (DDIM, Eq. 12 with sigma =
-    0).
-    """
+    """(B, C, H, W) -> (B, C, H, W): x' = sqrt(abar') x0 + sqrt(1 - abar') eps (DDIM, Eq. 12, sigma = 0)."""
     x, numbers = noise, respaced(len(alpha_bar), steps)
     for now, following in zip(numbers, [*numbers[1:], None], strict=True):
         eps = predict(x, torch.full((len(x),), float(now), device=x.device))
@@ -51,10 +47,9 @@ def ddim(predict: PredictNoise, noise: Tensor, alpha_bar: Tensor, steps: int) ->
 def ddpm(
     predict: PredictNoise, noise: Tensor, alpha_bar: Tensor, steps: int, renoise: Sequence[Tensor]
 ) -> Tensor:
-    """(B, C, H, W) -> (B, C, H, W): draws from the posterior q(x' | x, x0) of the respaced chain (DDPM, Eqs.
-    6 and 7).
+    """(B, C, H, W) -> (B, C, H, W): samples of the posterior q(x' | x, x0) of the respaced chain (DDPM, Eqs. 6, 7).
 
-    renoise[i] is the noise added after step i; nothing is added after the last.
+    renoise[i] is the noise added after step i; none is added after the last. Raises ValueError for too few.
     """
     if len(renoise) < steps - 1:
         raise ValueError(f"{steps} steps need {steps - 1} noises in renoise; {len(renoise)} were given")

@@ -1,8 +1,7 @@
-"""Noise that belongs to a sample: row i is a function of (seed, index i, draw), whatever the batch it is made
-in.
+"""Noise and labels of samples: row i is a function of (seed, index i, draw), whatever batch it is computed in.
 
-Philox 4x32-10 (Salmon et al., SC 2011) in integer tensor arithmetic, and Box-Muller. Unlike a seeded
-generator of the library it is the same in every version, and does not fold seeds to 32 bits.
+Philox 4x32-10 (Salmon et al., SC 2011) in integer tensor arithmetic, and Box-Muller. Unlike torch's generators it is
+the same in every version of torch, and uses all 64 bits of the seed.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ LABEL_STREAM = 1
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four int64 tensors of 32-bit words, two 32-bit words -> four int64 tensors of 32-bit words."""
+    """Philox 4x32-10: counter of four and key of two 32-bit words -> four 32-bit words, in int64 tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -37,7 +36,7 @@ def philox(
 
 
 def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """The high and the low 32 bits of a product of two 32-bit words, without leaving int64."""
+    """High and low 32 bits of the product of two 32-bit words, without overflow of int64."""
     low = word * (constant & 0xFFFF)
     high = word * (constant >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
@@ -57,7 +56,7 @@ def _words(
 
 
 def sample_noise(seed: int, indices: Sequence[int] | Tensor, shape: tuple[int, ...], draw: int = 0) -> Tensor:
-    """-> (B, *shape) float32 on the CPU, standard normal; `draw` numbers the noises of one sample."""
+    """-> (B, *shape) float32 on the CPU, standard normal; `draw` numbers the noises of the same sample."""
     indices = torch.as_tensor(indices, dtype=torch.int64)
     size = math.prod(shape)
     w0, w1, w2, w3 = _words(seed, indices, -(-size // 4), draw, NOISE_STREAM)
@@ -73,9 +72,7 @@ def _normals(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample_labels(seed: int, indices: Sequence[int] | Tensor, classes: int, balanced: bool = False) -> Tensor:
-    """-> (B,) int64: label i, uniform over the classes as a function of (seed, i); balanced is i modulo the
-    classes.
-    """
+    """-> (B,) int64: label i, uniform over the classes as a function of (seed, i); i modulo classes if balanced."""
     indices = torch.as_tensor(indices, dtype=torch.int64)
     if balanced:
         return indices % classes

@@ -1,4 +1,4 @@
-"""Fixed-step solvers of dx/dt = v(x, t) from t = 1 to t = 0."""
+"""Fixed-step ODE solvers of dx/dt = v(x, t) from t = 1 to t = 0."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ def heun(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
 
 
 def guided_prediction(network: Network, x: Tensor, t: Tensor, labels: Tensor | None, scale: float) -> Tensor:
-    """(B, C, H, W), (B,), (B,) -> (B, C, H, W): F(x, t, t, y), guided in one pass of twice the rows where
-    scale is not 1.
-    """
+    """(B, C, H, W), (B,), (B,) -> (B, C, H, W): F(x, t, t, y); where scale is not 1 guided, in a pass of 2 B rows."""
     if labels is None or scale == 1:
         return network(x, t, t, labels)
     both = torch.cat([labels, null_labels(len(x), x.device)])

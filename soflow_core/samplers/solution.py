@@ -1,4 +1,4 @@
-"""Sampling with a solution function f(x, t, s)."""
+"""Samplers with a solution function f(x, t, s)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Solve = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def uniform_times(steps: int) -> list[float]:
-    """1, 1 - 1/N, ..., 0."""
+    """Times 1, 1 - 1/N, ..., 0 of N steps. Raises ValueError for less than one step."""
     if steps < 1:
         raise ValueError(f"{steps} sampling steps were asked for; at least 1 is needed")
     return [1 - i / steps for i in range(steps)] + [0.0]
@@ -29,10 +29,9 @@ def sample_with_renoising(
     renoise: Sequence[Tensor],
     path: Callable[[Tensor], PathPoint],
 ) -> Tensor:
-    """(B, C, H, W) -> (B, C, H, W): jump to x0 = f(x, t, 0), add fresh noise to go back to the next time, and
-    jump again.
+    """(B, C, H, W) -> (B, C, H, W): x0 = f(x, t, 0), then repeatedly add noise up to the next time and solve again.
 
-    `steps` evaluations; renoise[i] is the noise used after evaluation i.
+    `steps` evaluations; renoise[i] is the noise added after evaluation i. Raises ValueError for too few.
     """
     if len(renoise) < steps - 1:
         raise ValueError(f"{steps} steps need {steps - 1} noises in renoise; {len(renoise)} were given")
@@ -47,9 +46,7 @@ def sample_with_renoising(
 
 @torch.no_grad()
 def sample_by_steps(solve: Solve, noise: Tensor, steps: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, H, W): `steps` jumps f(x, t_i, t_{i+1}) along the same trajectory, with no fresh
-    noise.
-    """
+    """(B, C, H, W) -> (B, C, H, W): `steps` steps f(x, t_i, t_{i+1}) along one trajectory, without new noise."""
     zero = torch.zeros(len(noise), device=noise.device)
     x, times = noise, uniform_times(steps)
     for start, end in pairwise(times):

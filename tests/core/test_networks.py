@@ -104,6 +104,15 @@ def test_output_has_the_shape_of_the_input(channels, height, width, patch, class
     assert network(x, t, s, labels).shape == x.shape
 
 
+@pytest.mark.parametrize("shape", [(3, 3, 8, 4), (3, 3, 4, 4), (3, 1, 4, 8)])
+def test_an_input_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    """A tall input has as many patches as a wide one."""
+    network = random_network()
+    _, t, s = inputs(network)
+    with pytest.raises(ValueError, match=r"this network takes \(3, 4, 8\)"):
+        network(torch.zeros(shape), t, s)
+
+
 def test_positions_are_those_of_the_reference(reference_settings, reference_tensors):
     case = load_case("imagenet", reference_settings, reference_tensors)
     assert_close(

@@ -27,11 +27,15 @@ def test_s_l_and_t_are_in_order_and_apart(start, end, ratio):
     assert t - middle >= MINIMAL_GAP * (1 - 1e-3)
 
 
-@given(start=unit, end=unit)
-def test_a_pair_drawn_the_wrong_way_round_is_clamped_and_not_swapped(start, end):
-    t, s = consistency_times(torch.tensor([start]), torch.tensor([end]))
-    assert t == max(torch.tensor(start), torch.tensor(MINIMAL_GAP))
-    assert s == torch.minimum(torch.tensor([end]), t - MINIMAL_GAP)
+@pytest.mark.parametrize(
+    ("start", "end", "t", "s"),
+    [(0.9, 0.2, 0.9, 0.2), (0.2, 0.9, 0.2, 0.1999), (0.5, 0.5, 0.5, 0.4999), (0.0, 0.7, 0.0001, 0.0)],
+)
+def test_a_pair_in_the_wrong_order_is_clamped_and_not_swapped(
+    start: float, end: float, t: float, s: float
+) -> None:
+    found = consistency_times(torch.tensor([start]), torch.tensor([end]))
+    assert [time.item() for time in found] == pytest.approx([t, s], abs=1e-7)
 
 
 @given(ratio=st.floats(0.01, 1))
