@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ CASES: dict[str, Objective] = {name: kind() for name, kind in OBJECTIVES.items()
 }
 
 
-def make(objective: Objective, dtype: torch.dtype, **settings) -> TrainStep:
+def make(objective: Objective, dtype: torch.dtype, **settings: Any) -> TrainStep:
     """In the middle of training, so that schedules are at no end and a teacher is not the network."""
     settings = {"precision": "float32", **settings}
     train = TrainStep(
@@ -41,7 +42,7 @@ def gradients(train: TrainStep) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("pieces", [2, 4, 12])
 @pytest.mark.parametrize("case", CASES)
-def test_pieces_give_the_gradient_and_loss_of_the_whole_batch(case, pieces):
+def test_pieces_give_the_gradient_and_loss_of_the_whole_batch(case: str, pieces: int) -> None:
     """Of 12 rows 9 are velocity rows (in the last case 7), so that pieces have unlike shares of them."""
     # Averages are float32, and so is a network that they teach.
     dtype = torch.float64 if CASES[case].teacher_decay is None else torch.float32
@@ -58,7 +59,7 @@ def test_pieces_give_the_gradient_and_loss_of_the_whole_batch(case, pieces):
 
 
 @pytest.mark.parametrize("case", ["soflow, guided", "meanflow, guided", "shortcut, half"])
-def test_in_float32_several_steps_in_pieces_stay_those_in_one(case):
+def test_in_float32_several_steps_in_pieces_stay_those_in_one(case: str) -> None:
     trains = [make(CASES[case], torch.float32, accumulate=n) for n in (1, 3)]
     for k in range(3):
         inputs = random_inputs(CASES[case], size=12, dtype=torch.float32, seed=k)
@@ -68,7 +69,7 @@ def test_in_float32_several_steps_in_pieces_stay_those_in_one(case):
             assert_close(other, one, rtol=2e-3, atol=2e-5)
 
 
-def test_one_update_and_one_average_for_all_pieces():
+def test_one_update_and_one_average_for_all_pieces() -> None:
     train = make(SoFlow(), torch.float32, accumulate=4)
     before = copy.deepcopy(train.state_dict())
     train(*random_inputs(train.objective, dtype=torch.float32))
@@ -79,7 +80,7 @@ def test_one_update_and_one_average_for_all_pieces():
     assert torch.equal(state["ema"]["0.9"][name], expected)
 
 
-def test_terms_are_the_mean_of_those_of_the_pieces():
+def test_terms_are_the_mean_of_those_of_the_pieces() -> None:
     """Pieces of like shares of both branches: 8 of 12 rows, in 4 pieces of 3."""
     objective = SoFlow(flow_matching_share=2 / 3 + 1e-9)
     inputs = random_inputs(objective, size=12)
@@ -89,7 +90,7 @@ def test_terms_are_the_mean_of_those_of_the_pieces():
 
 
 @pytest.mark.parametrize("row", [0, 1, 11])
-def test_a_piece_that_is_not_finite_refuses_the_whole_step(row):
+def test_a_piece_that_is_not_finite_refuses_the_whole_step(row: int) -> None:
     train = make(SoFlow(), torch.float32, accumulate=4)
     before = copy.deepcopy(train.state_dict())
     batch, draws = random_inputs(train.objective, dtype=torch.float32)
@@ -101,7 +102,7 @@ def test_a_piece_that_is_not_finite_refuses_the_whole_step(row):
         assert torch.equal(tensor, before["network"][name])
 
 
-def test_rows_that_do_not_divide_are_refused_in_one_sentence():
+def test_rows_that_do_not_divide_are_refused_in_one_sentence() -> None:
     train = make(SoFlow(), torch.float32, accumulate=5)
     with pytest.raises(
         ValueError, match=r"^12 rows do not divide into 5 equal pieces; .* multiple of accumulate"

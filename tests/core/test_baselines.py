@@ -4,6 +4,7 @@ definitions.
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
@@ -21,27 +22,30 @@ from soflow_core.objectives import (
     FlowMatching,
     ImprovedConsistency,
     MeanFlow,
+    Objective,
     Shortcut,
     SoFlow,
 )
-from soflow_core.passes import Passes, PassPolicy
+from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.rows import row_mean, row_sum
 from tests.support.random_networks import CONFIG, SHAPE, gradient, random_inputs, random_network
 
 KEEP = torch.zeros(12, dtype=torch.bool)
 
 
-def column(t):
+def column(t: Tensor) -> Tensor:
     return t.reshape(-1, 1, 1, 1)
 
 
-def central_derivative(network, x, t, s, labels, v, h=1e-5):
+def central_derivative(
+    network: Network, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, v: Tensor, h: float = 1e-5
+) -> Tensor:
     """(F(x + h v, t + h, s) - F(x - h v, t - h, s)) / 2h."""
     with torch.no_grad():
         return (network(x + h * v, t + h, s, labels) - network(x - h * v, t - h, s, labels)) / (2 * h)
 
 
-def meanflow_loss(objective, network, batch, draws):
+def meanflow_loss(objective: MeanFlow, network: Network, batch: Batch, draws: Draws) -> Tensor:
     """MeanFlow's loss row by row from its definition, with a difference quotient for du/dt."""
     t, s, labels, guidance = draws.t, draws.s, batch.labels, objective.guidance
     x_t = column(1 - t) * batch.x0 + column(t) * draws.noise
@@ -68,7 +72,7 @@ def meanflow_loss(objective, network, batch, draws):
     ids=["plain", "omega", "matched", "window"],
 )
 @pytest.mark.parametrize("skip_unused", [True, False], ids=["skipping", "whole"])
-def test_meanflow_is_its_definition(guidance, skip_unused):
+def test_meanflow_is_its_definition(guidance: VelocityGuidance, skip_unused: bool) -> None:
     objective = MeanFlow(guidance=guidance, flow_matching_share=0.5, weight_power=0.75)
     network = random_network()
     batch, draws = random_inputs(objective, seed=2)
@@ -78,7 +82,7 @@ def test_meanflow_is_its_definition(guidance, skip_unused):
     assert_close(gradient(found, network), gradient(expected, network), rtol=1e-5, atol=1e-8)
 
 
-def test_meanflow_at_equal_times_is_flow_matching():
+def test_meanflow_at_equal_times_is_flow_matching() -> None:
     network = random_network()
     objective = MeanFlow(flow_matching_share=1.0, weight_power=0.0)
     batch, draws = random_inputs(objective, conditional=False)
@@ -87,7 +91,7 @@ def test_meanflow_at_equal_times_is_flow_matching():
     assert_close(found / batch.x0[0].numel(), expected)
 
 
-def test_the_tangent_goes_along_the_velocity_at_a_fixed_end_time():
+def test_the_tangent_goes_along_the_velocity_at_a_fixed_end_time() -> None:
     """du/dt = v . du/dx + du/dt at fixed s; the network's second input t - s grows with t."""
     network = random_network()
     batch, draws = random_inputs(MeanFlow(flow_matching_share=0.0))
@@ -105,12 +109,14 @@ def test_the_tangent_goes_along_the_velocity_at_a_fixed_end_time():
     assert not torch.allclose(found, wrong, rtol=1e-2)
 
 
-def test_only_rows_with_two_times_pay_for_a_derivative():
+def test_only_rows_with_two_times_pay_for_a_derivative() -> None:
     rows = []
     network = random_network()
 
     class Watched(Passes):
-        def total_derivative(self, x, t, s, labels, velocity):
+        def total_derivative(
+            self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, velocity: Tensor
+        ) -> Tensor:
             rows.append(len(x))
             return super().total_derivative(x, t, s, labels, velocity)
 
@@ -127,13 +133,13 @@ def test_only_rows_with_two_times_pay_for_a_derivative():
     assert rows == [4]
 
 
-def test_a_kernel_without_forward_mode_is_refused_and_avoided():
+def test_a_kernel_without_forward_mode_is_refused_and_avoided() -> None:
     network = random_network(torch.float32)
     batch, draws = random_inputs(MeanFlow(flow_matching_share=0.0), dtype=torch.float32)
     arguments = (batch.x0, draws.t, draws.s, batch.labels, draws.noise)
     assert Passes(network, PassPolicy()).total_derivative(*arguments).isfinite().all()
 
-    def stubborn(x, t, s, labels):
+    def stubborn(x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return network(x, t, s, labels)
 
@@ -141,7 +147,7 @@ def test_a_kernel_without_forward_mode_is_refused_and_avoided():
         Passes(stubborn, PassPolicy()).total_derivative(*arguments)
 
 
-def test_meanflow_drops_the_labels_of_the_first_rows():
+def test_meanflow_drops_the_labels_of_the_first_rows() -> None:
     draws = MeanFlow().draw(torch.Generator().manual_seed(0), 64, SHAPE, conditional=True)
     count = int(draws.dropped.sum())
     assert 0 < count < 16
@@ -153,7 +159,7 @@ def test_meanflow_drops_the_labels_of_the_first_rows():
     assert sum(counts) / 300 == pytest.approx(6.4, abs=0.5)
 
 
-def test_alpha_flow_at_zero_is_meanflow_up_to_its_weight():
+def test_alpha_flow_at_zero_is_meanflow_up_to_its_weight() -> None:
     network = random_network()
     guidance = VelocityGuidance(omega=0.8, kappa=0.4, end=0.7)
     alpha = AlphaFlow(
@@ -172,7 +178,7 @@ def batch_elements() -> int:
     return SHAPE[0] * SHAPE[1] * SHAPE[2]
 
 
-def test_alpha_flow_at_one_is_trajectory_flow_matching():
+def test_alpha_flow_at_one_is_trajectory_flow_matching() -> None:
     """Its target is the velocity itself, whatever s."""
     network = random_network()
     objective = AlphaFlow(
@@ -186,7 +192,7 @@ def test_alpha_flow_at_one_is_trajectory_flow_matching():
     assert_close(objective.loss(network, batch, draws, 0, 1).terms["average_mse"], expected)
 
 
-def test_soflow_is_alpha_flow_with_alpha_the_middle_ratio():
+def test_soflow_is_alpha_flow_with_alpha_the_middle_ratio() -> None:
     """q = -(u - [alpha v + (1 - alpha) u(x_l, l, s)]) / alpha, so the mean squares differ by alpha^2."""
     network = random_network()
     ratio = 0.05
@@ -207,7 +213,7 @@ def test_soflow_is_alpha_flow_with_alpha_the_middle_ratio():
     assert_close(ours * ratio**2, theirs)
 
 
-def test_alpha_flow_drops_labels_only_inside_its_window():
+def test_alpha_flow_drops_labels_only_inside_its_window() -> None:
     objective = AlphaFlow(
         flow_matching_share=0.0, guidance=VelocityGuidance(omega=0.5, kappa=0.5, start=0.4, end=0.7, drop=0.5)
     )
@@ -224,7 +230,7 @@ def test_alpha_flow_drops_labels_only_inside_its_window():
     assert_close(objective.loss(network, batch, inside, 0, 10).terms["average_mse"], mse)
 
 
-def test_the_continuous_consistency_gradient_is_the_normalized_tangent():
+def test_the_continuous_consistency_gradient_is_the_normalized_tangent() -> None:
     """The gradient is that of -2 <F, g> / D with g = tangent / (rms + 0.1)."""
     network = random_network()
     objective = ContinuousConsistency(warmup_steps=100)
@@ -245,7 +251,7 @@ def test_the_continuous_consistency_gradient_is_the_normalized_tangent():
 @pytest.mark.parametrize(
     "objective", [ImprovedConsistency(), EasyConsistency(huber=0.01)], ids=["ict", "ect"]
 )
-def test_discrete_consistency_compares_two_noise_levels_of_the_same_pair(objective):
+def test_discrete_consistency_compares_two_noise_levels_of_the_same_pair(objective: Objective) -> None:
     network = random_network()
     batch, draws = random_inputs(objective)
     sigma = draws.t / (1 - draws.t)
@@ -269,7 +275,7 @@ def test_discrete_consistency_compares_two_noise_levels_of_the_same_pair(objecti
     assert_close(gradient(found, network), gradient(expected, network), rtol=1e-4, atol=1e-5)
 
 
-def test_shortcut_targets_are_two_half_steps_of_the_teacher():
+def test_shortcut_targets_are_two_half_steps_of_the_teacher() -> None:
     network, teacher = random_network(), random_network(seed=1)
     objective = Shortcut(bootstrap_share=0.75, scale=2.0)
     batch, draws = random_inputs(objective)
@@ -284,7 +290,7 @@ def test_shortcut_targets_are_two_half_steps_of_the_teacher():
         x_t = column(1 - draws.t) * batch.x0 + column(draws.t) * draws.noise
         x, t, labels, half = x_t[n:], draws.t[n:], batch.labels[n:], steps[n:] / 2
 
-        def velocity(x, t):
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
             v, v_u = teacher(x, t, t - half, labels), teacher(x, t, t - half, None)
             return torch.where(column(half == 1 / 128), v_u + 2 * (v - v_u), v)
 
@@ -301,7 +307,7 @@ def test_shortcut_targets_are_two_half_steps_of_the_teacher():
     assert not draws.dropped[n:].any()
 
 
-def test_diffusion_predicts_the_noise_at_integer_steps():
+def test_diffusion_predicts_the_noise_at_integer_steps() -> None:
     network = random_network()
     objective = Diffusion()
     batch, draws = random_inputs(objective)
@@ -313,7 +319,7 @@ def test_diffusion_predicts_the_noise_at_integer_steps():
     assert_close(objective.loss(network, batch, draws, 0, 1).loss, expected, rtol=1e-6, atol=0)
 
 
-def test_flow_matching_predicts_the_velocity_and_drops_labels():
+def test_flow_matching_predicts_the_velocity_and_drops_labels() -> None:
     network = random_network()
     objective = FlowMatching(drop=0.5)
     batch, draws = random_inputs(objective)
@@ -325,7 +331,7 @@ def test_flow_matching_predicts_the_velocity_and_drops_labels():
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
-def test_draws_depend_on_the_generator_alone_and_split_over_ranks(method):
+def test_draws_depend_on_the_generator_alone_and_split_over_ranks(method: str) -> None:
     objective = OBJECTIVES[method]()
     assert objective.method == method
     network = random_network()
@@ -342,7 +348,7 @@ def test_draws_depend_on_the_generator_alone_and_split_over_ranks(method):
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
-def test_every_method_samples_and_works_without_labels(method):
+def test_every_method_samples_and_works_without_labels(method: str) -> None:
     objective = OBJECTIVES[method]()
     network = random_network()
     batch, draws = random_inputs(objective, conditional=False)
@@ -355,7 +361,7 @@ def test_every_method_samples_and_works_without_labels(method):
     assert samples.isfinite().all()
 
 
-def test_methods_that_use_no_null_label_train_without_one():
+def test_methods_that_use_no_null_label_train_without_one() -> None:
     from dataclasses import replace
 
     network = DiT(replace(CONFIG, null_label=False))

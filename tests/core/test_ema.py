@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.testing import assert_close
 
 from soflow_core.ema import EMA, Power, combine, posthoc_weights
@@ -29,7 +30,7 @@ def trajectory() -> torch.Tensor:
 
 
 @given(width=st.floats(0.01, 0.27))
-def test_gamma_has_the_relative_width_it_was_made_for(width):
+def test_gamma_has_the_relative_width_it_was_made_for(width: float) -> None:
     """sigma_rel is the standard deviation of the profile over the length of training."""
     gamma = Power(width).gamma
     u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
@@ -39,11 +40,11 @@ def test_gamma_has_the_relative_width_it_was_made_for(width):
 
 
 @pytest.mark.parametrize(("width", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
-def test_the_widths_of_the_edm2_paper(width, gamma):
+def test_the_widths_of_the_edm2_paper(width: float, gamma: float) -> None:
     assert Power(width).gamma == pytest.approx(gamma, abs=0.01)
 
 
-def test_an_update_does_not_solve_for_gamma_again(monkeypatch):
+def test_an_update_does_not_solve_for_gamma_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ema = EMA({"w": torch.zeros(1)}, power_widths=(0.1,))
     ema.update([torch.ones(1)], step=1)
     monkeypatch.setattr("soflow_core.ema._relative_width", None)
@@ -51,7 +52,7 @@ def test_an_update_does_not_solve_for_gamma_again(monkeypatch):
 
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.2])
-def test_the_running_power_average_is_the_brute_force_average(width):
+def test_the_running_power_average_is_the_brute_force_average(width: float) -> None:
     values = trajectory()
     ema = EMA({"w": values[0]}, power_widths=(width,))
     for k in range(300):
@@ -60,13 +61,13 @@ def test_the_running_power_average_is_the_brute_force_average(width):
     assert_close(ema.average(f"power-{width:g}")["w"].double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def snapshots():
+def snapshots() -> tuple[list[tuple[int, float]], list[Tensor]]:
     """Two widths, saved every 50 steps: their (step, width) and exact profiles."""
     kept = [(step, width) for step in range(50, STEPS + 1, 50) for width in (0.05, 0.1)]
     return kept, [power_profile(Power(width).gamma, step, STEPS) for step, width in kept]
 
 
-def test_a_kept_average_is_reconstructed_as_itself():
+def test_a_kept_average_is_reconstructed_as_itself() -> None:
     kept, _ = snapshots()
     weights = posthoc_weights(kept, (500, 0.05))
     expected = torch.tensor([1.0 if item == (500, 0.05) else 0.0 for item in kept], dtype=torch.float64)
@@ -74,7 +75,7 @@ def test_a_kept_average_is_reconstructed_as_itself():
 
 
 @pytest.mark.parametrize("width", [0.04, 0.07, 0.08, 0.12, 0.15])
-def test_a_width_that_was_not_kept_is_reconstructed_from_two_that_were(width):
+def test_a_width_that_was_not_kept_is_reconstructed_from_two_that_were(width: float) -> None:
     kept, profiles = snapshots()
     weights = posthoc_weights(kept, (STEPS, width))
     wanted = power_profile(Power(width).gamma, STEPS, STEPS)
@@ -87,7 +88,7 @@ def test_a_width_that_was_not_kept_is_reconstructed_from_two_that_were(width):
     assert_close(found.double(), brute_force, rtol=0, atol=0.02)
 
 
-def test_the_fit_is_the_least_squares_one():
+def test_the_fit_is_the_least_squares_one() -> None:
     """No other combination of the kept profiles is nearer to the wanted one."""
     kept = [(250, 0.1), (500, 0.1), (500, 0.05), (1000, 0.1)]
     profiles = torch.stack([power_profile(Power(w).gamma, s, STEPS) for s, w in kept], dim=1)
@@ -96,7 +97,7 @@ def test_the_fit_is_the_least_squares_one():
     assert_close(posthoc_weights(kept, (1000, 0.08)), brute_force, rtol=0.02, atol=5e-3)
 
 
-def test_several_averages_are_kept_at_once_and_told_apart():
+def test_several_averages_are_kept_at_once_and_told_apart() -> None:
     ema = EMA({"w": torch.zeros(1)}, decays=(0.9, 0.9999), power_widths=(0.05,))
     ema.update([torch.ones(1)], step=1)
     assert ema.average()["w"].item() == pytest.approx(0.1)
@@ -106,7 +107,7 @@ def test_several_averages_are_kept_at_once_and_told_apart():
         ema.average("0.5")
 
 
-def test_the_same_decay_twice_and_impossible_decays_are_refused():
+def test_the_same_decay_twice_and_impossible_decays_are_refused() -> None:
     with pytest.raises(ValueError, match="asked for twice"):
         EMA({"w": torch.zeros(1)}, decays=(0.9, 0.9))
     with pytest.raises(ValueError, match="not in 0 to below 1"):
@@ -115,7 +116,7 @@ def test_the_same_decay_twice_and_impossible_decays_are_refused():
         EMA({"w": torch.zeros(1)}, power_widths=(math.sqrt(0.2),))
 
 
-def test_other_averages_than_the_kept_ones_are_not_loaded():
+def test_other_averages_than_the_kept_ones_are_not_loaded() -> None:
     ema = EMA({"w": torch.zeros(1)}, decays=(0.9,))
     with pytest.raises(ValueError, match="resume with the decays it was started with"):
         ema.load_state_dict(EMA({"w": torch.zeros(1)}, decays=(0.8,)).state_dict())

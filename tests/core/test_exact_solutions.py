@@ -1,9 +1,13 @@
 """Objectives given the exact solution of simple data: what must vanish vanishes, at the rate it must."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.testing import assert_close
 
 from soflow_core.guidance import Guidance, VelocityGuidance
@@ -18,6 +22,7 @@ from soflow_core.objectives import (
     FlowMatching,
     ImprovedConsistency,
     MeanFlow,
+    Objective,
     Shortcut,
     SoFlow,
 )
@@ -28,27 +33,27 @@ UNGUIDED = Guidance(scale=1)
 DATA = [Gaussian(), Gaussian(0.0, 1.0), Gaussian(-1.0, 0.1)]
 
 
-def constant_ratio(ratio: float, **settings) -> SoFlow:
+def constant_ratio(ratio: float, **settings: Any) -> SoFlow:
     settings = {"guidance": UNGUIDED, "weight_power": 0.0, **settings}
     return SoFlow(schedule=RatioSchedule("constant", ratio, ratio), **settings)
 
 
 @pytest.mark.parametrize("data", [*DATA, Mixture()], ids=str)
-def test_oracle_solution_solves_the_ode_of_the_oracle_velocity(data):
+def test_oracle_solution_solves_the_ode_of_the_oracle_velocity(data: Gaussian | Mixture) -> None:
     x, t, s = grid_points(20)
     x = x.clamp(-2, 2)
     assert_close(data.solution(x, t, s), runge_kutta(data.velocity, x, t, s), rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("data", [*DATA, Mixture()], ids=str)
-def test_oracle_solution_is_a_semigroup(data):
+def test_oracle_solution_is_a_semigroup(data: Gaussian | Mixture) -> None:
     x, t, s = grid_points(20)
     x = x.clamp(-2, 2)
     middle = s + 0.3 * (t - s)
     assert_close(data.solution(data.solution(x, t, middle), middle, s), data.solution(x, t, s))
 
 
-def test_oracle_velocity_is_the_regression_of_sample_velocities():
+def test_oracle_velocity_is_the_regression_of_sample_velocities() -> None:
     data, t = Gaussian(), torch.tensor([0.4], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     x0 = data.mean + data.std * torch.randn(400_000, generator=generator, dtype=torch.float64)
@@ -63,7 +68,7 @@ def test_oracle_velocity_is_the_regression_of_sample_velocities():
 # Velocity field in the place of the sample velocity
 
 
-def test_flow_matching_of_the_exact_velocity_is_zero():
+def test_flow_matching_of_the_exact_velocity_is_zero() -> None:
     data, (x, t, _) = Gaussian(), grid_points()
     batch, draws = rows_along(x, t, t, data.velocity(x, t), velocity_rows=len(t))
     for objective in (FlowMatching(), SoFlow(guidance=UNGUIDED), MeanFlow()):
@@ -71,7 +76,7 @@ def test_flow_matching_of_the_exact_velocity_is_zero():
 
 
 @pytest.mark.parametrize("data", [Gaussian(), Mixture()], ids=str)
-def test_the_quotient_of_the_exact_solution_vanishes_with_r(data):
+def test_the_quotient_of_the_exact_solution_vanishes_with_r(data: Gaussian | Mixture) -> None:
     x, t, s = grid_points()
     x = x.clamp(-2, 2)
     batch, draws = rows_along(x, t, s, data.velocity(x, t))
@@ -86,11 +91,11 @@ def test_the_quotient_of_the_exact_solution_vanishes_with_r(data):
 
 @pytest.mark.parametrize("parameterization", ["euler", "trigonometric"])
 @pytest.mark.parametrize("path", ["linear"])
-def test_every_parameterization_holds_the_same_exact_solution(parameterization, path):
+def test_every_parameterization_holds_the_same_exact_solution(parameterization: str, path: str) -> None:
     data, (x, t, s) = Gaussian(), grid_points()
     objective = constant_ratio(0.001, parameterization=parameterization, path=path)
 
-    def network(x, t, s, _labels):
+    def network(x: Tensor, t: Tensor, s: Tensor, _labels: Tensor | None) -> Tensor:
         """F = (f - a x) / b, and F = v / b_s where s = t."""
         coefficients = objective.coefficients(t, s)
         same = column(t) == column(s)
@@ -104,7 +109,7 @@ def test_every_parameterization_holds_the_same_exact_solution(parameterization, 
     assert objective.loss(network, batch, draws, 0, 1).terms["consistency_mse"] < 1e-5
 
 
-def test_the_meanflow_identity_holds_for_the_exact_average_velocity():
+def test_the_meanflow_identity_holds_for_the_exact_average_velocity() -> None:
     data, (x, t, s) = Gaussian(), grid_points()
     batch, draws = rows_along(x, t, s, data.velocity(x, t))
     assert MeanFlow().loss(data.network, batch, draws, 0, 1).terms["average_mse"] < 1e-22
@@ -112,7 +117,7 @@ def test_the_meanflow_identity_holds_for_the_exact_average_velocity():
     assert limit.loss(data.network, batch, draws, 0, 1).terms["average_mse"] < 1e-22
 
 
-def test_the_exact_alpha_flow_residual_vanishes_with_alpha_squared():
+def test_the_exact_alpha_flow_residual_vanishes_with_alpha_squared() -> None:
     data, (x, t, s) = Gaussian(), grid_points()
     batch, draws = rows_along(x / 2, t, s, data.velocity(x / 2, t))
     sizes = [
@@ -126,14 +131,14 @@ def test_the_exact_alpha_flow_residual_vanishes_with_alpha_squared():
     assert sizes[0] / sizes[1] == pytest.approx(4, rel=0.1)
 
 
-def test_the_continuous_consistency_tangent_of_the_exact_function_is_zero():
+def test_the_continuous_consistency_tangent_of_the_exact_function_is_zero() -> None:
     data, (x, t, _) = Gaussian(), grid_points()
     batch, draws = rows_along(x, t, torch.zeros_like(t), data.velocity(x, t))
     loss = ContinuousConsistency(warmup_steps=0).loss(data.network, batch, draws, 0, 1)
     assert loss.terms["tangent_mse"] < 1e-22
 
 
-def test_two_half_steps_of_the_exact_average_velocity_are_the_whole_step():
+def test_two_half_steps_of_the_exact_average_velocity_are_the_whole_step() -> None:
     data = Gaussian(0.2, 0.5)
     objective = Shortcut(bootstrap_share=1.0)
     draws = objective.draw(torch.Generator().manual_seed(0), 70, SHAPE, conditional=False)
@@ -143,7 +148,7 @@ def test_two_half_steps_of_the_exact_average_velocity_are_the_whole_step():
 
 
 @pytest.mark.parametrize("objective", [ImprovedConsistency(), EasyConsistency()], ids=lambda o: o.method)
-def test_discrete_consistency_of_the_exact_function_vanishes(objective):
+def test_discrete_consistency_of_the_exact_function_vanishes(objective: Objective) -> None:
     data, (x, t, _) = Gaussian(), grid_points()
     batch, draws = rows_along(x, t, torch.zeros_like(t), data.velocity(x, t))
     early, late = (objective.loss(data.network, batch, draws, k, 1000) for k in (0, 999))
@@ -169,10 +174,10 @@ def test_discrete_consistency_of_the_exact_function_vanishes(objective):
     ],
     ids=lambda o: o.method,
 )
-def test_of_a_single_datum_every_loss_is_zero(objective):
+def test_of_a_single_datum_every_loss_is_zero(objective: Objective) -> None:
     datum = torch.tensor([0.3, -0.2, 0.1, 0.5], dtype=torch.float64).reshape(1, *SHAPE)
 
-    def network(x, t, _s, _labels):
+    def network(x: Tensor, t: Tensor, _s: Tensor, _labels: Tensor | None) -> Tensor:
         return (x - datum) / column(t)
 
     draws = objective.draw(torch.Generator().manual_seed(0), 64, SHAPE, conditional=False)
@@ -187,7 +192,7 @@ def test_of_a_single_datum_every_loss_is_zero(objective):
 # The discrete objective's own fixed point
 
 
-def euler_chain(data: Gaussian, x, t, s, ratio: float, gap: float = 1e-4):
+def euler_chain(data: Gaussian, x: Tensor, t: Tensor, s: Tensor, ratio: float, gap: float = 1e-4) -> Tensor:
     """Euler steps of the exact velocity at t, l(t), l(l(t)), ...: the solution that SoFlow's objective
     settles on.
 
@@ -204,7 +209,14 @@ def euler_chain(data: Gaussian, x, t, s, ratio: float, gap: float = 1e-4):
     return x
 
 
-def factor_gradient(objective: SoFlow, std: float, factor, t, s, error=0.0):
+def factor_gradient(
+    objective: SoFlow,
+    std: float,
+    factor: Callable[[Tensor, Tensor], Tensor],
+    t: Tensor,
+    s: Tensor,
+    error: Tensor | float = 0.0,
+) -> Tensor:
     """(B,): expected gradient of the loss of rows t, s for the factor c of f(x, t, s) = c x, of data N(0, std^2).
 
     The network's factors are factor(t, s), but in the rows' own times too large by the share `error`. Loss and
@@ -212,7 +224,7 @@ def factor_gradient(objective: SoFlow, std: float, factor, t, s, error=0.0):
     """
     own = ((1 + error) * factor(t, s)).requires_grad_()
 
-    def network(x, at, s, _labels):
+    def network(x: Tensor, at: Tensor, s: Tensor, _labels: Tensor | None) -> Tensor:
         moved = column(own if torch.equal(at, t) else factor(at, s))
         gap = column(at - s)
         return torch.where(gap < 1e-12, 0, (1 - moved) / gap) * x
@@ -233,7 +245,7 @@ FIXED_POINT = {
 
 @pytest.mark.parametrize("ratio", [1.0, 0.5, 0.1, 0.01, 0.002])
 @pytest.mark.parametrize("std", FIXED_POINT)
-def test_one_step_of_the_fixed_point_shrinks_the_data_by_known_factors(std, ratio):
+def test_one_step_of_the_fixed_point_shrinks_the_data_by_known_factors(std: float, ratio: float) -> None:
     """The objective's expected gradient vanishes at the factors of the chain of Euler steps, leads back to them from
     both sides, and is not 0 at those of the exact solution.
     """
@@ -241,10 +253,10 @@ def test_one_step_of_the_fixed_point_shrinks_the_data_by_known_factors(std, rati
     _, t, s = grid_points(6)
     t, s = torch.cat([t.new_ones(1), t]), torch.cat([s.new_zeros(1), s])
 
-    def chain(t, s):
+    def chain(t: Tensor, s: Tensor) -> Tensor:
         return euler_chain(data, torch.ones_like(column(t)), t, s, ratio).flatten()
 
-    def exact(t, s):
+    def exact(t: Tensor, s: Tensor) -> Tensor:
         return data.spread(s) / data.spread(t)
 
     errors = torch.tensor([0, 0.01, -0.01], dtype=t.dtype).repeat_interleave(len(t))
@@ -259,10 +271,10 @@ def test_one_step_of_the_fixed_point_shrinks_the_data_by_known_factors(std, rati
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.5, 0.1])
-def test_the_fixed_point_of_the_objective_is_the_chain_of_euler_steps(ratio):
+def test_the_fixed_point_of_the_objective_is_the_chain_of_euler_steps(ratio: float) -> None:
     data, (x, t, s) = Gaussian(0.0, 0.5), grid_points(40)
 
-    def network(x, t, s, _labels):
+    def network(x: Tensor, t: Tensor, s: Tensor, _labels: Tensor | None) -> Tensor:
         still = column(t - s) < 1e-12
         gap = torch.where(still, torch.ones_like(column(t)), column(t - s))
         chain = euler_chain(data, x, t, s, ratio)
@@ -276,22 +288,22 @@ def test_the_fixed_point_of_the_objective_is_the_chain_of_euler_steps(ratio):
 # Guidance
 
 
-def test_guided_training_settles_on_the_guided_flow():
+def test_guided_training_settles_on_the_guided_flow() -> None:
     """v = w v_c + (1 - w) v_u multiplies the spreads: f = (S^c_s / S^c_t)^w (S^u_s / S^u_t)^(1 - w) x for
     zero means.
     """
     conditional, unconditional, scale = Gaussian(0.0, 0.3), Gaussian(0.0, 0.9), 2.5
     x, t, s = grid_points()
 
-    def solution(x, t, s):
+    def solution(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         c = conditional.spread(column(s)) / conditional.spread(column(t))
         u = unconditional.spread(column(s)) / unconditional.spread(column(t))
         return c**scale * u ** (1 - scale) * x
 
-    def guided(x, t):
+    def guided(x: Tensor, t: Tensor) -> Tensor:
         return scale * conditional.velocity(x, t) + (1 - scale) * unconditional.velocity(x, t)
 
-    def network(x, t, s, labels):
+    def network(x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         same = column(t) == column(s)
         gap = torch.where(same, torch.ones_like(column(t)), column(t - s))
         average = torch.where(same, guided(x, t), (x - solution(x, t, s)) / gap)
@@ -318,7 +330,7 @@ def test_guided_training_settles_on_the_guided_flow():
 
 
 @given(scale=st.floats(1.5, 6), mix=st.floats(0.1, 1), decay_from=st.floats(0.1, 1))
-def test_dropped_rows_do_not_know_of_guidance(scale, mix, decay_from):
+def test_dropped_rows_do_not_know_of_guidance(scale: float, mix: float, decay_from: float) -> None:
     data, (x, t, s) = Gaussian(), grid_points(8)
     labels, dropped = torch.zeros(8, dtype=torch.int64), torch.ones(8, dtype=torch.bool)
     batch = Batch(x, labels)

@@ -1,5 +1,7 @@
 """Guidance: decay, guided and mixed velocity, dropped labels."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -34,12 +36,12 @@ ONE = torch.ones(6, dtype=torch.float64)
         (0.95, 0.008),
     ],
 )
-def test_decay_above_its_start_is_nearly_a_cut(t, expected):
+def test_decay_above_its_start_is_nearly_a_cut(t: float, expected: float) -> None:
     assert decay(torch.tensor([t], dtype=torch.float64), 0.8).item() == pytest.approx(expected, abs=6e-4)
 
 
 @given(start=st.floats(0.05, 0.95))
-def test_decay_is_one_up_to_its_start_then_falls_continuously_to_zero(start):
+def test_decay_is_one_up_to_its_start_then_falls_continuously_to_zero(start: float) -> None:
     t = torch.linspace(0, 1, 2001, dtype=torch.float64)
     values = decay(t, start)
     assert (values[t <= start] == 1).all()
@@ -48,29 +50,29 @@ def test_decay_is_one_up_to_its_start_then_falls_continuously_to_zero(start):
     assert decay(torch.tensor([start + 1e-9], dtype=torch.float64), start) == pytest.approx(1, abs=1e-6)
 
 
-def test_a_start_of_one_never_decays():
+def test_a_start_of_one_never_decays() -> None:
     assert (decay(torch.linspace(0, 1, 11), 1.0) == 1).all()
 
 
-def test_without_strength_the_guided_velocity_is_the_sample_velocity():
+def test_without_strength_the_guided_velocity_is_the_sample_velocity() -> None:
     assert torch.equal(guided_velocity(V_C, V_U, 0 * ONE), V_C)
 
 
 @given(scale=st.floats(1, 8))
-def test_full_strength_extrapolates_from_the_unconditional_velocity(scale):
+def test_full_strength_extrapolates_from_the_unconditional_velocity(scale: float) -> None:
     guided = guided_velocity(V_C, V_U, (scale - 1) * ONE)
     assert_close(guided, V_U + scale * (V_C - V_U))
     assert_close(guide_prediction(V_C, V_U, scale), guided)
 
 
 @given(scale=st.floats(1.1, 8), mix=st.floats(0.05, 1))
-def test_scale_and_mix_are_omega_and_kappa_of_meanflow(scale, mix):
+def test_scale_and_mix_are_omega_and_kappa_of_meanflow(scale: float, mix: float) -> None:
     ours = mix_velocity(guided_velocity(V_C, V_U, (scale - 1) * ONE), V_P, mix)
     theirs = VelocityGuidance(omega=mix * scale, kappa=1 - mix).velocity(V_C, V_U, V_P)
     assert_close(ours, theirs)
 
 
-def test_the_mixed_in_velocity_carries_no_gradient():
+def test_the_mixed_in_velocity_carries_no_gradient() -> None:
     v_p = V_P.clone().requires_grad_()
     guided = V_C.clone().requires_grad_()
     mix_velocity(guided, v_p, 0.25).sum().backward()
@@ -78,13 +80,13 @@ def test_the_mixed_in_velocity_carries_no_gradient():
     assert torch.equal(guided.grad, torch.full_like(guided, 0.25))
 
 
-def test_dropped_labels_become_null_and_the_others_stay():
+def test_dropped_labels_become_null_and_the_others_stay() -> None:
     labels = torch.tensor([3, 1, 4, 1])
     dropped = torch.tensor([False, True, True, False])
     assert drop_labels(labels, dropped).tolist() == [3, NULL_LABEL, NULL_LABEL, 1]
 
 
-def test_labels_are_dropped_as_often_as_asked():
+def test_labels_are_dropped_as_often_as_asked() -> None:
     dropped = draw_dropped(torch.Generator().manual_seed(0), 100_000, 0.1)
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.005)
 
@@ -98,6 +100,6 @@ def test_labels_are_dropped_as_often_as_asked():
         ({"decay_from": 1.5}, "at most 1"),
     ],
 )
-def test_impossible_guidance_is_refused(settings, message):
+def test_impossible_guidance_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Guidance(**settings)

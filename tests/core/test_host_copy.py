@@ -1,6 +1,7 @@
 """A state in host memory is a copy: later steps do not change it, and it resumes as the state itself does."""
 
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -22,17 +23,17 @@ def run(train: TrainStep, first: int, last: int) -> list[float]:
     return [train(*pair).loss for pair in inputs]
 
 
-def tensors(state) -> list[torch.Tensor]:
+def tensors(state: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     map_tensors(state, found.append)
     return found
 
 
-def without_tensors(state):
+def without_tensors(state: Any) -> Any:
     return map_tensors(state, lambda tensor: (tuple(tensor.shape), tensor.dtype))
 
 
-def assert_equal(found, expected) -> None:
+def assert_equal(found: Any, expected: Any) -> None:
     assert without_tensors(found) == without_tensors(expected)
     assert all(torch.equal(a, b.cpu()) for a, b in zip(tensors(found), tensors(expected), strict=True))
 
@@ -47,7 +48,7 @@ devices = pytest.mark.parametrize(
 
 
 @devices
-def test_a_copy_is_the_state_and_stays_it_while_training_goes_on(device):
+def test_a_copy_is_the_state_and_stays_it_while_training_goes_on(device: str) -> None:
     train = make(device)
     run(train, 0, 2)
     copy, average = train.host_state(), train.host_ema_state(0.5)
@@ -59,7 +60,7 @@ def test_a_copy_is_the_state_and_stays_it_while_training_goes_on(device):
     assert all(t.is_pinned() for t in tensors(copy) if device == "cuda")
 
 
-def test_a_training_resumed_from_a_copy_is_the_uninterrupted_one():
+def test_a_training_resumed_from_a_copy_is_the_uninterrupted_one() -> None:
     """Also after the copy's memory was used again: nothing of it is kept."""
     whole = make()
     losses = run(whole, 0, 6)
@@ -73,7 +74,7 @@ def test_a_training_resumed_from_a_copy_is_the_uninterrupted_one():
     assert_equal(resumed.state_dict(), whole.state_dict())
 
 
-def test_the_next_copy_uses_the_same_memory():
+def test_the_next_copy_uses_the_same_memory() -> None:
     train, copy = make(), HostCopy()
     run(train, 0, 1)
     first = tensors(train.host_state(copy))
@@ -83,7 +84,7 @@ def test_the_next_copy_uses_the_same_memory():
     assert_equal(second, train.state_dict())
 
 
-def test_memory_of_another_shape_or_kind_is_taken_anew():
+def test_memory_of_another_shape_or_kind_is_taken_anew() -> None:
     copy = HostCopy()
     states = [
         {"a": torch.ones(2, 3), "b": [torch.zeros(2), 1]},
@@ -95,5 +96,5 @@ def test_memory_of_another_shape_or_kind_is_taken_anew():
         assert_equal(copy.take(state), state)
 
 
-def test_the_state_before_the_first_step_is_copied_too():
+def test_the_state_before_the_first_step_is_copied_too() -> None:
     assert_equal(make().host_state(), make().state_dict())

@@ -19,7 +19,7 @@ def switches() -> tuple[bool, bool]:
 
 @pytest.mark.parametrize("allowed", [True, False])
 @pytest.mark.parametrize("before", ["highest", "high"])
-def test_float32_is_float32_also_in_convolutions_unless_tf32_is_allowed(allowed, before):
+def test_float32_is_float32_also_in_convolutions_unless_tf32_is_allowed(allowed: bool, before: str) -> None:
     kept = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         torch.set_float32_matmul_precision(before)
@@ -33,14 +33,14 @@ def test_float32_is_float32_also_in_convolutions_unless_tf32_is_allowed(allowed,
         torch.backends.cudnn.allow_tf32 = kept[1]
 
 
-def test_a_step_on_a_cpu_leaves_the_switches_alone():
+def test_a_step_on_a_cpu_leaves_the_switches_alone() -> None:
     before = switches()
     with step_kernels(torch.device("cpu"), not before[0], deterministic=False):
         assert switches() == before
 
 
 @pytest.mark.skipif(not NEW_NAMES, reason="torch has these names since 2.9")
-def test_a_process_that_sets_tf32_by_its_newer_names_trains_all_the_same():
+def test_a_process_that_sets_tf32_by_its_newer_names_trains_all_the_same() -> None:
     # In a process of its own: the two sets of names cannot be mixed again afterwards.
     code = """
 import torch
@@ -56,7 +56,7 @@ for allowed, name in ((False, "ieee"), (True, "tf32")):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_settings_come_back_after_a_failure():
+def test_settings_come_back_after_a_failure() -> None:
     before = switches()
     with pytest.raises(RuntimeError, match="within"), tf32(not before[0]):
         raise RuntimeError("within")

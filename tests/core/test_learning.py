@@ -71,7 +71,7 @@ class AffineNetwork(nn.Module):
     ],
     ids=lambda v: getattr(v, "method", str(v)),
 )
-def test_a_method_learns_the_gaussian(objective: Objective, sampling_steps: int, tolerance: float):
+def test_a_method_learns_the_gaussian(objective: Objective, sampling_steps: int, tolerance: float) -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     network = AffineNetwork(1e-3 if isinstance(objective, Diffusion) else 1.0)

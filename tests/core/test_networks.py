@@ -1,9 +1,11 @@
 """The DiT: sizes, first output, conditions, shapes."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
 from soflow_core.networks import NULL_LABEL, DiT, DiTConfig, dit_config
@@ -28,11 +30,11 @@ def parameters_in_millions(size: str) -> tuple[float, float]:
         ("XL/2", 676.74, 676.44),
     ],
 )
-def test_parameter_counts_of_the_named_sizes(size, total, trained):
+def test_parameter_counts_of_the_named_sizes(size: str, total: float, trained: float) -> None:
     assert parameters_in_millions(size) == pytest.approx((total, trained), abs=0.005)
 
 
-def random_network(**changes) -> DiT:
+def random_network(**changes: Any) -> DiT:
     settings = {
         "channels": 3,
         "height": 4,
@@ -54,19 +56,19 @@ def random_network(**changes) -> DiT:
     return network
 
 
-def inputs(network: DiT, batch: int = 3):
+def inputs(network: DiT, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     c = network.config
     x = torch.randn(batch, c.channels, c.height, c.width, generator=torch.Generator().manual_seed(1))
     return x, torch.tensor([0.9, 0.5, 0.2]), torch.tensor([0.1, 0.5, 0.0])
 
 
-def test_a_new_network_is_zero_everywhere():
+def test_a_new_network_is_zero_everywhere() -> None:
     network = DiT(replace(dit_config("S/4", 4, 8, 8, classes=10, null_label=True), depth=2))
     x, t, s = inputs(network)
     assert not network(x, t, s, torch.tensor([0, 1, NULL_LABEL])).any()
 
 
-def test_initial_scales():
+def test_initial_scales() -> None:
     network = DiT(replace(dit_config("B/4", 4, 32, 32, classes=1000, null_label=True), depth=4))
     parameters = dict(network.named_parameters())
     for name in ("t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight", "y_embedder.embedding_table.weight"):
@@ -90,7 +92,9 @@ def test_initial_scales():
     ("channels", "height", "width", "patch"), [(1, 8, 8, 2), (4, 32, 32, 8), (3, 12, 4, 4), (2, 6, 6, 2)]
 )
 @pytest.mark.parametrize("classes", [None, 5])
-def test_output_has_the_shape_of_the_input(channels, height, width, patch, classes):
+def test_output_has_the_shape_of_the_input(
+    channels: int, height: int, width: int, patch: int, classes: int | None
+) -> None:
     network = random_network(
         channels=channels,
         height=height,
@@ -113,14 +117,16 @@ def test_an_input_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
         network(torch.zeros(shape), t, s)
 
 
-def test_positions_are_those_of_the_reference(reference_settings, reference_tensors):
+def test_positions_are_those_of_the_reference(
+    reference_settings: dict[str, Any], reference_tensors: dict[str, Tensor]
+) -> None:
     case = load_case("imagenet", reference_settings, reference_tensors)
     assert_close(
         sincos_positions(32, 4, 4)[None], case.tensors["weights/network.pos_embed"], rtol=0, atol=2e-7
     )
 
 
-def test_a_wide_image_is_not_a_tall_one():
+def test_a_wide_image_is_not_a_tall_one() -> None:
     positions = sincos_positions(16, 2, 3)
     columns, rows = positions[:, :8], positions[:, 8:]
     assert torch.equal(columns[0], columns[3])
@@ -128,7 +134,7 @@ def test_a_wide_image_is_not_a_tall_one():
     assert not torch.equal(rows[0], rows[3])
 
 
-def test_patches_go_back_where_they_came_from():
+def test_patches_go_back_where_they_came_from() -> None:
     """A network whose blocks are closed and whose last layer undoes its first is the identity up to the
     norm.
     """
@@ -139,7 +145,7 @@ def test_patches_go_back_where_they_came_from():
     assert torch.equal(network.unpatchify(pixels), x)
 
 
-def test_no_labels_the_null_label_and_its_index_are_one():
+def test_no_labels_the_null_label_and_its_index_are_one() -> None:
     network = random_network()
     x, t, s = inputs(network)
     null = network(x, t, s, torch.full((3,), NULL_LABEL))
@@ -148,14 +154,14 @@ def test_no_labels_the_null_label_and_its_index_are_one():
     assert not torch.allclose(network(x, t, s, torch.tensor([0, 1, 2])), null)
 
 
-def test_without_a_null_label_labels_must_be_given():
+def test_without_a_null_label_labels_must_be_given() -> None:
     network = random_network(null_label=False)
     x, t, s = inputs(network)
     with pytest.raises(ValueError, match="no null label"):
         network(x, t, s, None)
 
 
-def test_the_second_time_enters_as_its_distance_from_the_first():
+def test_the_second_time_enters_as_its_distance_from_the_first() -> None:
     network = random_network()
     with torch.no_grad():
         for p in network.t_embedder.parameters():
@@ -166,7 +172,7 @@ def test_the_second_time_enters_as_its_distance_from_the_first():
     assert not torch.allclose(network(x, t, s, labels), network(x, t, s - 0.05, labels), rtol=1e-4)
 
 
-def test_rows_do_not_see_each_other():
+def test_rows_do_not_see_each_other() -> None:
     network = random_network()
     x, t, s = inputs(network)
     labels = torch.tensor([0, 1, 2])
@@ -176,7 +182,7 @@ def test_rows_do_not_see_each_other():
         assert_close(network(x[row], t[row], s[row], labels[row]), together[row], rtol=1e-4, atol=1e-5)
 
 
-def test_recomputed_blocks_give_the_same_gradient():
+def test_recomputed_blocks_give_the_same_gradient() -> None:
     network = random_network()
     x, t, s = inputs(network)
     gradients = []
@@ -197,18 +203,18 @@ def test_recomputed_blocks_give_the_same_gradient():
         ({"classes": None}, "null_label needs classes"),
     ],
 )
-def test_impossible_architectures_are_refused(changes, message):
+def test_impossible_architectures_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         random_network(**changes)
 
 
 @pytest.mark.parametrize("name", ["XXL/2", "B/3", "B"])
-def test_unknown_sizes_are_refused(name):
+def test_unknown_sizes_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="unknown network size"):
         dit_config(name, channels=4, height=32, width=32)
 
 
-def test_bfloat16_weights_see_times_in_float32():
+def test_bfloat16_weights_see_times_in_float32() -> None:
     network = random_network()
     (x, t, s), labels = inputs(network), torch.tensor([0, 4, NULL_LABEL])
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """The learning rate is a function of the step alone, exact at its ends, and is what the optimizer steps with."""
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,17 +17,17 @@ from tests.support.random_networks import random_inputs, random_network
 TOTAL = 100
 
 
-def rates(total: int = TOTAL, **settings) -> list[float]:
+def rates(total: int = TOTAL, **settings: Any) -> list[float]:
     config = OptimizerConfig(lr=1e-3, **settings)
     return [config.learning_rate(step, total) for step in range(total)]
 
 
-def test_without_warm_up_and_decay_the_rate_is_constant():
+def test_without_warm_up_and_decay_the_rate_is_constant() -> None:
     assert rates() == [1e-3] * TOTAL
 
 
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
-def test_warm_up_is_linear_from_zero_and_ends_at_the_full_rate(decay):
+def test_warm_up_is_linear_from_zero_and_ends_at_the_full_rate(decay: str) -> None:
     found = rates(warmup_steps=10, decay=decay, final_lr=1e-5)
     assert found[:10] == [1e-3 * ((k + 1) / 10) for k in range(10)]
     assert found[9] == 1e-3
@@ -35,13 +36,15 @@ def test_warm_up_is_linear_from_zero_and_ends_at_the_full_rate(decay):
 @pytest.mark.parametrize("warmup", [0, 1, 10])
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
 @pytest.mark.parametrize("final", [0.0, 3e-5, 1e-3])
-def test_decay_begins_at_the_full_rate_and_ends_at_the_final_one(warmup, decay, final):
+def test_decay_begins_at_the_full_rate_and_ends_at_the_final_one(
+    warmup: int, decay: str, final: float
+) -> None:
     found = rates(warmup_steps=warmup, decay=decay, final_lr=final)
     assert max(found) == found[max(warmup - 1, 0)] == 1e-3
     assert found[-1] == final
 
 
-def test_linear_falls_by_equal_amounts_and_cosine_as_a_half_wave():
+def test_linear_falls_by_equal_amounts_and_cosine_as_a_half_wave() -> None:
     """From step 0 to step 100 of 101, so that step 50 is half way."""
     linear = rates(101, decay="linear", final_lr=2e-4)
     assert linear[50] == pytest.approx(6e-4, rel=1e-12)
@@ -57,7 +60,9 @@ def test_linear_falls_by_equal_amounts_and_cosine_as_a_half_wave():
     decay=st.sampled_from(["constant", "linear", "cosine"]),
     final=st.floats(0, 1e-3),
 )
-def test_the_rate_rises_to_its_highest_and_never_rises_again(warmup, total, decay, final):
+def test_the_rate_rises_to_its_highest_and_never_rises_again(
+    warmup: int, total: int, decay: str, final: float
+) -> None:
     found = rates(total, warmup_steps=warmup, decay=decay, final_lr=final)
     peak = min(max(warmup - 1, 0), total - 1)
     assert found[: peak + 1] == sorted(found[: peak + 1])
@@ -65,7 +70,7 @@ def test_the_rate_rises_to_its_highest_and_never_rises_again(warmup, total, deca
     assert all(0 <= rate <= 1e-3 for rate in found)
 
 
-def test_rates_that_cannot_be_are_refused():
+def test_rates_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match=r"final_lr is 0\.1; give 0 up to lr"):
         OptimizerConfig(final_lr=0.1)
     with pytest.raises(ValueError, match="warmup_steps is -1"):
@@ -73,7 +78,7 @@ def test_rates_that_cannot_be_are_refused():
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "radam"])
-def test_a_step_uses_and_records_its_rate_also_after_resuming(name):
+def test_a_step_uses_and_records_its_rate_also_after_resuming(name: str) -> None:
     """A rate that is cut to 0 leaves the parameters as they are; the state holds nothing of the schedule."""
     config = OptimizerConfig(name=name, lr=1e-2, warmup_steps=2, decay="linear")
 
@@ -94,7 +99,7 @@ def test_a_step_uses_and_records_its_rate_also_after_resuming(name):
     assert not all(p.equal(before[name]) for name, p in make().module.named_parameters())
 
 
-def test_fused_adam_takes_the_rate_of_each_step():
+def test_fused_adam_takes_the_rate_of_each_step() -> None:
     """From nothing, Adam's first update is the rate times the gradient's sign, but for eps."""
     settings = {"lr": 1e-2, "eps": 1e-12}
     whole, half = (OptimizerConfig(**settings, warmup_steps=w) for w in (0, 2))
@@ -109,7 +114,7 @@ def test_fused_adam_takes_the_rate_of_each_step():
     assert moved[1].allclose(moved[1].new_tensor(5e-3), rtol=1e-4)
 
 
-def test_weight_decay_takes_its_share_of_the_weights_beside_adams_step():
+def test_weight_decay_takes_its_share_of_the_weights_beside_adams_step() -> None:
     """AdamW: a step is smaller by lr times the decay times the weights as they were."""
     after = []
     for weight_decay in (0.0, 0.5):

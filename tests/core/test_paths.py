@@ -1,11 +1,13 @@
 """Paths and parameterizations: end points, derivatives, boundary."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.testing import assert_close
 
 from soflow_core.parameterization import PARAMETERIZATIONS
@@ -14,13 +16,13 @@ from soflow_core.paths import PATHS
 times = st.floats(0, 1, width=32)
 
 
-def derivative(function, t: float) -> float:
+def derivative(function: Callable[[Tensor], Tensor], t: float) -> float:
     point = torch.tensor([t], dtype=torch.float64, requires_grad=True)
     return torch.autograd.grad(function(point).sum(), point)[0].item()
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_a_path_starts_at_data_and_ends_at_noise(name):
+def test_a_path_starts_at_data_and_ends_at_noise(name: str) -> None:
     x0, x1 = torch.randn(2, 3, 1, 2, 2, dtype=torch.float64)
     path = PATHS[name]
     assert_close(path(torch.zeros(3, dtype=torch.float64)).state(x0, x1), x0, rtol=0, atol=1e-15)
@@ -29,7 +31,7 @@ def test_a_path_starts_at_data_and_ends_at_noise(name):
 
 @pytest.mark.parametrize("name", PATHS)
 @given(t=times)
-def test_the_velocity_is_the_derivative_of_the_state(name, t):
+def test_the_velocity_is_the_derivative_of_the_state(name: str, t: float) -> None:
     path = PATHS[name]
     point = path(torch.tensor([t], dtype=torch.float64))
     assert point.d_alpha.item() == pytest.approx(
@@ -43,7 +45,7 @@ def test_the_velocity_is_the_derivative_of_the_state(name, t):
 
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
 @given(t=times)
-def test_the_solution_at_its_own_time_is_its_argument(name, t):
+def test_the_solution_at_its_own_time_is_its_argument(name: str, t: float) -> None:
     time = torch.tensor([t], dtype=torch.float64)
     x, prediction = torch.randn(2, 1, 1, 2, 2, dtype=torch.float64)
     assert torch.equal(PARAMETERIZATIONS[name](time, time).solution(x, prediction), x)
@@ -51,7 +53,7 @@ def test_the_solution_at_its_own_time_is_its_argument(name, t):
 
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
 @given(t=times, s=times)
-def test_coefficients_carry_their_derivatives_in_s(name, t, s):
+def test_coefficients_carry_their_derivatives_in_s(name: str, t: float, s: float) -> None:
     make = PARAMETERIZATIONS[name]
     time = torch.tensor([t], dtype=torch.float64)
     here = make(time, torch.tensor([s], dtype=torch.float64))
@@ -63,7 +65,7 @@ def test_coefficients_carry_their_derivatives_in_s(name, t, s):
 
 
 @pytest.mark.parametrize(("name", "factor"), [("euler", 1.0), ("trigonometric", math.pi / 2)])
-def test_the_velocity_of_a_network_is_its_output_times_a_constant(name, factor):
+def test_the_velocity_of_a_network_is_its_output_times_a_constant(name: str, factor: float) -> None:
     t = torch.rand(5, dtype=torch.float64)
     x, prediction = torch.randn(2, 5, 1, 2, 2, dtype=torch.float64)
     assert_close(PARAMETERIZATIONS[name](t, t).velocity(x, prediction), factor * prediction)

@@ -67,7 +67,7 @@ def points(count: int = 40) -> tuple[Tensor, Tensor, Tensor]:
     return x, t, s
 
 
-def test_oracle_velocity_of_two_points_is_the_mean_of_those_through_x():
+def test_oracle_velocity_of_two_points_is_the_mean_of_those_through_x() -> None:
     """v = sum_i r_i (x - x_i) / t, with r_i the posterior of point i."""
     x, t, _ = points()
     time = column(t)
@@ -76,7 +76,7 @@ def test_oracle_velocity_of_two_points_is_the_mean_of_those_through_x():
     assert_close(two_points_velocity(x, t), expected)
 
 
-def test_oracle_step_from_noise_lands_on_the_nearer_of_two_points():
+def test_oracle_step_from_noise_lands_on_the_nearer_of_two_points() -> None:
     """f(x, 1, 0) = a sign(x), here along many small steps that shrink towards t = 0."""
     x = torch.tensor([-2.0, -0.6, -0.05, 0.05, 0.6, 2.0], dtype=torch.float64).reshape(-1, 1, 1, 1)
     here, t = x, torch.ones(len(x), dtype=torch.float64)
@@ -86,20 +86,20 @@ def test_oracle_step_from_noise_lands_on_the_nearer_of_two_points():
     assert_close(here, A * torch.sign(x), rtol=0, atol=1e-3)
 
 
-def test_euler_steps_find_the_two_points_and_between_them_their_mean():
+def test_euler_steps_find_the_two_points_and_between_them_their_mean() -> None:
     x = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64).reshape(-1, 1, 1, 1)
     found = euler(two_points_velocity, x, 400)
     assert_close(found.flatten(), torch.tensor([-A, 0.0, A], dtype=torch.float64), rtol=0, atol=1e-2)
 
 
-def test_oracle_flow_of_a_mixture_in_four_dimensions_is_a_semigroup():
+def test_oracle_flow_of_a_mixture_in_four_dimensions_is_a_semigroup() -> None:
     data, (x, t, s) = IsotropicMixture(), points()
     middle = s + 0.4 * (t - s)
     there = data.solution(data.solution(x, t, middle), middle, s)
     assert_close(there, data.solution(x, t, s), rtol=1e-6, atol=1e-7)
 
 
-def test_oracle_mixture_has_coordinates_that_depend_on_each_other():
+def test_oracle_mixture_has_coordinates_that_depend_on_each_other() -> None:
     data, (x, t, _) = IsotropicMixture(), points()
     moved = x.clone()
     moved[:, 0, 0, 0] += 0.5
@@ -107,7 +107,7 @@ def test_oracle_mixture_has_coordinates_that_depend_on_each_other():
     assert change[:, 0, 1, 1].abs().max() > 1e-2
 
 
-def test_the_quotient_of_its_exact_solution_vanishes_with_r():
+def test_the_quotient_of_its_exact_solution_vanishes_with_r() -> None:
     data, (x, t, s) = IsotropicMixture(), points()
     batch, draws = rows_along(x, t, s, data.velocity(x, t))
     sizes = []

@@ -84,29 +84,33 @@ each_method = pytest.mark.parametrize(
 )
 
 
-def test_every_method_is_here():
+def test_every_method_is_here() -> None:
     assert {objective.method for objective, _, _ in UNDER_MIXED} == set(OBJECTIVES)
 
 
 @each_method
-def test_mixed_lowers_the_precision_of_passes_outside_quotients(objective, step, expected):
+def test_mixed_lowers_the_precision_of_passes_outside_quotients(
+    objective: Objective, step: int, expected: list[str]
+) -> None:
     assert passes(objective, "mixed", step) == expected
 
 
 @each_method
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_other_policies_run_every_pass_alike_but_for_derivatives(objective, step, expected, precision):
+def test_the_other_policies_run_every_pass_alike_but_for_derivatives(
+    objective: Objective, step: int, expected: list[str], precision: Precision
+) -> None:
     found = passes(objective, precision, step)
     assert set(found) - {JVP} == {precision}
     assert found.count(JVP) == expected.count(JVP)
 
 
-def test_without_guidance_soflow_has_no_pass_for_it():
+def test_without_guidance_soflow_has_no_pass_for_it() -> None:
     unguided = replace(SoFlow(), guidance=replace(SoFlow().guidance, scale=1))
     assert passes(unguided, "mixed", 0) == [TOLERANT, EXACT, EXACT]
 
 
-def test_soflow_in_six_calls_gives_each_the_precision_of_its_kind():
+def test_soflow_in_six_calls_gives_each_the_precision_of_its_kind() -> None:
     """Two of the Flow Matching branch; guidance twice and the pair of the consistency branch."""
     watched, objective = Watched(), SoFlow()
     six_call_loss(
@@ -115,7 +119,7 @@ def test_soflow_in_six_calls_gives_each_the_precision_of_its_kind():
     assert [name_of(*note) for note in watched.seen] == [TOLERANT] * 4 + [EXACT] * 2
 
 
-def test_the_condition_is_computed_in_float32_also_under_autocast():
+def test_the_condition_is_computed_in_float32_also_under_autocast() -> None:
     network = random_network(torch.float32)
     t, s, labels = torch.linspace(0.5, 0.51, 6), torch.linspace(0.1, 0.2, 6), torch.arange(6) % 3
     with torch.no_grad():

@@ -1,10 +1,14 @@
 """Agreement with the official SoFlow implementation to float32 rounding."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
 from soflow_core.guidance import decay
+from soflow_core.objectives import Draws
 from soflow_core.passes import PassPolicy
 from soflow_core.times import RatioSchedule, middle_time
 from tests.support.reference_cases import CASES, SCHEDULES, Case, load_case
@@ -16,17 +20,19 @@ ABSOLUTE = {"velocity": 1e-5, "consistency": 1e-4}
 
 
 @pytest.fixture(params=CASES)
-def case(request, reference_settings, reference_tensors) -> Case:
+def case(
+    request: pytest.FixtureRequest, reference_settings: dict[str, Any], reference_tensors: dict[str, Tensor]
+) -> Case:
     return load_case(request.param, reference_settings, reference_tensors)
 
 
-def branch_draws(case: Case, branch: str):
+def branch_draws(case: Case, branch: str) -> Draws:
     return case.velocity_draws() if branch == "velocity" else case.consistency_draws()
 
 
 @pytest.mark.parametrize("skip_unused", [True, False], ids=["skipping", "whole"])
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_loss_mse_weight_and_every_gradient(case, branch, skip_unused):
+def test_loss_mse_weight_and_every_gradient(case: Case, branch: str, skip_unused: bool) -> None:
     step, total = case.settings["k"], case.settings["K"]
     policy = PassPolicy(skip_unused=skip_unused)
     draws = branch_draws(case, branch)
@@ -44,7 +50,7 @@ def test_loss_mse_weight_and_every_gradient(case, branch, skip_unused):
         assert_close(trained[name], gradient, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_both_branches_in_one_step_are_the_weighted_sum_of_each(case):
+def test_both_branches_in_one_step_are_the_weighted_sum_of_each(case: Case) -> None:
     """Rows of both branches together, as in training: the fused step against the reference's rows."""
     step, total = case.settings["k"], case.settings["K"]
     velocity, consistency = case.velocity_draws(), case.consistency_draws()
@@ -69,13 +75,13 @@ def test_both_branches_in_one_step_are_the_weighted_sum_of_each(case):
             assert_close(parameter.grad, gradient, rtol=1e-4, atol=atol)
 
 
-def test_middle_times_of_the_batch(case):
+def test_middle_times_of_the_batch(case: Case) -> None:
     ratio = case.objective.schedule.ratio(case.settings["k"], case.settings["K"])
     middle = middle_time(case.tensors["t"], case.tensors["s"], ratio)
     assert_close(middle, case.tensors["l"], rtol=0, atol=1.2e-7)
 
 
-def test_solution_and_velocity(case):
+def test_solution_and_velocity(case: Case) -> None:
     tensors = case.tensors
     with torch.no_grad():
         f = case.objective.solution(case.network, tensors["x1"], tensors["t"], tensors["s"], case.labels)
@@ -85,7 +91,7 @@ def test_solution_and_velocity(case):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_samples(case, steps):
+def test_samples(case: Case, steps: int) -> None:
     with torch.no_grad():
         samples = case.objective.sample(
             case.network, case.tensors["x1"], case.labels, steps, list(case.tensors["renoise"])
@@ -93,12 +99,12 @@ def test_samples(case, steps):
     assert_close(samples, case.tensors[f"sample_nfe{steps}"], rtol=1e-5, atol=2e-5)
 
 
-def test_guidance_decay(case):
+def test_guidance_decay(case: Case) -> None:
     t = torch.linspace(0, 1, 21)
     assert_close(decay(t, case.settings["decay"]), case.tensors["cfg_decay"], rtol=1e-5, atol=1e-6)
 
 
-def test_middle_time_schedules(reference_settings):
+def test_middle_time_schedules(reference_settings: dict[str, Any]) -> None:
     for row in reference_settings["middle_time"]:
         schedule = RatioSchedule(SCHEDULES[row["schedule"]], row["r_init"], row["r_end"])
         middle = middle_time(

@@ -3,15 +3,17 @@ from.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.testing import assert_close
 
-from soflow_core.objectives import OBJECTIVES, Diffusion, FlowMatching, MeanFlow, Shortcut, SoFlow
+from soflow_core.objectives import OBJECTIVES, Diffusion, FlowMatching, MeanFlow, Objective, Shortcut, SoFlow
 from soflow_core.paths import linear
 from soflow_core.samplers.diffusion import ddim, ddpm, linear_alpha_bar, respaced
 from soflow_core.samplers.noise import MASK, philox, sample_labels, sample_noise
@@ -24,7 +26,7 @@ DATA = Gaussian(0.7, 0.5)
 X = torch.linspace(-2, 3, 101, dtype=torch.float64).reshape(-1, 1, 1, 1)
 
 
-def affine_response(sampler, steps: int) -> tuple[float, float]:
+def affine_response(sampler: Callable[[Tensor, Sequence[Tensor]], Tensor], steps: int) -> tuple[float, float]:
     """Mean and variance of an affine sampler's output for independent normal noises, of which row 0 has none and
     row i the i-th alone.
     """
@@ -35,35 +37,35 @@ def affine_response(sampler, steps: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
-def test_renoising_with_the_exact_solution_keeps_the_distribution(steps):
-    def sampler(noise, renoise):
+def test_renoising_with_the_exact_solution_keeps_the_distribution(steps: int) -> None:
+    def sampler(noise: Tensor, renoise: Sequence[Tensor]) -> Tensor:
         return sample_with_renoising(DATA.solution, noise, steps, renoise, linear)
 
     assert affine_response(sampler, steps) == pytest.approx((0.7, 0.25), abs=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
-def test_steps_of_the_exact_solution_end_where_one_step_does(steps):
+def test_steps_of_the_exact_solution_end_where_one_step_does(steps: int) -> None:
     assert_close(sample_by_steps(DATA.solution, X, steps), 0.7 + 0.5 * X)
 
 
 @pytest.mark.parametrize("objective", [SoFlow(), MeanFlow(), Shortcut()], ids=lambda o: o.method)
-def test_one_step_objectives_sample_exactly_with_the_exact_field(objective):
+def test_one_step_objectives_sample_exactly_with_the_exact_field(objective: Objective) -> None:
     assert_close(objective.sample(DATA.network, X, None, 1), 0.7 + 0.5 * X)
 
 
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
-def test_a_solver_has_its_order(solver, order):
+def test_a_solver_has_its_order(solver: Callable[..., Tensor], order: int) -> None:
     exact = 0.7 + 0.5 * X
     errors = [(solver(DATA.velocity, X, n) - exact).abs().max().item() for n in (32, 64, 128)]
     for coarse, fine in ((errors[0], errors[1]), (errors[1], errors[2])):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.2)
 
 
-def test_solvers_evaluate_as_often_as_they_say():
+def test_solvers_evaluate_as_often_as_they_say() -> None:
     calls = []
 
-    def velocity(x, t):
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
         calls.append(t[0].item())
         return torch.zeros_like(x)
 
@@ -75,23 +77,23 @@ def test_solvers_evaluate_as_often_as_they_say():
 
 
 @pytest.mark.parametrize("objective", [kind() for kind in OBJECTIVES.values()], ids=lambda o: o.method)
-def test_sampling_keeps_no_graph_of_its_passes(objective):
+def test_sampling_keeps_no_graph_of_its_passes(objective: Objective) -> None:
     network = random_network(torch.float32)
     noise = [torch.randn(2, *SHAPE) for _ in range(4)]
     assert not objective.sample(network, noise[0], None, 4, noise[1:]).requires_grad
 
 
-def exact_noise(alpha_bar):
+def exact_noise(alpha_bar: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """eps = sqrt(1 - abar) (x - sqrt(abar) mean) / (abar std^2 + 1 - abar)."""
 
-    def predict(x, number):
+    def predict(x: Tensor, number: Tensor) -> Tensor:
         here = alpha_bar[number.long()].reshape(-1, 1, 1, 1)
         return (1 - here).sqrt() * (x - here.sqrt() * DATA.mean) / (here * DATA.std**2 + 1 - here)
 
     return predict
 
 
-def test_ddim_ends_at_the_exact_end_point_to_first_order():
+def test_ddim_ends_at_the_exact_end_point_to_first_order() -> None:
     alpha_bar = linear_alpha_bar(1000, 1e-4, 2e-2)
     last = alpha_bar[-1]
     scale = DATA.std / (last * DATA.std**2 + 1 - last).sqrt()
@@ -106,10 +108,10 @@ def test_ddim_ends_at_the_exact_end_point_to_first_order():
     assert errors[10] < 0.5
 
 
-def test_ddpm_with_exact_noise_gives_the_data_distribution():
+def test_ddpm_with_exact_noise_gives_the_data_distribution() -> None:
     alpha_bar = linear_alpha_bar(1000, 1e-4, 2e-2)
 
-    def sampler(noise, renoise):
+    def sampler(noise: Tensor, renoise: Sequence[Tensor]) -> Tensor:
         return ddpm(exact_noise(alpha_bar), noise, alpha_bar, 250, renoise)
 
     mean, variance = affine_response(sampler, 250)
@@ -118,17 +120,17 @@ def test_ddpm_with_exact_noise_gives_the_data_distribution():
 
 
 @pytest.mark.parametrize("steps", [10, 50])
-def test_ddpm_keeps_the_forward_marginals_of_a_single_datum_at_any_spacing(steps):
+def test_ddpm_keeps_the_forward_marginals_of_a_single_datum_at_any_spacing(steps: int) -> None:
     """With x0 known the posterior q(x' | x, x0) makes N(sqrt(abar') x0, 1 - abar') of N(sqrt(abar) x0, 1 - abar)."""
     alpha_bar, datum = linear_alpha_bar(1000, 1e-4, 2e-2), 0.7
     numbers = respaced(1000, steps)
     first = float(alpha_bar[numbers[0]])
 
-    def state(number, noise, renoise):
+    def state(number: int, noise: Tensor, renoise: Sequence[Tensor]) -> Tensor:
         """The chain's state when the network is asked at this step number."""
         seen = {}
 
-        def predict(x, asked):
+        def predict(x: Tensor, asked: Tensor) -> Tensor:
             seen[int(asked[0])] = x
             here = alpha_bar[asked.long()].reshape(-1, 1, 1, 1)
             return (x - here.sqrt() * datum) / (1 - here).sqrt()
@@ -142,22 +144,24 @@ def test_ddpm_keeps_the_forward_marginals_of_a_single_datum_at_any_spacing(steps
         assert found == pytest.approx((here**0.5 * datum, 1 - here), rel=1e-6)
 
 
-def test_one_step_from_pure_noise_to_data_leaves_no_noise_to_add():
+def test_one_step_from_pure_noise_to_data_leaves_no_noise_to_add() -> None:
     alpha_bar = linear_alpha_bar(1000, 1e-4, 2e-2)
     once = ddpm(exact_noise(alpha_bar), X, alpha_bar, 1, [])
     assert_close(once, ddim(exact_noise(alpha_bar), X, alpha_bar, 1))
 
 
 @given(total=st.integers(2, 1000), data=st.data())
-def test_respaced_steps_fall_from_the_last_to_the_first_without_repeats(total, data):
+def test_respaced_steps_fall_from_the_last_to_the_first_without_repeats(
+    total: int, data: st.DataObject
+) -> None:
     steps = data.draw(st.integers(2, total))
     numbers = respaced(total, steps)
     assert (numbers[0], numbers[-1], len(set(numbers))) == (total - 1, 0, steps)
     assert numbers == sorted(numbers, reverse=True)
 
 
-def test_guidance_at_sampling_acts_in_every_channel():
-    def network(x, _t, _s, labels):
+def test_guidance_at_sampling_acts_in_every_channel() -> None:
+    def network(x: Tensor, _t: Tensor, _s: Tensor, labels: Tensor | None) -> Tensor:
         return torch.where((labels == -1).reshape(-1, 1, 1, 1), 1.0, 3.0) * torch.ones_like(x)
 
     x = torch.zeros(2, 4, 1, 1)
@@ -167,7 +171,7 @@ def test_guidance_at_sampling_acts_in_every_channel():
     assert torch.equal(FlowMatching().sample(network, x, labels, 4), torch.full_like(x, -3.0))
 
 
-def test_too_few_noises_or_steps_are_refused():
+def test_too_few_noises_or_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="3 steps need 2 noises in renoise; 1 were given"):
         SoFlow().sample(DATA.network, X, None, 3, [X])
     for objective in (SoFlow(), MeanFlow(), FlowMatching()):
@@ -195,7 +199,9 @@ def test_too_few_noises_or_steps_are_refused():
         ),
     ],
 )
-def test_philox_gives_its_published_vectors(counter, key, expected):
+def test_philox_gives_its_published_vectors(
+    counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
+) -> None:
     words = philox(tuple(torch.tensor([c]) for c in counter), key)
     assert tuple(int(w) for w in words) == expected
 
@@ -205,13 +211,13 @@ def test_philox_gives_its_published_vectors(counter, key, expected):
     indices=st.lists(st.integers(0, 2**40), min_size=1, max_size=6),
     draw=st.integers(0, 9),
 )
-def test_a_row_depends_on_seed_index_and_draw_alone(seed, indices, draw):
+def test_a_row_depends_on_seed_index_and_draw_alone(seed: int, indices: list[int], draw: int) -> None:
     together = sample_noise(seed, indices, (2, 3, 3), draw)
     for row, index in zip(together, indices, strict=True):
         assert torch.equal(sample_noise(seed, [index], (2, 3, 3), draw)[0], row)
 
 
-def test_seeds_indices_and_draws_are_all_different_noise():
+def test_seeds_indices_and_draws_are_all_different_noise() -> None:
     rows = [
         sample_noise(seed, [index], (1, 2, 2), draw)
         for seed in (0, 1, 2**32, 2**32 + 1)
@@ -221,7 +227,7 @@ def test_seeds_indices_and_draws_are_all_different_noise():
     assert len({tuple(r.flatten().tolist()) for r in rows}) == len(rows)
 
 
-def test_noise_is_standard_normal_and_uncorrelated():
+def test_noise_is_standard_normal_and_uncorrelated() -> None:
     noise = sample_noise(7, range(200), (1, 32, 33)).flatten(1).double()
     flat = noise.flatten()
     assert flat.mean().abs() < 0.01
@@ -233,7 +239,7 @@ def test_noise_is_standard_normal_and_uncorrelated():
     assert max(abs(n) for n in neighbours) < 0.01
 
 
-def test_labels_are_uniform_or_balanced():
+def test_labels_are_uniform_or_balanced() -> None:
     labels = sample_labels(3, range(100_000), 10)
     counts = torch.bincount(labels, minlength=10)
     assert ((counts - 10_000).abs() < 400).all()

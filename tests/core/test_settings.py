@@ -1,5 +1,7 @@
 """Settings that are not what they should be are refused where they are made, not met later as something else."""
 
+from typing import Any
+
 import pytest
 
 from soflow_core.guidance import Guidance, VelocityGuidance
@@ -24,14 +26,14 @@ from soflow_core.times import RatioSchedule
         (PassPolicy, {"precision": "bf16"}),
     ],
 )
-def test_a_name_that_is_not_known_is_refused_with_those_that_are(kind, setting):
+def test_a_name_that_is_not_known_is_refused_with_those_that_are(kind: type[Any], setting: str) -> None:
     ((name, value),) = setting.items()
     with pytest.raises(ValueError, match=rf"{kind.__name__}\.{name} is '{value}'; it is one of '"):
         kind(**setting)
 
 
 @pytest.mark.parametrize("kind", [SoFlow, MeanFlow, AlphaFlow])
-def test_shares_and_weights_out_of_their_range_are_refused(kind):
+def test_shares_and_weights_out_of_their_range_are_refused(kind: type[Any]) -> None:
     for share in (-0.1, 1.1):
         with pytest.raises(ValueError, match=f"flow_matching_share is {share}; a share from 0 to 1"):
             kind(flow_matching_share=share)
@@ -40,6 +42,6 @@ def test_shares_and_weights_out_of_their_range_are_refused(kind):
 
 
 @pytest.mark.parametrize("kind", [Guidance, VelocityGuidance, FlowMatching, Diffusion])
-def test_a_label_cannot_always_be_dropped(kind):
+def test_a_label_cannot_always_be_dropped(kind: type[Any]) -> None:
     with pytest.raises(ValueError, match="drop is 1; a probability from 0 to below 1"):
         kind(drop=1)

@@ -1,7 +1,8 @@
-"""A network split over two ranks trains as a whole one does, and its states are the whole one's."""
+"""A network sharded over two ranks trains like an unsharded one, and saves the same states."""
 
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,29 +13,31 @@ from torch.testing import assert_close
 from soflow_core.gradient_sync import FSDP, Local
 from soflow_core.guidance import Guidance
 from soflow_core.host_copy import HostCopy
-from soflow_core.objectives import MeanFlow, Objective, Shortcut, SoFlow
+from soflow_core.objectives import Batch, Draws, MeanFlow, Objective, Shortcut, SoFlow
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.sharding import local, shard
-from soflow_core.train_step import TrainStep, TrainStepConfig
+from soflow_core.train_step import StepRecord, TrainStep, TrainStepConfig
 from tests.support.gloo_ranks import WORLD, rank_rows, run_ranks
 from tests.support.random_networks import random_inputs, random_network
 
 GUIDED = SoFlow(guidance=Guidance(scale=3.0, mix=0.25, drop=0.3))
 TOTAL, HALF = 4, 2
+Plain = dict[str, tuple[list[StepRecord], dict[str, Any], dict[str, Any], dict[str, torch.Tensor]]]
+"""Case -> records, half-way state, final state and EMA state of one process."""
+Shards = dict[str, list[Any]]
+"""Case -> what each rank saved."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A training, and its rows: of 4, 3 are velocity rows, so that a rank has no other row and its neighbour
-    one.
-    """
+    """A training and its rows; of 4 rows 3 are velocity rows, so that one rank has no other row."""
 
     objective: Objective = GUIDED
     rows: int = 16
     optimizer: str = "adamw"
     settings: dict[str, Any] = field(default_factory=dict)
     alone: dict[str, Any] = field(default_factory=dict)
-    """Settings of the one process in their stead."""
+    """Settings of the single process that replace those of the ranks."""
     checkpoint_blocks: bool = False
 
     def make(self, sharded: bool = False) -> TrainStep:
@@ -46,7 +49,7 @@ class Case:
         config = TrainStepConfig(TOTAL, optimizer, ema_decays=(0.9,), **settings)
         return TrainStep(network, self.objective, config, FSDP() if sharded else Local())
 
-    def inputs(self, step: int):
+    def inputs(self, step: int) -> tuple[Batch, Draws]:
         return random_inputs(self.objective, self.rows, torch.float32, seed=step)
 
 
@@ -105,8 +108,8 @@ def _messages(rank: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def plain():
-    """Case -> the whole network's losses, norms, and states after HALF and all steps, in one process."""
+def plain() -> Plain:
+    """Trains every case in one process."""
     made = {}
     for name, case in CASES.items():
         train = case.make()
@@ -118,8 +121,8 @@ def plain():
 
 
 @pytest.fixture(scope="module")
-def shards(plain, tmp_path_factory):
-    """Case -> what each of two ranks found."""
+def shards(plain: Plain, tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """Trains every case on two ranks."""
     folder = tmp_path_factory.mktemp("shards")
     for name, (_, half, _, _) in plain.items():
         torch.save(half, folder / f"plain {name}.pt")
@@ -129,7 +132,7 @@ def shards(plain, tmp_path_factory):
     }
 
 
-def assert_same_state(found, expected, exact: bool = False) -> None:
+def assert_same_state(found: Any, expected: Any, exact: bool = False) -> None:
     """The same nesting and keys, equal plain values, and tensors equal or near."""
     if isinstance(expected, torch.Tensor):
         assert type(found) is torch.Tensor
@@ -146,7 +149,9 @@ every_case = pytest.mark.parametrize("name", CASES)
 
 
 @every_case
-def test_losses_norms_and_final_state_are_those_of_one_process(name, plain, shards):
+def test_losses_norms_and_final_state_are_those_of_one_process(
+    name: str, plain: Plain, shards: Shards
+) -> None:
     records, _, end, _ = plain[name]
     for step, whole in enumerate(records):
         ranks = [found["records"][step] for found in shards[name]]
@@ -158,14 +163,16 @@ def test_losses_norms_and_final_state_are_those_of_one_process(name, plain, shar
 
 
 @every_case
-def test_a_training_goes_on_as_it_would_have_from_shards_to_shards(name, shards):
+def test_a_training_goes_on_as_it_would_have_from_shards_to_shards(name: str, shards: Shards) -> None:
     """Bit for bit, past a step that was refused and so changed nothing."""
     for found in shards[name]:
         assert_same_state(found["from own"], found["end"], exact=True)
 
 
 @every_case
-def test_a_training_goes_on_from_one_process_to_shards_and_back(name, plain, shards):
+def test_a_training_goes_on_from_one_process_to_shards_and_back(
+    name: str, plain: Plain, shards: Shards
+) -> None:
     end = plain[name][2]
     for found in shards[name]:
         assert_same_state(found["from plain"], end)
@@ -177,7 +184,9 @@ def test_a_training_goes_on_from_one_process_to_shards_and_back(name, plain, sha
 
 
 @every_case
-def test_states_for_the_host_are_whole_on_the_first_rank_alone(name, plain, shards):
+def test_states_for_the_host_are_whole_on_the_first_rank_alone(
+    name: str, plain: Plain, shards: Shards
+) -> None:
     first, second = shards[name]
     assert_same_state(first["host"], first["half"], exact=True)
     assert_same_state(first["host ema"], first["ema"], exact=True)
@@ -186,21 +195,21 @@ def test_states_for_the_host_are_whole_on_the_first_rank_alone(name, plain, shar
 
 
 @every_case
-def test_what_is_not_finite_on_one_rank_is_refused_on_both(name, shards):
+def test_what_is_not_finite_on_one_rank_is_refused_on_both(name: str, shards: Shards) -> None:
     refused = [found["refused"] for found in shards[name]]
     assert [(r["finite"], r["step"]) for r in refused] == [(False, HALF)] * WORLD
     assert refused[0]["culprit"] == "gradients of all parameters"
     assert refused[1]["culprit"].endswith(("_loss", "_mse"))
 
 
-def test_both_ranks_name_a_share_that_is_broken_on_one(shards):
+def test_both_ranks_name_a_share_that_is_broken_on_one(shards: Shards) -> None:
     assert shards["messages"][0] == shards["messages"][1]
     refusal, culprit = shards["messages"][0]
     assert "pass the plain one, and its wrapper as sync" in refusal
     assert culprit == "gradient of final_layer.linear.bias"
 
 
-def test_sharding_without_other_processes_is_refused():
+def test_sharding_without_other_processes_is_refused() -> None:
     with pytest.raises(ValueError, match="init_process_group first"):
         shard(random_network(torch.float32))
 
@@ -216,7 +225,7 @@ def _compile_shards(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_compiled_blocks_give_the_same_losses_and_are_not_compiled_again(tmp_path):
+def test_compiled_blocks_give_the_same_losses_and_are_not_compiled_again(tmp_path: Path) -> None:
     """Losses agree to 2e-5 relative; all blocks share what is compiled for one."""
     run_ranks(_compile_shards, str(tmp_path))
     for rank in range(WORLD):

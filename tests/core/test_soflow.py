@@ -1,12 +1,15 @@
 """SoFlow's loss against what it stands for: an MSE, its limits, its parts, and its form in six calls."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
 from soflow_core.guidance import Guidance, drop_labels
 from soflow_core.objectives import Batch, Draws, MeanFlow, SoFlow
-from soflow_core.passes import PassPolicy
+from soflow_core.passes import Network, PassPolicy
 from soflow_core.paths import PATHS
 from soflow_core.rows import row_mean
 from soflow_core.times import MINIMAL_GAP, RatioSchedule, middle_time
@@ -34,7 +37,7 @@ def name(objective: SoFlow) -> str:
 
 @pytest.mark.parametrize("conditional", [True, False], ids=["labels", "no-labels"])
 @pytest.mark.parametrize("objective", VARIANTS, ids=name)
-def test_three_calls_give_the_numbers_of_six(objective, conditional):
+def test_three_calls_give_the_numbers_of_six(objective: SoFlow, conditional: bool) -> None:
     network = random_network()
     batch, draws = random_inputs(objective, size=16, conditional=conditional)
     expected = six_call_loss(objective, network, batch, draws, 300, 1000)
@@ -48,16 +51,16 @@ def test_three_calls_give_the_numbers_of_six(objective, conditional):
 class Counted:
     """A network that counts the rows it is given, with and without gradient."""
 
-    def __init__(self, network):
+    def __init__(self, network: Network) -> None:
         self.network = network
         self.calls = []
 
-    def __call__(self, x, t, s, labels):
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         self.calls.append((len(x), torch.is_grad_enabled()))
         return self.network(x, t, s, labels)
 
 
-def test_a_guided_step_is_three_calls():
+def test_a_guided_step_is_three_calls() -> None:
     objective = SoFlow()
     batch, draws = random_inputs(objective, size=16)
     counted = Counted(random_network())
@@ -65,7 +68,7 @@ def test_a_guided_step_is_three_calls():
     assert counted.calls == [(16 + 4, False), (16, True), (4, False)]
 
 
-def test_rows_that_do_not_matter_are_left_out():
+def test_rows_that_do_not_matter_are_left_out() -> None:
     objective = SoFlow()
     batch, draws = random_inputs(objective, size=16)
     dropped = torch.zeros(16, dtype=torch.bool)
@@ -78,7 +81,7 @@ def test_rows_that_do_not_matter_are_left_out():
     assert counted.calls == [(16 + 4 - 4, False), (16, True), (4 - 1 - degenerate, False)]
 
 
-def test_mixed_precision_keeps_the_quotient_exact():
+def test_mixed_precision_keeps_the_quotient_exact() -> None:
     """Guidance and Flow Matching in bfloat16 move the loss a little; the consistency pair stays float32."""
     objective = SoFlow(guidance=UNGUIDED, weight_power=0.0)
     network = random_network(torch.float32)
@@ -96,7 +99,9 @@ def test_mixed_precision_keeps_the_quotient_exact():
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("parameterization", ["euler", "trigonometric"])
 @pytest.mark.parametrize("path", ["linear", "trigonometric"])
-def test_the_inner_product_has_the_gradient_of_the_weighted_distance(path, parameterization, power):
+def test_the_inner_product_has_the_gradient_of_the_weighted_distance(
+    path: str, parameterization: str, power: float
+) -> None:
     """M = W |f_t - sg f_l|^2 / (2 D |b| (t - l))."""
     objective = SoFlow(
         flow_matching_share=0.0,
@@ -123,7 +128,7 @@ def test_the_inner_product_has_the_gradient_of_the_weighted_distance(path, param
     assert_close(gradient(loss, network), gradient(halved, network), rtol=1e-9, atol=1e-13)
 
 
-def test_as_r_goes_to_zero_it_is_half_the_meanflow_gradient():
+def test_as_r_goes_to_zero_it_is_half_the_meanflow_gradient() -> None:
     network = random_network()
     ratio = 1e-5
     soflow = SoFlow(
@@ -140,7 +145,7 @@ def test_as_r_goes_to_zero_it_is_half_the_meanflow_gradient():
     assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0).item() == pytest.approx(1, abs=1e-6)
 
 
-def _without_floor(objective, network, batch, draws, ratio):
+def _without_floor(objective: SoFlow, network: Network, batch: Batch, draws: Draws, ratio: float) -> Tensor:
     """The consistency branch at a middle time nearer to t than the training's smallest gap."""
     t, s = draws.t, draws.s
     return consistency_loss(
@@ -149,7 +154,7 @@ def _without_floor(objective, network, batch, draws, ratio):
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.01])
-def test_at_training_ratios_it_is_near_half_the_meanflow_gradient(ratio):
+def test_at_training_ratios_it_is_near_half_the_meanflow_gradient(ratio: float) -> None:
     network = random_network()
     soflow = SoFlow(
         flow_matching_share=0.0, schedule=RatioSchedule("constant", ratio, ratio), guidance=UNGUIDED
@@ -163,7 +168,7 @@ def test_at_training_ratios_it_is_near_half_the_meanflow_gradient(ratio):
     assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0).item() > 1 - 3 * ratio
 
 
-def test_where_s_is_clamped_it_is_half_the_flow_matching_gradient():
+def test_where_s_is_clamped_it_is_half_the_flow_matching_gradient() -> None:
     objective = SoFlow(guidance=UNGUIDED)
     network = random_network()
     batch, draws = random_inputs(objective)
@@ -176,7 +181,7 @@ def test_where_s_is_clamped_it_is_half_the_flow_matching_gradient():
     assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0).item() == pytest.approx(1, abs=1e-6)
 
 
-def test_mixing_scales_the_flow_matching_residual():
+def test_mixing_scales_the_flow_matching_residual() -> None:
     batch, draws = random_inputs(SoFlow(), conditional=True)
     draws = Draws(draws.noise, draws.t, draws.t, torch.zeros(12, dtype=torch.bool), 12)
     network = random_network()
@@ -187,7 +192,7 @@ def test_mixing_scales_the_flow_matching_residual():
     assert_close(errors[0.25], 0.25**2 * errors[1.0])
 
 
-def test_mixing_moves_the_consistency_target_linearly():
+def test_mixing_moves_the_consistency_target_linearly() -> None:
     """Targets at m and at 1 - m add up to v_g + v_p, so the quotients do too, where F_l does not matter."""
     batch, draws = random_inputs(SoFlow())
     t = draws.t
@@ -206,7 +211,7 @@ def test_mixing_moves_the_consistency_target_linearly():
         assert_close(found, -row_mean(prediction * (target - prediction)).mean(), rtol=1e-6, atol=1e-9)
 
 
-def test_a_zero_network_sees_the_guided_velocity_itself():
+def test_a_zero_network_sees_the_guided_velocity_itself() -> None:
     network = random_network()
     with torch.no_grad():
         network.final_layer.linear.weight.zero_()
@@ -220,19 +225,19 @@ def test_a_zero_network_sees_the_guided_velocity_itself():
     assert_close(terms["consistency_mse"], row_mean(v_c[n:].square()).mean(), rtol=1e-6, atol=0)
 
 
-def test_with_full_power_the_velocity_loss_is_one_at_large_errors():
+def test_with_full_power_the_velocity_loss_is_one_at_large_errors() -> None:
     objective = SoFlow(weight_eps=1e-9, flow_matching_share=1.0, guidance=UNGUIDED)
     batch, draws = random_inputs(objective)
     assert objective.loss(random_network(), batch, draws, 0, 1).loss.item() == pytest.approx(1, abs=1e-6)
 
 
-def test_the_teacher_and_the_target_carry_no_gradient():
+def test_the_teacher_and_the_target_carry_no_gradient() -> None:
     """Only the prediction at (x_t, t, s) has a gradient: a network that is constant there has none."""
     objective = SoFlow(weight_power=0.0, guidance=UNGUIDED, flow_matching_share=0.0)
     batch, draws = random_inputs(objective)
     elsewhere = torch.ones((), dtype=torch.float64, requires_grad=True)
 
-    def network(x, t, s, _labels):
+    def network(x: Tensor, t: Tensor, s: Tensor, _labels: Tensor | None) -> Tensor:
         asked = (t == draws.t) & (s == draws.s) if len(t) == len(draws.t) else torch.zeros_like(t) > 0
         return torch.where(asked.reshape(-1, 1, 1, 1), x.detach(), elsewhere * x)
 
@@ -241,7 +246,7 @@ def test_the_teacher_and_the_target_carry_no_gradient():
     assert found is None or found == 0
 
 
-def test_the_first_rows_are_flow_matching_at_any_number_of_ranks():
+def test_the_first_rows_are_flow_matching_at_any_number_of_ranks() -> None:
     objective = SoFlow()
     draws = objective.draw(torch.Generator().manual_seed(0), 32, (1, 2, 2), conditional=True)
     assert draws.velocity_rows == 24
@@ -257,7 +262,7 @@ def test_the_first_rows_are_flow_matching_at_any_number_of_ranks():
         assert torch.equal(parts[1].noise, draws.noise[1::world])
 
 
-def test_draws_follow_the_settings():
+def test_draws_follow_the_settings() -> None:
     draws = SoFlow().draw(torch.Generator().manual_seed(0), 100_000, (1, 1, 1), conditional=True)
     n = draws.velocity_rows
     logits = torch.logit(draws.t.double())
@@ -268,7 +273,7 @@ def test_draws_follow_the_settings():
     assert clamped == pytest.approx(0.145, abs=0.006)
 
 
-def test_labels_need_draws_that_say_which_are_dropped():
+def test_labels_need_draws_that_say_which_are_dropped() -> None:
     objective = SoFlow()
     batch, draws = random_inputs(objective)
     bare = Draws(draws.noise, draws.t, draws.s, None, draws.velocity_rows)
@@ -276,7 +281,7 @@ def test_labels_need_draws_that_say_which_are_dropped():
         objective.loss(random_network(), batch, bare, 0, 1)
 
 
-def test_without_guidance_labels_are_never_dropped():
+def test_without_guidance_labels_are_never_dropped() -> None:
     objective = SoFlow(guidance=UNGUIDED)
     network = random_network()
     batch, draws = random_inputs(objective)
@@ -296,6 +301,6 @@ def test_without_guidance_labels_are_never_dropped():
         ({"weight_eps": 0.0}, "above 0"),
     ],
 )
-def test_impossible_settings_are_refused(settings, message):
+def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SoFlow(**settings)

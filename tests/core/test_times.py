@@ -17,7 +17,7 @@ ratios = st.floats(0.0005, 1)
 
 
 @given(start=unit, end=unit, ratio=ratios)
-def test_s_l_and_t_are_in_order_and_apart(start, end, ratio):
+def test_s_l_and_t_are_in_order_and_apart(start: float, end: float, ratio: float) -> None:
     t, s = consistency_times(torch.tensor([start]), torch.tensor([end]))
     middle = middle_time(t, s, ratio)
     rounding = 1e-7
@@ -39,13 +39,13 @@ def test_a_pair_in_the_wrong_order_is_clamped_and_not_swapped(
 
 
 @given(ratio=st.floats(0.01, 1))
-def test_the_middle_time_divides_the_way_from_t_to_s(ratio):
+def test_the_middle_time_divides_the_way_from_t_to_s(ratio: float) -> None:
     t, s = torch.tensor([0.9], dtype=torch.float64), torch.tensor([0.2], dtype=torch.float64)
     assert middle_time(t, s, ratio).item() == pytest.approx(0.9 - 0.7 * ratio, abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_schedule_goes_from_first_to_last_and_never_turns(kind):
+def test_a_schedule_goes_from_first_to_last_and_never_turns(kind: str) -> None:
     schedule = RatioSchedule(kind, 0.1, 0.002)
     values = [schedule.ratio(k, 1000) for k in range(1001)]
     assert values[0] == pytest.approx(0.002 if kind == "constant" else 0.1)
@@ -53,25 +53,25 @@ def test_a_schedule_goes_from_first_to_last_and_never_turns(kind):
     assert all(a >= b for a, b in itertools.pairwise(values))
 
 
-def test_half_way_each_schedule_is_at_its_own_mean():
+def test_half_way_each_schedule_is_at_its_own_mean() -> None:
     half = {kind: RatioSchedule(kind, 0.1, 0.004).ratio(50, 100) for kind in KINDS}
     expected = {"constant": 0.004, "linear": 0.052, "cosine": 0.052, "exponential": math.sqrt(0.1 * 0.004)}
     assert half == pytest.approx(expected)
 
 
-def test_the_cosine_starts_flat():
+def test_the_cosine_starts_flat() -> None:
     cosine, linear = (RatioSchedule(kind, 0.1, 0.0001).ratio(1, 1000) for kind in ("cosine", "linear"))
     assert 0.1 - cosine < 0.01 * (0.1 - linear)
 
 
-def test_logit_normal_times_have_the_logits_they_are_named_for():
+def test_logit_normal_times_have_the_logits_they_are_named_for() -> None:
     t = LogitNormal(-0.2, 0.8).sample(torch.Generator().manual_seed(0), 200_000).double()
     logits = torch.logit(t)
     assert logits.mean().item() == pytest.approx(-0.2, abs=0.01)
     assert logits.std().item() == pytest.approx(0.8, abs=0.01)
 
 
-def test_ict_levels_double_in_stages_up_to_the_last():
+def test_ict_levels_double_in_stages_up_to_the_last() -> None:
     objective = ImprovedConsistency()
     levels = [objective.levels(k, 8000) for k in range(8000)]
     assert levels[0] == 11
@@ -79,13 +79,13 @@ def test_ict_levels_double_in_stages_up_to_the_last():
     assert sorted(set(levels)) == [11, 21, 41, 81, 161, 321, 641, 1281]
 
 
-def test_ict_grid_ends_at_its_bounds():
+def test_ict_grid_ends_at_its_bounds() -> None:
     grid = ImprovedConsistency().grid(41)
     assert (grid[0].item(), grid[-1].item()) == pytest.approx((0.002, 80.0), rel=1e-5)
     assert (grid.diff() > 0).all()
 
 
-def test_ict_draws_levels_as_often_as_its_discretized_log_normal():
+def test_ict_draws_levels_as_often_as_its_discretized_log_normal() -> None:
     objective = ImprovedConsistency()
     grid = objective.grid(11)
     t = objective.draw_time(torch.Generator().manual_seed(0), 400_000)
@@ -95,7 +95,7 @@ def test_ict_draws_levels_as_often_as_its_discretized_log_normal():
     assert torch.allclose(counts / counts.sum(), (expected / expected.sum()).float(), atol=3e-3)
 
 
-def test_ect_starts_as_diffusion_and_narrows():
+def test_ect_starts_as_diffusion_and_narrows() -> None:
     objective = EasyConsistency()
     sigma = torch.tensor([0.1, 0.5, 1.0, 5.0])
     assert objective.second_level(sigma, 0, 800)[:2].tolist() == [0, 0]
@@ -104,7 +104,7 @@ def test_ect_starts_as_diffusion_and_narrows():
     assert gaps[-1, -1] == pytest.approx(5 * 2**-8 * (1 + 8 / (1 + math.exp(5))), rel=1e-4)
 
 
-def test_alpha_falls_from_one_to_zero_and_snaps():
+def test_alpha_falls_from_one_to_zero_and_snaps() -> None:
     schedule = AlphaSchedule()
     values = [schedule.alpha(k, 1000) for k in range(1001)]
     assert values[0] == 1
@@ -114,7 +114,7 @@ def test_alpha_falls_from_one_to_zero_and_snaps():
     assert all(v in (0.0, 1.0) or 5e-3 <= v <= 1 - 5e-3 for v in values)
 
 
-def test_impossible_settings_are_refused():
+def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"schedule\.final is 0"):
         RatioSchedule(final=0)
     with pytest.raises(ValueError, match="negative"):

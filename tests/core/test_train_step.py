@@ -3,6 +3,8 @@
 import copy
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.testing import assert_close
 from soflow_core.ema import EMA
 from soflow_core.guidance import Guidance
 from soflow_core.networks import DiT, DiTConfig
-from soflow_core.objectives import Batch, SoFlow
+from soflow_core.objectives import Batch, Draws, Objective, SoFlow
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.train_step import TrainStep, TrainStepConfig
 
@@ -31,14 +33,14 @@ def network(seed: int = 0) -> DiT:
     return net
 
 
-def step_inputs(objective, step: int, size: int = 8):
+def step_inputs(objective: Objective, step: int, size: int = 8) -> tuple[Batch, Draws]:
     generator = torch.Generator().manual_seed(1000 + step)
     x0 = torch.randn(size, *SHAPE, generator=generator)
     labels = torch.randint(3, (size,), generator=generator)
     return Batch(x0, labels), objective.draw(generator, size, SHAPE, conditional=True)
 
 
-def train_step(**settings) -> TrainStep:
+def train_step(**settings: Any) -> TrainStep:
     settings = {"total_steps": 20, "ema_decays": (0.9, 0.99), "precision": "float32", **settings}
     return TrainStep(network(), SoFlow(), TrainStepConfig(optimizer=OptimizerConfig(lr=1e-2), **settings))
 
@@ -48,7 +50,7 @@ def run(step: TrainStep, first: int, last: int) -> list[float]:
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "radam"])
-def test_a_resumed_training_is_bit_for_bit_the_uninterrupted_one(name, tmp_path):
+def test_a_resumed_training_is_bit_for_bit_the_uninterrupted_one(name: str, tmp_path: Path) -> None:
     def make() -> TrainStep:
         optimizer = OptimizerConfig(name=name, lr=1e-2)
         config = TrainStepConfig(20, optimizer, ema_decays=(0.9, 0.99), power_ema_widths=(0.1,))
@@ -70,12 +72,12 @@ def test_a_resumed_training_is_bit_for_bit_the_uninterrupted_one(name, tmp_path)
             assert torch.equal(resumed.ema_state(average)[name_], tensor)
 
 
-def test_resuming_with_another_total_is_refused():
+def test_resuming_with_another_total_is_refused() -> None:
     with pytest.raises(ValueError, match="schedules depend on the total"):
         train_step(total_steps=30).load_state_dict(train_step(total_steps=20).state_dict())
 
 
-def test_a_non_finite_value_changes_nothing_and_names_the_term():
+def test_a_non_finite_value_changes_nothing_and_names_the_term() -> None:
     step = train_step()
     run(step, 0, 2)
     before = copy.deepcopy(step.state_dict())
@@ -93,7 +95,7 @@ def test_a_non_finite_value_changes_nothing_and_names_the_term():
     assert math.isfinite(step(*step_inputs(step.objective, 3)).loss)
 
 
-def test_a_non_finite_gradient_names_its_parameter():
+def test_a_non_finite_gradient_names_its_parameter() -> None:
     step = train_step()
     parameter = dict(step.module.named_parameters())["final_layer.linear.bias"]
     parameter.register_hook(lambda g: g * math.nan)
@@ -101,7 +103,7 @@ def test_a_non_finite_gradient_names_its_parameter():
     assert (record.finite, record.culprit) == (False, "gradient of final_layer.linear.bias")
 
 
-def test_a_norm_beyond_float32_is_called_that():
+def test_a_norm_beyond_float32_is_called_that() -> None:
     step = train_step()
     for parameter in step.parameters:
         parameter.register_hook(lambda g: torch.full_like(g, 1e38))
@@ -109,7 +111,7 @@ def test_a_norm_beyond_float32_is_called_that():
     assert (record.finite, record.culprit) == (False, "gradient norm")
 
 
-def test_the_last_step_is_the_last():
+def test_the_last_step_is_the_last() -> None:
     step = train_step(total_steps=2)
     run(step, 0, 2)
     with pytest.raises(ValueError, match="all 2 steps are done"):
@@ -118,7 +120,7 @@ def test_the_last_step_is_the_last():
         train_step(total_steps=0)
 
 
-def test_a_network_that_does_not_fit_the_method_is_refused_at_once():
+def test_a_network_that_does_not_fit_the_method_is_refused_at_once() -> None:
     plain = DiT(replace(CONFIG, null_label=False))
     with pytest.raises(ValueError, match="soflow drops labels or guides, and this network has no null label"):
         TrainStep(plain, SoFlow(), TrainStepConfig(20))
@@ -129,7 +131,7 @@ def test_a_network_that_does_not_fit_the_method_is_refused_at_once():
 
 
 @pytest.mark.parametrize("part", ["method", "network", "ema"])
-def test_a_state_that_is_refused_changes_nothing(part):
+def test_a_state_that_is_refused_changes_nothing(part: str) -> None:
     step = train_step()
     before = copy.deepcopy(step.state_dict())
     other = train_step()
@@ -149,7 +151,7 @@ def test_a_state_that_is_refused_changes_nothing(part):
     assert all(torch.equal(after["network"][k], before["network"][k]) for k in before["network"])
 
 
-def test_clipping_bounds_the_norm_and_reports_it_unclipped():
+def test_clipping_bounds_the_norm_and_reports_it_unclipped() -> None:
     free, clipped = train_step(), train_step(clip_norm=1e-3)
     inputs = step_inputs(free.objective, 0)
     norms = free(*inputs).grad_norm, clipped(*inputs).grad_norm
@@ -159,7 +161,7 @@ def test_clipping_bounds_the_norm_and_reports_it_unclipped():
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_mean_over_ranks_is_the_loss_and_gradient_of_one_worker(world):
+def test_the_mean_over_ranks_is_the_loss_and_gradient_of_one_worker(world: int) -> None:
     objective = SoFlow()
     batch, draws = step_inputs(objective, 0, size=16)
     net = network()
@@ -177,7 +179,7 @@ def test_the_mean_over_ranks_is_the_loss_and_gradient_of_one_worker(world):
         assert_close(total, gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_ema_is_the_weighted_sum_of_the_parameters():
+def test_ema_is_the_weighted_sum_of_the_parameters() -> None:
     values = torch.randn(30, 5)
     ema = EMA({"w": values[0]}, decays=(0.5, 0.9))
     for k in range(1, 30):
@@ -188,7 +190,7 @@ def test_ema_is_the_weighted_sum_of_the_parameters():
         assert_close(ema.average(str(decay))["w"], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_training_learns():
+def test_training_learns() -> None:
     step = train_step(total_steps=300, ema_decays=(0.9,))
     records = [step(*step_inputs(step.objective, 7, size=64)) for _ in range(200)]
     assert records[-1].terms["velocity_mse"] < 0.5 * records[0].terms["velocity_mse"]

@@ -23,6 +23,7 @@ from soflow_core.objectives import (
     SoFlow,
 )
 from soflow_core.optimizer import OptimizerConfig
+from soflow_core.passes import Precision
 from soflow_core.train_step import TrainStep, TrainStepConfig
 from tests.support.gloo_ranks import WORLD, rank_rows, run_ranks
 from tests.support.random_networks import SHAPE, random_inputs, random_network
@@ -42,7 +43,7 @@ def inputs(objective: Objective, step: int) -> tuple[Batch, Draws]:
 
 
 @pytest.mark.slow
-def test_compiled_training_gives_the_same_losses_and_compiles_once():
+def test_compiled_training_gives_the_same_losses_and_compiles_once() -> None:
     """Losses agree to 2e-5 relative; the compiler works in the first step only."""
     objective = SoFlow()
     plain, compiled = make(objective), make(objective, compile=True)
@@ -57,7 +58,7 @@ def test_compiled_training_gives_the_same_losses_and_compiles_once():
 
 
 @pytest.mark.slow
-def test_every_pass_of_every_piece_is_compiled_in_the_first_step(monkeypatch):
+def test_every_pass_of_every_piece_is_compiled_in_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two trainings of one process, whose pieces of 9 and 3 or 21 and 7 rows are in part bfloat16, make more
     versions than torch compiles by default. A compiler that changes nothing will do here.
     """
@@ -79,7 +80,7 @@ def test_every_pass_of_every_piece_is_compiled_in_the_first_step(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed"])
-def test_a_deterministic_run_is_bit_for_bit_the_same_twice(precision):
+def test_a_deterministic_run_is_bit_for_bit_the_same_twice(precision: Precision) -> None:
     runs = [make(SoFlow(), deterministic=True, precision=precision, accumulate=2) for _ in range(2)]
     records = [[train(*inputs(train.objective, k)) for k in range(3)] for train in runs]
     assert records[0] == records[1]
@@ -91,7 +92,7 @@ def test_a_deterministic_run_is_bit_for_bit_the_same_twice(precision):
 
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("refused", [True, False])
-def test_only_deterministic_kernels_run_from_first_pass_to_update(deterministic, refused):
+def test_only_deterministic_kernels_run_from_first_pass_to_update(deterministic: bool, refused: bool) -> None:
     train = make(SoFlow(), deterministic=deterministic)
     seen = []
     train.module.register_forward_hook(lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
@@ -108,7 +109,7 @@ def test_only_deterministic_kernels_run_from_first_pass_to_update(deterministic,
 
 
 @pytest.mark.parametrize("precision", ["mixed", "bfloat16"])
-def test_reduced_precision_keeps_float32_parameters_and_stays_near(precision):
+def test_reduced_precision_keeps_float32_parameters_and_stays_near(precision: Precision) -> None:
     full, reduced = make(SoFlow()), make(SoFlow(), precision=precision)
     for step in range(3):
         a, b = (train(*inputs(train.objective, step)) for train in (full, reduced))
@@ -118,12 +119,14 @@ def test_reduced_precision_keeps_float32_parameters_and_stays_near(precision):
 
 
 @pytest.mark.parametrize(("matrix_units", "expected"), [(True, "mixed"), (False, "float32")])
-def test_auto_precision_is_mixed_only_where_bfloat16_is_fast(monkeypatch, matrix_units, expected):
+def test_auto_precision_is_mixed_only_where_bfloat16_is_fast(
+    monkeypatch: pytest.MonkeyPatch, matrix_units: bool, expected: str
+) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units, raising=False)
     assert make(SoFlow(), precision="auto").policy.precision == expected
 
 
-def test_a_teacher_is_the_ema_of_its_decay():
+def test_a_teacher_is_the_ema_of_its_decay() -> None:
     train = make(Shortcut(teacher_ema=0.5))
     assert list(train.ema.averages) == ["0.9", "0.5"]
     train(*inputs(train.objective, 0))
@@ -139,7 +142,7 @@ def test_a_teacher_is_the_ema_of_its_decay():
 @pytest.mark.parametrize(
     "objective", [MeanFlow(), ContinuousConsistency(warmup_steps=1)], ids=["meanflow", "scm"]
 )
-def test_compiled_training_takes_its_jacobian_vector_product_uncompiled(objective):
+def test_compiled_training_takes_its_jacobian_vector_product_uncompiled(objective: Objective) -> None:
     torch._dynamo.reset()
     plain, compiled = make(objective), make(objective, compile=True)
     for step in range(3):
@@ -226,7 +229,7 @@ def _count(messages: list[None], bucket: dist.GradBucket) -> torch.futures.Futur
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what two processes made of every way to share a step."""
     folder = tmp_path_factory.mktemp("ranks")
     run_ranks(_two_ranks, str(folder))
@@ -235,7 +238,7 @@ def two_ranks(tmp_path_factory):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("method", METHODS)
-def test_two_ranks_train_as_one_worker_and_stop_together(method, two_ranks):
+def test_two_ranks_train_as_one_worker_and_stop_together(method: str, two_ranks: Path) -> None:
     alone = make(METHODS[method][0])
     losses = [alone(*inputs(alone.objective, step)).loss for step in range(3)]
     saved = [torch.load(two_ranks / f"{method}-{r}.pt") for r in range(WORLD)]
@@ -260,7 +263,7 @@ def test_every_rank_names_the_first_parameter_of_a_broken_reduction(name: str, t
     assert re.search(BROKEN[name][1], messages[0])
 
 
-def test_pieces_are_exchanged_once_a_step(two_ranks):
+def test_pieces_are_exchanged_once_a_step(two_ranks: Path) -> None:
     counts = [torch.load(two_ranks / f"{method}-0.pt")[2] for method in ("ddp", "ddp in pieces")]
     assert counts[0] == counts[1] >= 4
 

@@ -1,11 +1,15 @@
 """Weights on disk."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from soflow_core.guidance import Guidance
 from soflow_core.networks import DiT, DiTConfig
-from soflow_core.objectives import OBJECTIVES, FlowMatching, SoFlow
+from soflow_core.objectives import OBJECTIVES, FlowMatching, Objective, SoFlow
 from soflow_core.times import LogitNormal
 from soflow_core.weights import build_network, load_weights, read_official, save_weights
 from tests.support.reference_cases import load_case
@@ -19,7 +23,7 @@ OBJECTIVE = SoFlow(path="trigonometric", guidance=Guidance(scale=2.0, drop=0.2),
     [OBJECTIVE, FlowMatching(time=LogitNormal(0.3, 0.9)), *(kind() for kind in OBJECTIVES.values())],
     ids=lambda objective: objective.method,
 )
-def test_a_round_trip_gives_the_same_network_settings_and_facts(tmp_path, objective):
+def test_a_round_trip_gives_the_same_network_settings_and_facts(tmp_path: Path, objective: Objective) -> None:
     network = DiT(CONFIG)
     facts = {"kind": "pixels", "shape": [1, 4, 8], "class_names": ["a", "b", "c"]}
     save_weights(tmp_path / "w.safetensors", network.state_dict(), CONFIG, objective, facts)
@@ -33,7 +37,7 @@ def test_a_round_trip_gives_the_same_network_settings_and_facts(tmp_path, object
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-def test_wrong_shapes_and_missing_names_are_told(tmp_path):
+def test_wrong_shapes_and_missing_names_are_told(tmp_path: Path) -> None:
     network = DiT(CONFIG)
     tensors = dict(network.state_dict())
     tensors["final_layer.linear.bias"] = torch.zeros(5)
@@ -48,7 +52,7 @@ def test_wrong_shapes_and_missing_names_are_told(tmp_path):
         build_network(load_weights(tmp_path / "w.safetensors"))
 
 
-def test_a_cut_file_is_refused(tmp_path):
+def test_a_cut_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_weights(path, DiT(CONFIG).state_dict(), CONFIG, OBJECTIVE, {})
     path.write_bytes(path.read_bytes()[:-10])
@@ -58,8 +62,8 @@ def test_a_cut_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["network.", "module.network."])
 def test_official_files_load_as_tensors_by_their_shapes(
-    tmp_path, reference_settings, reference_tensors, prefix
-):
+    tmp_path: Path, reference_settings: dict[str, Any], reference_tensors: dict[str, Tensor], prefix: str
+) -> None:
     case = load_case("imagenet", reference_settings, reference_tensors)
     state = {prefix + name: tensor for name, tensor in case.network.state_dict().items()}
     other = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
@@ -80,7 +84,7 @@ def test_official_files_load_as_tensors_by_their_shapes(
         read_official(tmp_path / "official.pt", "optimizer", heads=2)
 
 
-def test_a_file_with_more_than_tensors_is_not_run(tmp_path):
+def test_a_file_with_more_than_tensors_is_not_run(tmp_path: Path) -> None:
     torch.save({"ema_model": {}, "settings": CONFIG}, tmp_path / "official.pt")
     with pytest.raises(ValueError, match="holds more than tensors"):
         read_official(tmp_path / "official.pt")

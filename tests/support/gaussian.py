@@ -6,6 +6,7 @@ S_t^2 = (1 - t)^2 std^2 + t^2 is the variance of x_t, and the flow keeps (x - (1
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +71,9 @@ def grid_points(count: int = 200, seed: int = 0) -> tuple[Tensor, Tensor, Tensor
     return x, t, s
 
 
-def runge_kutta(velocity, x: Tensor, t: Tensor, s: Tensor, steps: int = 400) -> Tensor:
+def runge_kutta(
+    velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, s: Tensor, steps: int = 400
+) -> Tensor:
     """The solution at s of dx/dt = v, by the classical fourth-order method."""
     h = (s - t) / steps
     for i in range(steps):
