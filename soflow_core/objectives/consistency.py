@@ -75,7 +75,7 @@ def discrete_loss(
     points = [linear(t).state(batch.x0, noise) for t in times]
     f_t = consistency_function(passes.high_precision, points[0], times[0], batch.labels)
     with torch.no_grad():
-        # At t = 0 the function is its argument, whatever the network predicts.
+        # At t = 0 the function is its argument, for any prediction.
         later = passes.forward_where(
             passes.high_precision, times[1] > 0, points[1], times[1], torch.zeros_like(times[1]), batch.labels
         )

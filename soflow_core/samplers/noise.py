@@ -1,4 +1,4 @@
-"""Noise and labels of samples: row i is a function of (seed, index i, draw), whatever batch it is computed in.
+"""Noise and labels of samples: row i is a function of (seed, index i, draw) alone, in any batch.
 
 Philox 4x32-10 (Salmon et al., SC 2011) in integer tensor arithmetic, and Box-Muller. Unlike torch's generators it is
 the same in every version of torch, and uses all 64 bits of the seed.

@@ -1,6 +1,4 @@
-"""MeanFlow, alpha-Flow, consistency models, Shortcut, Flow Matching and diffusion against their own
-definitions.
-"""
+"""MeanFlow, alpha-Flow, consistency models, Shortcut, Flow Matching and diffusion against their definitions."""
 
 import pytest
 import torch
@@ -214,6 +212,7 @@ def test_soflow_is_alpha_flow_with_alpha_the_middle_ratio() -> None:
 
 
 def test_alpha_flow_drops_labels_only_inside_its_window() -> None:
+    """Rows whose label is dropped keep the guided target."""
     objective = AlphaFlow(
         flow_matching_share=0.0, guidance=VelocityGuidance(omega=0.5, kappa=0.5, start=0.4, end=0.7, drop=0.5)
     )

@@ -15,9 +15,7 @@ STEPS = 1000
 
 
 def power_profile(gamma: float, last: int, total: int) -> torch.Tensor:
-    """(total,): the exact weight of the parameters after each step in a power-function average made at
-    `last`.
-    """
+    """(total,): the exact weight of the parameters after each step in a power-function average made at `last`."""
     k = torch.arange(1, total + 1, dtype=torch.float64)
     weights = (k ** (gamma + 1) - (k - 1) ** (gamma + 1)) / last ** (gamma + 1)
     return torch.where(k <= last, weights, 0)
@@ -78,22 +76,22 @@ def test_a_kept_average_is_reconstructed_as_itself() -> None:
 def test_a_width_that_was_not_kept_is_reconstructed_from_two_that_were(width: float) -> None:
     kept, profiles = snapshots()
     weights = posthoc_weights(kept, (STEPS, width))
-    wanted = power_profile(Power(width).gamma, STEPS, STEPS)
+    target = power_profile(Power(width).gamma, STEPS, STEPS)
     made = sum(w * p for w, p in zip(weights, profiles, strict=True))
     assert made.sum().item() == pytest.approx(1, abs=1e-3)
-    assert ((made - wanted).norm() / wanted.norm()).item() < 0.02
+    assert ((made - target).norm() / target.norm()).item() < 0.02
     values = trajectory()
     found = combine([{"w": (p[:, None] * values).sum(0)} for p in profiles], weights)["w"]
-    brute_force = (wanted[:, None] * values).sum(0)
+    brute_force = (target[:, None] * values).sum(0)
     assert_close(found.double(), brute_force, rtol=0, atol=0.02)
 
 
 def test_the_fit_is_the_least_squares_one() -> None:
-    """No other combination of the kept profiles is nearer to the wanted one."""
+    """No other combination of the kept profiles is nearer to the target one."""
     kept = [(250, 0.1), (500, 0.1), (500, 0.05), (1000, 0.1)]
     profiles = torch.stack([power_profile(Power(w).gamma, s, STEPS) for s, w in kept], dim=1)
-    wanted = power_profile(Power(0.08).gamma, 1000, STEPS)
-    brute_force = torch.linalg.lstsq(profiles, wanted[:, None]).solution[:, 0]
+    target = power_profile(Power(0.08).gamma, 1000, STEPS)
+    brute_force = torch.linalg.lstsq(profiles, target[:, None]).solution[:, 0]
     assert_close(posthoc_weights(kept, (1000, 0.08)), brute_force, rtol=0.02, atol=5e-3)
 
 

@@ -1,4 +1,7 @@
-"""Objectives given the exact solution of simple data: what must vanish vanishes, at the rate it must."""
+"""Objectives with the exact solution of simple data: residuals vanish, at the rate they must.
+
+`test_oracle_...` check the exact functions themselves, which are part of the tests.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -193,8 +196,7 @@ def test_of_a_single_datum_every_loss_is_zero(objective: Objective) -> None:
 
 
 def euler_chain(data: Gaussian, x: Tensor, t: Tensor, s: Tensor, ratio: float, gap: float = 1e-4) -> Tensor:
-    """Euler steps of the exact velocity at t, l(t), l(l(t)), ...: the solution that SoFlow's objective
-    settles on.
+    """Euler steps of the exact velocity at t, l(t), l(l(t)), ...: the minimum of SoFlow's objective.
 
     The last step is from within the gap to s, where f(x, l, s) = x.
     """

@@ -1,4 +1,4 @@
-"""Which kernels a step runs on, and that a process has its own settings back afterwards."""
+"""Kernel settings of a step, and that the process has its previous settings back afterwards."""
 
 import subprocess
 import sys

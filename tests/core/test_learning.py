@@ -1,4 +1,4 @@
-"""Each method, trained from nothing on data whose exact solution is known, finds it."""
+"""Each method, trained from scratch on data with a known solution, finds it."""
 
 from dataclasses import replace
 

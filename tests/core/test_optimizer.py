@@ -1,4 +1,4 @@
-"""The learning rate is a function of the step alone, exact at its ends, and is what the optimizer steps with."""
+"""The learning rate is a function of the step alone, exact at its ends, and reaches the optimizer."""
 
 import math
 from typing import Any

@@ -1,4 +1,7 @@
-"""Data of a few points: the hardest stress of a solution function, for it jumps where the points' basins meet."""
+"""Data of a few points, whose solution function jumps where the basins of the points meet.
+
+`test_oracle_...` check the exact functions themselves, which are part of the tests.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A digest tells whether tensors are the same bit for bit."""
+"""Digests of tensors are equal where the tensors are equal bit for bit."""
 
 import pytest
 import torch

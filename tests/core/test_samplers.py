@@ -1,6 +1,4 @@
-"""Samplers with exact functions: distributions kept, orders of error, end points; and the noise they start
-from.
-"""
+"""Samplers with exact functions: distributions, orders of error and end points; and the noise of a sample."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -127,12 +125,12 @@ def test_ddpm_keeps_the_forward_marginals_of_a_single_datum_at_any_spacing(steps
     first = float(alpha_bar[numbers[0]])
 
     def state(number: int, noise: Tensor, renoise: Sequence[Tensor]) -> Tensor:
-        """The chain's state when the network is asked at this step number."""
+        """The chain's state at this step number."""
         seen = {}
 
-        def predict(x: Tensor, asked: Tensor) -> Tensor:
-            seen[int(asked[0])] = x
-            here = alpha_bar[asked.long()].reshape(-1, 1, 1, 1)
+        def predict(x: Tensor, numbers: Tensor) -> Tensor:
+            seen[int(numbers[0])] = x
+            here = alpha_bar[numbers.long()].reshape(-1, 1, 1, 1)
             return (x - here.sqrt() * datum) / (1 - here).sqrt()
 
         ddpm(predict, first**0.5 * datum + (1 - first) ** 0.5 * noise, alpha_bar, steps, renoise)

@@ -1,4 +1,4 @@
-"""Settings that are not what they should be are refused where they are made, not met later as something else."""
+"""Settings out of their range are refused where they are made."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""SoFlow's loss against what it stands for: an MSE, its limits, its parts, and its form in six calls."""
+"""SoFlow's loss against its definition: as a mean squared error, in its limits, and in six network calls."""
 
 from typing import Any
 

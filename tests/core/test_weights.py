@@ -1,4 +1,4 @@
-"""Weights on disk."""
+"""Weights files: round trips, damaged files, official checkpoints."""
 
 from pathlib import Path
 from typing import Any

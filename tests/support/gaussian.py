@@ -1,5 +1,4 @@
-"""Exact functions of the linear path for data whose every coordinate is N(mean, std^2), and for other simple
-data.
+"""Exact velocities and solutions of the linear path for normal data and for mixtures of normals.
 
 S_t^2 = (1 - t)^2 std^2 + t^2 is the variance of x_t, and the flow keeps (x - (1 - t) mean) / S_t.
 """

@@ -1,4 +1,4 @@
-"""Real processes that train together on one machine, over gloo."""
+"""Runs a function in several processes joined by gloo."""
 
 from __future__ import annotations
 

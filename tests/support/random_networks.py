@@ -1,4 +1,4 @@
-"""Small networks away from their initial zeros, and batches for them, in float64 or float32."""
+"""Small networks with random weights, and batches for them, in float64 or float32."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Reads the values computed with the official SoFlow implementation (float32, CPU)."""
+"""Reference values computed with the official SoFlow implementation (float32, CPU)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -44,12 +44,12 @@ class Case:
         return Batch(self.tensors["x0"], self.labels)
 
     def velocity_draws(self) -> Draws:
-        """The whole batch in the Flow Matching branch."""
+        """Draws that put the whole batch into the Flow Matching branch."""
         t = self.tensors["t_velocity"]
         return Draws(self.tensors["x1"], t, t, self.tensors.get("drop_mask"), velocity_rows=len(t))
 
     def consistency_draws(self) -> Draws:
-        """The whole batch in the consistency branch."""
+        """Draws that put the whole batch into the consistency branch."""
         tensors = self.tensors
         return Draws(tensors["x1"], tensors["t"], tensors["s"], tensors.get("drop_mask"), velocity_rows=0)
 
