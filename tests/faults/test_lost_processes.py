@@ -34,16 +34,14 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
     since = time.monotonic()
     victims[-1].send_signal(signal.SIGKILL)
     seconds, lost = sweep.recovery(since)
-    code, printed, said = sweep.end()
-    assert code == 0, said
+    printed = sweep.succeeds()
     assert sweep.record.attempts == 1
     sweep.expect_whole_curves()
     assert f"step {sweep.steps:,}" in printed
     assert 0 < lost <= sweep.save_every + LOG_EVERY
     if count == 1:
         whole = Watched(ProjectFolder(tmp_path / "never-cut"), steps=1500, every=500, save_every=100)
-        code, _, said = whole.end()
-        assert code == 0, said
+        whole.succeeds()
         for metric in ("train/loss", "eval/fd_nfe1"):
             assert sweep.curve(metric) == whole.curve(metric)
     outcome(
@@ -63,8 +61,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path, outcome: 
     since = time.monotonic()
     again = Watched(sweep.storage, steps=1500, every=500, save_every=100)
     seconds, lost = again.recovery(since)
-    code, printed, said = again.end()
-    assert code == 0, said
+    printed = again.succeeds()
     assert "going on with sweep" in printed
     again.expect_whole_curves()
     assert lost <= sweep.save_every + LOG_EVERY
@@ -80,10 +77,10 @@ def test_sigterm_saves_marks_the_runs_and_exits_143(tmp_path: Path, outcome: Not
     sweep.trains()
     sweep.process.send_signal(signal.SIGTERM)
     since = time.monotonic()
-    code, _, said = sweep.end(60)
+    code, _, message = sweep.end(60)
     seconds = time.monotonic() - since
     assert code == 143
-    assert "trials finish their step and save" in said
+    assert "trials finish their step and save" in message
     saved = sweep.checkpoint_steps[-1]
     assert sweep.status["state"] == "stopped"
     assert saved == sweep.status["step"]
@@ -145,8 +142,7 @@ WORKERS_ON_NODES = "resources={workers: 2, cpus_per_worker: 1.5, max_failures: 3
 def test_a_removed_node_is_replaced_by_a_spare_one(cluster: Any, tmp_path: Path, outcome: Note) -> None:
     sweep, since = removed_node(cluster, tmp_path, 3)
     seconds, lost = sweep.recovery(since)
-    code, _, said = sweep.end()
-    assert code == 0, said
+    sweep.succeeds()
     sweep.expect_whole_curves()
     assert lost <= sweep.save_every + LOG_EVERY
     outcome(
@@ -160,8 +156,7 @@ def test_with_fewer_nodes_an_elastic_trial_goes_on_at_the_same_batch(
     elastic = WORKERS_ON_NODES.replace("workers: 2", "workers: 2, min_workers: 1")
     sweep, since = removed_node(cluster, tmp_path, 2, elastic)
     seconds, lost = sweep.recovery(since)
-    code, _, said = sweep.end()
-    assert code == 0, said
+    sweep.succeeds()
     sweep.expect_whole_curves()
     assert "going on with 1 worker(s)" in sweep.log
     assert lost <= sweep.save_every + LOG_EVERY
@@ -182,11 +177,9 @@ def test_a_node_that_never_comes_fails_the_trial_with_the_time_that_was_waited(
 ) -> None:
     impatient = WORKERS_ON_NODES.replace("workers: 2", "workers: 2, wait_minutes: 1.5")
     sweep, since = removed_node(cluster, tmp_path, 2, impatient)
-    code, _, said = sweep.end()
+    message = sweep.fails()
     seconds = time.monotonic() - since
-    assert code == 1
-    assert "no machine for its 2 worker(s) came within 1.5 min (resources.wait_minutes)" in said
-    assert "Traceback" not in said
+    assert "no machine for its 2 worker(s) came within 1.5 min (resources.wait_minutes)" in message
     assert sweep.status["state"] == "failed"
     outcome(
         Outcome(
@@ -202,8 +195,8 @@ def test_a_trial_that_waits_for_a_node_can_be_stopped(cluster: Any, tmp_path: Pa
     sweep, _ = removed_node(cluster, tmp_path, 2)
     sweep.wait_for(lambda: time.time() - sweep.status["updated"] > 10)
     request_stop(sweep.storage, sweep.record.id)
-    code, _, said = sweep.end(90)
-    assert code == 143, said
+    code, _, message = sweep.end(90)
+    assert code == 143, message
     assert "asked to stop while it waited for machines" in sweep.log
     assert sweep.status["state"] == "stopped"
 

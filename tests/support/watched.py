@@ -169,14 +169,28 @@ class Watched:
         history = tracking.client.get_metric_history(run.info.run_id, metric)
         return {m.step: m.value for m in history}
 
+    def succeeds(self) -> str:
+        """Wait for the command, which must exit with 0 and no traceback -> what it printed."""
+        code, printed, message = self.end()
+        assert code == 0, message
+        assert "Traceback" not in message
+        return printed
+
+    def fails(self, seconds: float = 240) -> str:
+        """Wait for the command, which must exit with 1 and no traceback -> its message."""
+        code, _, message = self.end(seconds)
+        assert code == 1, message
+        assert "Traceback" not in message
+        return message
+
     def end(self, seconds: float = 240) -> tuple[int, str, str]:
         """(exit code, stdout, stderr)"""
         try:
-            printed, said = self.process.communicate(timeout=seconds)
+            printed, message = self.process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             self.process.send_signal(signal.SIGKILL)
             raise AssertionError(f"it did not end: {self.status}\n{self.log}") from None
-        return self.process.returncode, printed, said
+        return self.process.returncode, printed, message
 
     def expect_whole_curves(
         self, status: str = "FINISHED", uri: str | None = None, last: int | None = None

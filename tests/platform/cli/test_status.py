@@ -65,12 +65,14 @@ def sweep(storage: ProjectFolder, name: str, digest: str, age: float = 0.0, **fi
     return record
 
 
-def tell(storage: ProjectFolder, record: SweepRecord, trial: str, age: float = 1.0, **told: Any) -> None:
+def write_status(
+    storage: ProjectFolder, record: SweepRecord, trial: str, age: float = 1.0, **fields: Any
+) -> None:
     """A status file as the first worker of a trial writes it."""
     status = {"state": "running", "step": 200, "steps": 400, "images": 25600, "images_per_second": 310.0}
     status |= {"eta_seconds": 75.0, "loss": 0.4123, "host": HERE, "pid": os.getpid(), "attempt": 1}
     path = storage.trial(record.id, trial) / STATUS
-    write_json(path, {**status, "updated": time.time() - age, **told})
+    write_json(path, {**status, "updated": time.time() - age, **fields})
 
 
 def states(printed: str) -> dict[str, str]:
@@ -142,10 +144,10 @@ def test_a_sweep_or_trial_is_found_by(kind: str, soflowctl: Command) -> None:
 def test_a_name_that_is_none_or_several_is_refused_with_the_candidates(
     kind: str, command: str, soflowctl: Command
 ) -> None:
-    name, said = NO_NAMES[kind]
+    name, message = NO_NAMES[kind]
     code, printed, error = soflowctl(command, name)
     assert (code, printed) == (2, "")
-    assert said in error
+    assert message in error
     assert len(error.strip().splitlines()) == 1
 
 
@@ -164,13 +166,13 @@ def test_a_storage_that_is_away_fails_a_command_with_one_sentence(
         monkeypatch.setenv(name, "key")
     place = "s3://bucket/prefix?endpoint_override=127.0.0.1:9&scheme=http"
     sweep(storage, "digits", "aa11", experiment={"training": {"steps": 400, "checkpoints": place}})
-    code, _, said = soflowctl("runs", "digits")
+    code, _, message = soflowctl("runs", "digits")
     assert code == 1
     assert (
         "failed: s3://bucket/prefix/digits-aa11/trial-00-lr=0.1 cannot be listed: the connection failed"
-        in said
+        in message
     )
-    assert len(said.splitlines()) == 1
+    assert len(message.splitlines()) == 1
 
 
 def test_status_without_a_name_shows_what_runs_and_else_the_newest_sweep(
@@ -190,7 +192,7 @@ def test_status_without_a_name_shows_what_runs_and_else_the_newest_sweep(
 
 def test_status_shows_the_status_file_of_a_running_trial(storage: ProjectFolder, soflowctl: Command) -> None:
     record = sweep(storage, "digits", "aa11", attempts=3)
-    tell(storage, record, TRIALS[0], age=2.0, attempt=3)
+    write_status(storage, record, TRIALS[0], age=2.0, attempt=3)
     checkpoint = storage.trial(record.id, TRIALS[0]) / "checkpoints" / "step-00000150"
     write_json(checkpoint / "checkpoint.json", {})
     # Still being written: it has no record yet.
@@ -230,8 +232,8 @@ def test_a_status_older_than_a_minute_is_stale_while_its_sweep_runs(
     storage: ProjectFolder, soflowctl: Command
 ) -> None:
     record = sweep(storage, "digits", "aa11")
-    tell(storage, record, TRIALS[0], age=30.0)
-    tell(storage, record, TRIALS[1], age=125.0, state="evaluating")
+    write_status(storage, record, TRIALS[0], age=30.0)
+    write_status(storage, record, TRIALS[1], age=125.0, state="evaluating")
     with lock_sweep(storage, record.id):
         printed = soflowctl("status")[1]
         silent = [status["silent"] for status in json.loads(soflowctl("status", "--json")[1])]
@@ -245,17 +247,17 @@ def test_the_state_in_a_status_file_holds_only_while_its_sweep_runs(
     storage: ProjectFolder, soflowctl: Command
 ) -> None:
     record = sweep(storage, "digits", "aa11")
-    tell(storage, record, TRIALS[0])
+    write_status(storage, record, TRIALS[0])
     assert states(soflowctl("status", "--json")[1]) == {TRIALS[0]: "cut", TRIALS[1]: "not started"}
-    tell(storage, record, TRIALS[1], state="failed")
+    write_status(storage, record, TRIALS[1], state="failed")
     assert states(soflowctl("status", "--json")[1]) == {TRIALS[0]: "cut", TRIALS[1]: "failed"}
-    tell(storage, record, TRIALS[0], step=400)
+    write_status(storage, record, TRIALS[0], step=400)
     write_json(storage.trial(record.id, TRIALS[0]) / "checkpoints" / "step-00000400" / "checkpoint.json", {})
     assert states(soflowctl("status", "--json")[1])[TRIALS[0]] == "finished"
     record.attempts = 2
     record.save(storage)
     with lock_sweep(storage, record.id):
-        # Started again: what was said before is no longer so.
+        # Started again: the status of the start before does not hold any more.
         assert states(soflowctl("status", "--json")[1])[TRIALS[1]] == "waiting"
         request_stop(storage, record.id, TRIALS[1])
         assert states(soflowctl("status", "--json")[1])[TRIALS[1]] == "stopping"
@@ -265,11 +267,11 @@ def test_a_fresh_status_of_another_machine_counts_as_running(
     storage: ProjectFolder, soflowctl: Command
 ) -> None:
     record = sweep(storage, "digits", "aa11")
-    tell(storage, record, TRIALS[0], host="another")
+    write_status(storage, record, TRIALS[0], host="another")
     assert "running" in soflowctl("status")[1].splitlines()[0]
-    tell(storage, record, TRIALS[0], host="another", age=61)
+    write_status(storage, record, TRIALS[0], host="another", age=61)
     assert "cut" in soflowctl("status")[1].splitlines()[0]
-    tell(storage, record, TRIALS[0], host="another", state="finished")
+    write_status(storage, record, TRIALS[0], host="another", state="finished")
     assert "cut" in soflowctl("status")[1].splitlines()[0]
 
 
@@ -314,7 +316,7 @@ def test_what_does_not_run_cannot_be_stopped(storage: ProjectFolder, soflowctl: 
         f"soflowctl: error: sweep {record.id} is not running (cut): there is nothing to stop.\n",
     )
     with lock_sweep(storage, record.id):
-        tell(storage, record, TRIALS[0], state="finished")
+        write_status(storage, record, TRIALS[0], state="finished")
         code, _, error = soflowctl("stop", TRIALS[0])
     assert code == 2
     assert f"trial {TRIALS[0]} of sweep {record.id} is finished: there is nothing to stop." in error
@@ -325,7 +327,7 @@ def test_a_trial_that_has_not_begun_is_passed_over_and_not_waited_for(
     storage: ProjectFolder, soflowctl: Command
 ) -> None:
     record = sweep(storage, "digits", "aa11")
-    tell(storage, record, TRIALS[0])
+    write_status(storage, record, TRIALS[0])
     with lock_sweep(storage, record.id):
         code, printed, _ = soflowctl("stop", TRIALS[1])
         assert (code, len(printed.splitlines())) == (0, 1)
@@ -351,7 +353,7 @@ def test_stop_tells_what_it_waits_for_and_leaves_its_request_when_time_is_up(
     storage: ProjectFolder, soflowctl: Command
 ) -> None:
     record = sweep(storage, "digits", "aa11")
-    tell(storage, record, TRIALS[0])
+    write_status(storage, record, TRIALS[0])
     with lock_sweep(storage, record.id):
         code, printed, error = soflowctl("stop", record.id, "--wait", "0.1")
         assert code == 1

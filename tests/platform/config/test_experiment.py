@@ -1,4 +1,4 @@
-"""A sweep file is checked before anything starts, and what is wrong with it is said in one sentence with file and line."""
+"""A sweep file is checked before anything starts, and what is wrong with it is refused in one sentence with file and line."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_misspelt_override_is_named_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("steps: 40", "steps: many", "line 5: `training.steps` is 'many': input should be a valid integer"),
         ("steps: 40", "steps: 0", "line 5: `training.steps` is 0: input should be greater than 0"),
@@ -105,10 +105,10 @@ def test_a_misspelt_override_is_named_as_one(tmp_path: Path) -> None:
         ("steps: 40", "steps: 40, steps: 50", "line 5: `steps` is given twice; keep one"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, old: str, new: str, said: str) -> None:
+def test_what_is_wrong_is_refused_in_one_sentence(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in MINIMAL
     sentence = refusal(write(tmp_path, MINIMAL.replace(old, new)))
-    assert said in sentence
+    assert message in sentence
     assert "\n" not in sentence
 
 
@@ -136,7 +136,7 @@ def test_a_trial_may_lose_any_number_of_workers_where_their_rows_can_be_uneven(t
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("training.ema=[0.5, 0.9, 0.5]", "`training.ema`: 0.5 is given twice: keep one"),
         ("optimizer.warmup_steps=41", "optimizer.warmup_steps (41) is beyond training.steps (40): lower it"),
@@ -161,9 +161,9 @@ def test_a_trial_may_lose_any_number_of_workers_where_their_rows_can_be_uneven(t
         ("training.grace_seconds=0", "`training.grace_seconds` is 0"),
     ],
 )
-def test_what_would_fail_later_is_refused_now(tmp_path: Path, override: str, said: str) -> None:
+def test_what_would_fail_later_is_refused_now(tmp_path: Path, override: str, message: str) -> None:
     sentence = refusal(write(tmp_path, MINIMAL), override)
-    assert said in sentence
+    assert message in sentence
     assert "\n" not in sentence
 
 
@@ -296,7 +296,7 @@ def test_what_decides_the_numbers_makes_another_sweep(override: str) -> None:
         "training.grace_seconds=60",
         "tracking.uri=http://tracking:5000",
         "registry.enabled=false",
-        "description=said otherwise",
+        "description=in other words",
         "comparison=[{steps: [1]}]",
     ],
 )

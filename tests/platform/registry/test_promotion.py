@@ -107,7 +107,7 @@ def test_a_forced_promotion_records_its_reason_and_can_be_rolled_back(
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         ("models:/absent@champion", "there is no registered model 'absent'"),
         ("models:/digits/9", "model 'digits' has no version 9; it has 1"),
@@ -115,8 +115,8 @@ def test_a_forced_promotion_records_its_reason_and_can_be_rolled_back(
     ],
 )
 def test_a_version_that_is_not_there_is_said_to_be(
-    add: Register, tracking: Tracking, model: str, said: str
+    add: Register, tracking: Tracking, model: str, message: str
 ) -> None:
     add("a", 10.0)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         versions.find_version(tracking.store, model)

@@ -160,7 +160,7 @@ def test_guidance_of_the_methods_sweeps_is_matched(sweep: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("search.budgets=[steps, steps]", "`budgets` names one twice"),
         ("search.budgets=[flops]", "input should be 'steps' or 'evaluations'"),
@@ -172,8 +172,8 @@ def test_guidance_of_the_methods_sweeps_is_matched(sweep: Path) -> None:
         ),
     ],
 )
-def test_a_budget_that_cannot_be_is_refused(override: str, said: str) -> None:
+def test_a_budget_that_cannot_be_is_refused(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         trials(*reversed(read_experiment(METHODS, (override,))))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
