@@ -1,14 +1,16 @@
-# Two commands do everything on a fresh machine with Python 3.10 to 3.12:
+# Two commands do everything on a fresh machine with Python 3.10 to 3.12; each creates .venv and installs first, once:
 #
-#     make run     create .venv, install, run the main job on the embedded default
-#     make test    create .venv, install, run the tests
+#     make run     run the main job: soflowctl run sweeps/digits.yaml
+#     make test    run the tests
+#
+# `make help` lists the others.
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: run test test-slow test-faults lint format wheel clean
+.PHONY: run test test-slow test-faults test-all lint format wheel clean help
 
 run: .venv/.installed
 	@echo "run: soflowctl run sweeps/digits.yaml"
@@ -26,6 +28,9 @@ test-faults: .venv/.installed
 	@echo "test-faults: kills processes, nodes and servers"
 	@$(PYTEST) -m faults
 
+test-all: .venv/.installed
+	@$(MAKE) lint test test-slow test-faults
+
 lint: .venv/.installed
 	@echo "lint: ruff and mypy"
 	@$(BIN)/ruff check .
@@ -40,6 +45,9 @@ wheel: .venv/.installed
 
 clean:
 	@rm -rf .venv dist build
+
+help:
+	@echo "run  test  test-slow  test-faults  test-all (lint and every test)  lint  format  wheel  clean"
 
 .venv/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "install: no Python 3.10 to 3.12 found; install one or set PYTHON=/path/to/python" >&2; exit 2; }

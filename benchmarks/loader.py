@@ -194,10 +194,10 @@ def compare(folder: Path, samples: int) -> int:
         print(f"{name:>34} {value:9.0f}   {value / slow:6.1f}   {value / limit:8.2f}")
     grown = {shards: memory(folder / f"shards-{shards}") for shards in (10, 1000)}
     print("memory the loader adds: " + ", ".join(f"{mb:.0f} MB with {n} shards" for n, mb in grown.items()))
-    return judge(rates["loader, moments"], slow, limit, grown)
+    return exit_code(rates["loader, moments"], slow, limit, grown)
 
 
-def judge(loader: float, slow: float, limit: float, grown: dict[int, float]) -> int:
+def exit_code(loader: float, slow: float, limit: float, grown: dict[int, float]) -> int:
     bars = {
         f"at least 20 times h5py: {loader / slow:.1f}": loader >= 20 * slow,
         f"at least a third of the memmap: {loader / limit:.2f}": 3 * loader >= limit,

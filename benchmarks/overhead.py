@@ -33,8 +33,8 @@ from soflow_core.objectives import Batch
 from soflow_core.train_step import TrainStep, TrainStepConfig
 from soflow_pipelines.shards.loader import ShardLoader
 from soflow_pipelines.storage.files import read_json
-from soflow_platform import sweeps_folder
 from soflow_platform.config.experiment import Experiment
+from soflow_platform.config.presets import sweeps_folder
 from soflow_platform.config.validation import read_experiment
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import TrackingStore
@@ -123,8 +123,8 @@ def run_bare(options: argparse.Namespace, storage: ProjectFolder) -> Curve:
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"the bare loop failed:\n{done.stderr}")
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return Curve(_by_step(told["moments"]), _by_step(told["losses"]), told["niceness"])
+    curve: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return Curve(_by_step(curve["moments"]), _by_step(curve["losses"]), curve["niceness"])
 
 
 def run_platform(options: argparse.Namespace, storage: ProjectFolder) -> Curve:
@@ -170,8 +170,8 @@ def _worker_niceness(sweep: subprocess.Popen[str], storage: ProjectFolder) -> in
     return 0
 
 
-def _by_step(told: dict[str, float]) -> dict[int, float]:
-    return {int(step): value for step, value in told.items()}
+def _by_step(values: dict[str, float]) -> dict[int, float]:
+    return {int(step): value for step, value in values.items()}
 
 
 def settings(options: argparse.Namespace) -> list[str]:
@@ -183,9 +183,9 @@ def settings(options: argparse.Namespace) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Ray starts workers at niceness 15 unless told otherwise, which would give other processes the cores first."""
-    own = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "SOFLOW_STORAGE")}
-    return {**own, "RAY_worker_niceness": "0"}
+    """Ray starts workers at niceness 15 by default, which would give other processes the cores first."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "SOFLOW_STORAGE")}
+    return {**inherited, "RAY_worker_niceness": "0"}
 
 
 def main() -> int:

@@ -4,7 +4,7 @@ policy.
     python benchmarks/precision.py
     python benchmarks/precision.py --device cuda --size B/2
 
-A network of the size, away from its initial zeros, is asked in float64 and under each policy for q at the
+A network of the size, away from its initial zeros, computes q in float64 and under each policy at the
 same points. The noise is rms(q - q64) / rms(q64), averaged over batches of (t, s) at a fixed middle-time
 ratio r. On a CPU, TF32 is emulated: the operands of every matrix product are rounded to 10 bits of mantissa.
 On a GPU `float32` has no TF32, neither in matrix products nor in the patch embedding's convolution.

@@ -1,8 +1,8 @@
-"""How often a judge that took no part in training recognises one-step samples as the digit asked for.
+"""Share of one-step samples that a classifier outside the training recognises as the digit asked for.
 
 python benchmarks/recognition.py --storage soflow-runs --num 1000
 
-The judge is a support vector machine on raw pixels, fitted to scikit-learn's real digits; the sweep's own
+The classifier is a support vector machine on raw pixels, fitted to scikit-learn's real digits; the sweep's
 classifier is a small convolutional network. Beside its score on samples stands its score on real digits it
 was not fitted to, by five-fold cross-validation.
 """
@@ -44,13 +44,13 @@ def main() -> None:
     arguments = parser.parse_args()
     real = load_digits()
     pixels = real.data * (255 / 16)
-    judge = SVC(gamma="scale", C=10.0)
-    print(f"real digits, five-fold: {cross_val_score(judge, pixels, real.target, cv=5).mean():.4f}")
-    judge.fit(pixels, real.target)
+    classifier = SVC(gamma="scale", C=10.0)
+    print(f"real digits, five-fold: {cross_val_score(classifier, pixels, real.target, cv=5).mean():.4f}")
+    classifier.fit(pixels, real.target)
     storage = str(arguments.storage) if arguments.storage else None
     for steps in (1, 2):
         made = samples(storage, arguments.model, arguments.num, steps, arguments.seed)
-        right = judge.predict(made) == np.arange(arguments.num) % 10
+        right = classifier.predict(made) == np.arange(arguments.num) % 10
         by_class = " ".join(f"{digit}:{right[digit::10].mean():.2f}" for digit in range(10))
         print(f"{steps} NFE: {right.mean():.4f} of {arguments.num} recognised ({by_class})")
 

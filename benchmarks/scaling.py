@@ -5,7 +5,7 @@
 
 The tables are those of DiT-XL/2 trained by SoFlow in `mixed` precision. The check trains S/4 in gloo processes
 of one thread each: it measures a step without exchange, the exchange of its gradients alone, and the whole
-step, and prints each beside what the model says. The model is given three measured numbers: the step of one
+step, and prints each beside what the model says. The model takes three measured numbers: the step of one
 worker, how fast two workers exchange a quarter of the gradients, and the number of cores, which more workers
 than cores share.
 """

@@ -260,9 +260,9 @@ def check(size: str, batch: int, steps: int, counts: list[int]) -> int:
         model = fsdp_messages(Work.of(network_config("S/8"), SoFlow(), precision))
         # What lies outside the blocks stays gathered from one backward pass to the next.
         agree &= tuple(round(value) for value in counted) == model
-        told = " and ".join(f"{value:.2f}" for value in counted)
+        counts_text = " and ".join(f"{value:.2f}" for value in counted)
         print(
-            f"FSDP, {precision}: the network is gathered and scattered {told} times in a step (model {model})"
+            f"FSDP, {precision}: the network is gathered and scattered {counts_text} times in a step (model {model})"
         )
     check_data()
     check_draws()
