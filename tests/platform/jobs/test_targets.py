@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from soflow_core.failures import InputError
 from soflow_core.weights import load_weights
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import UserError
@@ -210,7 +211,7 @@ def test_images_are_refused_where_weights_are_needed(tmp_path: Path, name: str) 
 def test_an_unknown_name_is_refused_in_one_sentence(
     scored_once: ProjectFolder, name: str, message: str
 ) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(InputError) as caught:
         find(name, scored_once)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
