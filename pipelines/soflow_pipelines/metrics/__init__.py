@@ -1,8 +1,24 @@
-"""Scores of generated images: streaming statistics that merge over workers, and the numbers taken of them."""
+"""Scores of generated images, from streaming statistics that merge over workers.
 
-from soflow_pipelines.metrics.accumulator import METRICS, ScoreError, ScoreStatistics
+accumulators      streaming statistics by kind: moments, spatial moments, class sums, reservoir, label agreement
+fid               Fréchet distance, feature moments
+inception_score   Inception Score
+kid               Kernel Inception Distance
+label_agreement   how often a classifier reads the label that was asked for
+precision_recall  improved precision and recall
+reference         statistics of the real images that samples are scored against
+registry          the metrics by name
+reservoir         bounded choice of samples that does not depend on their order
+score_statistics  statistics of a set of images for a choice of metrics
+scores            scores from statistics, each refused or flagged where it is not what it seems
+version           version of the evaluator
+"""
+
+from soflow_pipelines.metrics.accumulators import ScoreError
 from soflow_pipelines.metrics.fid import FeatureStatistics, GaussianMoments, frechet_distance
 from soflow_pipelines.metrics.reference import Reference
+from soflow_pipelines.metrics.registry import METRICS
+from soflow_pipelines.metrics.score_statistics import ScoreStatistics
 from soflow_pipelines.metrics.scores import ScoreResult, scores
 from soflow_pipelines.metrics.version import EVALUATOR
 

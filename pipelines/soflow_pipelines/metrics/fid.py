@@ -1,4 +1,4 @@
-"""The Fréchet distance of two sets of features, from statistics gathered by batch."""
+"""Fréchet distance of two sets of features, and streaming mean and covariance of features."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 Float64Array = NDArray[np.float64]
 
-TAKEN_IN_AT_ONCE = 1024
-"""Vectors that wait to be taken into the covariance together: one by one, batches cost more than the network on a GPU."""
+PENDING_VECTORS = 1024
+"""Vectors that are buffered and added to the covariance together: batch by batch costs more than the network on a GPU."""
 
 
 class Moments(Protocol):
@@ -35,11 +35,14 @@ class Moments(Protocol):
 
 @dataclass(frozen=True)
 class GaussianMoments:
-    """Moments that were taken elsewhere."""
+    """Mean and covariance as plain arrays."""
 
-    mean: Float64Array  # (D,)
-    covariance: Float64Array  # (D, D), unbiased
-    count: int | None = None  # of the vectors behind them, None where nobody wrote it down
+    mean: Float64Array
+    """(D,)"""
+    covariance: Float64Array
+    """(D, D), unbiased"""
+    count: int | None = None
+    """Number of vectors behind them; None where it is not known."""
 
     def __post_init__(self) -> None:
         if self.mean.ndim != 1 or self.covariance.shape != (self.dim, self.dim):
@@ -55,18 +58,18 @@ class GaussianMoments:
 
     @cached_property
     def principal_axes(self) -> Float64Array:
-        """(D, R); kept, for a reference is compared with many times."""
+        """(D, R); cached, for a reference is compared with many times."""
         return _principal_axes(self.covariance)
 
 
 class FeatureStatistics:
-    """Count, mean and scatter of feature vectors in float64, gathered by batch and merged over workers."""
+    """Count, mean and scatter of feature vectors in float64, updated batch by batch and merged over workers."""
 
     def __init__(self, dim: int) -> None:
         self._count = 0
         self._mean: Float64Array = np.zeros(dim)
         self._scatter: Float64Array = np.zeros((dim, dim))
-        self._waiting: list[Float64Array] = []
+        self._pending: list[Float64Array] = []
 
     @property
     def dim(self) -> int:
@@ -74,18 +77,18 @@ class FeatureStatistics:
 
     @property
     def count(self) -> int:
-        return self._count + sum(len(batch) for batch in self._waiting)
+        return self._count + sum(len(batch) for batch in self._pending)
 
     @property
     def mean(self) -> Float64Array:
         """(D,)"""
-        self._take_in()
+        self._flush()
         return self._mean
 
     @property
     def covariance(self) -> Float64Array:
-        """(D, D), unbiased. ValueError for fewer than two vectors."""
-        self._take_in()
+        """(D, D), unbiased. Raises ValueError for fewer than two vectors."""
+        self._flush()
         if self._count < 2:
             raise ValueError(f"a covariance needs at least 2 feature vectors, there are {self._count}")
         return self._scatter / (self._count - 1)
@@ -96,32 +99,32 @@ class FeatureStatistics:
         return _principal_axes(self.covariance)
 
     def update(self, features: Tensor | ArrayLike) -> None:
-        """Adds (B, D) features. ValueError where D differs or a value is not finite."""
+        """Add features (B, D). Raises ValueError where D differs or a value is not finite."""
         values = features.detach().cpu().numpy() if isinstance(features, Tensor) else features
         batch: Float64Array = np.array(values, dtype=np.float64)
         if batch.ndim != 2 or batch.shape[1] != self.dim:
             raise ValueError(f"features have shape {batch.shape}, the statistics take (B, {self.dim})")
         if not np.isfinite(batch).all():
             raise ValueError("a feature is not finite")
-        self._waiting.append(batch)
-        if self.count - self._count >= TAKEN_IN_AT_ONCE:
-            self._take_in()
+        self._pending.append(batch)
+        if self.count - self._count >= PENDING_VECTORS:
+            self._flush()
 
-    def _take_in(self) -> None:
-        if self._waiting:
-            batch = np.concatenate(self._waiting)
-            self._waiting.clear()
+    def _flush(self) -> None:
+        if self._pending:
+            batch = np.concatenate(self._pending)
+            self._pending.clear()
             if len(batch):
                 mean = batch.mean(0)
                 centred = batch - mean
                 self._combine(len(batch), mean, centred.T @ centred)
 
     def merge(self, other: FeatureStatistics) -> None:
-        """Adds what another worker gathered."""
+        """Add the statistics of another worker."""
         if other.dim != self.dim:
             raise ValueError(f"statistics of {other.dim} features cannot join those of {self.dim}")
-        self._take_in()
-        other._take_in()
+        self._flush()
+        other._flush()
         if other._count:
             self._combine(other._count, other._mean, other._scatter.copy())
 
@@ -136,12 +139,12 @@ class FeatureStatistics:
         self._count = total
 
     def moments(self) -> GaussianMoments:
-        """These statistics as they are now."""
+        """A copy of the moments as they are now."""
         return GaussianMoments(self.mean.copy(), self.covariance, self.count)
 
     def state(self) -> dict[str, NDArray]:
         """Arrays to keep in an .npz file."""
-        self._take_in()
+        self._flush()
         return {
             "count": np.asarray(self._count),
             "mean": self._mean.copy(),
@@ -150,6 +153,7 @@ class FeatureStatistics:
 
     @classmethod
     def from_state(cls, state: Mapping[str, NDArray]) -> FeatureStatistics:
+        """The statistics that `state` was taken of."""
         statistics = cls(len(state["mean"]))
         statistics._count = int(state["count"])
         statistics._mean = np.asarray(state["mean"], dtype=np.float64).copy()

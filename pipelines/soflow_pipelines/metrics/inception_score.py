@@ -1,4 +1,4 @@
-"""The Inception Score from sums over splits of the samples (Salimans et al., 2016)."""
+"""Inception Score from sums over splits of the samples (Salimans et al., 2016)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPLITS = 10
 
 
 class InceptionScoreSums:
-    """For each tenth of the samples: their number, the sum of p(y|x), and that of p log p.
+    """Per tenth of the samples: their number, the sum of p(y|x), and the sum of p log p.
 
     exp(mean KL(p(y|x) || p(y))) of a split follows from these three, so neither the order nor the split over workers matters. Tenth
     s of N samples are those from place s N // 10 up to (s + 1) N // 10 in a fixed permutation of the indices: images that are sorted
@@ -34,7 +34,7 @@ class InceptionScoreSums:
         self._negentropy = np.zeros(SPLITS)
 
     def update(self, indices: NDArray[np.int64], logits: Tensor) -> None:
-        """Adds the logits (B, K) of the samples (B,), which are numbered from 0 to N - 1."""
+        """Add the logits (B, K) of the samples (B,), which are numbered from 0 to N - 1."""
         if logits.ndim != 2 or logits.shape != (len(indices), self.classes):
             raise ValueError(
                 f"{len(indices)} samples of {self.classes} classes have logits {tuple(logits.shape)}"
@@ -51,7 +51,7 @@ class InceptionScoreSums:
         np.add.at(self._negentropy, split, (probabilities * logs).sum(1))
 
     def merge(self, other: InceptionScoreSums) -> None:
-        """Adds what another worker gathered."""
+        """Add the sums of another worker."""
         if (other.classes, other.samples) != (self.classes, self.samples):
             raise ValueError(
                 f"sums over {other.samples} samples of {other.classes} classes cannot join those over "
@@ -81,6 +81,7 @@ class InceptionScoreSums:
 
     @classmethod
     def from_state(cls, state: Mapping[str, NDArray]) -> InceptionScoreSums:
+        """The sums that `state` was taken of."""
         sums = cls(state["probabilities"].shape[1], int(state["samples"]))
         sums.counts = np.asarray(state["counts"], np.int64).copy()
         sums._probabilities = np.asarray(state["probabilities"], np.float64).copy()

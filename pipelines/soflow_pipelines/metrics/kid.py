@@ -1,4 +1,4 @@
-"""The Kernel Inception Distance (Binkowski et al., 2018)."""
+"""Kernel Inception Distance (Binkowski et al., 2018)."""
 
 from __future__ import annotations
 

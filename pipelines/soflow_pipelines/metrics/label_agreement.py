@@ -1,4 +1,4 @@
-"""How often a classifier reads the label that was asked for."""
+"""Agreement of a classifier's prediction with the label that a sample was asked for by."""
 
 from __future__ import annotations
 

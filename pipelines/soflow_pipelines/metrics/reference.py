@@ -1,4 +1,4 @@
-"""The real images that scores are taken against, as statistics."""
+"""Reference: statistics of the real images that a set of samples is scored against."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from soflow_pipelines.metrics.accumulator import ScoreStatistics
+from soflow_pipelines.metrics.accumulators import FeatureReservoir, Moments, SpatialMoments
 from soflow_pipelines.metrics.fid import GaussianMoments
+from soflow_pipelines.metrics.score_statistics import ScoreStatistics
 from soflow_pipelines.storage.files import write_bytes
 
 
@@ -19,11 +20,11 @@ class Reference:
     """Statistics of a set of real images, of one feature network."""
 
     name: str
-    """Where the images are from, in words that go with each number."""
+    """Where the images are from; a tag of each number."""
     features: str
     """The id of the feature network."""
     resolution: tuple[int, int] | None
-    """Height and width of the images, None where nobody wrote it down."""
+    """Height and width of the images, None where it is not known."""
     count: int | None
     moments: GaussianMoments | None = None
     spatial: GaussianMoments | None = None
@@ -33,21 +34,23 @@ class Reference:
 
     @classmethod
     def of(cls, statistics: ScoreStatistics, name: str) -> Reference:
-        """The statistics of real images, as a reference. ScoreError where an image is missing or came twice."""
+        """The statistics of real images, as a reference. Raises ScoreError where an image is missing or came twice."""
         statistics.check_complete()
+        moments, spatial = statistics.part(Moments), statistics.part(SpatialMoments)
+        reservoir = statistics.part(FeatureReservoir)
         return cls(
             name=name,
             features=statistics.features,
             resolution=statistics.resolution,
             count=statistics.count,
-            moments=None if statistics.moments is None else statistics.moments.moments(),
-            spatial=None if statistics.spatial is None else statistics.spatial.moments(),
-            samples=None if statistics.reservoir is None else statistics.reservoir.features,
+            moments=None if moments is None else moments.statistics.moments(),
+            spatial=None if spatial is None or spatial.statistics is None else spatial.statistics.moments(),
+            samples=None if reservoir is None else reservoir.reservoir.features,
             warnings=statistics.warnings,
         )
 
     def save(self, path: Path) -> None:
-        """Writes an .npz file that is complete or absent."""
+        """Write an .npz file that is complete or absent."""
         arrays: dict[str, NDArray] = {
             "name": np.asarray(self.name),
             "features": np.asarray(self.features),
@@ -68,6 +71,7 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path) -> Reference:
+        """Read what `save` wrote."""
         with np.load(path) as arrays:
             height, width = (int(side) for side in arrays["resolution"])
             return cls(

@@ -1,4 +1,4 @@
-"""A bounded choice of samples that does not depend on who saw which, or in what order."""
+"""Reservoir of samples whose choice depends on their indices alone, not on workers or order."""
 
 from __future__ import annotations
 
@@ -27,23 +27,21 @@ class Reservoir:
         if capacity < 1:
             raise ValueError(f"a reservoir holds 1 sample or more, not {capacity}")
         self.dim, self.capacity, self.count = dim, capacity, 0
-        # Memory that is never touched is never taken, so the room may be claimed at once.
+        # The system commits memory when it is first written, so the whole capacity may be allocated at once.
         self._indices = np.empty(capacity, np.int64)
         self._keys = np.empty(capacity, np.uint64)
         self._rows = np.empty((capacity, dim), np.float32)
 
     def update(self, indices: NDArray[np.int64], features: NDArray[np.float32]) -> None:
-        """Offers (B,) samples with their features (B, D). ValueError for an index that is held already."""
-        everyone, times = np.unique(
-            np.concatenate([self._indices[: self.count], indices]), return_counts=True
-        )
+        """Offer samples (B,) with their features (B, D). Raises ValueError for an index that is held already."""
+        unique, times = np.unique(np.concatenate([self._indices[: self.count], indices]), return_counts=True)
         if (times > 1).any():
-            raise ValueError(f"sample {everyone[times > 1][0]} came twice")
+            raise ValueError(f"sample {unique[times > 1][0]} came twice")
         keys = splitmix64(indices)
-        everything = np.concatenate([self._keys[: self.count], keys])
-        chosen = np.ones(len(everything), bool)
-        if len(everything) > self.capacity:
-            chosen[np.argpartition(everything, self.capacity - 1)[self.capacity :]] = False
+        all_keys = np.concatenate([self._keys[: self.count], keys])
+        chosen = np.ones(len(all_keys), bool)
+        if len(all_keys) > self.capacity:
+            chosen[np.argpartition(all_keys, self.capacity - 1)[self.capacity :]] = False
         arrivals = np.flatnonzero(chosen[self.count :])
         room = np.flatnonzero(~chosen[: self.count])
         free = np.arange(self.count, self.count + len(arrivals) - len(room))
@@ -53,7 +51,7 @@ class Reservoir:
         self.count += len(free)
 
     def merge(self, other: Reservoir) -> None:
-        """Adds what another worker holds."""
+        """Add the samples of another worker's reservoir."""
         if (other.dim, other.capacity) != (self.dim, self.capacity):
             raise ValueError(
                 f"a reservoir of {other.capacity} x {other.dim} cannot join one of {self.capacity} x {self.dim}"
@@ -76,11 +74,15 @@ class Reservoir:
 
     @classmethod
     def from_state(cls, state: Mapping[str, NDArray]) -> Reservoir:
+        """The reservoir that `state` was taken of."""
         reservoir = cls(state["features"].shape[1], int(state["capacity"]))
         reservoir.update(np.asarray(state["indices"], np.int64), np.asarray(state["features"], np.float32))
         return reservoir
 
 
 def fixed_subset(total: int, count: int) -> NDArray[np.int64]:
-    """(count,) of the numbers 0 .. total - 1, ascending: those that come first in a fixed permutation, for sets are sorted by class."""
+    """(count,) of the numbers 0 .. total - 1, ascending: those that come first in a fixed permutation.
+
+    Image sets are often sorted by class, so their first `count` images would be of few classes.
+    """
     return np.sort(np.argsort(splitmix64(np.arange(total)))[:count])

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from soflow_pipelines.metrics.accumulator import METRICS, ScoreError, ScoreStatistics, format_size
+from soflow_pipelines.metrics.accumulators import (
+    Accumulator,
+    ClassSums,
+    FeatureReservoir,
+    LabelAgreement,
+    Moments,
+    ScoreError,
+    SpatialMoments,
+)
 from soflow_pipelines.metrics.fid import GaussianMoments, frechet_distance
 from soflow_pipelines.metrics.inception_score import SPLITS
 from soflow_pipelines.metrics.kid import SUBSET_SIZE, kernel_distance
 from soflow_pipelines.metrics.precision_recall import NEIGHBOURS, precision_recall
 from soflow_pipelines.metrics.reference import Reference
+from soflow_pipelines.metrics.registry import METRICS
+from soflow_pipelines.metrics.score_statistics import ScoreStatistics, format_size
 from soflow_pipelines.metrics.version import EVALUATOR
+
+AccumulatorT = TypeVar("AccumulatorT", bound=Accumulator)
 
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """Scores by metric, with all that has to be said about them."""
+    """Scores by metric, with their flags, their spread and the settings they were taken by."""
 
     values: dict[str, float]
     flags: list[str] = field(default_factory=list)
@@ -28,7 +41,7 @@ class ScoreResult:
     spread: dict[str, float] = field(default_factory=dict)
     """Standard deviation of `is` over its splits and of `kid` over its subsets."""
     tags: dict[str, str] = field(default_factory=dict)
-    """What the numbers were taken by and of: evaluator, feature network, samples, reference."""
+    """Settings that move the numbers: evaluator, feature network, samples, reference."""
 
 
 def scores(
@@ -37,16 +50,16 @@ def scores(
     metrics: Iterable[str] | None = None,
     device: str | torch.device = "cpu",
 ) -> ScoreResult:
-    """The scores of generated images against real ones; of all metrics that were gathered unless `metrics` names some.
+    """Scores of generated images against real ones, for all metrics of the statistics unless `metrics` names some.
 
-    `device` does the distances of precision and recall. ScoreError where a number would not be what it seems: samples that are
-    missing or counted twice, a reference of other features or another resolution, or without what the metric compares.
+    `device` computes the distances of precision and recall. Raises ScoreError where a number would not be what it seems: samples
+    that are missing or counted twice, a reference of other features or another resolution, or without what the metric compares.
     """
-    asked = generated.metrics if metrics is None else tuple(metrics)
-    for name in asked:
+    requested = generated.metrics if metrics is None else tuple(metrics)
+    for name in requested:
         if name not in generated.metrics:
             raise ScoreError(f"{name} was not gathered; the statistics hold {', '.join(generated.metrics)}.")
-    wanted = [name for name in METRICS if name in asked]
+    wanted = [name for name in METRICS if name in requested]
     generated.check_complete()
     if generated.count < 2:
         raise ScoreError(f"a score needs at least 2 samples, there are {generated.count}.")
@@ -57,8 +70,14 @@ def scores(
     if "is" in wanted:
         _inception_score(generated, result)
     if "label_agreement" in wanted:
-        result.values["label_agreement"] = generated.agreed / generated.count
+        result.values["label_agreement"] = _part(generated, LabelAgreement).matches / generated.count
     return result
+
+
+def _part(statistics: ScoreStatistics, kind: type[AccumulatorT]) -> AccumulatorT:
+    part = statistics.part(kind)
+    assert part is not None, f"{', '.join(statistics.metrics)} without {kind.name}"
+    return part
 
 
 def _tags(generated: ScoreStatistics, reference: Reference | None) -> dict[str, str]:
@@ -70,7 +89,7 @@ def _tags(generated: ScoreStatistics, reference: Reference | None) -> dict[str, 
 
 
 def _comparable(generated: ScoreStatistics, reference: Reference | None, result: ScoreResult) -> Reference:
-    """The reference, unless it is of something else."""
+    """The reference. Raises ScoreError where its features or its image size are others."""
     if reference is None:
         raise ScoreError("a distance needs a reference: the statistics of real images.")
     if reference.features != generated.features:
@@ -88,7 +107,7 @@ def _comparable(generated: ScoreStatistics, reference: Reference | None, result:
 
 
 def check_size(reference: str, theirs: tuple[int, int] | None, samples: tuple[int, int] | None) -> None:
-    """ScoreError where the images of a reference are known to have another size than the samples."""
+    """Raises ScoreError where the images of a reference are known to have another size than the samples."""
     if theirs is not None and theirs != samples:
         raise ScoreError(
             f"the images of the reference {reference} are {format_size(theirs)}, the samples {format_size(samples)}: take a "
@@ -105,12 +124,12 @@ def _distances(
 ) -> None:
     for name in ("fid", "fd"):
         if name in wanted:
-            assert generated.moments is not None
-            moments = generated.moments.moments()
+            moments = _part(generated, Moments).statistics.moments()
             result.values[name] = _frechet(name, moments, reference.moments, reference, result)
     if "sfid" in wanted:
-        assert generated.spatial is not None
-        moments = generated.spatial.moments()
+        spatial = _part(generated, SpatialMoments).statistics
+        assert spatial is not None, "the samples were counted"
+        moments = spatial.moments()
         result.values["sfid"] = _frechet("sfid", moments, reference.spatial, reference, result)
     if "kid" in wanted:
         _kernel_distance(generated, reference, result)
@@ -179,16 +198,15 @@ def _manifolds(
 def _kept(
     name: str, generated: ScoreStatistics, reference: Reference
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    assert generated.reservoir is not None
     if reference.samples is None:
         raise ScoreError(
             f"the reference {reference.name} has no images or features of images, only their statistics: {name} needs them."
         )
-    return generated.reservoir.features, reference.samples
+    return _part(generated, FeatureReservoir).reservoir.features, reference.samples
 
 
 def _inception_score(generated: ScoreStatistics, result: ScoreResult) -> None:
-    sums = generated.classes
+    sums = _part(generated, ClassSums).sums
     if sums is None or not sums.counts.all():
         raise ScoreError(
             f"is needs a sample in each of its {SPLITS} splits, there are {generated.count} samples."

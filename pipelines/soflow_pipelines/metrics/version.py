@@ -1,4 +1,4 @@
-"""The version of everything between images and a score."""
+"""Version of the evaluator: of everything between images and a score."""
 
 EVALUATOR = "2"
-"""Goes with each number and into the key of whatever is kept; another one where the same images would give another number."""
+"""A tag of each number and part of every cache key; raised where the same images would give another number."""

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from soflow_pipelines.features.network import FeatureNetwork
 from soflow_pipelines.images.codec import Decoder
-from soflow_pipelines.metrics.accumulator import METRICS, RESERVOIR, ScoreError, ScoreStatistics
+from soflow_pipelines.metrics.accumulators import ScoreError
 from soflow_pipelines.metrics.fid import GaussianMoments
 from soflow_pipelines.metrics.reference import Reference
+from soflow_pipelines.metrics.registry import METRICS
+from soflow_pipelines.metrics.score_statistics import RESERVOIR, ScoreStatistics
 from soflow_pipelines.metrics.version import EVALUATOR
 from soflow_pipelines.references.image_sets import ImageSet, NpzImages, batches, open_image_set
 from soflow_pipelines.sources.source import SourceError
@@ -76,7 +78,7 @@ def reference_from_adm(
         raise ScoreError(
             f"{path.name} holds statistics of the published Inception, the weights in use are others: {network.id}."
         )
-    rest = [metric for metric in compared if METRICS[metric].gathers not in stated]
+    rest = [metric for metric in compared if METRICS[metric].accumulator.name not in stated]
     images = NpzImages(path) if "arr_0" in arrays else None
     if not rest:
         resolution = None if images is None else images.resolution
@@ -166,7 +168,7 @@ def _adm_arrays(path: Path) -> list[str]:
 def _stated_moments(path: Path, arrays: list[str], metrics: Iterable[str]) -> dict[str, Any]:
     """Those moments that are in the file and that a metric needs."""
     found: dict[str, Any] = {}
-    for part in {METRICS[metric].gathers for metric in metrics} & set(ADM_ARRAYS):
+    for part in {METRICS[metric].accumulator.name for metric in metrics} & set(ADM_ARRAYS):
         names = ADM_ARRAYS[part]
         if set(names) <= set(arrays):
             with np.load(path) as content:

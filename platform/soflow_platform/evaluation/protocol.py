@@ -10,7 +10,7 @@ from typing import Any
 from soflow_pipelines.features import FeatureNetwork
 from soflow_pipelines.images.autoencoder import AutoencoderFacts
 from soflow_pipelines.metrics import EVALUATOR, METRICS, Reference, ScoreResult, ScoreStatistics, scores
-from soflow_pipelines.metrics.accumulator import chosen_metrics
+from soflow_pipelines.metrics.registry import select_metrics
 from soflow_pipelines.metrics.scores import check_size
 from soflow_pipelines.preparation.builtin import BUILTIN, ensure_builtin
 from soflow_pipelines.references.image_sets import NpzImages
@@ -116,7 +116,7 @@ def open_protocol(
             f"{DIGITS} describes digits of 1 x 8 x 8, these are {' x '.join(map(str, shape))}: take inception."
         )
     features = feature_network(name, shape, storage)
-    wanted = chosen_metrics(tuple(metrics) or default_metrics(features, labelled), features)
+    wanted = select_metrics(tuple(metrics) or default_metrics(features, labelled), features)
     facts = {"evaluator": EVALUATOR, "features": features.id}
     if decoder is not None and features.space == "images":
         facts["autoencoder"] = autoencoder_tag(decoder)

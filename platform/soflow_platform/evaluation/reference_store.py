@@ -11,8 +11,8 @@ from typing import Any
 
 from soflow_pipelines.features import FeatureNetwork
 from soflow_pipelines.metrics import Reference, ScoreStatistics
-from soflow_pipelines.metrics.accumulator import format_size
 from soflow_pipelines.metrics.reservoir import fixed_subset
+from soflow_pipelines.metrics.score_statistics import format_size
 from soflow_pipelines.references.image_sets import NpzImages, SourceImages, shard_images_digest
 from soflow_pipelines.references.reference_statistics import cached_reference, npz_path
 from soflow_pipelines.shards.info import INFO_NAME, DatasetInfo

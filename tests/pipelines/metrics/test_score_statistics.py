@@ -19,6 +19,7 @@ from soflow_pipelines.sources.digits import load_digits
 
 DIGITS_METRICS = ("fd", "is", "kid", "precision", "recall", "label_agreement")
 COUNT = 200
+KEPT = Path(__file__).parent / "version_0_1_0"
 
 
 class Colours:
@@ -171,6 +172,38 @@ def test_a_reference_comes_back_from_its_file(tmp_path: Path) -> None:
     generated = gathered(colours(50), metrics)
     assert scores(generated, Reference.load(tmp_path / "reference.npz")) == scores(generated, real)
     assert [path.name for path in tmp_path.iterdir()] == ["reference.npz"]
+
+
+def test_files_of_version_0_1_0_give_the_same_states_and_scores() -> None:
+    """Written by version 0.1.0: 30 samples in two parts and merged, and a reference of 25 images."""
+    first, second, merged = (
+        dict(np.load(KEPT / f"statistics-{name}.npz")) for name in ("first", "second", "merged")
+    )
+    assert equal(ScoreStatistics.from_state(first).state(), first)
+    statistics = ScoreStatistics.from_state(first)
+    statistics.merge(ScoreStatistics.from_state(second))
+    assert equal(statistics.state(), merged)
+    result = scores(statistics, Reference.load(KEPT / "reference.npz"))
+    assert result.values == pytest.approx(
+        {
+            "fid": 149.08387000276707,
+            "fd": 149.08387000276707,
+            "sfid": 1853.2267138825846,
+            "kid": -570681039928.9786,
+            "precision": 1.0,
+            "recall": 0.9333333333333333,
+            "is": 2.5555318440249373,
+            "label_agreement": 0.5333333333333333,
+        },
+        rel=1e-12,
+    )
+
+
+def equal(state: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    """Whether two states have the same arrays, bit for bit, in the same order."""
+    return list(state) == list(other) and all(
+        state[key].dtype == other[key].dtype and np.array_equal(state[key], other[key]) for key in state
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
