@@ -1,4 +1,4 @@
-"""CLIP ViT-B/32 (Radford et al., 2021)."""
+"""CLIP ViT-B/32 as a feature network (Radford et al., 2021)."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ class ClipFeatures:
 
 
 def open_clip(cache: Path, device: torch.device, download: bool) -> ClipFeatures:
+    """Open CLIP. Raises FeatureError where its weights cannot be had."""
     return ClipFeatures(find_weights(WEIGHTS, cache, download), device)
 
 

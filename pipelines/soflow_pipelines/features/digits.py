@@ -1,4 +1,4 @@
-"""A classifier of the real digits: features for 8 x 8 images that need no downloaded weights."""
+"""Classifier of the real digits: features for 8 x 8 images that need no downloaded weights."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ class DigitsClassifier(nn.Module):
 
 
 def held_out(data: LabelledImages) -> tuple[Tensor, Tensor]:
-    """The images (N, 1, 8, 8) and labels (N,) that the digits classifier never saw: every fifth."""
+    """Images (N, 1, 8, 8) and labels (N,) that the digits classifier was not trained on: every fifth."""
     return torch.from_numpy(data.images[::HELD_OUT_EVERY]), torch.from_numpy(data.labels[::HELD_OUT_EVERY])
 
 
 def digits_classifier(cache_dir: Path) -> DigitsClassifier:
-    """The classifier trained on the real digits: from the cache, or trained now (seconds) and kept there.
+    """The classifier of the real digits: from the cache, or trained now (seconds) and written there.
 
     The file is complete or absent, so processes may ask for it at the same time. The id ends in a digest
     of the weights, for another machine's rounding may train slightly different ones.
@@ -82,7 +82,7 @@ def digits_classifier(cache_dir: Path) -> DigitsClassifier:
 
 
 def train_digits_classifier(seed: int) -> DigitsClassifier:
-    """Trains on four fifths of the digits, on one thread, leaving torch's global generator as it was."""
+    """Train on four fifths of the digits, on one thread, leaving torch's global generator as it was."""
     data = load_digits()
     kept = torch.arange(len(data.labels)) % HELD_OUT_EVERY != 0
     images = torch.from_numpy(data.images)[kept]

@@ -71,11 +71,14 @@ class DinoFeatures:
 
 
 def open_dinov2(cache: Path, device: torch.device, download: bool) -> DinoFeatures:
+    """Open DINOv2. Raises FeatureError where its weights cannot be had."""
     return DinoFeatures(find_weights(WEIGHTS, cache, download), device)
 
 
 def vision_transformer(tensors: dict[str, Tensor]) -> Any:
-    """timm's network with weights in DINOv2's names, positions interpolated to 224 x 224. KeyError or RuntimeError for others."""
+    """timm's network with weights in DINOv2's names, positions interpolated to 224 x 224. Raises KeyError
+    or RuntimeError for others.
+    """
     from timm.models.vision_transformer import VisionTransformer
 
     width, patch = tensors["cls_token"].shape[-1], tensors["patch_embed.proj.weight"].shape[-1]
@@ -98,10 +101,10 @@ def vision_transformer(tensors: dict[str, Tensor]) -> Any:
 
 def resampled_positions(positions: Tensor, side: int) -> Tensor:
     """(1, 1 + n², D) -> (1, 1 + side², D), bicubic, as DINOv2's own code does for inputs of another size than its training's."""
-    own = math.isqrt(positions.shape[1] - 1)
-    if own == side:
+    side_before = math.isqrt(positions.shape[1] - 1)
+    if side_before == side:
         return positions
-    grid = positions[:, 1:].unflatten(1, (own, own)).permute(0, 3, 1, 2)
-    scale = (side + OFFSET) / own
+    grid = positions[:, 1:].unflatten(1, (side_before, side_before)).permute(0, 3, 1, 2)
+    scale = (side + OFFSET) / side_before
     resampled = functional.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
     return torch.cat([positions[:, :1], resampled.flatten(2).transpose(1, 2)], dim=1)

@@ -1,4 +1,4 @@
-"""Any feature network, as a torch.export program with a JSON file that says what it takes."""
+"""Feature network from a torch.export program and a JSON file that describes its input."""
 
 from __future__ import annotations
 
@@ -29,11 +29,15 @@ class ProgramInput:
     """The content of the JSON file."""
 
     name: str
-    size: tuple[int, int]  # height and width of the images that the program takes
-    range: tuple[float, float]  # what 0 and 255 become
+    size: tuple[int, int]
+    """Height and width of the images that the program takes."""
+    range: tuple[float, float]
+    """Values that 0 and 255 become."""
     channels: int = 3
-    resize: str = "bilinear"  # antialiased; `none` refuses images of another size
-    logits: str = "none"  # the second output: none, logits of some `classes`, or of the data's own `labels`
+    resize: str = "bilinear"
+    """Antialiased; `none` refuses images of another size."""
+    logits: str = "none"
+    """The second output: none, logits of some `classes`, or of the `labels` of the data."""
     version: str = "1"
 
 
@@ -102,7 +106,7 @@ class ExportedFeatures:
 
 
 def open_exported(path: Path, device: torch.device) -> ExportedFeatures:
-    """FeatureError where the program or its JSON file is missing or is none."""
+    """Open a program. Raises FeatureError where it or its JSON file is missing or cannot be used."""
     return ExportedFeatures(path, device)
 
 

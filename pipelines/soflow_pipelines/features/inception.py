@@ -61,6 +61,7 @@ class InceptionFeatures:
 
 
 def open_inception(cache: Path, device: torch.device, download: bool) -> InceptionFeatures:
+    """Open Inception. Raises FeatureError where its weights cannot be had."""
     return InceptionFeatures(find_weights(WEIGHTS, cache, download), device)
 
 

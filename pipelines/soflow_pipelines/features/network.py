@@ -1,4 +1,4 @@
-"""What a network says of images, and what is asked of such a network."""
+"""Interface of a feature network, and what its implementations share."""
 
 from __future__ import annotations
 
@@ -15,30 +15,35 @@ from soflow_core.kernels import tf32
 
 
 class FeatureError(InputError):
-    """A feature network that cannot be had. The text names it and the ways out."""
+    """A feature network that cannot be opened. The text names it and says what to do."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a network says of a batch."""
+    """Output of a feature network for a batch."""
 
-    features: Tensor  # (B, D) float32
-    logits: Tensor | None = None  # (B, K) where the network classifies
-    spatial: Tensor | None = None  # (B, S): an early layer that keeps the layout, for sFID
+    features: Tensor
+    """(B, D) float32"""
+    logits: Tensor | None = None
+    """(B, K) where the network classifies."""
+    spatial: Tensor | None = None
+    """(B, S), an early layer that keeps the layout, for sFID."""
 
 
 class FeatureNetwork(Protocol):
     """Images (B, C, H, W) -> Features, on the network's own device.
 
-    `space` says what it looks at: `images` in uint8, or samples in the `training` space itself (pixels in [-1, 1] or latents).
+    `space` is its input: `images` in uint8, or samples in the `training` space itself (pixels in [-1, 1] or latents).
 
     Distances are comparable where `id` is the same: it names the network, the version of what is done to an image before and
     after it, and its weights. `warnings` are sentences that go with every number taken on it.
     """
 
     id: str
-    dim: int  # D of the features
-    metrics: frozenset[str]  # what can be measured on it
+    dim: int
+    """Width D of the features."""
+    metrics: frozenset[str]
+    """Metrics that can be taken on it."""
     warnings: tuple[str, ...]
     space: Literal["images", "training"]
 
@@ -49,17 +54,17 @@ REASON_CHARACTERS = 160
 
 
 def reason(error: BaseException) -> str:
-    """What an error of a library says, cut to what fits a sentence: torch lists every key of a state."""
+    """The message of a library's error, cut to what fits a sentence: torch lists every key of a state."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= REASON_CHARACTERS else f"{text[:REASON_CHARACTERS]} ..."
 
 
 DISTANCES = frozenset({"fd", "kid", "precision", "recall"})
-"""What can be measured on any features."""
+"""Metrics that can be taken on any features."""
 
 
 def as_rgb(images: Tensor, name: str) -> Tensor:
-    """uint8 (B, 1 or 3, H, W) -> (B, 3, H, W), grey repeated. ValueError for anything else."""
+    """uint8 (B, 1 or 3, H, W) -> (B, 3, H, W), grey repeated. Raises ValueError for anything else."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != torch.uint8:
         raise ValueError(f"{name} takes uint8 (B, 1 or 3, H, W), not {images.dtype} {tuple(images.shape)}")
     return images.expand(-1, 3, -1, -1)
@@ -79,7 +84,7 @@ def normalized(images: Tensor, side: int, mean: tuple[float, ...], std: tuple[fl
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """No TF32, no autocast, no choice of kernels that differs from run to run: features are float32 wherever they are taken."""
+    """No TF32, no autocast, no choice of kernels that differs from run to run: features are float32 on every machine."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     cudnn.benchmark, cudnn.deterministic = False, True

@@ -1,4 +1,4 @@
-"""Features that need no weights: block averages of the space a network is trained in."""
+"""Features without weights: block averages of samples in the training space."""
 
 from __future__ import annotations
 

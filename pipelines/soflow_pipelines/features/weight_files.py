@@ -1,4 +1,4 @@
-"""Weight files: where they are looked for, where they are fetched from, and reading them as tensors."""
+"""Published weight files: finds or fetches them, and reads them as tensors."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from soflow_pipelines.features.network import FeatureError, reason
 from soflow_pipelines.storage.files import sha256
 
 REACH_SECONDS = 5.0
-"""A server that does not answer by then is taken as out of reach."""
+"""Timeout after which a server counts as out of reach."""
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A published file of weights."""
+    """A weight file that is published."""
 
     network: str
     """The network's name, as `open_features` takes it."""
     names: tuple[str, ...]
-    """The names the file goes by; the first is the one it is kept under."""
+    """File names that are looked for; a fetched file gets the first."""
     url: str
     sha256: str
 
@@ -41,7 +41,7 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class FoundWeights:
-    """A weight file that is here."""
+    """A weight file on this machine."""
 
     path: Path
     sha256: str
@@ -59,7 +59,9 @@ class FoundWeights:
 
 
 def find_weights(file: WeightFile, cache: Path, download: bool) -> FoundWeights:
-    """The file its variable names, or the published one in `cache` or torch hub's cache, or fetched. FeatureError where none is."""
+    """The file its variable names, or the published one in `cache` or torch hub's cache, or fetched. Raises FeatureError where there is
+    none.
+    """
     named = os.environ.get(file.variable)
     if named:
         path = Path(named).expanduser()
@@ -71,17 +73,17 @@ def find_weights(file: WeightFile, cache: Path, download: bool) -> FoundWeights:
         for name in file.names:
             if (folder / name).is_file():
                 return _examined(folder / name, file)
-    lacking = _fetch(file, cache / file.names[0]) if download else "nothing is fetched"
-    if lacking:
+    failure = _fetch(file, cache / file.names[0]) if download else "nothing is fetched"
+    if failure:
         raise FeatureError(
-            f"{file.network} needs the weights {file.names[0]}, which are neither in {cache} nor in {kept}, and {lacking}: "
+            f"{file.network} needs the weights {file.names[0]}, which are neither in {cache} nor in {kept}, and {failure}: "
             f"put the file from {file.url} into {cache}, or set {file.variable} to where it is."
         )
     return _examined(cache / file.names[0], file)
 
 
 def _fetch(file: WeightFile, path: Path) -> str | None:
-    """Fetches the file, which is then complete and the published one; otherwise says why not."""
+    """Fetch the file, checked against its published digest. Returns why it could not be fetched, None where it was."""
     try:
         with urlopen(Request(file.url, method="HEAD"), timeout=REACH_SECONDS):
             pass
@@ -100,7 +102,7 @@ def _examined(path: Path, file: WeightFile) -> FoundWeights:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Named tensors from safetensors, or from torch's format with nothing but tensors unpickled. FeatureError for anything else."""
+    """Named tensors from safetensors, or from torch's format with nothing but tensors unpickled. Raises FeatureError for other files."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -1,4 +1,4 @@
-"""Sets of images that are there already: folders, archives, ADM's .npz files and shard sets, read by number."""
+"""Image sets that are read by number: folders, archives, ADM's .npz files and shard sets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from soflow_pipelines.shards.tables import read_index, read_info
 from soflow_pipelines.sources.opening import open_source
 from soflow_pipelines.sources.source import Source, SourceError
 from soflow_pipelines.storage.files import sha256
-from soflow_pipelines.storage.object_store import StorageError
 from soflow_pipelines.storage.opening import open_storage
 
 
@@ -37,7 +36,7 @@ class ImageSet(Protocol):
 
     @property
     def digest(self) -> str:
-        """Of what the images are and what is done to them: sets with the same digest hold the same images."""
+        """Digest of the images and of what is done to them; equal for equal images."""
 
     def __len__(self) -> int: ...
 
@@ -73,22 +72,30 @@ def open_image_set(
 ) -> ImageSet:
     """A shard set (with `decoder` where it holds latents), an .npz file, or a source of images as `open_source` takes them.
 
-    `resolution` makes the ADM centre crop of the images of a source; without it they must be of one size. SourceError, ShardError
-    or StorageError where the place is none of these.
+    `resolution` makes the ADM centre crop of the images of a source; without it they must be of one size. Raises
+    SourceError, ShardError or StorageError where the place is none of these.
     """
-    if _is_shard_set(place):
+    if is_shard_set(place):
         return ShardImages(place, decoder)
     if str(place).endswith(".npz"):
         return NpzImages(Path(place).expanduser())
     return SourceImages(open_source(str(place)), resolution)
 
 
-def _is_shard_set(place: str | Path) -> bool:
-    try:
-        return open_storage(place).size(INFO_NAME) is not None
-    except (StorageError, OSError):
-        # A remote place is a shard set or nothing, and says itself what is wrong with it.
-        return "://" in str(place)
+def is_shard_set(place: str | Path) -> bool:
+    """Whether a shard set lies there. A remote place is one or nothing; opening it raises what is wrong with it."""
+    place = str(place)
+    if place.endswith(".npz"):
+        return False
+    return "://" in place or open_storage(place).size(INFO_NAME) is not None
+
+
+def npz_path(place: str | Path) -> Path:
+    """The .npz file at a place. Raises SourceError where there is none."""
+    path = Path(place).expanduser()
+    if not path.is_file():
+        raise SourceError(f"there is no file {place} on this machine, where .npz files are read from.")
+    return path
 
 
 class SourceImages:
@@ -134,7 +141,7 @@ class SourceImages:
 class NpzImages:
     """The samples of an .npz file as ADM's evaluation writes and reads them: `arr_0` uint8 (N, H, W, 3), labels in `arr_1`.
 
-    They are never in memory together. Reading goes on where it stopped; a step back begins anew, for the file may be compressed.
+    They are never in memory together. Reading forward continues in the open file; a step back opens it again, for it may be compressed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -217,7 +224,7 @@ def _npy_header(member: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dtyp
 
 
 def shard_images_digest(info: DatasetInfo) -> str:
-    """Of the images of a shard set."""
+    """Digest of the images of a shard set, latents decoded."""
     return f"{info.digest}-decoded" if info.kind == "latents" else info.digest
 
 

@@ -1,4 +1,4 @@
-"""Reference statistics: of any images, of a folder or a shard set, of ADM's reference batches; kept by what they are of."""
+"""Computes reference statistics of images and of ADM's reference batches, and caches them in files by what decides them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from soflow_pipelines.features.network import FeatureNetwork
-from soflow_pipelines.images.codec import Decoder
 from soflow_pipelines.metrics.accumulators import ScoreError
 from soflow_pipelines.metrics.fid import GaussianMoments
 from soflow_pipelines.metrics.reference import Reference
 from soflow_pipelines.metrics.registry import METRICS
 from soflow_pipelines.metrics.score_statistics import RESERVOIR, ScoreStatistics
 from soflow_pipelines.metrics.version import EVALUATOR
-from soflow_pipelines.references.image_sets import ImageSet, NpzImages, batches, open_image_set
+from soflow_pipelines.references.image_sets import ImageSet, NpzImages, batches
 from soflow_pipelines.sources.source import SourceError
-from soflow_pipelines.storage.files import sha256
 
 INCEPTION = "inception-"
-"""How the ids of the Inception network begin."""
+"""Prefix of the Inception network's ids."""
 
 ADM_ARRAYS = {"moments": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 """ADM's names for the mean and covariance of the features, and of sFID's."""
@@ -42,9 +40,9 @@ def reference_from_images(
 ) -> Reference:
     """Statistics of batches of images (B, C, H, W), for those of the metrics that compare with a reference.
 
-    ScoreError where there are none, where their sizes differ or a value is not finite.
+    Raises ScoreError where there are none, where their sizes differ or a value is not finite.
     """
-    compared = _compared(metrics)
+    compared = compared_metrics(metrics)
     statistics = ScoreStatistics(network, compared, reservoir=reservoir)
     for batch in images:
         start = statistics.count
@@ -68,10 +66,10 @@ def reference_from_adm(
     """ADM's reference batch: the statistics mu, sigma, mu_s, sigma_s as they stand in the file, the rest from its images `arr_0`.
 
     The statistics are those of the published Inception. For another network they are left out, and everything is taken of the
-    images. `describe` takes the statistics of all images for some metrics; without it they are taken in this process. ScoreError
-    where neither gives what the metrics need.
+    images. `describe` computes the reference of all images for some metrics; without it this process does. Raises ScoreError where
+    neither gives what the metrics need.
     """
-    compared = _compared(metrics)
+    compared = compared_metrics(metrics)
     arrays = _adm_arrays(path)
     stated = {} if not network.id.startswith(INCEPTION) else _stated_moments(path, arrays, compared)
     if stated and network.warnings:
@@ -93,50 +91,12 @@ def reference_from_adm(
     return Reference(path.name, network.id, seen.resolution, count, samples=seen.samples, **parts)
 
 
-def open_reference(
-    place: str | Path,
-    network: FeatureNetwork,
-    metrics: Iterable[str],
-    folder: Path,
-    *,
-    resolution: int | None = None,
-    decoder: Decoder | None = None,
-) -> Reference:
-    """The reference at a place: an ADM batch (.npz), a folder or archive of images, a shard set; kept in `folder`.
-
-    `resolution` crops the images of a folder or archive, `decoder` makes images of latents. Raises ScoreError, SourceError,
-    ShardError or StorageError.
-    """
-    compared = sorted(set(_compared(metrics)))
-    if str(place).endswith(".npz"):
-        path = npz_path(place)
-        return cached_reference(
-            folder,
-            sha256(path),
-            network.id,
-            compared,
-            lambda: reference_from_adm(path, network, compared),
-        )
-    images = open_image_set(place, resolution, decoder)
-    return cached_reference(
-        folder, images.digest, network.id, compared, lambda: reference_from_set(images, network, compared)
-    )
-
-
-def npz_path(place: str | Path) -> Path:
-    """The .npz file at a place. SourceError where there is none."""
-    path = Path(place).expanduser()
-    if not path.is_file():
-        raise SourceError(f"there is no file {place} on this machine, where .npz files are read from.")
-    return path
-
-
 def cached_reference(
     folder: Path, digest: str, features: str, metrics: Iterable[str], make: Callable[[], Reference]
 ) -> Reference:
-    """The reference of the data with this digest for these metrics, from `folder`; made and kept there where it is missing.
+    """The reference of the data with this digest for these metrics, from `folder`; made and written there where it is missing.
 
-    The digest is of the data and of what was done to them, as a crop; the key also holds all else that the statistics depend on.
+    The digest is of the data and of what was done to them, such as a crop; the key also holds all else that the statistics depend on.
     """
     kept = [EVALUATOR, RESERVOIR, sorted(set(metrics))]
     described = json.dumps([digest, features, kept])
@@ -147,8 +107,8 @@ def cached_reference(
     return Reference.load(path)
 
 
-def _compared(metrics: Iterable[str]) -> list[str]:
-    """An unknown name stays, to be refused by name."""
+def compared_metrics(metrics: Iterable[str]) -> list[str]:
+    """The metrics that compare with a reference; an unknown name stays, to be refused by name."""
     return [metric for metric in metrics if metric not in METRICS or METRICS[metric].compares]
 
 

@@ -103,6 +103,14 @@ class DatasetInfo:
         }
         return cls(**listed)
 
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> DatasetInfo | None:
+        """The description of the training data in the header of a weights file; None where the header has none."""
+        try:
+            return cls.from_json(json.dumps(dict(facts)))
+        except (TypeError, ValueError):
+            return None
+
     def check_fits(
         self,
         shape: Sequence[int],

@@ -53,6 +53,13 @@ class EvaluationConfig(Section):
             return "fid"
         return f"fd_{self.features}" if self.features in ("dinov2", "clip") else "fd"
 
+    def metric_kinds(self, conditional: bool) -> dict[str, str]:
+        """Metrics of an evaluation: the name in `eval/NAME_nfeN` -> the metric that it is."""
+        kinds = {self.distance: "fid" if self.distance == "fid" else "fd"}
+        if self.features == DIGITS and conditional:
+            kinds["label_agreement"] = "label_agreement"
+        return kinds
+
     def metrics(self, conditional: bool) -> dict[str, Literal["min", "max"]]:
         """Names of the metrics an evaluation reports, with the direction that is better."""
         names: dict[str, Literal["min", "max"]] = {f"eval/{self.distance}_nfe{n}": "min" for n in self.nfe}

@@ -1,1 +1,10 @@
-"""How a number is made: image sources, feature statistics, references, scoring protocol, evaluator."""
+"""How a score is made.
+
+block_store       block files of a statistics job
+evaluator         scores of a network's samples during training
+feature_networks  the feature network of an evaluation
+image_sources     generated images as plain data for a statistics job
+protocol          feature network, metrics and reference that together define a score
+ranks             the processes that score one network together
+runner            statistics runners: a Ray cluster, this process
+"""

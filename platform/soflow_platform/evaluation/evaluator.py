@@ -1,4 +1,4 @@
-"""Scores of a network's samples during training: Fréchet distance and label agreement at given numbers of evaluations.
+"""Evaluator: scores a network's samples during training by Fréchet distance and label agreement, at given numbers of evaluations.
 
 Sample i is a function of (evaluation seed, i) and the weights alone, so that evaluating changes no random number of the training,
 and every evaluation of a sweep sees the same noise.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,23 +18,19 @@ from torch import Tensor
 from soflow_core.nfe import steps_for
 from soflow_core.objectives import Objective
 from soflow_core.samplers.noise import sample_labels
-from soflow_pipelines.features import FeatureNetwork
+from soflow_pipelines.features.network import FeatureNetwork
 from soflow_pipelines.images.autoencoder import KlAutoencoder
 from soflow_pipelines.images.encode import image_grid
 from soflow_pipelines.metrics import EVALUATOR, Reference, ScoreError, ScoreStatistics, scores
+from soflow_pipelines.references.latent_decoder import open_decoder
+from soflow_pipelines.references.reference_store import ReferenceStore, reference_flags
+from soflow_pipelines.references.statistics_job import ComputeStatistics, LocalStatistics
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_platform.config.evaluation import DIGITS, POOLED, EvaluationConfig
 from soflow_platform.errors import UserError
-from soflow_platform.evaluation.feature_networks import _device, feature_network
+from soflow_platform.evaluation.feature_networks import best_device, feature_network
 from soflow_platform.evaluation.ranks import Ranks, SingleProcess
-from soflow_platform.evaluation.reference_store import (
-    ComputeStatistics,
-    reference_flags,
-    short_digest,
-    training_reference,
-)
-from soflow_platform.evaluation.statistics import StatisticsJob, compute_statistics
-from soflow_platform.generation.decoding import autoencoder_tag, decoded, open_decoder, viewable
+from soflow_platform.generation.decoding import autoencoder_tag, decode_samples, viewable
 from soflow_platform.generation.sampling import SamplingNetwork, generate
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import FLAGS_TAG
@@ -57,12 +53,12 @@ class Evaluation:
     metrics: dict[str, float]
     grids: dict[str, np.ndarray[Any, Any]]
     flags: list[str] = field(default_factory=list)
-    """Sentences: why a number is refused, and then not a number, or not comparable with others of its name."""
+    """Sentences: why a metric is refused, and then nan, or not comparable with others of its name."""
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Scores networks that make samples like those of one data set."""
+    """Scores the samples of networks that are trained on one data set."""
 
     config: EvaluationConfig
     info: DatasetInfo
@@ -71,7 +67,7 @@ class Evaluator:
     features: FeatureNetwork
     reference: Reference
     decoder: KlAutoencoder | None = None
-    """What turns latents into the images that `features` looks at."""
+    """Decodes latents for features of images."""
 
     @classmethod
     def open(
@@ -81,39 +77,34 @@ class Evaluator:
         data: str,
         conditional: bool,
         storage: ProjectFolder,
-        gather: ComputeStatistics | None = None,
+        compute: ComputeStatistics | None = None,
     ) -> Evaluator:
-        """Load the feature network and the reference statistics, making and keeping both where they are missing.
+        """Load the feature network and the reference statistics, which are computed and kept where they are missing.
 
-        `gather` spreads the description of the real images over a cluster; without it, and where it takes seconds, this process
-        describes them. Raises UserError where the feature network or the autoencoder cannot be had.
+        `compute` runs the computation, on a cluster; without it, and where it takes seconds, this process does. Raises InputError
+        where the feature network or the autoencoder cannot be had.
         """
         features = feature_network(config.features, info.shape, storage)
         decoder = None
         if features.space == "images":
-            decoder = open_decoder(asdict(info), config.autoencoder, _device())
+            decoder = open_decoder(info, config.autoencoder, best_device())
         classes = info.classes if conditional else None
 
         pooled_quickly = config.features == POOLED and info.samples <= QUICKLY_POOLED
-        quick = config.features == DIGITS or pooled_quickly
-
-        def here(measurement: StatisticsJob) -> ScoreStatistics:
-            return compute_statistics(measurement, features, _device())
-
+        compute_locally = compute is None or config.features == DIGITS or pooled_quickly
+        store = ReferenceStore(
+            features,
+            config.features,
+            # Label agreement compares with no reference.
+            (config.metric_kinds(False)[config.distance],),
+            storage.features,
+            LocalStatistics(features, best_device()) if compute_locally else compute,
+        )
         try:
-            reference = training_reference(
-                config.features,
-                features,
-                [_kind(config)],
-                info,
-                data,
-                config.autoencoder,
-                storage.features,
-                here if gather is None or quick else gather,
-            )
+            resolved = store.of_training_data(info, data, config.autoencoder)
         except ScoreError as error:
             raise UserError(f"evaluation.features {config.features}: {error}") from error
-        return cls(config, info, classes, features, reference, decoder)
+        return cls(config, info, classes, features, resolved.reference, decoder)
 
     def evaluate(
         self,
@@ -134,10 +125,8 @@ class Evaluator:
             values, sentences = self._values(ranks.gather([part]))
             # A refusal concerns this number; the other sentences concern all.
             flags += sentences if values else [f"{sentence} (nfe {nfe})" for sentence in sentences]
-            names = {self.config.distance: _kind(self.config), "label_agreement": "label_agreement"}
-            for name, kind in names.items():
-                if f"eval/{name}_nfe{nfe}" in self.config.metrics(self.classes is not None):
-                    metrics[f"eval/{name}_nfe{nfe}"] = values.get(kind, math.nan)
+            for name, kind in self._metric_kinds().items():
+                metrics[f"eval/{name}_nfe{nfe}"] = values.get(kind, math.nan)
         grids = self.grids(network, objective, device) if ranks.rank == 0 else {}
         return Evaluation(metrics, grids, list(dict.fromkeys(flags)))
 
@@ -145,7 +134,7 @@ class Evaluator:
         self, network: SamplingNetwork, objective: Objective, nfe: int, device: torch.device, ranks: Ranks
     ) -> dict[str, Any]:
         """Statistics of this rank's batches as arrays, or the sentence that refuses a sample."""
-        statistics = ScoreStatistics(self.features, self._metrics(), samples=self.config.samples)
+        statistics = ScoreStatistics(self.features, self._metric_kinds().values(), samples=self.config.samples)
         steps = steps_for(objective, nfe, self.classes is not None)
         refused = None
         for indices in self._batches(ranks.rank, ranks.world):
@@ -156,7 +145,7 @@ class Evaluator:
             labels = self._labels(indices)
             samples = generate(network, objective, self.config.seed, indices, labels, steps, device)
             try:
-                statistics.update(indices, decoded(samples, self.decoder), labels)
+                statistics.update(indices, decode_samples(samples, self.decoder), labels)
             except ScoreError as error:
                 refused = str(error)
         return {"refused": refused} if refused else {"state": statistics.state()}
@@ -188,14 +177,14 @@ class Evaluator:
             labels = (torch.arange(side) * self.classes // side).repeat_interleave(side)
         steps = steps_for(objective, nfe, self.classes is not None)
         samples = generate(network, objective, self.config.seed, indices, labels, steps, device)
-        return grid_image(viewable(decoded(samples, self.decoder)), columns=side)
+        return grid_image(viewable(decode_samples(samples, self.decoder)), columns=side)
 
     def tags(self) -> dict[str, str]:
-        """Everything besides the weights that can move the numbers."""
+        """Every setting besides the weights that can move the scores, as tags."""
         tags = {
             "eval.evaluator": EVALUATOR,
             "eval.features": self.features.id,
-            "eval.reference": f"{short_digest(self.info)} ({self.reference.count} samples)",
+            "eval.reference": f"{self.info.digest.rsplit(':', 1)[-1][:16]} ({self.reference.count} samples)",
             "eval.samples": str(self.config.samples),
             "eval.nfe": ",".join(map(str, self.config.nfe)),
             "eval.labels": self.config.labels if self.classes is not None else "none",
@@ -207,8 +196,8 @@ class Evaluator:
         return tags | ({FLAGS_TAG: " ".join(flags)} if flags else {})
 
     def flags(self) -> list[str]:
-        """What has to be said of every number of this evaluator, known before the first."""
-        flags = [*self.features.warnings, *reference_flags(asdict(self.info), self.features)]
+        """Flags of every score of this evaluator, known before the first."""
+        flags = [*self.features.warnings, *reference_flags(self.info, self.features)]
         if self.config.samples < self.features.dim:
             flags.append(
                 f"{self.config.samples} samples in {self.features.dim} features: the covariance is singular, and the distance compares "
@@ -216,26 +205,20 @@ class Evaluator:
             )
         return flags
 
-    def _metrics(self) -> list[str]:
-        agrees = any("label_agreement" in name for name in self.config.metrics(self.classes is not None))
-        return [_kind(self.config), *(["label_agreement"] if agrees else [])]
+    def _metric_kinds(self) -> dict[str, str]:
+        return self.config.metric_kinds(self.classes is not None)
 
     def _batches(self, rank: int, world: int) -> Iterator[Tensor | None]:
-        """This rank's batches, as many on every rank: None where there is none left for it."""
-        everything = torch.arange(self.config.samples).split(self.config.batch)
-        for first in range(0, len(everything), world):
-            yield everything[first + rank] if first + rank < len(everything) else None
+        """This rank's batches, equally many on every rank: None where none is left for it."""
+        batches = torch.arange(self.config.samples).split(self.config.batch)
+        for first in range(0, len(batches), world):
+            yield batches[first + rank] if first + rank < len(batches) else None
 
     def _labels(self, indices: Tensor) -> Tensor | None:
         if self.classes is None:
             return None
         balanced = self.config.labels == "balanced"
         return sample_labels(self.config.seed, indices, self.classes, balanced)
-
-
-def _kind(config: EvaluationConfig) -> str:
-    """The metric of soflow_pipelines that the distance is."""
-    return "fid" if config.distance == "fid" else "fd"
 
 
 def grid_image(images: Tensor, columns: int) -> np.ndarray[Any, Any]:

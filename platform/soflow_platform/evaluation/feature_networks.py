@@ -1,25 +1,19 @@
-"""soflow_platform.evaluation.feature_networks"""
+"""Opens the feature network of an evaluation from the project folder's weight files."""
 
 from __future__ import annotations
 
 import torch
 
-from soflow_pipelines.features import FeatureError, FeatureNetwork, open_features
-from soflow_pipelines.features.pooled import PooledFeatures
-from soflow_platform.config.evaluation import POOLED
-from soflow_platform.errors import UserError
+from soflow_pipelines.features.network import FeatureNetwork
+from soflow_pipelines.features.registry import open_features
 from soflow_platform.storage.project import ProjectFolder
 
 
-def _device() -> torch.device:
+def best_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def feature_network(name: str, shape: tuple[int, ...], storage: ProjectFolder) -> FeatureNetwork:
-    """The feature network of this name for samples (C, H, W). Raises UserError where it cannot be had."""
-    if name == POOLED:
-        return PooledFeatures(shape)
-    try:
-        return open_features(name, storage.features, _device())
-    except FeatureError as error:
-        raise UserError(str(error)) from error
+    """The feature network of this name for samples (C, H, W). Raises FeatureError where it cannot be had."""
+    return open_features(name, storage.features, best_device(), shape=shape)

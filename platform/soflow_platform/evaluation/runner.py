@@ -1,102 +1,101 @@
-"""Gathering statistics of images on all machines of a Ray cluster, block by block."""
+"""Statistics runners: compute the missing blocks of statistics jobs, on a Ray cluster or in this process."""
 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter as Counted
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
-from soflow_core.failures import summarize
-from soflow_pipelines.images.decode import ImageError
-from soflow_pipelines.metrics import ScoreError, ScoreStatistics
-from soflow_pipelines.shards.info import ShardError
-from soflow_pipelines.sources.source import SourceError
-from soflow_pipelines.storage.object_store import StorageError
-from soflow_platform.cluster.actor_pool import CallbackActorPool as ActorPool
-from soflow_platform.cluster.actor_pool import (
-    Progress,
-    Report,
-    TaskError,
-    new_counter,
-    read_counter,
-    share_cluster,
-)
-from soflow_platform.cluster.actor_pool import no_report as silent
+import torch
+
+from soflow_pipelines.features.network import FeatureNetwork
+from soflow_pipelines.metrics.score_statistics import ScoreStatistics
+from soflow_pipelines.references.statistics_job import OpenedImages, StatisticsJob, compute_block
+from soflow_platform.cluster.actor_pool import ActorPool, Progress, Report, deterministic_torch, no_report
 from soflow_platform.cluster.connection import Cluster, connected
-from soflow_platform.errors import JobError, UserError
-from soflow_platform.evaluation.feature_networks import feature_network
-from soflow_platform.evaluation.statistics import BlockStore, StatisticsJob, compute_block
+from soflow_platform.errors import UserError
+from soflow_platform.evaluation.block_store import BlockStore
+from soflow_platform.evaluation.feature_networks import best_device, feature_network
 from soflow_platform.storage.project import ProjectFolder
 
-INPUT_ERRORS = (UserError, ScoreError, SourceError, ShardError, StorageError, ImageError)
-"""What a user can mend; the text is a sentence."""
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Block = tuple[BlockStore, int]
 
 
-class StatisticsActor:
-    """An actor that makes blocks of measurements. Networks stay open from block to block."""
+class StatisticsRunner(ABC):
+    """Computes statistics jobs in blocks that are kept in the project folder, so that an interrupted command goes on."""
 
-    def __init__(self, storage: str, evaluations: str, threads: int, counter: Any) -> None:
-        import torch
+    def __init__(self, storage: ProjectFolder, report: Report = no_report) -> None:
+        self.storage, self.report = storage, report
 
-        # One thread and deterministic kernels: a block that is made again is the same to the last bit.
-        torch.set_num_threads(threads if torch.cuda.is_available() else 1)
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.benchmark = False
-        # Images are made and decoded in float32, as features are: TF32 moves them from one kind of GPU to another.
-        torch.backends.cudnn.allow_tf32 = False
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._storage, self._evaluations = ProjectFolder(Path(storage)), Path(evaluations)
-        self._counter = counter
-        self._networks: dict[str, Any] = {}
-        self._opened: tuple[str, Any] = ("", None)
+    def folder(self, job: StatisticsJob) -> BlockStore:
+        """The block files of a job."""
+        return BlockStore.of(job, self.storage.root / "evaluations")
 
-    def make(self, measurement: StatisticsJob, block: int) -> None:
-        """Make and publish a block."""
-        network = self._network(measurement)
-        if self._opened[0] != measurement.key:
-            # One at a time: networks may be large.
-            self._opened = ("", None)
-            self._opened = (measurement.key, measurement.images.open(self._device))
-        statistics = compute_block(measurement, block, self._opened[1], network, self._count)
-        BlockStore.of(measurement, self._evaluations).publish(block, statistics)
+    def one(self, job: StatisticsJob) -> ScoreStatistics:
+        """The statistics of a single job."""
+        return self.statistics([job])[0]
 
-    def _network(self, measurement: StatisticsJob) -> Any:
-        if measurement.features not in self._networks:
-            found = feature_network(measurement.features, measurement.shape, self._storage)
-            self._networks[measurement.features] = found
-        network = self._networks[measurement.features]
-        if network.id != measurement.features_id:
-            raise UserError(
-                f"this machine has {network.id} where the command found {measurement.features_id}: give every machine the same weights."
-            )
-        return network
+    def statistics(self, jobs: Sequence[StatisticsJob]) -> list[ScoreStatistics]:
+        """The statistics of each job. Raises InputError where an image or a setting is refused, JobError where a block failed."""
+        stores = [self.folder(job) for job in jobs]
+        missing = {store.folder: (store, store.missing()) for store in stores}
+        blocks = [(store, block) for store, numbers in missing.values() for block in numbers]
+        if blocks:
+            self._compute(blocks, sum(store.job.images.count for store, _ in missing.values()))
+        return [store.whole() for store in stores]
 
-    def _count(self, images: int) -> None:
-        self._counter.add.remote(images)
+    def _compute(self, blocks: list[Block], total: int) -> None:
+        left = Counter(store.folder for store, _ in blocks)
+        start = Progress(total - sum(store.job.size(block) for store, block in blocks), total)
+        for store, _ in self._computed(blocks, start):
+            left[store.folder] -= 1
+            if not left[store.folder]:
+                # At once: the blocks of a large job take gigabytes, the merged statistics as much as one of them.
+                store.whole()
+        self.report(Progress(total, total))
+
+    @abstractmethod
+    def _computed(self, blocks: list[Block], start: Progress) -> Iterator[Block]:
+        """Compute and publish every block, and yield it as it is done."""
 
 
-class RayStatisticsRunner:
-    """Makes what is missing of measurements; a Ray is connected to when there is something to make, and once.
+class LocalStatisticsRunner(StatisticsRunner):
+    """Computes statistics in this process."""
 
-    A caller that is connected already gives its `cluster`.
+    def _computed(self, blocks: list[Block], start: Progress) -> Iterator[Block]:
+        computer, done = BlockComputer(self.storage, best_device()), start.done
+        for store, block in blocks:
+            computer.compute(store, block)
+            done += store.job.size(block)
+            self.report(Progress(done, start.total))
+            yield store, block
+
+
+class RayStatisticsRunner(StatisticsRunner):
+    """Computes statistics on a Ray cluster, to which it connects when a block is missing, at most once.
+
+    A caller that is connected already passes its `cluster`.
     """
 
     def __init__(
         self,
         storage: ProjectFolder,
         address: str | None = None,
-        report: Report = silent,
+        report: Report = no_report,
         cluster: Cluster | None = None,
     ) -> None:
-        self._storage, self._address, self._report = storage, address, report
-        self._root = storage.root / "evaluations"
+        super().__init__(storage, report)
+        self._address, self._cluster = address, cluster
         self._stack = contextlib.ExitStack()
-        self._cluster = cluster
 
-    def __enter__(self) -> RayStatisticsRunner:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -104,59 +103,63 @@ class RayStatisticsRunner:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def folder(self, measurement: StatisticsJob) -> BlockStore:
-        """Where a measurement is kept."""
-        return BlockStore.of(measurement, self._root)
-
-    def one(self, measurement: StatisticsJob) -> ScoreStatistics:
-        """The whole statistics of a single measurement."""
-        return self.statistics([measurement])[0]
-
-    def statistics(self, measurements: Sequence[StatisticsJob]) -> list[ScoreStatistics]:
-        """The whole statistics of each. Raises UserError for what is refused, JobError for what failed."""
-        folders = [self.folder(measurement) for measurement in measurements]
-        missing = {folder.folder: (folder, folder.missing()) for folder in folders}
-        todo = [(folder, block) for folder, blocks in missing.values() for block in blocks]
-        if todo:
-            self._make(todo, sum(folder.measurement.images.count for folder, _ in missing.values()))
-        return [folder.whole() for folder in folders]
-
-    def _make(self, todo: list[tuple[BlockStore, int]], total: int) -> None:
-        import ray
-
+    def _computed(self, blocks: list[Block], start: Progress) -> Iterator[Block]:
         if self._cluster is None:
             self._cluster = self._stack.enter_context(connected(self._address))
-        share = share_cluster(self._cluster, len(todo), uses_gpu=True)
-        counter = new_counter()
-
-        def new_actor() -> Any:
-            actor = ray.remote(StatisticsActor).options(num_cpus=share.cpus, num_gpus=share.gpus)
-            return actor.remote(str(self._storage.root), str(self._root), share.threads, counter)
-
-        spread: ActorPool[tuple[BlockStore, int]] = ActorPool(
-            new_actor,
-            start=lambda actor, task: actor.make.remote(task[0].measurement, task[1]),
-            named=lambda task: f"block {task[1]} of {task[0].folder.name}",
-            kept="Finished blocks are kept",
-            cluster=self._cluster,
+        pool: ActorPool[Block] = ActorPool(
+            self._cluster,
+            StatisticsActor,
+            (str(self.storage.root),),
+            describe=lambda task: f"block {task[1]} of {task[0].folder.name}",
+            resume_hint="Finished blocks are kept",
         )
-        done = total - sum(folder.measurement.size(block) for folder, block in todo)
-        made = 0
-        left = Counted(folder.folder for folder, _ in todo)
-        try:
-            for finished in spread.run(todo, share.actors):
-                if finished is not None:
-                    folder = finished[0][0]
-                    left[folder.folder] -= 1
-                    if not left[folder.folder]:
-                        # At once: the blocks of a large measurement take gigabytes, the whole takes as much as one of them.
-                        folder.whole()
-                made = read_counter(counter, made)
-                self._report(Progress(min(total, done + made), total))
-        except TaskError as error:
-            if isinstance(error.cause, INPUT_ERRORS):
-                raise UserError(str(error.cause)) from error
-            raise JobError(
-                f"{spread.named(error.task)} failed: {summarize(error.cause)}. Finished blocks are kept: the same command goes on."
-            ) from error
-        self._report(Progress(total, total))
+        for task, _ in pool.imap_unordered(blocks, start, self.report):
+            yield task
+
+
+class StatisticsActor:
+    """Actor that computes and publishes blocks on one machine of a cluster."""
+
+    def __init__(self, storage: str, threads: int, count: Callable[[int], None]) -> None:
+        device = deterministic_torch(threads)
+        self._computer = BlockComputer(ProjectFolder(Path(storage)), device, count)
+
+    def run(self, task: Block) -> None:
+        """Compute a block and publish it."""
+        self._computer.compute(*task)
+
+
+class BlockComputer:
+    """Computes blocks; feature networks, and the images of the last job, stay open from block to block."""
+
+    def __init__(
+        self, storage: ProjectFolder, device: str | torch.device, count: Callable[[int], None] | None = None
+    ) -> None:
+        self._storage, self._device, self._count = storage, device, count
+        self._networks: dict[str, FeatureNetwork] = {}
+        self._opened: tuple[str, OpenedImages] | None = None
+
+    def compute(self, store: BlockStore, block: int) -> None:
+        """Compute a block and publish it. Raises InputError where this machine has other feature weights than the job names."""
+        network = self._network(store.job)
+        statistics = compute_block(store.job, block, self._images(store.job), network, self._count)
+        store.publish(block, statistics)
+
+    def _images(self, job: StatisticsJob) -> OpenedImages:
+        if self._opened is None or self._opened[0] != job.key:
+            if self._opened is not None:
+                self._opened[1].close()
+            # One at a time: networks may be large.
+            self._opened = None
+            self._opened = job.key, job.images.open(self._device)
+        return self._opened[1]
+
+    def _network(self, job: StatisticsJob) -> FeatureNetwork:
+        if job.features not in self._networks:
+            self._networks[job.features] = feature_network(job.features, job.shape, self._storage)
+        network = self._networks[job.features]
+        if network.id != job.features_id:
+            raise UserError(
+                f"this machine has {network.id} where the command found {job.features_id}: give every machine the same weights."
+            )
+        return network

@@ -1,4 +1,4 @@
-"""Samples and images from a registered or saved network.
+"""Generates samples and images from a weights file: network, sampler and decoder in one object.
 
 Sample i is a function of (weights, seed, i, label i, sampler, steps): the noise comes from (seed, i), and every forward pass has the
 same batch size, the last one filled up, so that neighbours cannot change the rounding.
@@ -17,12 +17,16 @@ from torch import Tensor
 from soflow_core.networks import DiT
 from soflow_core.objectives import Objective
 from soflow_core.weights import Weights, build_network, load_weights
+from soflow_pipelines.images.autoencoder import AutoencoderError, KlAutoencoder
 from soflow_pipelines.images.encode import encode_png
+from soflow_pipelines.references.latent_decoder import open_decoder
+from soflow_pipelines.shards.info import DatasetInfo
 from soflow_platform.errors import UserError
-from soflow_platform.generation.decoding import viewable
+from soflow_platform.generation.decoding import decode_samples, viewable
 from soflow_platform.generation.sampling import generate, with_sampling
 
 BATCH = 64
+"""Samples in one forward pass; a multiple of it are read at a time by a statistics job."""
 
 
 def read_weights(path: str | Path) -> tuple[Weights, Objective]:
@@ -38,18 +42,30 @@ def read_weights(path: str | Path) -> tuple[Weights, Objective]:
 
 @dataclass(frozen=True)
 class Generator:
-    """A network with the method that samples it."""
+    """A network, the method that samples it, and the decoder of its samples."""
 
     network: DiT
     objective: Objective
-    data: dict[str, Any]
-    """What is known of the data it was trained on."""
+    info: DatasetInfo | None
+    """Description of the training data; None where the weights name none."""
+    decoder: KlAutoencoder | None = None
+    """Decodes samples to images; None for a network of pixels, and where latents are not decoded."""
+    undecoded: str | None = None
+    """Why the samples are latents that are not decoded: the autoencoder cannot be loaded, and none was named."""
 
     @classmethod
-    def open(cls, path: str | Path, sampling: Mapping[str, Any] | None = None) -> Generator:
-        """Read weights that this platform saved, to be sampled with other settings than those of training where `sampling` has some.
+    def open(
+        cls,
+        path: str | Path,
+        sampling: Mapping[str, Any] | None = None,
+        autoencoder: str | None = None,
+        decode: bool = True,
+    ) -> Generator:
+        """Read weights that this platform saved, and with `decode` the autoencoder of the latents that they were trained on.
 
-        Raises UserError for a file that is not such weights, or settings the method does not have.
+        `sampling` replaces sampler settings of the training, `autoencoder` (a folder or an id) the autoencoder that the weights
+        name. Raises InputError for a file that is not such weights, settings that the method does not have, and an autoencoder that
+        did not make the latents.
         """
         weights, objective = read_weights(path)
         objective = with_sampling(objective, sampling or {})
@@ -58,7 +74,16 @@ class Generator:
         except ValueError as error:
             raise UserError(f"{path} does not hold a generator: {error}.") from None
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(network.to(device), objective, weights.data)
+        info = DatasetInfo.from_facts(weights.data)
+        decoder, undecoded = None, None
+        if decode:
+            try:
+                decoder = open_decoder(info, autoencoder, device)
+            except AutoencoderError as error:
+                if autoencoder is not None:
+                    raise
+                undecoded = str(error)
+        return cls(network.to(device), objective, info, decoder, undecoded)
 
     @property
     def classes(self) -> int | None:
@@ -78,30 +103,37 @@ class Generator:
         Raises UserError for labels the network does not know.
         """
         numbers = torch.as_tensor(indices, dtype=torch.int64)
-        wanted = self._known(labels, len(numbers))
+        checked = self._checked_labels(labels, len(numbers))
         for start in range(0, len(numbers), BATCH):
             part = numbers[start : start + BATCH]
-            own = None if wanted is None else wanted[start : start + BATCH]
+            part_labels = None if checked is None else checked[start : start + BATCH]
             fill = BATCH - len(part)
             full = torch.cat([part, part[-1:].expand(fill)])
-            filled = None if own is None else torch.cat([own, own[-1:].expand(fill)])
-            made = generate(self.network, self.objective, seed, full, filled, steps, self.device)
-            yield made[: len(part)]
+            full_labels = None if part_labels is None else torch.cat([part_labels, part_labels[-1:].expand(fill)])
+            samples = generate(self.network, self.objective, seed, full, full_labels, steps, self.device)
+            yield samples[: len(part)]
 
-    def batches(
+    def decoded(
         self, indices: Sequence[int] | Tensor, labels: Sequence[int] | Tensor | None, seed: int, steps: int
     ) -> Iterator[Tensor]:
-        """Images (B, C, H, W) uint8, at most BATCH at a time, in order; of latents, their first three channels."""
-        for made in self.samples(indices, labels, seed, steps):
-            yield viewable(made)
+        """Images (B, C, H, W) float32 in [-1, 1], at most BATCH at a time, in order; without a decoder the samples."""
+        for samples in self.samples(indices, labels, seed, steps):
+            yield decode_samples(samples, self.decoder)
+
+    def images(
+        self, indices: Sequence[int] | Tensor, labels: Sequence[int] | Tensor | None, seed: int, steps: int
+    ) -> Iterator[Tensor]:
+        """Images (B, C, H, W) uint8, at most BATCH at a time, in order; of latents without a decoder, their first three channels."""
+        for decoded in self.decoded(indices, labels, seed, steps):
+            yield viewable(decoded)
 
     def png(self, labels: Sequence[int], seed: int, steps: int) -> list[bytes]:
         """One PNG for each label; image i has the i-th noise of the seed."""
         known = labels if self.classes is not None else None
-        batches = self.batches(range(len(labels)), known, seed, steps)
+        batches = self.images(range(len(labels)), known, seed, steps)
         return [encode_png(image.permute(1, 2, 0).numpy()) for batch in batches for image in batch]
 
-    def _known(self, labels: Sequence[int] | Tensor | None, count: int) -> Tensor | None:
+    def _checked_labels(self, labels: Sequence[int] | Tensor | None, count: int) -> Tensor | None:
         if self.classes is None:
             return None
         if labels is None or len(labels) != count:

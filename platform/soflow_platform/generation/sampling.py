@@ -1,4 +1,4 @@
-"""From noise to what a user sees: samples of a network, the settings that act on them, and their images."""
+"""Samples of a network by index, and the settings of a method that act at sampling alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SamplingNetwork(Protocol):
 
 
 class SampleNoises(Sequence[Tensor]):
-    """The noises of a batch, (B, C, H, W) each, made when they are asked for: a sampler of 1000 steps may need all or none."""
+    """The noises of a batch, (B, C, H, W) each, drawn on access: a sampler of 1000 steps may need all or none."""
 
     def __init__(
         self, seed: int, indices: Tensor, shape: tuple[int, ...], count: int, device: torch.device
@@ -77,7 +77,7 @@ def generate(
 
 
 def with_sampling(objective: Objective, settings: Mapping[str, Any]) -> Objective:
-    """The same method, sampled with other settings. Raises UserError for one it does not have, or that cannot be."""
+    """The same method, sampled with other settings. Raises UserError for a setting it does not have, or a value it refuses."""
     known = {field.name for field in dataclasses.fields(objective)} & set(SAMPLING_SETTINGS)  # type: ignore[arg-type]
     for name in settings:
         if name not in known:
@@ -90,12 +90,12 @@ def with_sampling(objective: Objective, settings: Mapping[str, Any]) -> Objectiv
         return kind.validate_python({**dataclasses.asdict(objective), **settings})  # type: ignore[call-overload]
     except ValidationError as error:
         first = error.errors()[0]
-        said = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ")
         name = ".".join(str(part) for part in first["loc"])
-        what = f"`{name}` is {first['input']!r}: " if name else ""
-        raise UserError(f"{objective.method}: {what}{said[:1].lower()}{said[1:]}.") from None
+        setting = f"`{name}` is {first['input']!r}: " if name else ""
+        raise UserError(f"{objective.method}: {setting}{message[:1].lower()}{message[1:]}.") from None
 
 
 def sampling_facts(objective: Objective) -> dict[str, str]:
-    """The settings by which this method is sampled, in words."""
+    """The settings by which this method is sampled, as tags."""
     return {name: str(getattr(objective, name)) for name in SAMPLING_SETTINGS if hasattr(objective, name)}
