@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from soflow_pipelines.metrics import ScoreStatistics
 from soflow_platform.config.document import apply_override, read_document
 from soflow_platform.config.validation import validate
-from soflow_platform.evaluation.statistics import BlockStore, StatisticsJob, compute_block
+from soflow_platform.evaluation.runner import LocalStatisticsRunner
 from soflow_platform.jobs.evaluate import Score, Services, evaluate
 from soflow_platform.jobs.requests import EvaluateRequest, ProtocolRequest, SamplingRequest
 from soflow_platform.storage.project import ProjectFolder
@@ -79,24 +77,9 @@ def trained_sweep(root: Path, empty_store: Path) -> ProjectFolder:
     return storage
 
 
-class LocalRunner:
-    """Computes statistics in this process, in the blocks and in the place where a cluster would."""
-
-    def __init__(self, project: ProjectFolder) -> None:
-        self._project = project
-
-    def one(self, job: StatisticsJob) -> ScoreStatistics:
-        return self.statistics([job])[0]
-
-    def statistics(self, jobs: Sequence[StatisticsJob]) -> list[ScoreStatistics]:
-        for job in jobs:
-            measure_here(self._project, job)
-        return [BlockStore.of(job, self._project.root / "evaluations").whole() for job in jobs]
-
-
 def local_services(project: ProjectFolder) -> Services:
     """Scoring in this process, logged to the project folder's own store."""
-    return Services(project, TrackingStore(project.tracking_uri), LocalRunner(project))  # type: ignore[arg-type]
+    return Services(project, TrackingStore(project.tracking_uri), LocalStatisticsRunner(project))
 
 
 def scores_of(project: ProjectFolder, target: str, num: int | None = 100, **settings: Any) -> list[Score]:
@@ -106,14 +89,3 @@ def scores_of(project: ProjectFolder, target: str, num: int | None = 100, **sett
     }
     request = EvaluateRequest(target, num, SamplingRequest(**sampling), ProtocolRequest(**settings))
     return evaluate(request, local_services(project))[1]
-
-
-def measure_here(storage: ProjectFolder, measurement: StatisticsJob) -> None:
-    """Make every block in this process, so that a command finds nothing left to make."""
-    from soflow_platform.evaluation.feature_networks import feature_network
-
-    folder = BlockStore.of(measurement, storage.root / "evaluations")
-    network = feature_network(measurement.features, measurement.shape, storage)
-    opened = measurement.images.open("cpu")
-    for block in folder.missing():
-        folder.publish(block, compute_block(measurement, block, opened, network))

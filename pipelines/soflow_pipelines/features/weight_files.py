@@ -102,7 +102,7 @@ def _examined(path: Path, file: WeightFile) -> FoundWeights:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Named tensors from safetensors, or from torch's format with nothing but tensors unpickled. Raises FeatureError for other files."""
+    """Named tensors from safetensors, or from torch's format with nothing but tensors unpickled. FeatureError for other files."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

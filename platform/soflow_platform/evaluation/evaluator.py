@@ -134,7 +134,9 @@ class Evaluator:
         self, network: SamplingNetwork, objective: Objective, nfe: int, device: torch.device, ranks: Ranks
     ) -> dict[str, Any]:
         """Statistics of this rank's batches as arrays, or the sentence that refuses a sample."""
-        statistics = ScoreStatistics(self.features, self._metric_kinds().values(), samples=self.config.samples)
+        statistics = ScoreStatistics(
+            self.features, self._metric_kinds().values(), samples=self.config.samples
+        )
         steps = steps_for(objective, nfe, self.classes is not None)
         refused = None
         for indices in self._batches(ranks.rank, ranks.world):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from soflow_pipelines.images.autoencoder import AutoencoderFacts
-from soflow_pipelines.images.convert import to_uint8
 from soflow_pipelines.images.codec import Decoder
+from soflow_pipelines.images.convert import to_uint8
 
 DECODED_AT_ONCE = 8
 """Latents decoded in one call: the activations of a decoder are large."""

@@ -109,7 +109,9 @@ class Generator:
             part_labels = None if checked is None else checked[start : start + BATCH]
             fill = BATCH - len(part)
             full = torch.cat([part, part[-1:].expand(fill)])
-            full_labels = None if part_labels is None else torch.cat([part_labels, part_labels[-1:].expand(fill)])
+            full_labels = (
+                None if part_labels is None else torch.cat([part_labels, part_labels[-1:].expand(fill)])
+            )
             samples = generate(self.network, self.objective, seed, full, full_labels, steps, self.device)
             yield samples[: len(part)]
 

@@ -12,22 +12,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from soflow_pipelines.references.latent_decoder import open_decoder
+from soflow_pipelines.references.reference_store import ReferenceLocation
+from soflow_pipelines.references.statistics_job import StatisticsJob
+from soflow_pipelines.references.stored_images import StoredImages, holds_latents, stored_images
 from soflow_pipelines.storage.files import read_json, write_json
 from soflow_platform.config.evaluation import POOLED
 from soflow_platform.config.locations import absolute_autoencoder, absolute_features
 from soflow_platform.errors import UserError
-from soflow_platform.evaluation.image_sources import StoredImages
 from soflow_platform.evaluation.protocol import (
-    ReferenceLocation,
+    ImageSpec,
+    ProtocolSettings,
     ScoringProtocol,
     default_features,
     open_protocol,
     training_data_location,
 )
-from soflow_platform.evaluation.reference_store import holds_latents, stored_images
-from soflow_platform.evaluation.runner import RayStatisticsRunner
-from soflow_platform.evaluation.statistics import StatisticsJob
-from soflow_platform.generation.decoding import open_decoder
+from soflow_platform.evaluation.runner import StatisticsRunner
 from soflow_platform.jobs.model_under_test import ModelUnderTest, SampleSettings
 from soflow_platform.jobs.requests import EvaluateRequest, ProtocolRequest, SamplingRequest
 from soflow_platform.jobs.targets import EvaluationTarget, TargetResolver
@@ -44,7 +45,7 @@ class Services:
 
     project: ProjectFolder
     store: TrackingStore
-    runner: RayStatisticsRunner
+    runner: StatisticsRunner
 
     @property
     def resolver(self) -> TargetResolver:
@@ -125,23 +126,19 @@ def network_protocol(
     decoder = open_decoder(model.data, request.autoencoder, "cpu")
     reference = _named_reference(request, services.project)
     if reference is None and (place := training_data_location(target.data, model.data, services.project)):
-        reference = ReferenceLocation(place, request.autoencoder, expected=model.data.get("digest"))
+        reference = ReferenceLocation(
+            place, request.autoencoder, expected=model.data.digest if model.data else None
+        )
     factor = decoder.facts.factor if decoder else 1
-    return open_protocol(
-        request.features or default_features(model.data),
-        request.metrics,
-        model.conditional,
-        model.shape,
-        (model.shape[1] * factor, model.shape[2] * factor),
-        reference,
-        services.project,
-        services.runner.one,
-        decoder.facts if decoder else None,
-    )
+    size = model.shape[1] * factor, model.shape[2] * factor
+    images = ImageSpec(model.shape, size, model.conditional, decoder.facts if decoder else None)
+    features = request.features or default_features(model.data)
+    settings = ProtocolSettings(features, request.metrics, images, reference)
+    return open_protocol(settings, services.project, services.runner.one)
 
 
 def _named_reference(request: ProtocolRequest, project: ProjectFolder) -> ReferenceLocation | None:
-    place = training_data_location(request.reference, {}, project)
+    place = training_data_location(request.reference, None, project)
     return None if place is None else ReferenceLocation(place, request.autoencoder)
 
 
@@ -169,20 +166,12 @@ def _images_protocol(
     services: Services,
 ) -> ScoringProtocol:
     """The scoring protocol for images of the size of the first one."""
-    decoder = open_decoder(images.data, request.autoencoder, "cpu")
+    decoder = open_decoder(images.info, request.autoencoder, "cpu")
     first, _ = images.open("cpu").read(0, 1)
     channels, height, width = first.shape[1:]
-    return open_protocol(
-        request.features or "inception",
-        request.metrics,
-        False,
-        (channels, height, width),
-        (height, width),
-        reference,
-        services.project,
-        services.runner.one,
-        decoder.facts if decoder else None,
-    )
+    spec = ImageSpec((channels, height, width), (height, width), False, decoder.facts if decoder else None)
+    settings = ProtocolSettings(request.features or "inception", request.metrics, spec, reference)
+    return open_protocol(settings, services.project, services.runner.one)
 
 
 def _refuse_unused(request: EvaluateRequest, name: str, places: Sequence[str]) -> None:

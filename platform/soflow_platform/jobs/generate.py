@@ -64,7 +64,7 @@ def generate(
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     labels_of_missing = None if labels is None else [labels[i] for i in missing]
     made = 0
-    for batch in generator.batches(missing, labels_of_missing, request.seed, request.steps):
+    for batch in generator.images(missing, labels_of_missing, request.seed, request.steps):
         for image in batch:
             write_bytes(paths[missing[made]], encode_png(image.permute(1, 2, 0)))
             made += 1

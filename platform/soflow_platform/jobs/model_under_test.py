@@ -10,11 +10,12 @@ from typing import Any
 from soflow_core.networks import DiTConfig
 from soflow_core.nfe import sampling_evaluations
 from soflow_core.objectives import Objective
+from soflow_pipelines.references.statistics_job import StatisticsJob
+from soflow_pipelines.shards.info import DatasetInfo
 from soflow_pipelines.storage.files import sha256
 from soflow_platform.errors import UserError
 from soflow_platform.evaluation.image_sources import GeneratedImages, LabelMode
 from soflow_platform.evaluation.protocol import ScoringProtocol
-from soflow_platform.evaluation.statistics import StatisticsJob
 from soflow_platform.generation.generator import read_weights
 from soflow_platform.generation.sampling import sampling_facts, with_sampling
 
@@ -39,8 +40,8 @@ class ModelUnderTest:
     digest: str
     """SHA-256 of the file."""
     config: DiTConfig
-    data: dict[str, Any]
-    """Metadata of the training data."""
+    data: DatasetInfo | None
+    """Description of the training data; None where the weights name none."""
     trained: Objective
     """The method as it was trained."""
     objective: Objective
@@ -54,7 +55,15 @@ class ModelUnderTest:
         weights, trained = read_weights(path)
         objective = with_sampling(trained, sampling)
         config = weights.network_config
-        return cls(path, sha256(path), config, weights.data, trained, objective, dict(sampling))
+        return cls(
+            path,
+            sha256(path),
+            config,
+            DatasetInfo.from_facts(weights.data),
+            trained,
+            objective,
+            dict(sampling),
+        )
 
     def sampled(self, sampling: Mapping[str, Any]) -> ModelUnderTest:
         """The same weights with other sampler settings."""
@@ -103,6 +112,6 @@ class ModelUnderTest:
             samples.count,
             self.sampling,
             autoencoder,
-            decodes=protocol.features.space == "images",
+            decode_latents=protocol.features.space == "images",
         )
         return StatisticsJob(images, protocol.name, protocol.features.id, protocol.metrics, self.shape)

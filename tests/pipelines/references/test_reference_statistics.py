@@ -18,11 +18,11 @@ from soflow_pipelines.references import reference_statistics
 from soflow_pipelines.references.image_sets import NpzImages, PartOfImages, batches, open_image_set
 from soflow_pipelines.references.reference_statistics import (
     cached_reference,
-    open_reference,
     reference_from_adm,
     reference_from_images,
     reference_from_set,
 )
+from soflow_pipelines.references.reference_store import open_reference
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_pipelines.shards.writer import Sample, write_shards
 from soflow_pipelines.sources.source import SourceError
@@ -302,6 +302,31 @@ def test_kept_references_are_told_apart_by_data_features_and_what_was_done(tmp_p
     ):
         assert cached_reference(tmp_path, digest, features, metrics, make).name == "paint"
     assert len(made) == 4
+
+
+@pytest.mark.parametrize(
+    ("digest", "features", "metrics", "name"),
+    [
+        (
+            f"sha256:{'ab' * 32}",
+            "colours-1",
+            ["fid", "kid"],
+            "reference-abababababababab-colours-1-4f897d08.npz",
+        ),
+        (
+            f"{'cd' * 32}-adm64",
+            "inception-1-6726825d",
+            ["fid"],
+            "reference-cdcdcdcdcdcdcdcd-inception-1-6726825d-8e5b49cd.npz",
+        ),
+    ],
+)
+def test_a_reference_kept_by_version_0_1_0_is_found(
+    tmp_path: Path, digest: str, features: str, metrics: list[str], name: str
+) -> None:
+    reference_from_images([torch.from_numpy(pictures())], Painted(), ["fid"], "paint").save(tmp_path / name)
+    found = cached_reference(tmp_path, digest, features, metrics, lambda: pytest.fail("made anew"))
+    assert found.name == "paint"
 
 
 def test_places_that_hold_no_reference_are_named(tmp_path: Path) -> None:

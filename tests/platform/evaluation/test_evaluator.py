@@ -19,6 +19,7 @@ from soflow_core.objectives import Objective, SoFlow
 from soflow_pipelines.images.autoencoder import load_autoencoder
 from soflow_pipelines.preparation.build import prepare_locally
 from soflow_pipelines.preparation.shard_plan import PrepareSettings, ShardPlan
+from soflow_pipelines.references.reference_store import DECODED_LATENTS
 from soflow_pipelines.shards.tables import read_info
 from soflow_pipelines.sources.opening import open_source
 from soflow_pipelines.storage.opening import open_storage
@@ -26,7 +27,6 @@ from soflow_platform.config.evaluation import EvaluationConfig
 from soflow_platform.errors import UserError
 from soflow_platform.evaluation.evaluator import Evaluation, Evaluator, Interrupted
 from soflow_platform.evaluation.ranks import SingleProcess
-from soflow_platform.evaluation.reference_store import DECODED_LATENTS
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.metric_logger import MetricLogger
 from soflow_platform.tracking.store import Tracking

@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 
 from soflow_core.failures import InputError
+from soflow_pipelines.references.statistics_job import StatisticsJob
+from soflow_pipelines.references.stored_images import StoredImages
 from soflow_pipelines.sources.digits import load_digits
 from soflow_platform.evaluation import protocol
-from soflow_platform.evaluation.image_sources import StoredImages
-from soflow_platform.evaluation.statistics import StatisticsJob
+from soflow_platform.evaluation.runner import LocalStatisticsRunner
 from soflow_platform.jobs.evaluate import Score
 from soflow_platform.storage.project import ProjectFolder
-from tests.support.scored_sweep import SWEEP, LocalRunner, scores_of
+from tests.support.scored_sweep import SWEEP, scores_of
 from tests.support.small_networks import exported, latent_set
 
 TRIAL = f"{SWEEP}/trial-01-flow_matching"
@@ -28,9 +29,9 @@ FD: dict[str, Any] = {"features": "digits-classifier", "metrics": ("fd",)}
 @pytest.fixture(autouse=True)
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[StatisticsJob]:
     """The statistics that are computed, each in another working folder than that of the command."""
-    compute, seen = LocalRunner.statistics, []
+    compute, seen = LocalStatisticsRunner.statistics, []
 
-    def statistics(self: LocalRunner, jobs: list[StatisticsJob]) -> Any:
+    def statistics(self: LocalStatisticsRunner, jobs: list[StatisticsJob]) -> Any:
         here = Path.cwd()
         os.chdir("/")
         try:
@@ -39,7 +40,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[StatisticsJob]:
         finally:
             os.chdir(here)
 
-    monkeypatch.setattr(LocalRunner, "statistics", statistics)
+    monkeypatch.setattr(LocalStatisticsRunner, "statistics", statistics)
     return seen
 
 

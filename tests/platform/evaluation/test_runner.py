@@ -12,17 +12,19 @@ import pytest
 from rich.console import Console
 
 from soflow_pipelines.preparation.builtin import ensure_builtin
+from soflow_pipelines.references.statistics_job import StatisticsJob
+from soflow_pipelines.references.stored_images import StoredImages
 from soflow_pipelines.shards.tables import read_info
 from soflow_pipelines.sources.digits import load_digits
 from soflow_platform.cli.display import SweepDisplay
+from soflow_platform.cluster.actor_pool import Progress
 from soflow_platform.cluster.connection import Cluster, connected
 from soflow_platform.config.evaluation import EvaluationConfig
 from soflow_platform.config.validation import read_experiment
+from soflow_platform.evaluation.block_store import MERGED
 from soflow_platform.evaluation.evaluator import Evaluator
 from soflow_platform.evaluation.feature_networks import feature_network
-from soflow_platform.evaluation.image_sources import StoredImages
-from soflow_platform.evaluation.runner import Progress, RayStatisticsRunner
-from soflow_platform.evaluation.statistics import MERGED, StatisticsJob
+from soflow_platform.evaluation.runner import RayStatisticsRunner
 from soflow_platform.storage.project import ProjectFolder
 from tests.support.small_networks import exported
 

@@ -11,23 +11,24 @@ import numpy as np
 import pytest
 import torch
 
+from soflow_core.failures import InputError
 from soflow_core.samplers.noise import sample_labels
 from soflow_pipelines.images.convert import to_unit_range
-from soflow_pipelines.metrics import ScoreError, ScoreStatistics
-from soflow_pipelines.shards.tables import read_info
-from soflow_pipelines.sources.digits import load_digits
-from soflow_platform.errors import UserError
-from soflow_platform.evaluation import statistics as measurements
-from soflow_platform.evaluation.feature_networks import feature_network
-from soflow_platform.evaluation.image_sources import GeneratedImages, StoredImages
-from soflow_platform.evaluation.reference_store import stored_shard_set
-from soflow_platform.evaluation.statistics import (
+from soflow_pipelines.metrics import Reference, ScoreError, ScoreStatistics
+from soflow_pipelines.references.statistics_job import (
     LARGEST_BLOCK,
-    BlockStore,
+    LocalStatistics,
     StatisticsJob,
     compute_block,
-    compute_statistics,
 )
+from soflow_pipelines.references.stored_images import StoredImages, stored_shard_set
+from soflow_pipelines.shards.tables import read_info
+from soflow_pipelines.sources.digits import load_digits
+from soflow_platform.evaluation import block_store
+from soflow_platform.evaluation.block_store import BlockStore
+from soflow_platform.evaluation.feature_networks import feature_network
+from soflow_platform.evaluation.image_sources import GeneratedImages
+from soflow_platform.evaluation.runner import LocalStatisticsRunner
 from soflow_platform.generation.generator import BATCH, Generator
 from soflow_platform.jobs.targets import find_target
 from soflow_platform.storage.project import ProjectFolder
@@ -108,11 +109,10 @@ def test_merged_blocks_are_the_statistics_of_all_images_at_once(
         torch.cat([p[1] for p in parts if p[1] is not None]),
     )
     assert merged.count == whole.count == 200
-    assert merged.agreed == whole.agreed
-    assert merged.moments is not None
-    assert whole.moments is not None
-    np.testing.assert_allclose(merged.moments.mean, whole.moments.mean, rtol=1e-6)
-    np.testing.assert_allclose(merged.moments.covariance, whole.moments.covariance, rtol=1e-5, atol=1e-7)
+    one, other = merged.state(), whole.state()
+    assert one["agreed"] == other["agreed"]
+    np.testing.assert_allclose(one["moments.mean"], other["moments.mean"], rtol=1e-6)
+    np.testing.assert_allclose(one["moments.scatter"], other["moments.scatter"], rtol=1e-5, atol=1e-5)
     merged.check_complete()
 
 
@@ -120,7 +120,7 @@ def test_samples_of_a_shard_set_are_seen_as_a_network_sees_them_and_each_once(
     scored_once: ProjectFolder, tmp_path: Path
 ) -> None:
     place = str(scored_once.data / "digits")
-    given = stored_shard_set(place, read_info(place), None, decodes=False)
+    given = stored_shard_set(place, read_info(place), None, decode_latents=False)
     network = feature_network("pooled", (1, 8, 8), scored_once)
     measurement = StatisticsJob(given, "pooled", network.id, ("fd", "kid"), (1, 8, 8))
     folder = BlockStore.of(measurement, tmp_path)
@@ -128,10 +128,11 @@ def test_samples_of_a_shard_set_are_seen_as_a_network_sees_them_and_each_once(
     whole = folder.whole()
     whole.check_complete()
     exact = to_unit_range(torch.from_numpy(load_digits().images)).flatten(1).double()
-    assert whole.moments is not None
-    np.testing.assert_allclose(whole.moments.mean, exact.mean(0), rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(whole.moments.covariance, exact.T.cov(), rtol=1e-5, atol=1e-9)
-    here = compute_statistics(measurement, network, "cpu").state()
+    moments = Reference.of(whole, "digits").moments
+    assert moments is not None
+    np.testing.assert_allclose(moments.mean, exact.mean(0), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(moments.covariance, exact.T.cov(), rtol=1e-5, atol=1e-9)
+    here = LocalStatistics(network)(measurement).state()
     assert all(np.array_equal(here[key], value) for key, value in whole.state().items())
 
 
@@ -140,7 +141,7 @@ def test_the_weights_of_a_sample_that_is_not_finite_are_refused(
 ) -> None:
     opened: Any = measurement.images.open("cpu")
     with torch.no_grad():
-        next(iter(opened._generator.network.parameters())).fill_(float("nan"))
+        next(iter(opened.generator.network.parameters())).fill_(float("nan"))
     network = feature_network(measurement.features, (1, 8, 8), scored_once)
     with pytest.raises(ScoreError, match="sample 64 has values that are not finite"):
         compute_block(measurement, 1, opened, network)
@@ -169,7 +170,7 @@ def test_another_version_of_the_evaluator_changes_the_key(
     measurement: StatisticsJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = measurement.key
-    monkeypatch.setattr("soflow_platform.evaluation.statistics.EVALUATOR", "another")
+    monkeypatch.setattr("soflow_pipelines.references.statistics_job.EVALUATOR", "another")
     assert measurement.key != before
 
 
@@ -178,16 +179,16 @@ def test_blocks_that_another_command_merges_meanwhile_are_found_as_the_whole(
 ) -> None:
     folder = BlockStore.of(measurement, tmp_path)
     make(measurement, scored_once, folder, folder.missing())
-    load = measurements._load
+    load = block_store._load
     other: list[ScoreStatistics] = []
 
     def overtaken(path: Path) -> ScoreStatistics:
         if path.name == "block-000001.npz" and not other:
-            monkeypatch.setattr(measurements, "_load", load)
+            monkeypatch.setattr(block_store, "_load", load)
             other.append(folder.whole())
         return load(path)
 
-    monkeypatch.setattr(measurements, "_load", overtaken)
+    monkeypatch.setattr(block_store, "_load", overtaken)
     mine = folder.whole()
     assert len(other) == 1
     assert np.array_equal(mine.state()["moments.mean"], other[0].state()["moments.mean"])
@@ -221,13 +222,57 @@ def test_blocks_are_whole_batches_and_hold_every_image_once(count: int, block: i
 
 
 def test_a_machine_with_other_feature_weights_refuses_the_work(
-    measurement: StatisticsJob, scored_once: ProjectFolder, tmp_path: Path
+    measurement: StatisticsJob, scored_once: ProjectFolder
 ) -> None:
-    from soflow_platform.evaluation.runner import StatisticsActor
+    runner = LocalStatisticsRunner(scored_once)
+    with pytest.raises(InputError, match=r"this machine has digits-cnn-1-\w+ where the command found other"):
+        runner.one(replace(measurement, features_id="other"))
 
-    torch.backends.cudnn.allow_tf32 = True
-    scorer = StatisticsActor(str(scored_once.root), str(tmp_path), 1, None)
-    # Images are made and decoded in float32, as the features of them are.
-    assert not torch.backends.cudnn.allow_tf32
-    with pytest.raises(UserError, match=r"this machine has digits-cnn-1-\w+ where the command found other"):
-        scorer.make(replace(measurement, features_id="other"), 0)
+
+KEYS_OF_0_1_0: list[tuple[StatisticsJob, str]] = [
+    (
+        StatisticsJob(
+            GeneratedImages(
+                "/w/ema.safetensors", "ab" * 32, 2, 3, "uniform", 200, {"sampler": "heun"}, "vae"
+            ),
+            "digits-classifier",
+            "digits-cnn-1-0123abcd",
+            ("fd", "kid"),
+        ),
+        "a3880471c4e5edc8599fda2b",
+    ),
+    (
+        StatisticsJob(
+            GeneratedImages("/w", "ab" * 32, 1, 0, "balanced", 50_000, decode_latents=False),
+            "pooled",
+            "pooled-4x8x8-1",
+            ("fd",),
+            (4, 32, 32),
+        ),
+        "0b7b39220be83da40c691d96",
+    ),
+    (
+        StatisticsJob(
+            StoredImages("/data/images", "cd" * 32, 1797, 256),
+            "inception",
+            "inception-1-6726825d",
+            ("fid", "is"),
+        ),
+        "e801a3b570011f8f1c49d575",
+    ),
+    (
+        StatisticsJob(
+            StoredImages("/data/latents", f"sha256:{'ef' * 32}-decoded", 40, None, "vae"),
+            "inception",
+            "inception-1-6726825d",
+            ("fid",),
+            (4, 8, 8),
+        ),
+        "86ad7d61ad14c2cd702f5fe2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("job", "key"), KEYS_OF_0_1_0)
+def test_statistics_kept_by_version_0_1_0_are_found(job: StatisticsJob, key: str) -> None:
+    assert job.key == key
