@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from soflow_core.failures import InputError
 from soflow_core.networks import DiT, DiTConfig
 from soflow_core.objectives import Objective, SoFlow
 from soflow_pipelines.images.autoencoder import load_autoencoder
@@ -24,7 +25,6 @@ from soflow_pipelines.shards.tables import read_info
 from soflow_pipelines.sources.opening import open_source
 from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.config.evaluation import EvaluationConfig
-from soflow_platform.errors import UserError
 from soflow_platform.evaluation.evaluator import Evaluation, Evaluator, Interrupted
 from soflow_platform.evaluation.ranks import SingleProcess
 from soflow_platform.storage.project import ProjectFolder
@@ -105,7 +105,7 @@ def test_weights_that_cannot_be_had_are_named_before_training_starts(
     worker: Make, storage: ProjectFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOFLOW_INCEPTION_WEIGHTS", "/nowhere/inception.pth")
-    with pytest.raises(UserError, match=r"/nowhere/inception\.pth") as caught:
+    with pytest.raises(InputError, match=r"/nowhere/inception\.pth") as caught:
         worker("blind", "evaluation.features=inception", "search.metric=eval/fid_nfe1")
     assert "\n" not in str(caught.value)
     assert not storage.sweeps.exists()
@@ -253,5 +253,5 @@ def test_the_autoencoder_must_be_the_one_that_made_the_latents(
         (None, "Name its folder"),
     ):
         config = EvaluationConfig(every=1, samples=32, features=features, autoencoder=named)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(InputError, match=said):
             Evaluator.open(config, read_info(data), str(data), True, storage)
