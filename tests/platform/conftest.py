@@ -16,7 +16,7 @@ from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.training.dataset import open_data
 from soflow_platform.training.job import TrialJob
-from soflow_platform.training.worker import TrialWorker
+from soflow_platform.training.worker import Trainer
 from tests.support.scored_sweep import trained_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -75,10 +75,10 @@ def tracking(storage: ProjectFolder, empty_store: Path) -> Tracking:
 
 
 @pytest.fixture
-def worker(storage: ProjectFolder, tracking: Tracking) -> Callable[..., TrialWorker]:
+def worker(storage: ProjectFolder, tracking: Tracking) -> Callable[..., Trainer]:
     """Makes one worker of one trial, as Ray Train would, without Ray."""
 
-    def make(trial: str, *overrides: str) -> TrialWorker:
+    def make(trial: str, *overrides: str) -> Trainer:
         experiment = small_experiment(*overrides)
         location, _ = open_data(experiment, storage)
         run = tracking.open_run("sweep", trial, params={}, tags={}, trial=trial)
@@ -91,6 +91,6 @@ def worker(storage: ProjectFolder, tracking: Tracking) -> Callable[..., TrialWor
             tracking_uri=tracking.store.uri,
             run=run,
         )
-        return TrialWorker(job, torch.device("cpu"))
+        return Trainer.of_job(job, torch.device("cpu"))
 
     return make

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from soflow_platform.training.job import TrialJob
-from soflow_platform.training.worker import TrialWorker
+from soflow_platform.training.worker import Trainer
 
-Change = Callable[[TrialWorker], None]
+Change = Callable[[Trainer], None]
 """What a test does to a worker before it runs; a function of a module, so that it travels."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -72,7 +72,7 @@ def _rank(job: TrialJob, rank: int, world: int, port: int, change: Change | None
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     try:
-        worker = TrialWorker(job, torch.device("cpu"), rank, world)
+        worker = Trainer.of_job(job, torch.device("cpu"), rank, world)
         if change is not None:
             change(worker)
         worker.run()

@@ -18,7 +18,7 @@ from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.training.dataset import open_data
 from soflow_platform.training.job import TrialJob
-from soflow_platform.training.worker import TrialWorker
+from soflow_platform.training.worker import Trainer
 from soflow_platform.tuning.record import BestTrial, SweepRecord, TrialEntry
 from soflow_platform.tuning.search_space import trials
 
@@ -59,7 +59,7 @@ def trained_sweep(root: Path, empty_store: Path) -> ProjectFolder:
             run=run,
         )
         torch.set_num_threads(1)
-        TrialWorker(job, torch.device("cpu")).run()
+        Trainer.of_job(job, torch.device("cpu")).run()
     SweepRecord(
         id=SWEEP,
         name="digits",

@@ -40,7 +40,6 @@ class MetricLogger:
         log: Callable[[str], None],
         patience: float = PATIENCE_SECONDS,
     ) -> None:
-        """Reads how far each metric of the run goes. Raises JobError where the server stays away."""
         self.patience = patience
         self._log = log
         self._writer = RunWriter(store, run)
@@ -50,11 +49,15 @@ class MetricLogger:
         self._lock = threading.Lock()
         self._sent = time.monotonic()
         self._images_fail = False
+        self._last_step: dict[str, int] = {}
+
+    def resume(self) -> None:
+        """Read how far each metric of the run goes, so that no step is logged twice. Raises JobError where the server stays away."""
         self._last_step = retry(
             self._writer.last_steps,
             description="reading the run's curves",
-            timeout=patience,
-            log=log,
+            timeout=self.patience,
+            log=self._log,
             is_transient=is_outage,
         )
 

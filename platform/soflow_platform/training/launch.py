@@ -84,7 +84,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from soflow_platform.training.worker import TrialWorker
+    from soflow_platform.training.worker import Trainer
 
     context = ray.train.get_context()
     # Ray gives a worker one OpenMP thread; the CPUs it was granted are the threads it may use.
@@ -95,17 +95,16 @@ def train_worker(settings: dict[str, Any]) -> None:
     job = TrialJob(**settings)
     if context.get_world_rank() == 0:
         record_placement_group(job.folder)
-    worker = TrialWorker(
+    trainer = Trainer.of_job(
         job,
         device=ray.train.torch.get_device(),
         rank=context.get_world_rank(),
         world=context.get_world_size(),
-        board=progress_actor(job.sweep),
+        actor=progress_actor(job.sweep),
     )
     try:
-        worker.run()
+        trainer.run()
     except JobError as error:
         # Training again from the checkpoint would only meet the same: report it, and do not ask for a restart.
         logging.getLogger(__name__).error("%s", error)
-        if worker.report is not None:
-            worker.report.fail(str(error))
+        trainer.io.fail(str(error))

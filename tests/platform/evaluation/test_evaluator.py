@@ -31,11 +31,11 @@ from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.metric_logger import MetricLogger
 from soflow_platform.tracking.store import Tracking
 from soflow_platform.training.trial_log import LOG
-from soflow_platform.training.worker import TrialWorker
+from soflow_platform.training.worker import Trainer
 from tests.support.small_networks import exported
 from tests.support.trained_state import differing_tensors, final_state
 
-Make = Callable[..., TrialWorker]
+Make = Callable[..., Trainer]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_weights_with_and_without_evaluation_are_equal_bit_for_bit(worker: Make,
     for name, every in (("often", 2), ("once", 6)):
         trained = worker(name, f"evaluation.every={every}", features)
         trained.run()
-        states.append(final_state(str(trained.root)))
+        states.append(final_state(str(trained.setup.checkpoints.root)))
         generators.append(torch.get_rng_state())
     assert {key.split(".")[0] for key in states[0]} == {"network", "ema", "optimizer"}
     assert differing_tensors(*states) == []
@@ -66,17 +66,19 @@ def test_why_a_number_is_refused_stands_in_the_log_and_on_the_run_once(
     trained.run()
     assert [step["step"] for step in trained.evaluations] == [2, 4, 6]
     assert all(math.isnan(step["eval/fd_nfe1"]) for step in trained.evaluations)
-    lines = [line for line in (trained.folder / LOG).read_text().splitlines() if "not finite" in line]
+    lines = [
+        line for line in (trained.setup.job.folder / LOG).read_text().splitlines() if "not finite" in line
+    ]
     assert [(line.split("  ")[1], line[-7:]) for line in lines] == [
         ("step 2", "(nfe 1)"),
         ("step 2", "(nfe 2)"),
     ]
-    said = tracking.client.get_run(trained.job.run).data.tags["eval.flags"]
+    said = tracking.client.get_run(trained.setup.job.run).data.tags["eval.flags"]
     assert [said.count(f"(nfe {nfe})") for nfe in (1, 2)] == [1, 1]
-    again = MetricLogger(tracking.store, trained.job.run, print)
+    again = MetricLogger(tracking.store, trained.setup.job.run, print)
     again.add_flag(lines[0].split("  ", 2)[2])
     again.flush()
-    assert tracking.client.get_run(trained.job.run).data.tags["eval.flags"] == said
+    assert tracking.client.get_run(trained.setup.job.run).data.tags["eval.flags"] == said
 
 
 @pytest.mark.parametrize(
@@ -114,10 +116,10 @@ def test_weights_that_cannot_be_had_are_named_before_training_starts(
 def test_fewer_samples_than_features_are_said_in_the_tags(
     worker: Make, thumbnail: str, tmp_path: Path
 ) -> None:
-    few = worker("few", f"evaluation.features={exported(tmp_path / 'net', 1, 8, side=6)}").evaluator
+    few = worker("few", f"evaluation.features={exported(tmp_path / 'net', 1, 8, side=6)}").setup.evaluator
     assert few.features.dim == 36
     assert few.tags()["eval.flags"].startswith("32 samples in 36 features")
-    enough = worker("enough", f"evaluation.features={thumbnail}").evaluator
+    enough = worker("enough", f"evaluation.features={thumbnail}").setup.evaluator
     assert "eval.flags" not in enough.tags()
 
 
@@ -152,9 +154,9 @@ def together(evaluator: Evaluator, networks: list[DiT], objective: Objective) ->
 
 def test_ranks_together_score_what_one_scores_alone(worker: Make) -> None:
     trained = worker("alone", "evaluation={every: 6, samples: 600, features: digits-classifier, grid: 2}")
-    network, objective = DiT(trained.config).eval(), trained.experiment.objective
-    alone = trained.evaluator.evaluate(network, objective, torch.device("cpu"))
-    first, second = together(trained.evaluator, [network, network], objective)
+    network, objective = DiT(trained.setup.config).eval(), trained.experiment.objective
+    alone = trained.setup.evaluator.evaluate(network, objective, torch.device("cpu"))
+    first, second = together(trained.setup.evaluator, [network, network], objective)
     assert first.metrics == second.metrics == pytest.approx(alone.metrics, rel=1e-9)
     assert list(first.grids) == ["samples/nfe1", "samples/nfe2"]
     assert second.grids == {}
@@ -163,10 +165,10 @@ def test_ranks_together_score_what_one_scores_alone(worker: Make) -> None:
 @pytest.mark.parametrize("broken", [0, 1])
 def test_a_sample_that_is_not_finite_refuses_the_number_on_every_rank(worker: Make, broken: int) -> None:
     trained = worker("broken", "evaluation={every: 6, samples: 600, features: digits-classifier, grid: 2}")
-    networks = [DiT(trained.config).eval(), DiT(trained.config).eval()]
+    networks = [DiT(trained.setup.config).eval(), DiT(trained.setup.config).eval()]
     with torch.no_grad():
         next(networks[broken].parameters()).fill_(float("nan"))
-    for result in together(trained.evaluator, networks, trained.experiment.objective):
+    for result in together(trained.setup.evaluator, networks, trained.experiment.objective):
         assert all(math.isnan(value) for value in result.metrics.values())
         assert result.flags[0].startswith(f"sample {256 * broken} has values that are not finite")
         assert result.flags[0].endswith("(nfe 1)")
@@ -183,8 +185,8 @@ def test_an_evaluation_that_is_asked_to_stop_makes_no_further_batch(worker: Make
     trained = worker("stopped", "evaluation={every: 6, samples: 64, batch: 16, grid: 2}")
     ranks = StopsAtThird()
     with pytest.raises(Interrupted):
-        trained.evaluator.evaluate(
-            DiT(trained.config).eval(), trained.experiment.objective, torch.device("cpu"), ranks
+        trained.setup.evaluator.evaluate(
+            DiT(trained.setup.config).eval(), trained.experiment.objective, torch.device("cpu"), ranks
         )
     assert ranks.asked == 3
 

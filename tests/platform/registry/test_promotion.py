@@ -9,9 +9,8 @@ import pytest
 
 from soflow_platform.errors import UserError
 from soflow_platform.registry import promotion, versions
-from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.tracking.store import Tracking
-from soflow_platform.training.worker import TrialWorker
+from soflow_platform.training.worker import Trainer
 from soflow_platform.tuning.record import BestTrial, SweepRecord
 
 Register = Callable[..., str]
@@ -19,11 +18,11 @@ METRIC = "eval/fd_nfe1"
 
 
 @pytest.fixture
-def add(worker: Callable[..., TrialWorker], tracking: Tracking) -> Register:
+def add(worker: Callable[..., Trainer], tracking: Tracking) -> Register:
     """Registers a trained trial as the result of a sweep that scored `value`."""
     trained = worker("trial")
     trained.run()
-    checkpoint = CheckpointStore(trained.root).published()[-1]
+    checkpoint = trained.setup.checkpoints.published()[-1]
 
     def register(sweep: str, value: float, **tags: str) -> str:
         run = tracking.open_run(

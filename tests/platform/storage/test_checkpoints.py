@@ -17,11 +17,11 @@ from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoints import CheckpointState, CheckpointStore
 from soflow_platform.training.checkpointer import AsyncCheckpointer
-from soflow_platform.training.worker import TrialWorker
+from soflow_platform.training.worker import Trainer
 from tests.support.object_store import ACCESS_KEY, SECRET_KEY, S3Server, Wire, find_weed, uri
 from tests.support.trained_state import differing_tensors, final_state
 
-Make = Callable[..., TrialWorker]
+Make = Callable[..., Trainer]
 
 
 class Killed(BaseException):
@@ -246,9 +246,14 @@ def test_a_trial_that_keeps_its_checkpoints_in_s3_trains_what_one_on_disk_does(
     local, remote = worker("local"), worker("remote", f"training.checkpoints='{bucket}'")
     local.run()
     remote.run()
-    assert remote.root.startswith("s3://runs/")
-    assert "/sweep/remote?" in remote.root
-    assert differing_tensors(final_state(local.root), final_state(remote.root)) == []
+    assert remote.setup.checkpoints.root.startswith("s3://runs/")
+    assert "/sweep/remote?" in remote.setup.checkpoints.root
+    assert (
+        differing_tensors(
+            final_state(local.setup.checkpoints.root), final_state(remote.setup.checkpoints.root)
+        )
+        == []
+    )
     again = worker("remote", f"training.checkpoints='{bucket}'")
-    again._resume()
+    again.resume()
     assert (again.train_step.step, again.loader.consumed) == (6, 48)

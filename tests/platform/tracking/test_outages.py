@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -108,12 +108,18 @@ def test_an_answer_is_an_outage_or_a_mistake(server: Answers, status: int, away:
     assert is_outage(caught.value) == away
 
 
+def opened(server: Answers, log: Callable[[str], None], patience: float) -> MetricLogger:
+    logger = MetricLogger(TrackingStore(server.uri), "a-run", log, patience)
+    logger.resume()
+    return logger
+
+
 @pytest.mark.parametrize("status", [429, 504])
 def test_a_record_waits_for_a_server_that_is_busy_or_slow_and_misses_no_point(
     server: Answers, status: int
 ) -> None:
     said: list[str] = []
-    log = MetricLogger(TrackingStore(server.uri), "a-run", said.append, 30)
+    log = opened(server, said.append, 30)
     server.status, server.failures = status, 3
     log.log_metrics(1, {"train/loss": 0.5})
     log.flush()
@@ -123,7 +129,7 @@ def test_a_record_waits_for_a_server_that_is_busy_or_slow_and_misses_no_point(
 
 
 def test_a_refusal_is_no_outage_and_is_told_at_once(server: Answers) -> None:
-    log = MetricLogger(TrackingStore(server.uri), "a-run", print, 30)
+    log = opened(server, print, 30)
     server.status, server.failures = 403, 100
     log.log_metrics(1, {"train/loss": 0.5})
     with pytest.raises(JobError, match="logging failed"):
@@ -133,7 +139,7 @@ def test_a_refusal_is_no_outage_and_is_told_at_once(server: Answers) -> None:
 @pytest.mark.parametrize("status", [503, 403])
 def test_a_grid_that_cannot_be_sent_is_told_and_costs_no_point(server: Answers, status: int) -> None:
     said: list[str] = []
-    log = MetricLogger(TrackingStore(server.uri), "a-run", said.append, 0.5)
+    log = opened(server, said.append, 0.5)
     server.artifacts_status = status
     log.log_image(1, "samples/nfe1", np.zeros((8, 8, 3), np.uint8))
     log.log_metrics(1, {"train/loss": 0.5})

@@ -17,10 +17,10 @@ from soflow_platform.errors import JobError
 from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoints import CheckpointState, CheckpointStore
 from soflow_platform.training.checkpointer import AsyncCheckpointer
-from soflow_platform.training.worker import TrialWorker
+from soflow_platform.training.worker import Trainer
 from tests.support.small_disks import mounted
 
-Make = Callable[..., TrialWorker]
+Make = Callable[..., Trainer]
 CONFIG = DiTConfig(
     channels=1, height=8, width=8, patch=4, hidden=8, depth=1, heads=2, classes=10, null_label=True
 )
@@ -114,7 +114,7 @@ def test_a_trial_whose_last_checkpoint_cannot_be_written_does_not_end_as_finishe
     monkeypatch.setattr("soflow_platform.training.worker.save_weights", fails)
     with pytest.raises(JobError, match=r"saving the checkpoint of step 6 .*file write failed"):
         trial.run()
-    assert '"state": "finished"' not in (trial.folder / "status.json").read_text()
+    assert '"state": "finished"' not in (trial.setup.job.folder / "status.json").read_text()
 
 
 def test_a_storage_that_stays_away_costs_the_checkpoint_and_fails_the_trial_only_at_its_end(
@@ -154,27 +154,25 @@ def test_a_training_whose_storage_was_away_trains_the_same_numbers_and_saves_its
 ) -> None:
     whole, cut = worker("whole", "evaluation.every=1"), worker("cut", "evaluation.every=1")
     whole.run()
-    place = Path(cut.root)
+    place = Path(cut.setup.checkpoints.root)
     place.parent.mkdir(parents=True)
     place.write_text("a file in the place of the folder")
-    take = cut._step
 
-    def step(number: int) -> object:
-        if number == 6:
-            place.unlink()
-        return take(number)
+    def put_back(*_: object) -> None:
+        if cut.step == 5:
+            place.unlink(missing_ok=True)
 
-    cut._step = step  # type: ignore[assignment, method-assign]
+    cut.train_step.network.register_forward_pre_hook(put_back)
     cut.run()
-    assert steps(cut.root) == [1, 6]
+    assert steps(cut.setup.checkpoints.root) == [1, 6]
     states = []
     for trial in (whole, cut):
-        found, _ = CheckpointStore(trial.root).newest()
+        found, _ = trial.setup.checkpoints.newest()
         assert found is not None
         with found.opened(checkpoints.EMA) as path:
             states.append(path.read_bytes())
     assert states[0] == states[1]
-    assert "no checkpoint of step 3" in (cut.folder / "log.txt").read_text()
+    assert "no checkpoint of step 3" in (cut.setup.job.folder / "log.txt").read_text()
 
 
 def test_old_checkpoints_that_cannot_be_removed_cost_nothing_but_space(tmp_path: Path) -> None:

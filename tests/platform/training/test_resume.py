@@ -15,40 +15,35 @@ from soflow_core.objectives import OBJECTIVES
 from soflow_core.weights import load_weights
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage import checkpoints
-from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.training.trial_status import TrialState, TrialStatusWriter
-from soflow_platform.training.worker import NonFiniteError, TrialWorker
+from soflow_platform.training.worker import NonFiniteError, Trainer
 from tests.support.trained_state import differing_tensors, final_state
 
-Make = Callable[..., TrialWorker]
+Make = Callable[..., Trainer]
 
 
 class Killed(BaseException):
     """Stands for the end of a process: nothing after it runs, and nothing may catch it."""
 
 
-def run_until(worker: TrialWorker, step: int) -> None:
-    """Train, and end without a word once `step` steps are done."""
-    take = worker.train_step
+def run_until(trainer: Trainer, step: int) -> None:
+    """Train, and end as a killed process does once `step` steps are done."""
 
-    class Dying:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(take, name)
+    def die(*_: object) -> None:
+        if trainer.step == step:
+            raise Killed
 
-        def __call__(self, *args: Any) -> Any:
-            if take.step == step:
-                raise Killed
-            return take(*args)
-
-    worker.train_step = Dying()  # type: ignore[assignment]
+    trainer.train_step.network.register_forward_pre_hook(die)
     with pytest.raises(Killed):
-        worker.run()
+        trainer.run()
 
 
-def curve(worker: TrialWorker, metric: str) -> list[tuple[int, float]]:
-    history = TrackingStore(worker.job.tracking_uri).client.get_metric_history(worker.job.run, metric)
+def curve(worker: Trainer, metric: str) -> list[tuple[int, float]]:
+    history = TrackingStore(worker.setup.job.tracking_uri).client.get_metric_history(
+        worker.setup.job.run, metric
+    )
     return [(m.step, m.value) for m in history]
 
 
@@ -61,7 +56,12 @@ def test_weights_and_curves_after_a_kill_are_those_of_the_run_never_killed(
     run_until(worker("cut"), killed_at)
     again = worker("cut")
     again.run()
-    assert differing_tensors(final_state(whole.root), final_state(again.root)) == []
+    assert (
+        differing_tensors(
+            final_state(whole.setup.checkpoints.root), final_state(again.setup.checkpoints.root)
+        )
+        == []
+    )
     for metric in ("train/loss", "train/velocity_mse", "eval/fd_nfe1", "eval/fd_nfe2"):
         assert curve(whole, metric) == curve(again, metric)
         assert len(curve(again, metric)) == len({step for step, _ in curve(again, metric)})
@@ -74,41 +74,48 @@ def test_training_past_damaged_checkpoints_is_the_training_without_damage_and_ke
     settings = ["training.keep_checkpoints=1", "evaluation.every=6", "training.checkpoint_every=1"]
     whole, cut = worker("whole", *settings), worker("cut", *settings)
     whole.run()
-    cut.saver.keep = 10
+    cut.io.checkpointer.keep = 10
     run_until(cut, 4)
     for step in (3, 4):
-        content = Path(cut.root, f"step-{step:08d}", file).read_bytes()
-        Path(cut.root, f"step-{step:08d}", file).write_bytes(content[: len(content) // 2])
+        content = Path(cut.setup.checkpoints.root, f"step-{step:08d}", file).read_bytes()
+        Path(cut.setup.checkpoints.root, f"step-{step:08d}", file).write_bytes(content[: len(content) // 2])
     again = worker("cut", *settings)
-    again._resume()
+    again.resume()
     assert again.train_step.step == 2
-    assert [c.state.step for c in CheckpointStore(again.root).published()] == [1, 2]
+    assert [c.state.step for c in again.setup.checkpoints.published()] == [1, 2]
     again.run()
-    assert [path.name for path in Path(again.root).iterdir()] == ["step-00000006"]
-    assert differing_tensors(final_state(whole.root), final_state(again.root)) == []
-    log = (again.folder / "log.txt").read_text()
+    assert [path.name for path in Path(again.setup.checkpoints.root).iterdir()] == ["step-00000006"]
+    assert (
+        differing_tensors(
+            final_state(whole.setup.checkpoints.root), final_state(again.setup.checkpoints.root)
+        )
+        == []
+    )
+    log = (again.setup.job.folder / "log.txt").read_text()
     assert f"step-00000004 is damaged ({file}): going back to the one before it." in log
 
 
 def test_checkpoints_that_are_gone_are_missed_aloud(worker: Make) -> None:
     first = worker("moved")
-    assert first.report is not None
     run_until(first, 5)
-    assert "WARNING" not in (first.folder / "log.txt").read_text()
+    assert "WARNING" not in (first.setup.job.folder / "log.txt").read_text()
     # A trial's own process tells its state before the workers look for checkpoints.
-    TrialStatusWriter(first.folder, "moved", 6, attempt=2).set_state(TrialState.STARTING)
-    Path(first.root).rename(tmp := Path(first.root).with_name("elsewhere"))
-    again = worker("moved")
-    again._resume()
-    log = (again.folder / "log.txt").read_text()
-    assert (
-        f"WARNING: this trial has trained to step 4 and no checkpoint of it is found in {first.root}" in log
+    TrialStatusWriter(first.setup.job.folder, "moved", 6, attempt=2).set_state(TrialState.STARTING)
+    Path(first.setup.checkpoints.root).rename(
+        tmp := Path(first.setup.checkpoints.root).with_name("elsewhere")
     )
-    tmp.rename(first.root)
+    again = worker("moved")
+    again.resume()
+    log = (again.setup.job.folder / "log.txt").read_text()
+    assert (
+        f"WARNING: this trial has trained to step 4 and no checkpoint of it is found in {first.setup.checkpoints.root}"
+        in log
+    )
+    tmp.rename(first.setup.checkpoints.root)
     third = worker("moved")
-    third._resume()
+    third.resume()
     assert third.train_step.step == 4
-    assert (again.folder / "log.txt").read_text().count("WARNING") == 1
+    assert (again.setup.job.folder / "log.txt").read_text().count("WARNING") == 1
 
 
 def test_a_trial_does_not_go_on_with_other_data(worker: Make) -> None:
@@ -119,15 +126,18 @@ def test_a_trial_does_not_go_on_with_other_data(worker: Make) -> None:
     with pytest.raises(
         JobError, match=rf"step 2 was trained on data of digest {seen} and .* digest of other data"
     ):
-        again._resume()
-    assert [c.state.data for c in CheckpointStore(again.root).published()] == [seen]
+        again.resume()
+    assert [c.state.data for c in again.setup.checkpoints.published()] == [seen]
 
 
 def test_evaluating_changes_no_random_number_of_the_training(worker: Make) -> None:
     often, once = worker("often", "evaluation.every=1"), worker("once", "evaluation.every=6")
     often.run()
     once.run()
-    assert differing_tensors(final_state(often.root), final_state(once.root)) == []
+    assert (
+        differing_tensors(final_state(often.setup.checkpoints.root), final_state(once.setup.checkpoints.root))
+        == []
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_term_and_step(worker: Make) -> None:
@@ -143,30 +153,29 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_term_and_st
     broken.loader._read = nan_at_third_step  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError, match=r"velocity_\w+ is not finite at step 3 on rank 0"):
         broken.run()
-    assert [c.state.step for c in CheckpointStore(broken.root).published()] == [2]
+    assert [c.state.step for c in broken.setup.checkpoints.published()] == [2]
     assert all(torch.isfinite(p).all() for p in broken.train_step.parameters)
 
 
 def test_the_registered_weights_are_the_first_ema_and_say_what_they_are(worker: Make) -> None:
     whole = worker("whole")
     whole.run()
-    with CheckpointStore(whole.root).published()[-1].opened(checkpoints.EMA) as path:
+    with whole.setup.checkpoints.published()[-1].opened(checkpoints.EMA) as path:
         weights = load_weights(path)
     average = whole.train_step.ema.average()
     assert all(torch.equal(weights.tensors[name], tensor) for name, tensor in average.items())
     assert weights.objective == whole.experiment.objective
-    assert weights.network_config == whole.config
+    assert weights.network_config == whole.setup.config
     assert weights.data["class_names"][3] == "3"
 
 
 def test_grids_are_kept_once_for_each_step(worker: Make, tracking: Tracking) -> None:
     whole = worker("whole")
     whole.run()
-    assert whole.log is not None
     image = np.zeros((4, 4, 3), np.uint8)
-    whole.log.log_image(2, "samples/nfe1", image)
-    whole.log.flush()
-    names = [Path(item.path).name for item in tracking.client.list_artifacts(whole.job.run, "images")]
+    whole.io.metrics.log_image(2, "samples/nfe1", image)
+    whole.io.metrics.flush()
+    names = [Path(item.path).name for item in tracking.client.list_artifacts(whole.setup.job.run, "images")]
     assert len([n for n in names if n.startswith("samples~nfe1+step+2+") and n.endswith(".png")]) == 1
     assert len([n for n in names if n.endswith(".png")]) == 4 * 2
 
@@ -188,7 +197,7 @@ def test_every_method_trains_and_is_scored_by_the_same_loop(worker: Make, method
     (evaluation,) = trained.evaluations
     assert evaluation["step"] == 2
     assert np.isfinite(evaluation["eval/fd_nfe1"])
-    with CheckpointStore(trained.root).published()[-1].opened(checkpoints.EMA) as path:
+    with trained.setup.checkpoints.published()[-1].opened(checkpoints.EMA) as path:
         weights = load_weights(path)
     assert weights.objective is not None
     assert weights.objective.method == method
@@ -201,19 +210,24 @@ def test_a_stop_that_comes_in_the_middle_of_scoring_is_heard_and_the_score_made_
     whole.run()
     asked = 0
 
-    def at_the_third_batch_of_step_4() -> bool:
+    def at_the_third_batch_of_step_4(step: int) -> bool:
         nonlocal asked
-        asked += cut.train_step.step == 4
+        asked += step == 4
         return asked == 3
 
-    cut._sees_stop = at_the_third_batch_of_step_4  # type: ignore[method-assign]
+    cut.io.stop_requested = at_the_third_batch_of_step_4  # type: ignore[method-assign]
     assert not cut.run()
-    saved = CheckpointStore(cut.root).published()[-1].state
+    saved = cut.setup.checkpoints.published()[-1].state
     assert (saved.step, [e["step"] for e in saved.evaluations]) == (4, [2])
     assert len(curve(cut, "eval/fd_nfe1")) == 1
     again = worker("cut", "evaluation.batch=8")
     assert again.run()
-    assert differing_tensors(final_state(whole.root), final_state(again.root)) == []
+    assert (
+        differing_tensors(
+            final_state(whole.setup.checkpoints.root), final_state(again.setup.checkpoints.root)
+        )
+        == []
+    )
     for metric in ("train/loss", "eval/fd_nfe1", "eval/fd_nfe2"):
         assert curve(whole, metric) == curve(again, metric)
     assert whole.evaluations == again.evaluations
@@ -221,6 +235,6 @@ def test_a_stop_that_comes_in_the_middle_of_scoring_is_heard_and_the_score_made_
 
 def test_a_stop_during_the_last_score_waits_for_it(worker: Make) -> None:
     last = worker("last", "evaluation.every=6", "evaluation.batch=8")
-    last._sees_stop = lambda: last.train_step.step == 6  # type: ignore[method-assign]
+    last.io.stop_requested = lambda step: step == 6  # type: ignore[method-assign]
     assert last.run()
     assert [e["step"] for e in last.evaluations] == [6]

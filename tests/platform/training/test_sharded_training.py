@@ -11,11 +11,11 @@ from soflow_core.networks import DiT
 from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.training import ema_network
 from soflow_platform.training.job import TrialJob
-from soflow_platform.training.worker import TrialWorker
+from soflow_platform.training.worker import Trainer
 from tests.support.ranks import train
 from tests.support.trained_state import differing_tensors, final_state
 
-Make = Callable[..., TrialWorker]
+Make = Callable[..., Trainer]
 SHARDED = ("training.parallel=fsdp", "resources.workers=2", "training.precision=float32")
 UNEVEN = "evaluation={every: 3, samples: 40, batch: 16, nfe: [1, 2], features: pooled, grid: 2}"
 """Three batches for two ranks."""
@@ -26,9 +26,9 @@ def curve(job: TrialJob, metric: str) -> dict[int, float]:
     return {m.step: m.value for m in history}
 
 
-def refuse_a_whole_network(worker: TrialWorker) -> None:
+def refuse_a_whole_network(worker: Trainer) -> None:
     def whole(*_: object) -> DiT:
-        raise AssertionError(f"rank {worker.rank} builds a whole network beside its share")
+        raise AssertionError(f"rank {worker.setup.rank} builds a whole network beside its share")
 
     ema_network.DiT = whole  # type: ignore[attr-defined, assignment]
 
@@ -38,13 +38,13 @@ def test_shares_are_scored_as_the_whole_network_is_where_ranks_have_unequally_ma
 ) -> None:
     alone, shared = worker("alone", *SHARDED, UNEVEN), worker("shared", *SHARDED, UNEVEN)
     alone.run()
-    assert train(shared.job, 2, refuse_a_whole_network) == [0, 0]
+    assert train(shared.setup.job, 2, refuse_a_whole_network) == [0, 0]
     for metric in ("eval/fd_nfe1", "eval/fd_nfe2"):
-        expected = curve(alone.job, metric)
+        expected = curve(alone.setup.job, metric)
         assert list(expected) == [3, 6]
-        assert curve(shared.job, metric) == pytest.approx(expected, rel=1e-3)
+        assert curve(shared.setup.job, metric) == pytest.approx(expected, rel=1e-3)
     for step in (0, 3, 6):
-        assert (shared.folder / "samples" / f"nfe1-step-{step:08d}.png").exists()
+        assert (shared.setup.job.folder / "samples" / f"nfe1-step-{step:08d}.png").exists()
 
 
 def test_scoring_shares_changes_nothing_of_their_training(worker: Make) -> None:
@@ -52,18 +52,23 @@ def test_scoring_shares_changes_nothing_of_their_training(worker: Make) -> None:
         worker("often", *SHARDED, "evaluation.every=1"),
         worker("once", *SHARDED, "evaluation.every=6"),
     )
-    assert train(often.job, 2) == [0, 0]
-    assert train(once.job, 2) == [0, 0]
-    assert differing_tensors(final_state(often.root), final_state(once.root)) == []
+    assert train(often.setup.job, 2) == [0, 0]
+    assert train(once.setup.job, 2) == [0, 0]
+    assert (
+        differing_tensors(final_state(often.setup.checkpoints.root), final_state(once.setup.checkpoints.root))
+        == []
+    )
 
 
-def note_copies(worker: TrialWorker) -> None:
+def note_copies(worker: Trainer) -> None:
     run = worker.run
 
     def noted() -> bool:
         finished = run()
         copies = [worker._state_copy, worker._ema_copy]
-        (worker.folder / f"copied-{worker.rank}").write_text(str(sum(len(copy._buffers) for copy in copies)))
+        (worker.setup.job.folder / f"copied-{worker.setup.rank}").write_text(
+            str(sum(len(copy._buffers) for copy in copies))
+        )
         return finished
 
     worker.run = noted  # type: ignore[method-assign]
@@ -72,7 +77,7 @@ def note_copies(worker: TrialWorker) -> None:
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_only_the_rank_that_saves_holds_a_copy_of_the_state(worker: Make, parallel: str) -> None:
     trial = worker("copied", f"training.parallel={parallel}", "resources.workers=2")
-    assert train(trial.job, 2, note_copies) == [0, 0]
-    copied = [int(Path(trial.folder, f"copied-{rank}").read_text()) for rank in (0, 1)]
+    assert train(trial.setup.job, 2, note_copies) == [0, 0]
+    copied = [int(Path(trial.setup.job.folder, f"copied-{rank}").read_text()) for rank in (0, 1)]
     assert copied[0] > 50
     assert copied[1] == 0

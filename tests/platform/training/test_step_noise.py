@@ -16,7 +16,7 @@ def draw(step: int) -> Draws:
 def test_draws_made_ahead_are_those_of_their_step_also_after_a_jump() -> None:
     ahead = StepNoisePrefetcher(draw)
     for step in (1, 2, 3, 40, 41, 2):
-        taken, own = ahead.take(step), draw(step)
+        taken, own = ahead.get(step), draw(step)
         for name in ("noise", "t", "s", "dropped"):
             assert torch.equal(getattr(taken, name), getattr(own, name)), (step, name)
     ahead.close()
@@ -30,7 +30,7 @@ def test_the_next_step_is_drawn_while_this_one_is_at_work() -> None:
         return draw(step)
 
     ahead = StepNoisePrefetcher(told)
-    ahead.take(1)
+    ahead.get(1)
     assert drawn[2].wait(30)
     assert not drawn[3].is_set()
     ahead.close()
@@ -43,5 +43,5 @@ def test_a_draw_that_fails_is_told_where_it_is_taken() -> None:
     ahead = StepNoisePrefetcher(broken)
     for _ in range(2):
         with pytest.raises(ValueError, match="no draws for step 7"):
-            ahead.take(7)
+            ahead.get(7)
     ahead.close()

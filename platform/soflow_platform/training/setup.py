@@ -1,0 +1,78 @@
+"""The parts of one rank of a trial: data loader, network, training step, evaluator."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from soflow_core.networks import DiTConfig
+from soflow_core.nfe import training_evaluations
+from soflow_core.objectives import Draws
+from soflow_core.train_step import TrainStep
+from soflow_pipelines.shards.info import DatasetInfo
+from soflow_pipelines.shards.loader import ShardLoader
+from soflow_platform.config.experiment import Experiment
+from soflow_platform.evaluation.evaluator import Evaluator
+from soflow_platform.storage.checkpoints import CheckpointStore
+from soflow_platform.training.flops import forward_gmac
+from soflow_platform.training.job import TrialJob
+from soflow_platform.training.model import network_config
+from soflow_platform.training.step_builder import build_train_step
+from soflow_platform.training.step_noise import step_generator
+
+
+@dataclass(frozen=True)
+class TrialSetup:
+    """One rank of a trial, built from its settings."""
+
+    job: TrialJob
+    experiment: Experiment
+    device: torch.device
+    rank: int
+    world: int
+    """Number of ranks."""
+    loader: ShardLoader
+    config: DiTConfig
+    train_step: TrainStep
+    evaluator: Evaluator
+
+    @classmethod
+    def build(cls, job: TrialJob, device: torch.device, rank: int = 0, world: int = 1) -> TrialSetup:
+        """Open the data and build the network, with weights drawn from the seed. Raises UserError where they do not fit."""
+        experiment = Experiment(**job.experiment)
+        batch, seed = experiment.training.batch, experiment.seed
+        loader = ShardLoader(job.data, batch_size=batch, rank=rank, world=world, seed=seed)
+        config = network_config(experiment, loader.info)
+        train_step = build_train_step(experiment, config, device, world, rank)
+        conditional = experiment.data.conditional
+        evaluator = Evaluator.open(experiment.evaluation, loader.info, job.data, conditional, job.project)
+        return cls(job, experiment, device, rank, world, loader, config, train_step, evaluator)
+
+    @property
+    def checkpoints(self) -> CheckpointStore:
+        """The trial's checkpoints."""
+        job, base = self.job, self.experiment.training.checkpoints
+        return CheckpointStore.of_trial(job.project, job.sweep, job.trial, base)
+
+    def draw(self, step: int) -> Draws:
+        """This rank's rows of the step's times and noise, which are drawn for the whole batch."""
+        experiment, shape = self.experiment, tuple(self.loader.info.shape)
+        generator = step_generator(experiment.seed, step)
+        batch, conditional = experiment.training.batch, experiment.data.conditional
+        return experiment.objective.draw(generator, batch, shape, conditional).rows(self.rank, self.world)
+
+    @property
+    def flops_per_image(self) -> float:
+        """FLOPs of training on one image, of all forward and backward passes."""
+        experiment = self.experiment
+        passes = training_evaluations(
+            experiment.objective, experiment.training.batch, experiment.data.conditional
+        )
+        return 2e9 * passes * forward_gmac(self.config)
+
+
+def data_facts(info: DatasetInfo, experiment: Experiment) -> dict[str, Any]:
+    """The description of the training data that goes into the header of a weights file."""
+    return {**asdict(info), "conditional": experiment.data.conditional}

@@ -1,0 +1,245 @@
+"""What a trial writes while it trains: status, log, metrics, sample grids, checkpoints.
+
+Rank 0 writes with `RankZeroIO`; the other ranks have a `NullIO`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from soflow_pipelines.images.encode import encode_png
+from soflow_pipelines.storage.files import write_bytes
+from soflow_platform.errors import JobError
+from soflow_platform.storage.checkpoints import Checkpoint, CheckpointState, ranked
+from soflow_platform.tracking.metric_logger import MetricLogger
+from soflow_platform.tracking.store import TrackingStore
+from soflow_platform.training.checkpointer import AsyncCheckpointer
+from soflow_platform.training.resume import find_resume_point
+from soflow_platform.training.setup import TrialSetup
+from soflow_platform.training.stop_request import stop_requested
+from soflow_platform.training.trial_status import TrialState, TrialStatusWriter
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from soflow_platform.evaluation.evaluator import Evaluation
+
+SEND_SECONDS = 20.0
+"""How often buffered metrics are sent between evaluations."""
+STOP_SECONDS = 0.5
+"""How often the stop request is looked for."""
+
+
+class TrialIO(Protocol):
+    """Everything that the training loop reports and saves."""
+
+    @property
+    def failure(self) -> JobError | None:
+        """Why metrics can no longer be logged; None while they can."""
+
+    def open(self, data: str) -> Checkpoint | None:
+        """Open the metrics and return the checkpoint to resume from; None where training starts from step 0.
+
+        `data` is the digest of the training data. Raises JobError where an outage lasts.
+        """
+
+    def log(self, text: str, step: int | None = None) -> None:
+        """Append a line to the trial's log."""
+
+    def set_state(self, state: TrialState, step: int) -> None:
+        """Publish a change of state."""
+
+    def progress(self, step: int, images: int, rate: float, loss: float, eta_seconds: float | None) -> None:
+        """Publish a finished step; `rate` is in images per second."""
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Log metrics of a step."""
+
+    def evaluated(self, step: int, result: Evaluation) -> None:
+        """Log and publish an evaluation."""
+
+    def show(self, step: int, grids: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Log sample grids, and write them to the trial's folder."""
+
+    def ready_to_save(self, step: int, needed: bool) -> bool:
+        """Wait until a checkpoint can be made. Returns False where one that is not `needed` is to be left out."""
+
+    def save(
+        self,
+        step: int,
+        images: int,
+        evaluations: Sequence[Mapping[str, Any]],
+        write: Callable[[Path], None],
+    ) -> None:
+        """Publish, in the background, the checkpoint whose files `write` writes."""
+
+    def stop_requested(self, step: int) -> bool:
+        """Whether the trial was asked to stop."""
+
+    def fail(self, sentence: str) -> None:
+        """Publish why the trial failed."""
+
+    def close(self) -> None:
+        """Wait until everything is saved and sent. Raises JobError where something cannot be."""
+
+    def abandon(self) -> None:
+        """After a failure: end the work in the background, without trying again what fails."""
+
+
+class NullIO:
+    """Ignores everything: the ranks other than 0."""
+
+    failure = None
+
+    def open(self, data: str) -> Checkpoint | None:
+        del data
+        return None
+
+    def log(self, text: str, step: int | None = None) -> None:
+        pass
+
+    def set_state(self, state: TrialState, step: int) -> None:
+        pass
+
+    def progress(self, step: int, images: int, rate: float, loss: float, eta_seconds: float | None) -> None:
+        pass
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def evaluated(self, step: int, result: Evaluation) -> None:
+        pass
+
+    def show(self, step: int, grids: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        pass
+
+    def ready_to_save(self, step: int, needed: bool) -> bool:
+        del step, needed
+        return True
+
+    def save(
+        self,
+        step: int,
+        images: int,
+        evaluations: Sequence[Mapping[str, Any]],
+        write: Callable[[Path], None],
+    ) -> None:
+        pass
+
+    def stop_requested(self, step: int) -> bool:
+        del step
+        return False
+
+    def fail(self, sentence: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def abandon(self) -> None:
+        pass
+
+
+class RankZeroIO:
+    """Status file, log and progress actor; MLflow metrics; checkpoints."""
+
+    def __init__(self, setup: TrialSetup, actor: Any = None) -> None:
+        """`actor` is the sweep's progress actor, if there is one."""
+        job, training = setup.job, setup.experiment.training
+        self.job, self.experiment = job, setup.experiment
+        self.patience = 60 * training.patience_minutes
+        """Seconds for which an outage is waited out."""
+        self.checkpoints = setup.checkpoints
+        self.status = TrialStatusWriter(job.folder, job.trial, training.steps, job.attempt, actor)
+        self.checkpointer = AsyncCheckpointer(
+            self.checkpoints, training.keep_checkpoints, self.patience, self.status.log
+        )
+        self.metrics = MetricLogger(TrackingStore(job.tracking_uri), job.run, self.status.log, self.patience)
+        self._data: str | None = None
+        self._flagged: set[str] = set()
+        self._looked = 0.0
+
+    @property
+    def failure(self) -> JobError | None:
+        return self.metrics.failure
+
+    def open(self, data: str) -> Checkpoint | None:
+        self._data = data
+        self.metrics.resume()
+        checkpoint = find_resume_point(self.checkpoints, self.status, self.patience, data)
+        if checkpoint is not None:
+            self.metrics.restore(checkpoint.state.pending_metrics)
+        return checkpoint
+
+    def log(self, text: str, step: int | None = None) -> None:
+        self.status.log(text, step)
+
+    def set_state(self, state: TrialState, step: int) -> None:
+        self.status.set_state(state, step=step)
+
+    def progress(self, step: int, images: int, rate: float, loss: float, eta_seconds: float | None) -> None:
+        self.status.progress(step, images, rate, loss, eta_seconds)
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self.metrics.log_metrics(step, values)
+        self.metrics.send(every=SEND_SECONDS)
+
+    def evaluated(self, step: int, result: Evaluation) -> None:
+        self.metrics.log_metrics(step, result.metrics)
+        self.metrics.send()
+        self.show(step, result.grids)
+        self.status.evaluation(step, result.metrics)
+        for flag in result.flags:
+            if flag not in self._flagged:
+                self._flagged.add(flag)
+                self.status.log(flag, step)
+                self.metrics.add_flag(flag)
+
+    def show(self, step: int, grids: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        for key, image in grids.items():
+            self.metrics.log_image(step, key, image)
+            path = self.job.folder / "samples" / f"{key.rsplit('/', 1)[-1]}-step-{step:08d}.png"
+            try:
+                write_bytes(path, encode_png(image))
+            except OSError as error:
+                # A picture is not worth a trial.
+                self.status.log(f"{path} cannot be written: {error.strerror}", step)
+
+    def ready_to_save(self, step: int, needed: bool) -> bool:
+        return self.checkpointer.ready(step, needed)
+
+    def save(
+        self,
+        step: int,
+        images: int,
+        evaluations: Sequence[Mapping[str, Any]],
+        write: Callable[[Path], None],
+    ) -> None:
+        scored = [dict(evaluation) for evaluation in evaluations]
+        state = CheckpointState(step, images, self.job.run, scored, self.metrics.pending_points(), self._data)
+        ranking = ranked(scored, self.experiment.search.metric, self.experiment.mode)
+        self.checkpointer.submit(state, [evaluation["step"] for evaluation in ranking], write)
+
+    def stop_requested(self, step: int) -> bool:
+        now = time.monotonic()
+        if now - self._looked < STOP_SECONDS:
+            return False
+        self._looked = now
+        requested = stop_requested(self.job.project, self.job.sweep, self.job.trial)
+        if requested:
+            self.status.log("asked to stop", step)
+        return requested
+
+    def fail(self, sentence: str) -> None:
+        self.status.fail(sentence)
+
+    def close(self) -> None:
+        self.checkpointer.close()
+        self.metrics.close()
+
+    def abandon(self) -> None:
+        self.checkpointer.abandon()
+        self.metrics.abandon()
