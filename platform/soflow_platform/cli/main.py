@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from soflow_core.failures import InputError
+from soflow_core.failures import InputError, printable
 from soflow_platform.cli import data
 from soflow_platform.cli.options import (
     AddressOption,
@@ -359,7 +359,7 @@ def _report(error: BaseException, kind: str) -> None:
         traceback.print_exception(error)
     message = getattr(error, "format_message", None)
     text = message() if message else str(error) or type(error).__name__
-    print(f"soflowctl: {kind}: {text}", file=sys.stderr)
+    print(f"soflowctl: {kind}: {printable(text, newlines=True)}", file=sys.stderr)
 
 
 if __name__ == "__main__":
