@@ -27,6 +27,7 @@ from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import ObjectStore, StorageError
 from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.storage.records import refuse_newer_format
 
 STATE = "state.pt"
 EMA = "ema.safetensors"
@@ -262,10 +263,18 @@ def _unless_removed(storage: ObjectStore, file: str) -> Iterator[None]:
 
 
 def read_record(storage: ObjectStore, name: str) -> Checkpoint | None:
-    """The checkpoint of this name; None where its record is damaged. Raises StorageError where it cannot be read at all."""
+    """The checkpoint of this name; None where its record is damaged.
+
+    Raises InputError where a newer version wrote it in a format of its own, and StorageError where it cannot be read at all.
+    """
     content = storage.read(f"{name}/{RECORD}")
     try:
         record = json.loads(content)
+    except ValueError:
+        return None
+    if isinstance(record, dict):
+        refuse_newer_format(record, f"{storage.uri}/{name}/{RECORD}")
+    try:
         return Checkpoint(storage, name, CheckpointState.from_record(record), dict(record["files"]))
     except (ValueError, TypeError, KeyError, AttributeError):
         return None

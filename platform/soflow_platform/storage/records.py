@@ -1,4 +1,4 @@
-"""Reads JSON records (sweep.json, status.json) into dataclasses: of earlier and later versions, and refused where they are damaged.
+"""Reads JSON records (sweep.json, status.json, checkpoint.json), also of earlier and later versions, and refuses damaged ones.
 
 A record may have an integer field `format`, 1 where it is absent. A later version that only adds fields keeps the number: what this
 version does not know is passed over. A higher number means that the record cannot be understood without the new fields.
@@ -40,11 +40,7 @@ def record_of(content: Any, record_class: type[T], place: str, optional: Sequenc
     """The record in a JSON object; `place` names it in an error. Raises as `read_record` does."""
     if not isinstance(content, Mapping):
         raise InputError(f"{place} is damaged: it holds no JSON object.")
-    written = content.get("format", 1)
-    if not isinstance(written, int) or written > FORMAT:
-        raise InputError(
-            f"{place} is of format {written!r} and this version of soflow reads {FORMAT}: use a newer soflow."
-        )
+    refuse_newer_format(content, place)
     hints = typing.get_type_hints(record_class)
     values = {}
     for each in fields(record_class):  # type: ignore[arg-type]
@@ -60,6 +56,15 @@ def record_of(content: Any, record_class: type[T], place: str, optional: Sequenc
     except TypeError as error:
         missing = str(error).rpartition(": ")[2]
         raise InputError(f"{place} is damaged: it lacks {missing}.") from None
+
+
+def refuse_newer_format(content: Mapping[str, Any], place: str) -> None:
+    """Raises InputError where a record has a format that this version does not read."""
+    written = content.get("format", 1)
+    if not isinstance(written, int) or written > FORMAT:
+        raise InputError(
+            f"{place} is of format {written!r} and this version of soflow reads {FORMAT}: use a newer soflow."
+        )
 
 
 def _value(value: Any, hint: Any) -> Any:

@@ -351,7 +351,13 @@ def test_costs_are_measured_with_the_settings_of_the_trial() -> None:
     )
     timed = TimedTraining(trained("soflow", *settings), torch.device("cpu"))
     step = timed.step
-    assert (step.accumulate, step.clip_norm, step.deterministic, step.compile) == (2, 0.5, True, False)
+    config = step.config
+    assert (config.accumulate, config.clip_norm, config.deterministic, config.compile) == (
+        2,
+        0.5,
+        True,
+        False,
+    )
     assert (step.policy.precision, len(step.ema.state_dict())) == ("bfloat16", 2)
     assert isinstance(step.optimizer, torch.optim.RAdam)
     rows: list[int] = []
