@@ -1,1 +1,9 @@
-"""Where runs are kept: the project folder, trial checkpoints, retries."""
+"""Files of runs: the project folder, checkpoints and JSON records.
+
+project      ProjectFolder: the paths of everything that is kept of runs
+checkpoints  CheckpointStore: the checkpoints of one trial, in a folder or in S3
+records      reads JSON records of this and earlier versions
+locks        file locks between processes
+retry        retry with exponential backoff during an outage
+background   BackgroundQueue: tasks in order in a background thread
+"""

@@ -10,14 +10,14 @@ from collections.abc import Callable
 class BackgroundQueue:
     """Runs tasks in the order in which they are submitted, in one daemon thread.
 
-    A task that raises ends the work: those behind it are dropped, as are later ones until `take_failure` is called. The thread is
-    started by the first task and ended by `close` or `abandon`; a task that is submitted after that starts another.
+    After a task has raised, waiting tasks are dropped, and so are new ones until `take_failure` is called. The thread is started
+    by the first task and ended by `close` or `abandon`; a task that is submitted later starts a new one.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.cancelled = threading.Event()
-        """Set by `abandon`: a task should not try again what fails."""
+        """Set by `abandon`: a task should not retry what fails."""
         self._changed = threading.Condition()
         self._tasks: deque[Callable[[], None]] = deque()
         """The task that runs and those that wait for it."""
@@ -31,7 +31,7 @@ class BackgroundQueue:
         return self._failure
 
     def take_failure(self) -> BaseException | None:
-        """The exception of the task that failed, which is forgotten: tasks are accepted again."""
+        """The exception of the task that failed. It is cleared, so that tasks are accepted again."""
         failure, self._failure = self._failure, None
         return failure
 
@@ -47,12 +47,12 @@ class BackgroundQueue:
             self._changed.notify_all()
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Wait until no task is left, for `timeout` seconds at most. Returns whether none is."""
+        """Wait until no task is left, for `timeout` seconds at most. Returns whether the queue is empty."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._tasks, timeout)
 
     def close(self) -> None:
-        """Wait for every task and end the thread. Raises what a task raised."""
+        """Wait for every task and end the thread. Raises the exception of a task that failed."""
         self._end_thread()
         if self._failure is not None:
             raise self._failure
@@ -83,9 +83,9 @@ class BackgroundQueue:
             try:
                 task()
             except BaseException as error:
-                # Nobody above this thread could catch it: `close` raises it, or its owner asks for `failure`.
+                # An exception in a thread reaches no caller: `close` raises it, and `failure` returns it.
                 failure = error
-            # What a task holds, such as a copy of the weights, is not kept alive until the next one comes.
+            # Release what the task refers to, such as a copy of the weights, before the next one comes.
             del task
             with self._changed:
                 if failure is None:

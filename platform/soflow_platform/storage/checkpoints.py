@@ -1,11 +1,11 @@
-"""A trial's checkpoints, in a folder or in S3: complete or absent, verified when read.
+"""Checkpoints of a trial, in a folder or in S3: each complete or absent, and verified by checksum when it is read.
 
 step-00000200/
   state.pt           TrainStep's state: network, EMAs, optimizer, step
   ema.safetensors    the first EMA's weights, as they are registered
   checkpoint.json    step, images seen, run, evaluations so far, checksums
 
-`checkpoint.json` is written last: a step without it does not exist, and one whose record cannot be read is damaged.
+`checkpoint.json` is written last: a step without it is no checkpoint, and one whose record cannot be read is damaged.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ EMA = "ema.safetensors"
 RECORD = "checkpoint.json"
 BLOCK = 1 << 20
 LITTLE_SPACE = 1 << 20
-"""Bytes; a failed write on a disk with less than this failed for want of space."""
+"""A write that fails on a disk with fewer free bytes than this is taken to have failed because the disk is full."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NO_SPACE_TEXT = os.strerror(errno.ENOSPC)
 
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """The progress of a trial at a checkpoint: what `checkpoint.json` holds beside the checksums."""
+    """Progress of a trial at a checkpoint: the content of `checkpoint.json` but for the checksums."""
 
     step: int
     """Finished optimizer steps."""
@@ -78,7 +78,7 @@ class Checkpoint:
     files: dict[str, str]
     """SHA-256 of each file."""
     compared: set[str] = field(default_factory=set, compare=False)
-    """Files of a folder that were found to be what was written: hashing many GB once is enough."""
+    """Files of a local folder whose checksum was verified already, so that many GB are hashed once."""
 
     @property
     def location(self) -> str:
@@ -88,9 +88,9 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def opened(self, file: str) -> Iterator[Path]:
-        """One of its files as a local path for the length of a block, fetched where it lies elsewhere.
+        """Local path of one of the files for the length of a block; downloaded where the checkpoint is remote.
 
-        Raises StorageError where its content is not what was written, or the storage is away.
+        Raises StorageError where its checksum differs or the storage is unavailable.
         """
         if isinstance(self.storage, LocalFolder):
             if self.broken_files([file]):
@@ -107,7 +107,7 @@ class Checkpoint:
             yield path
 
     def broken_files(self, only: Collection[str] | None = None) -> list[str]:
-        """Names of the files, or of those asked for, that are not what was written. Raises StorageError where the storage is away."""
+        """Names of the files, or of those in `only`, whose checksum differs. Raises StorageError where the storage is unavailable."""
         broken = []
         for file in self.files if only is None else only:
             if file in self.compared:
@@ -145,38 +145,36 @@ class CheckpointStore:
         return cls(f"{place.rstrip('/')}/{sweep}/{trial}{mark}{options}")
 
     def publish(self, state: CheckpointState, write: Callable[[Path], None]) -> Checkpoint:
-        """Write a checkpoint aside with `write(folder)`, then file by file into its place, its record last.
+        """Write a checkpoint with `write(folder)` to a scratch folder, then publish its files one by one and its record last.
 
-        Raises StorageError or OSError where it cannot be written, whatever its writer raised; nothing of it counts then.
+        Raises StorageError or OSError where it cannot be written, whatever `write` raised; there is no such checkpoint then.
         """
         storage = open_storage(self.root)
         name = f"step-{state.step:08d}"
-        with _scratch(storage) as aside:
+        with _scratch(storage) as scratch:
             try:
-                write(aside)
+                write(scratch)
             except Exception as error:
-                raise StorageError(_why_unwritten(error, aside)) from error
+                raise StorageError(_write_failure(error, scratch)) from error
             files = {}
-            for path in sorted(aside.iterdir()):
+            for path in sorted(scratch.iterdir()):
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
                     files[path.name] = sha256_of(file)
-            # Once its record is gone an earlier checkpoint of the same step is no checkpoint, so that the files of two are never mixed.
+            # Without its record an earlier checkpoint of the same step no longer counts, so that files of the two are never mixed.
             storage.remove(f"{name}/{RECORD}")
             for file_name in files:
-                storage.publish(f"{name}/{file_name}", aside / file_name)
+                storage.publish(f"{name}/{file_name}", scratch / file_name)
         record = {**state.as_record(), "files": files}
         storage.write(f"{name}/{RECORD}", json.dumps(record, indent=1).encode())
         return Checkpoint(storage, name, state, files)
 
     def published(self) -> list[Checkpoint]:
-        """Every complete checkpoint whose record can be read, oldest first; the content of their files is not."""
+        """Every checkpoint whose record can be read, oldest first. The checksums of their files are not verified."""
         return [checkpoint for checkpoint in self._recorded().values() if checkpoint is not None]
 
     def newest(self, files: Collection[str] | None = None) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint whose content, or that of the files named, is what was written, and a sentence for each
-        damaged one passed over.
-        """
+        """The newest checkpoint whose files, or those in `files`, are undamaged; and a sentence for each damaged one after it."""
         damaged: list[str] = []
         for name, checkpoint in reversed(self._recorded().items()):
             broken = [RECORD] if checkpoint is None else checkpoint.broken_files(files)
@@ -186,7 +184,7 @@ class CheckpointStore:
         return None, damaged
 
     def best(self, metric: str, mode: str) -> tuple[Checkpoint, dict[str, Any]] | None:
-        """The checkpoint with sound weights that has the best value of `metric`, and its evaluation; None where none was scored."""
+        """The checkpoint with undamaged weights that has the best value of `metric`, and its evaluation; None where there is none."""
         complete = {checkpoint.state.step: checkpoint for checkpoint in self.published()}
         evaluations = complete[max(complete)].state.evaluations if complete else []
         for evaluation in ranked(evaluations, metric, mode):
@@ -196,10 +194,10 @@ class CheckpointStore:
         return None
 
     def discard_after(self, step: int) -> None:
-        """Training goes on from `step`: what is recorded of later steps is damaged, and from here on counts no more.
+        """Discard the checkpoints of steps after `step`, from which training resumes.
 
-        Its files go when old checkpoints are removed, what a killed process was writing goes now. Raises StorageError where the
-        storage refuses.
+        Their records are removed now and their files by the next `prune`; so is, now, what a killed process left in the scratch
+        folder. Raises StorageError where the storage refuses.
         """
         storage = open_storage(self.root)
         shutil.rmtree(_scratch_place(storage), ignore_errors=True)
@@ -208,8 +206,9 @@ class CheckpointStore:
                 storage.remove(f"{name}/{RECORD}")
 
     def prune(self, keep: int, ranking: Sequence[int] = ()) -> None:
-        """Remove all but the newest `keep` checkpoints and the first of the steps `ranking` that has one, and what
-        interrupted writing left behind.
+        """Remove all checkpoints but the newest `keep` and the best one, and files that interrupted writing left behind.
+
+        `ranking` are steps, best first; the best checkpoint is that of the first step that has one.
         """
         storage = open_storage(self.root)
         complete = {checkpoint.state.step: checkpoint.name for checkpoint in self.published()}
@@ -238,23 +237,28 @@ class CheckpointStore:
         return recorded
 
 
-def _why_unwritten(error: BaseException, folder: Path) -> str:
-    """What kept a writer from writing. The writers of tensors hide what the system said, or hold it in their text alone."""
+def _write_failure(error: BaseException, folder: Path) -> str:
+    """One sentence on why writing a checkpoint failed.
+
+    torch and safetensors do not always pass on the operating system's error, or only as text: its causes are searched too.
+    """
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    told = any(getattr(cause, "errno", None) in NO_SPACE or NO_SPACE_TEXT in str(cause) for cause in causes)
-    # What a writer left lying is still there; what it took away again has told its reason.
-    if told or shutil.disk_usage(folder).free < LITTLE_SPACE:
+    disk_full = any(
+        getattr(cause, "errno", None) in NO_SPACE or NO_SPACE_TEXT in str(cause) for cause in causes
+    )
+    # A partial file still takes its space here, so that a full disk is seen even where no cause names it.
+    if disk_full or shutil.disk_usage(folder).free < LITTLE_SPACE:
         return f"no space is left on the disk of {folder.parent}."
     return f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager
 def _unless_removed(storage: ObjectStore, file: str) -> Iterator[None]:
-    """Passes over a failure to read a file that is there no more: a trial that runs removes its old checkpoints meanwhile."""
+    """Ignores a StorageError for a file that no longer exists: a running trial removes old checkpoints at any time."""
     try:
         yield
     except StorageError:
@@ -265,7 +269,7 @@ def _unless_removed(storage: ObjectStore, file: str) -> Iterator[None]:
 def read_record(storage: ObjectStore, name: str) -> Checkpoint | None:
     """The checkpoint of this name; None where its record is damaged.
 
-    Raises InputError where a newer version wrote it in a format of its own, and StorageError where it cannot be read at all.
+    Raises InputError where its format is newer than this version reads, and StorageError where it cannot be read at all.
     """
     content = storage.read(f"{name}/{RECORD}")
     try:
@@ -281,7 +285,7 @@ def read_record(storage: ObjectStore, name: str) -> Checkpoint | None:
 
 
 def ranked(evaluations: list[dict[str, Any]], metric: str, mode: str) -> list[dict[str, Any]]:
-    """The evaluations that have a value of `metric`, best first, the earlier of two equals before the later; NaN is none."""
+    """The evaluations with a value of `metric` that is not NaN, best first; of equal ones the earlier comes first."""
     scored = [e for e in evaluations if e.get(metric) is not None and e[metric] == e[metric]]
     return sorted(scored, key=lambda e: e[metric] if mode == "min" else -e[metric])
 
@@ -293,7 +297,7 @@ def best_evaluation(evaluations: list[dict[str, Any]], metric: str, mode: str) -
 
 @contextlib.contextmanager
 def _scratch(storage: ObjectStore) -> Iterator[Path]:
-    """The trial's scratch folder, empty, for the length of a block."""
+    """The trial's scratch folder, empty, for the length of a block; it is removed at the end."""
     place = _scratch_place(storage)
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True, mode=0o700)
@@ -304,8 +308,9 @@ def _scratch(storage: ObjectStore) -> Iterator[Path]:
 
 
 def _scratch_place(storage: ObjectStore) -> Path:
-    """On the file system that the files will be moved to, or among the temporary files; the same at each start of a trial,
-    which so finds what a killed one left.
+    """Path of the trial's scratch folder: inside a local store, else among the temporary files.
+
+    It is the same at each start of a trial, so that what a killed process left there is found and removed.
     """
     if isinstance(storage, LocalFolder):
         return storage.folder / ".writing"

@@ -1,4 +1,4 @@
-"""Locks between processes: a lock file that is held as long as a process lives, however it ends."""
+"""File locks between processes. The operating system releases a lock when the process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 RETRY_SECONDS = 0.5
-"""How long an attempt to lock goes on: longer than `is_locked` holds a lock in passing."""
+"""Time for which locking is retried: longer than `is_locked` holds its lock."""
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Lock a file, created where it is absent, for the length of a block.
+    """Lock a file, which is created where it is missing, for the length of a block.
 
-    Gives False, and no lock, where another process holds it.
+    Yields False, without a lock, where another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
@@ -34,10 +34,10 @@ def locked(path: Path) -> Iterator[bool]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether some process holds the lock."""
+    """Whether a process holds the lock of this file."""
     try:
         with path.open() as lock:
-            # Shared, so that two processes that look at the same time do not take each other for the holder.
+            # A shared lock, so that two processes that call this at the same time do not see each other's lock.
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -1,4 +1,4 @@
-"""The project folder: where data, sweeps, checkpoints, the tracking database and its artifacts live.
+"""The project folder: location of data, sweeps, checkpoints, the tracking database and its artifacts.
 
 soflow-runs/
   data/<name>/            shard sets made from built-in data
@@ -22,7 +22,7 @@ DEFAULT = "soflow-runs"
 
 @dataclass(frozen=True)
 class ProjectFolder:
-    """Paths below one root; nothing is created by asking for a path."""
+    """Paths below the root of a project. The properties and methods create nothing."""
 
     root: Path
 
@@ -50,14 +50,14 @@ class ProjectFolder:
 
     @property
     def tracking_uri(self) -> str:
-        """The embedded MLflow store: SQLite beside the data it describes."""
+        """URI of the embedded MLflow store, an SQLite file in the project folder."""
         return f"sqlite:///{self.root / 'mlflow.db'}"
 
 
 def find_project(location: str | None) -> ProjectFolder:
-    """The project folder: the flag, else the variable SOFLOW_STORAGE, else ./soflow-runs. Creates nothing.
+    """The project folder: `location` (the option --storage), else the variable SOFLOW_STORAGE, else ./soflow-runs.
 
-    Raises UserError for a location that this version cannot keep runs in.
+    Creates nothing. Raises UserError where the location is a URI and not a folder.
     """
     chosen = location or os.environ.get(VARIABLE) or DEFAULT
     if "://" in chosen and not chosen.startswith("file://"):
@@ -69,7 +69,7 @@ def find_project(location: str | None) -> ProjectFolder:
 
 
 def require_writable(storage: ProjectFolder) -> None:
-    """Raises UserError where the project folder cannot be written; leaves nothing behind."""
+    """Raises UserError where the project folder cannot be written. The folder is not changed."""
     folder = storage.root
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent

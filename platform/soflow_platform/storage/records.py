@@ -1,7 +1,7 @@
 """Reads JSON records (sweep.json, status.json, checkpoint.json), also of earlier and later versions, and refuses damaged ones.
 
-A record may have an integer field `format`, 1 where it is absent. A later version that only adds fields keeps the number: what this
-version does not know is passed over. A higher number means that the record cannot be understood without the new fields.
+A record may have an integer field `format`, 1 where it is absent. A later version that only adds fields keeps the number: fields that
+this version does not know are ignored. A higher number means that the record cannot be understood without the new fields.
 """
 
 from __future__ import annotations

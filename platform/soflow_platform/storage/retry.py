@@ -1,4 +1,4 @@
-"""Retry with exponential backoff, for what fails while a server, a storage or a disk is away."""
+"""Retries operations with exponential backoff while a server, an object store or a disk is unavailable."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ T = TypeVar("T")
 
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 15.0
-"""Seconds; each pause is twice as long as the one before, up to this."""
+"""Longest pause between attempts in seconds; each pause is twice the one before, up to this."""
 
 
 def is_storage_outage(error: Exception) -> bool:
-    """Whether a storage or a disk failed."""
+    """Whether the error is a failure of an object store or a disk."""
     return isinstance(error, (StorageError, OSError))
 
 
@@ -35,10 +35,10 @@ def retry(
     is_transient: Callable[[Exception], bool] = is_storage_outage,
     cancel: threading.Event | None = None,
 ) -> T:
-    """Run `action` until it succeeds, for `timeout` seconds at most. Logs the first failure and the recovery.
+    """Run `action` until it succeeds, for `timeout` seconds at most, and return its result. Logs the first failure and the recovery.
 
-    An error that is not transient is raised at once. Raises JobError with the description and the last error once the time is over,
-    or where `cancel` is set.
+    Raises an error that is not transient at once, and JobError with the description and the last error after `timeout` seconds or
+    once `cancel` is set.
     """
     from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential
     from tenacity.nap import sleep_using_event
@@ -79,7 +79,7 @@ def retry(
 
 
 def _seconds(state: RetryCallState) -> float:
-    """Time since the first attempt."""
+    """Seconds since the first attempt."""
     return state.seconds_since_start or 0.0
 
 
