@@ -1,18 +1,14 @@
-"""soflow_platform.tracking.environment"""
+"""Tags that describe the machine and the code of an MLflow run."""
 
 from __future__ import annotations
 
 import platform
 import socket
 import subprocess
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def host_tags() -> dict[str, str]:
-    """Where and with what code a run was made."""
+    """Host name, GPU, library versions and git commit, as tags of a run."""
     import ray
     import torch
 
@@ -29,7 +25,7 @@ def host_tags() -> dict[str, str]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the working folder, with a mark where files differ from it; None outside a repository."""
+    """Commit of the working folder, with `-dirty` appended where files differ from it; None outside a repository."""
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True

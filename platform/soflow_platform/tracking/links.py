@@ -1,4 +1,4 @@
-"""Addresses of pages of MLflow's web interface."""
+"""URLs of pages of MLflow's web interface."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LOCAL_ADDRESS = "http://127.0.0.1:5000"
 
 
 def sweep_page(experiment_id: str, run: str, metric: str, address: str = LOCAL_ADDRESS) -> str:
-    """The page with the trials of the sweep whose run is `run`: sorted by `metric`, curves in common charts."""
+    """URL of the page with the trials of a sweep (`run` is its MLflow run): sorted by `metric`, with their curves."""
     query = urllib.parse.urlencode(
         {
             "searchFilter": f"tags.`{PARENT_TAG}` = '{run}'",

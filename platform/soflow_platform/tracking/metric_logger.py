@@ -95,7 +95,7 @@ class MetricLogger:
 
     def add_flag(self, sentence: str) -> None:
         """Add a sentence on the run's numbers to its tag `eval.flags`, once."""
-        self._queue.submit(lambda: self._patiently(lambda: self._writer.add_flag(sentence)))
+        self._queue.submit(lambda: self._with_retries(lambda: self._writer.add_flag(sentence)))
 
     def send(self, every: float = 0.0) -> None:
         """Send what is buffered, in the background, if the last time was `every` seconds ago."""
@@ -123,11 +123,11 @@ class MetricLogger:
             self.abandon()
 
     def abandon(self) -> None:
-        """End the background thread, without trying again what fails."""
+        """End the background thread, without retries."""
         self._queue.abandon()
 
     def _send(self, batch: list[Point]) -> None:
-        self._patiently(lambda: self._writer.write_metrics(batch))
+        self._with_retries(lambda: self._writer.write_metrics(batch))
         with self._lock:
             del self._points[: len(batch)]
             self._submitted -= len(batch)
@@ -145,14 +145,14 @@ class MetricLogger:
             )
             self._images_fail = False
         except Exception as error:
-            # A picture is not worth a trial, whatever the reason.
+            # A grid that cannot be sent, whatever the reason, does not fail the trial.
             self._images_fail = True
             reason = (
                 str(error) if isinstance(error, JobError) else f"{description} failed: {summarize(error)}"
             )
             self._log(f"{reason}; it is left out")
 
-    def _patiently(self, action: Callable[[], None]) -> None:
+    def _with_retries(self, action: Callable[[], None]) -> None:
         retry(
             action,
             description=f"logging to {self._writer.store.uri}",

@@ -1,4 +1,4 @@
-"""Failures of what a command stands on - disks, storages, servers - told from bugs."""
+"""Classifies exceptions: an outage of a disk, an object store or a tracking server, or something else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CLIENTS = ("mlflow", "requests", "boto3", "botocore")
 
 
 def describe_outage(error: Exception) -> str | None:
-    """Which storage, disk or server failed, in one sentence without its full stop; None where the error is something else."""
+    """One sentence, without a full stop, on the storage, disk or server that failed; None where the error is no outage."""
     if isinstance(error, StorageError):
         return summarize(error)
     if isinstance(error, OSError) and error.errno in DISK:
@@ -30,11 +30,11 @@ AWAY = (
     "REQUEST_LIMIT_EXCEEDED",
     "RESOURCE_EXHAUSTED",
 )
-"""MLflow's names for the answers 500, 502, 503, 504 and 429, and for none."""
+"""MLflow's error codes for HTTP statuses 500, 502, 503, 504 and 429, and for a request without a response."""
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether the tracking store, or where it keeps artifacts, was away, and not asked for something wrong."""
+    """Whether the error is an outage of the tracking store or of its artifact storage, and not an invalid request."""
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
@@ -46,20 +46,23 @@ def is_outage(error: BaseException) -> bool:
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether a tracking store, a storage or a disk was away."""
+    """Whether the error is an outage of a tracking store, an object store or a disk."""
     return isinstance(error, StorageError) or is_outage(error)
 
 
 def _http_status(error: BaseException) -> int | None:
-    """The status of the answer that requests or boto raised this for."""
-    answer = getattr(error, "response", None)
-    if isinstance(answer, dict):
-        return answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return getattr(answer, "status_code", None)
+    """HTTP status of the response for which requests or boto raised this error; None where there was no response."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return getattr(response, "status_code", None)
 
 
 def _boto_lost(error: BaseException) -> bool:
-    """Whether boto, which need not be installed, lost its connection; of a failed upload it says so in words alone."""
+    """Whether boto lost its connection. Classes are compared by name, because boto need not be installed.
+
+    S3UploadFailedError does not say why an upload failed; the error that it was raised from does.
+    """
     kinds = [
         k for k in type(error).__mro__ if k.__module__.startswith(("boto3.", "botocore.", "s3transfer."))
     ]

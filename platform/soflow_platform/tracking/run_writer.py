@@ -1,4 +1,4 @@
-"""Writes to one MLflow run that can be repeated after a failure: what the run has already is not written twice."""
+"""Writes metrics, images and flags to one MLflow run; a write that failed can be repeated without duplicates."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 Point = tuple[str, float, int, int]
 """Metric name, value, milliseconds since 1970, optimizer step."""
 POINTS_PER_BATCH = 1000
-"""Points in one request, the most MLflow takes."""
+"""Largest number of points in one request, a limit of MLflow."""
 FLAGS_LENGTH = 4000
-"""Characters in the tag of flags; a flag beyond that stands in the trial's log alone."""
+"""Largest number of characters in the tag of flags; a flag that does not fit is in the trial's log alone."""
 
 
 class RunWriter:
@@ -25,7 +25,7 @@ class RunWriter:
     def __init__(self, store: TrackingStore, run: str) -> None:
         self.store, self.run = store, run
         self._uncertain = False
-        """Whether the last request with metrics failed: the server may have taken it before the connection broke."""
+        """Whether the last request with metrics failed. The server may still have stored its points."""
 
     def last_steps(self) -> dict[str, int]:
         """The last step of each metric of the run."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ScoreLog:
-    """The scores on one run and on one registered version, each with a tag that holds its settings. Either may be None."""
+    """Scores on a run and on a registered version, either of which may be None; a tag holds the settings of each score."""
 
     def __init__(self, client: MlflowClient, run: str | None, version: tuple[str, str] | None) -> None:
         self._client, self._run, self._version = client, run, version
@@ -30,7 +30,7 @@ class ScoreLog:
         return [json.loads(tags[tag]) for tags in (self._run_tags, self._version_tags) if tag in tags]
 
     def add(self, name: str, value: float, settings: Mapping[str, Any], step: int) -> None:
-        """Log a score on the run and on the version, on each that does not have it yet."""
+        """Log a score on the run and on the version, unless it is there already."""
         tag, text = _settings_tag(name), json.dumps(settings, sort_keys=True)
         if self._run is not None and tag not in self._run_tags:
             self._client.log_metric(self._run, name, value, int(time.time() * 1000), step)
@@ -47,7 +47,7 @@ def _settings_tag(name: str) -> str:
 
 
 def log_comparison(client: MlflowClient, run: str, files: Sequence[Path], conclusions: Sequence[str]) -> None:
-    """Put the files of a comparison and its conclusions on the sweep's run."""
+    """Log the files of a comparison and its conclusions on the sweep's run."""
     for file in files:
         client.log_artifact(run, str(file), "comparison")
     client.set_tag(run, "comparison.conclusions", " ".join(conclusions))

@@ -1,4 +1,4 @@
-"""Runs in MLflow: one parent for a sweep, a child for each trial, found again after any restart.
+"""MLflow client and runs: a parent run for each sweep and a child run for each trial, found by tags after a restart.
 
 Metrics are named `train/...`, `eval/...` and `system/...`, and their step is the optimizer step.
 """
@@ -31,15 +31,15 @@ TRIAL_TAG = "soflow.trial"
 STEP_TAG = "soflow.step"
 PARENT_TAG = "mlflow.parentRunId"
 FLAGS_TAG = "eval.flags"
-"""What has to be said of a run's numbers, in sentences."""
+"""Tag with the flags of a run's metrics: sentences on why a value is refused or not comparable with others."""
 PARAM_LIMIT = 100
-"""Params in one MLflow batch."""
+"""Largest number of params in one request, a limit of MLflow."""
 
 
 class TrackingStore:
-    """An MLflow tracking store with its model registry: the one place where a URI becomes a client.
+    """An MLflow tracking store with its model registry. All MLflow clients are created by this class.
 
-    MLflow is imported, and an embedded store's database created, where `client` is first used.
+    MLflow is imported, and the database of an embedded store created, when `client` is first used.
     """
 
     def __init__(self, uri: str) -> None:
@@ -50,10 +50,10 @@ class TrackingStore:
 
     @functools.cached_property
     def client(self) -> MlflowClient:
-        """A client that sends no telemetry and prints nothing."""
+        """The MLflow client, with telemetry and progress bars off."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        # `retry` waits for a server that is away, and logs it; MLflow's own attempts would be silent for minutes.
+        # storage.retry repeats requests and logs that it does; MLflow's own retries would be silent for minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         from mlflow import MlflowClient
@@ -64,11 +64,11 @@ class TrackingStore:
 
     @property
     def database(self) -> Path | None:
-        """The file of an embedded store; None for a server."""
+        """The SQLite file of an embedded store; None for a server."""
         return Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
 
     def exists(self) -> bool:
-        """False for an embedded store whose database was not created yet."""
+        """Whether the store is a server or an embedded store whose database was created."""
         return self.database is None or self.database.is_file()
 
     def prepare(self) -> None:
@@ -80,7 +80,7 @@ class TrackingStore:
             self.database.parent.mkdir(parents=True, exist_ok=True)
             self.client.search_experiments(max_results=1)
             with contextlib.closing(sqlite3.connect(self.database)) as database:
-                # Readers and several writers at once; the setting stays in the file.
+                # Write-ahead logging lets readers and writers work at once; the setting stays in the file.
                 database.execute("pragma journal_mode=WAL")
             return
         try:
@@ -106,7 +106,7 @@ class TrackingStore:
 
 @dataclass(frozen=True)
 class TrackedDataset:
-    """The training data as a run's page shows it."""
+    """Name, digest and source of the training data, as an input of an MLflow run."""
 
     name: str
     digest: str
@@ -118,18 +118,18 @@ class TrackedDataset:
         # MLflow keeps 36 characters of a digest.
         digest = short_digest(self.digest, 32)
         source = json.dumps({"uri": self.source})
-        kept = Dataset(name=self.name, digest=digest, source_type="http", source=source)
-        return DatasetInput(kept, tags=[InputTag("mlflow.data.context", "training")])
+        dataset = Dataset(name=self.name, digest=digest, source_type="http", source=source)
+        return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")])
 
 
 def tracked_dataset(tags: Mapping[str, str]) -> TrackedDataset:
-    """The data set that a run's tags name."""
+    """The training data that the tags of a run name."""
     return TrackedDataset(tags["data.source"], tags["data.digest"], tags["data.source"])
 
 
 @dataclass
 class Tracking:
-    """An experiment of a tracking store: the runs of sweeps and of their trials."""
+    """One experiment of a tracking store, with the runs of sweeps and of their trials."""
 
     store: TrackingStore
     experiment_id: str
@@ -158,9 +158,9 @@ class Tracking:
 
     def find(self, sweep: str, trial: str | None = None) -> Run | None:
         """The run of a sweep, or of one of its trials, if there is one."""
-        wanted = f"tags.`{SWEEP_TAG}` = '{sweep}'"
-        wanted += f" and tags.`{TRIAL_TAG}` = '{trial}'" if trial else f" and tags.`{TRIAL_TAG}` IS NULL"
-        runs = self.client.search_runs([self.experiment_id], wanted, max_results=1)
+        condition = f"tags.`{SWEEP_TAG}` = '{sweep}'"
+        condition += f" and tags.`{TRIAL_TAG}` = '{trial}'" if trial else f" and tags.`{TRIAL_TAG}` IS NULL"
+        runs = self.client.search_runs([self.experiment_id], condition, max_results=1)
         return runs[0] if runs else None
 
     def children(self, parent: str) -> list[Run]:
@@ -177,21 +177,21 @@ class Tracking:
         parent: str | None = None,
         dataset: TrackedDataset | None = None,
     ) -> str:
-        """Find or create a run, set it running, and return its id. Params are written once, at its creation."""
+        """Find or create a run, set its status to RUNNING, and return its id. Params are written when the run is created."""
         from mlflow.entities import Param
 
         client = self.client
-        found = self.find(sweep, trial)
-        if found is not None:
-            run = found.info.run_id
+        existing = self.find(sweep, trial)
+        if existing is not None:
+            run = existing.info.run_id
             client.update_run(run, status="RUNNING")
             return str(run)
-        own = {
+        identity = {
             SWEEP_TAG: sweep,
             **({TRIAL_TAG: trial} if trial else {}),
             **({PARENT_TAG: parent} if parent else {}),
         }
-        run = client.create_run(self.experiment_id, tags={**own, **tags}, run_name=name).info.run_id
+        run = client.create_run(self.experiment_id, tags={**identity, **tags}, run_name=name).info.run_id
         items = [Param(key, str(value)) for key, value in params.items()]
         for start in range(0, len(items), PARAM_LIMIT):
             client.log_batch(run, params=items[start : start + PARAM_LIMIT])
@@ -204,7 +204,7 @@ class Tracking:
         self.client.set_terminated(run, status)
 
     def log_result(self, run: str, best: Mapping[str, Any]) -> None:
-        """What a sweep came to, on its own run: the best trial, its numbers, its registered version."""
+        """Log the result of a sweep on its run: the best trial, its metrics, its registered version."""
         from mlflow.entities import Metric
 
         client = self.client
@@ -213,5 +213,5 @@ class Tracking:
                 client.set_tag(run, f"best.{key}", str(best[key]))
         now = int(time.time() * 1000)
         values = [Metric(key, float(value), now, best["step"]) for key, value in best["metrics"].items()]
-        known = client.get_run(run).data.metrics
-        client.log_batch(run, metrics=[m for m in values if m.key not in known])
+        logged = client.get_run(run).data.metrics
+        client.log_batch(run, metrics=[m for m in values if m.key not in logged])
