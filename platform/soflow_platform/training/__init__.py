@@ -1,1 +1,27 @@
-"""One trial: data set, model, worker loop, launch, ranks, checkpoints, status."""
+"""Training of one trial, from its data to its checkpoints.
+
+What it needs:
+job            TrialJob: everything a worker process needs to train a trial, as plain data
+dataset        finds the training data and checks that it fits the network
+model          the network's configuration for given data
+flops          parameters, FLOPs and memory of a trial, before it is started
+step_builder   the training step, with how its gradients are averaged over ranks
+setup          TrialSetup: data loader, network, training step and evaluator of one rank
+
+How it runs:
+launch         starts a trial's workers with Ray Train
+worker         Trainer: the training loop of one rank
+step_noise     times and noise of each step, drawn one step ahead
+distributed    collective operations on Python objects and numbers
+ema_network    the network with averaged weights, whole or sharded, for evaluations
+throughput     images per second, FLOPs, time spent waiting for data, memory
+stragglers     finds a rank that is slower than the others
+resume         the checkpoint that training resumes from
+stop_request   files that ask a sweep or a trial to stop
+
+What it writes (rank 0 alone):
+trial_io       status, log, metrics, sample grids and checkpoints behind one interface
+trial_status   status.json: its schema and its writer
+trial_log      log.txt: its writer and its readers
+checkpointer   writes checkpoints in a background thread
+"""

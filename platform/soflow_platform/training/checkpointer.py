@@ -13,17 +13,17 @@ from soflow_platform.storage.checkpoints import CheckpointState, CheckpointStore
 from soflow_platform.storage.retry import retry
 
 STUCK_POLL_SECONDS = 0.05
-"""How often `ready` looks whether the checkpoint that it waits for is stuck."""
+"""Interval at which `ready` checks whether the checkpoint that it waits for is stuck."""
 
 WriteFiles = Callable[[Path], None]
 """Writes a checkpoint's files into a folder."""
 
 
 class AsyncCheckpointer:
-    """Publishes one checkpoint at a time, in order, so that one copy of the state in host memory serves all.
+    """Publishes one checkpoint at a time, in order, so that a single copy of the state in host memory is enough.
 
-    A storage that cannot be written is tried again for `patience` seconds, and meanwhile training goes on without further
-    checkpoints. After that the checkpoint is given up, unless it was the last one: `close` raises JobError then.
+    A write that fails is retried for `patience` seconds, and training goes on meanwhile without further checkpoints. After that
+    the checkpoint is given up and training goes on; if it was the last one, `close` raises JobError.
     """
 
     def __init__(
@@ -33,10 +33,10 @@ class AsyncCheckpointer:
         self._log = log
         self._queue = BackgroundQueue("checkpoint")
         self._stuck = threading.Event()
-        """Set once the checkpoint in work has failed and is tried again."""
+        """Set once writing the present checkpoint has failed and is being retried."""
 
     def ready(self, step: int, needed: bool) -> bool:
-        """Wait until the checkpoint of `step` can be made. One that is not `needed` is left out while the one before it is stuck."""
+        """Wait until the checkpoint of `step` can be made. Returns False for one not `needed` while the one before it is stuck."""
         while not needed and not self._queue.drain(STUCK_POLL_SECONDS):
             if self._stuck.is_set():
                 self._log(f"no checkpoint of step {step:,}: the one before it is still being tried")
@@ -45,7 +45,7 @@ class AsyncCheckpointer:
         return True
 
     def submit(self, state: CheckpointState, ranking: Sequence[int], write: WriteFiles) -> None:
-        """Publish what `write` writes once the checkpoint before it is done, and remove those that are no longer kept.
+        """Publish the checkpoint whose files `write` writes, after the one before it, and remove those that are no longer kept.
 
         `ranking` are the scored steps, best first.
         """
@@ -63,7 +63,7 @@ class AsyncCheckpointer:
         self._queue.close()
 
     def abandon(self) -> None:
-        """Wait for the checkpoint in work, without trying again what fails; that is logged and not raised."""
+        """Wait for the present checkpoint without retrying a failed write, which is logged and not raised."""
         self._queue.abandon()
 
     def _save(self, state: CheckpointState, ranking: Sequence[int], write: WriteFiles) -> None:

@@ -1,4 +1,4 @@
-"""Finding a sweep's training data and refusing what does not fit the configured network."""
+"""Finds a sweep's training data and checks that it fits the configured network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from soflow_platform.training.model import network_config
 
 
 def expected(experiment: Experiment) -> Expected | None:
-    """Sample shape and classes as far as the configuration says them."""
+    """Sample shape and number of classes from the settings alone; None where they do not state the shape."""
     if experiment.data.source in BUILTIN:
         return BUILTIN[experiment.data.source]
     if experiment.data.shape is None:
@@ -23,16 +23,16 @@ def expected(experiment: Experiment) -> Expected | None:
 
 
 def how_to_make(experiment: Experiment) -> str:
-    """What to do where the data of a sweep file are not there: the end of a sentence."""
+    """The end of an error sentence: the command that makes the missing data, and the setting that names them."""
     autoencoder = experiment.data.autoencoder
-    made = "a set of pixels with `soflowctl data prepare IMAGES"
+    target = "a set of pixels with `soflowctl data prepare IMAGES"
     if autoencoder is not None:
-        made = f"latents with `soflowctl data prepare IMAGENET_FOLDER --autoencoder {autoencoder}"
-    return f"make {made} --out FOLDER` and pass --set data.source=FOLDER"
+        target = f"latents with `soflowctl data prepare IMAGENET_FOLDER --autoencoder {autoencoder}"
+    return f"make {target} --out FOLDER` and pass --set data.source=FOLDER"
 
 
 def check_data(experiment: Experiment) -> str:
-    """The data source, known to be named, to be there and to fit the network. Creates nothing. Raises UserError."""
+    """The data source of a sweep. Creates nothing. Raises UserError where it is not set, missing, or does not fit the network."""
     source = experiment.data.source
     if source is None:
         raise UserError(f"data.source is not set: {how_to_make(experiment)}.")
@@ -45,9 +45,9 @@ def check_data(experiment: Experiment) -> str:
 
 
 def open_data(experiment: Experiment, storage: ProjectFolder) -> tuple[str, DatasetInfo]:
-    """The shard set's location and description; built-in data is written on first use.
+    """Location and description of the shard set; built-in data is written on first use.
 
-    Raises UserError where the data is not there or does not fit the configured network.
+    Raises UserError where the data is missing or does not fit the configured network.
     """
     source = check_data(experiment)
     location = _location(source)
@@ -59,7 +59,7 @@ def open_data(experiment: Experiment, storage: ProjectFolder) -> tuple[str, Data
 
 
 def _location(source: str) -> str:
-    """A source as workers in other folders find it."""
+    """The source as a URI or an absolute path, for workers with another working folder."""
     return source if "://" in source else str(Path(source).absolute())
 
 

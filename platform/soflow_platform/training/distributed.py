@@ -1,4 +1,4 @@
-"""Several ranks that train one network: how it is wrapped, and what the ranks tell each other."""
+"""Collective operations on Python objects and numbers over torch.distributed, for the ranks that train one network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def rows_of(rank: int, world: int, batch: int) -> int:
-    """Rows of a global batch that a rank has: every world-th."""
+    """Number of rows of a global batch that a rank has: rank r of `world` has rows r, r + world, ..."""
     return len(range(rank, batch, world))
 
 
@@ -27,14 +27,14 @@ def all_gather_list(items: list[Any]) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """What rank 0 holds, on every rank."""
+    """The value of rank 0, on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def run_on_rank0(action: Callable[[], T], rank: int, world: int) -> T:
-    """What `action` gives on rank 0, on every rank; where it raises JobError there, every rank does."""
+    """Run `action` on rank 0 and broadcast its result, or the JobError that it raised, to all ranks."""
     answer: Any = None
     if rank == 0:
         try:
@@ -49,21 +49,22 @@ def run_on_rank0(action: Callable[[], T], rank: int, world: int) -> T:
 
 
 def all_reduce_max(number: int, device: torch.device) -> int:
-    """The highest of the ranks' numbers, on every rank."""
-    told = torch.tensor(number, device=device)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return int(told)
+    """The largest of the ranks' numbers, on every rank."""
+    maximum = torch.tensor(number, device=device)
+    dist.all_reduce(maximum, dist.ReduceOp.MAX)
+    return int(maximum)
 
 
 def mean_over_ranks(values: Mapping[str, float], rows: int) -> dict[str, float]:
-    """Each value's mean over the ranks that hold it, counting by their rows: one without rows of a kind has no term of it.
+    """Mean of each value over the ranks that report it, weighted by their numbers of rows.
 
-    The loss is that of the global batch. A term of one kind of rows is so where ranks hold equally many of that kind.
+    The mean of the loss is the loss of the global batch. A term that is computed on one kind of rows is missing on a rank without
+    such rows; its mean is that of the global batch where ranks have equally many rows of that kind.
     """
-    told = all_gather_list([(rows, dict(values))])
-    names = sorted({name for _, each in told for name in each})
+    reports = all_gather_list([(rows, dict(values))])
+    names = sorted({name for _, each in reports for name in each})
     means = {}
     for name in names:
-        parts = [(each[name], count) for count, each in told if name in each]
+        parts = [(each[name], count) for count, each in reports if name in each]
         means[name] = math.fsum(value * count for value, count in parts) / sum(count for _, count in parts)
     return means

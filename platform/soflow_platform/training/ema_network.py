@@ -1,4 +1,4 @@
-"""The network with averaged weights, as it is sampled from during training."""
+"""The network with averaged (EMA) weights, for evaluations during training: a copy on each rank, or sharded."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ def ema_network(
 ) -> Iterator[tuple[SamplingNetwork, Ranks]]:
     """The network with the first EMA's weights for the length of a block, and the ranks that evaluate it together.
 
-    All ranks must enter the block. Each may run its own number of forward passes there, before every `gather` and after.
-    `should_stop` is collective; a sharded network's evaluation is not interrupted, for its ranks run at their own pace.
+    All ranks must enter the block. The number of forward passes may differ between ranks, before and after each `gather`.
+    `should_stop` is a collective call. The evaluation of a sharded network is not interrupted: its ranks need not be at the same
+    batch, so that they cannot make that call together.
     """
     if train_step.mesh is None:
-        # A new network draws weights that are written over: those draws are not the training's.
+        # The initial weights of the new network are overwritten; drawing them must not advance the training's random generator.
         with torch.random.fork_rng(devices=[]):
             network = DiT(config).to(device).eval()
         network.load_state_dict(train_step.ema_state())
@@ -46,7 +47,7 @@ def ema_network(
 
 @dataclass(frozen=True)
 class DataParallel:
-    """Ranks that hold a copy of the network each."""
+    """Ranks that each hold a copy of the network."""
 
     rank: int
     world: int
@@ -59,7 +60,7 @@ class DataParallel:
 
 @dataclass(frozen=True)
 class Lockstep:
-    """Ranks that hold a share of the network each, so that every forward pass is a collective."""
+    """Ranks that each hold a shard of the network, so that every forward pass is a collective operation."""
 
     rank: int
     world: int
@@ -71,14 +72,14 @@ class Lockstep:
         return distributed.all_gather_list(items)
 
     def should_stop(self) -> bool:
-        """False: ranks run at their own pace and agree on nothing between batches."""
+        """Always False: ranks need not be at the same batch and cannot agree between batches."""
         return False
 
 
 class LockstepNetwork:
-    """A sharded network that each rank samples from at its own pace.
+    """A sharded network of which each rank may run a different number of forward passes.
 
-    A pass of a sharded network is an exchange of all ranks: a rank that is done makes passes of nothing for the others.
+    Each forward pass of a sharded network is a collective operation. A rank that has finished runs dummy passes until all have.
     """
 
     def __init__(self, network: DiT, device: torch.device) -> None:
@@ -99,6 +100,6 @@ class LockstepNetwork:
             self._pass(x, t, t, labels)
 
     def _pass(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        # What is gathered in inference mode cannot be trained with afterwards, and the memory for it is kept.
+        # FSDP keeps the buffers that it gathers parameters into; made in inference mode they could not be trained with afterwards.
         with torch.inference_mode(False), torch.no_grad():
             return cast(Tensor, self.network(x, t, s, labels))

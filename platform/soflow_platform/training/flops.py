@@ -1,4 +1,4 @@
-"""What a sweep will cost, told before anything is spent: parameters, FLOPs, memory, and what Ray will be asked for."""
+"""Estimates of a trial's cost before it starts: parameters, FLOPs, memory, and the resources requested from Ray."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Cost:
     forward_gmac: float
     """Multiply-accumulates of one forward pass of one sample, in 1e9."""
     evaluations_per_sample: float
-    """Forward passes that a training sample is worth, a backward pass counting two."""
+    """Cost of training on one sample, in forward passes; a backward pass counts as two."""
     state_gigabytes: float
     """Weights, gradients, two Adam moments and the EMAs of one worker, in float32; activations come on top."""
     total_petaflops: float
@@ -27,7 +27,7 @@ class Cost:
 
 
 def cost(experiment: Experiment, network: DiTConfig) -> Cost:
-    """Count one trial's cost."""
+    """The cost of one trial."""
     parameters = count_parameters(network)
     gmac = forward_gmac(network)
     training = experiment.training
@@ -38,7 +38,7 @@ def cost(experiment: Experiment, network: DiTConfig) -> Cost:
 
 
 def count_parameters(network: DiTConfig) -> int:
-    """All parameters, the fixed position table included; nothing is allocated."""
+    """Number of parameters, the fixed position table included; no memory is allocated for them."""
     import torch
 
     from soflow_core.networks import DiT
@@ -59,7 +59,7 @@ def forward_gmac(network: DiTConfig) -> float:
 
 
 def request(experiment: Experiment) -> str:
-    """What Ray will be asked for, in words."""
+    """The resources that a trial requests from Ray, as text."""
     resources = experiment.resources
     each = f"{resources.cpus_per_worker:g} CPU" + (
         f" and {resources.gpus_per_worker:g} GPU" if resources.gpus_per_worker else ""

@@ -25,7 +25,7 @@ class TrialJob:
     run: str
     """MLflow run id."""
     attempt: int = 1
-    """How often the sweep was started."""
+    """Number of the sweep's present start, from 1."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,4 +1,4 @@
-"""soflow_platform.training.model"""
+"""Network configuration (DiTConfig) of a trial, checked against the training data."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from soflow_platform.errors import UserError
 
 
 def network_config(experiment: Experiment, info: DatasetInfo) -> DiTConfig:
-    """The DiT for this data. Raises UserError where data and configuration do not fit, naming both sides."""
-    wanted = experiment.data
+    """Configuration of the network for a data set. Raises UserError, naming both sides, where the data do not match the settings."""
+    settings = experiment.data
     try:
         info.check_fits(
-            wanted.shape or info.shape,
-            wanted.classes,
-            autoencoder=wanted.autoencoder,
-            scaling=wanted.scaling,
-            where=f"data.source {wanted.source}",
+            settings.shape or info.shape,
+            settings.classes,
+            autoencoder=settings.autoencoder,
+            scaling=settings.scaling,
+            where=f"data.source {settings.source}",
         )
     except DataMismatch as error:
         raise UserError(f"{error} Name other data, or change what the section data expects.") from None
-    if wanted.conditional and info.classes is None:
-        raise UserError(f"data.source {wanted.source} holds no labels: set data.conditional to false.")
+    if settings.conditional and info.classes is None:
+        raise UserError(f"data.source {settings.source} holds no labels: set data.conditional to false.")
     return describe_network(experiment, Expected(tuple(info.shape), info.classes))
 
 
 def describe_network(experiment: Experiment, data: Expected) -> DiTConfig:
-    """The DiT for such samples. Raises UserError where the network cannot take them."""
+    """Configuration of the network for samples of this shape and number of classes. Raises UserError where it cannot take them."""
     channels, height, width = data.shape
     conditional = experiment.data.conditional
     classes = data.classes if conditional else None

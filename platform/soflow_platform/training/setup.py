@@ -25,7 +25,7 @@ from soflow_platform.training.step_noise import step_generator
 
 @dataclass(frozen=True)
 class TrialSetup:
-    """One rank of a trial, built from its settings."""
+    """The objects that train one rank of a trial, built from its settings."""
 
     job: TrialJob
     experiment: Experiment
@@ -40,7 +40,7 @@ class TrialSetup:
 
     @classmethod
     def build(cls, job: TrialJob, device: torch.device, rank: int = 0, world: int = 1) -> TrialSetup:
-        """Open the data and build the network, with weights drawn from the seed. Raises UserError where they do not fit."""
+        """Open the data and build the network with initial weights from the seed. Raises UserError where they do not fit."""
         experiment = Experiment(**job.experiment)
         batch, seed = experiment.training.batch, experiment.seed
         loader = ShardLoader(job.data, batch_size=batch, rank=rank, world=world, seed=seed)
@@ -57,7 +57,7 @@ class TrialSetup:
         return CheckpointStore.of_trial(job.project, job.sweep, job.trial, base)
 
     def draw(self, step: int) -> Draws:
-        """This rank's rows of the step's times and noise, which are drawn for the whole batch."""
+        """This rank's rows of the step's times and noise, which are drawn for the global batch and do not depend on `world`."""
         experiment, shape = self.experiment, tuple(self.loader.info.shape)
         generator = step_generator(experiment.seed, step)
         batch, conditional = experiment.training.batch, experiment.data.conditional
@@ -74,5 +74,5 @@ class TrialSetup:
 
 
 def data_facts(info: DatasetInfo, experiment: Experiment) -> dict[str, Any]:
-    """The description of the training data that goes into the header of a weights file."""
+    """Description of the training data for the header of a weights file."""
     return {**asdict(info), "conditional": experiment.data.conditional}

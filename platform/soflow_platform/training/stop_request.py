@@ -1,6 +1,6 @@
 """Stop requests: a file in the folder of a sweep or trial, which every machine of a cluster sees.
 
-The training loop looks for it between steps. Workers finish their step, save a checkpoint and end; the same `soflowctl run` goes on.
+The training loop checks for it between steps. Workers finish their step, save a checkpoint and end; the same `soflowctl run` goes on.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from soflow_pipelines.storage.files import write_json
 from soflow_platform.storage.project import ProjectFolder
 
 REQUEST = "stop.json"
-"""In the folder of the sweep or of the trial that is to stop."""
+"""Name of the file, in the folder of the sweep or of the trial that is to stop."""
 
 
 def request_stop(storage: ProjectFolder, sweep: str, trial: str | None = None) -> None:
-    """Ask one trial to stop, or with None the whole sweep. Asking again changes nothing."""
+    """Request that a trial stops, or with None the whole sweep. A second request changes nothing."""
     folder = storage.sweep(sweep) if trial is None else storage.trial(sweep, trial)
     if not (folder / REQUEST).exists():
         write_json(
@@ -26,7 +26,7 @@ def request_stop(storage: ProjectFolder, sweep: str, trial: str | None = None) -
 
 
 def stop_requested(storage: ProjectFolder, sweep: str, trial: str | None = None) -> bool:
-    """Whether this trial was asked to stop, by itself or with its sweep; with None whether the whole sweep was.
+    """Whether a stop of this trial or of its whole sweep is requested; with None, of the whole sweep.
 
     Costs one or two file system look-ups.
     """
@@ -36,7 +36,7 @@ def stop_requested(storage: ProjectFolder, sweep: str, trial: str | None = None)
 
 
 def clear_stops(storage: ProjectFolder, sweep: str) -> None:
-    """Remove the requests of a sweep and of its trials: called when the same sweep is started again."""
+    """Remove the stop requests of a sweep and of its trials; called when the sweep is started again."""
     folder = storage.sweep(sweep)
     for path in (folder / REQUEST, *folder.glob(f"trials/*/{REQUEST}")):
         path.unlink(missing_ok=True)

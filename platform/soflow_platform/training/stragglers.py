@@ -1,4 +1,4 @@
-"""soflow_platform.training.stragglers"""
+"""Detection of a rank that is slower than the others, from the durations of its forward passes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from torch import nn
 from soflow_platform.training.distributed import all_gather_list
 
 SLOW = 1.5
-"""A rank whose forward passes take this many times the median is called slow..."""
-
-
+"""Ratio to the median duration above which a rank's forward passes count as slow."""
 SLOW_IN_ROW = 3
-"""...where they did so this many times, one after the other."""
+"""A rank is reported once it has been slow in this many comparisons in a row."""
 
 
 class ForwardTimer:
-    """Seconds that this rank's forward passes take.
+    """Measures the duration of this rank's forward passes and compares it with that of the other ranks.
 
-    A step as a whole takes as long on every rank, for they wait for each other's gradients; a forward pass waits for nobody, so
-    that a slow rank shows here.
+    Whole steps take equally long on all ranks, because each waits for the gradients of the others. A forward pass waits for no
+    other rank, so its duration shows which rank is slow.
     """
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
@@ -48,7 +46,7 @@ class ForwardTimer:
             self.seconds += time.perf_counter() - self._started
 
     def slow_rank(self) -> tuple[int, float] | None:
-        """(rank, how many times the median) of the slowest rank where it stays slow, once until that ends. All ranks take part."""
+        """(rank, ratio to the median duration) of a rank that stays slow, reported once; else None. A collective call."""
         seconds = all_gather_list([self.seconds])
         self.seconds = 0.0
         median = statistics.median_low(seconds)

@@ -1,4 +1,4 @@
-"""How fast a trial trains: images, FLOPs and utilization, the share spent waiting for data, time left, memory."""
+"""Training speed of a trial: images per second, FLOPs and utilization, time spent waiting for data, time left, memory."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 DENSE_BFLOAT16 = {
     "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "L4": 121e12,
 }  # fmt: skip
-"""Peak FLOP/s of the matrix units, by a word of the device's name; utilization is relative to it."""
+"""Dense bfloat16 peak in FLOP/s, by a word of the GPU's name; utilization is relative to it."""
 
 
 @dataclass
 class Throughput:
-    """Clocks the steps of one rank and turns them into rates; `take` starts a new window."""
+    """Measures the durations of one rank's steps over a window; `take` returns its rates and starts a new window."""
 
     batch: int
     total_steps: int
     flops_per_image: float
-    """Of all passes of the method, forward and backward."""
+    """FLOPs of training on one image: all forward and backward passes of the method."""
     device: torch.device
     world: int
     _steps: int = 0
@@ -32,15 +32,15 @@ class Throughput:
     _first_step: int | None = None
 
     def begin(self) -> None:
-        """A step begins: from here on it waits for data."""
+        """Mark the start of a step, which begins by waiting for data."""
         self._began = time.perf_counter()
 
     def loaded(self) -> None:
-        """The data is there."""
+        """Mark the end of the wait for data."""
         self._waited += time.perf_counter() - self._began
 
     def end(self, step: int) -> None:
-        """The step is done."""
+        """Mark the end of a step."""
         self._seconds += time.perf_counter() - self._began
         self._steps += 1
         if self._first_step is None:
@@ -48,18 +48,18 @@ class Throughput:
 
     @property
     def images_per_second(self) -> float:
-        """Over the present window, evaluations and checkpoints left out."""
+        """Images per second in the present window, without the time of evaluations and checkpoints."""
         return self.batch * self._steps / self._seconds if self._seconds else 0.0
 
     def eta_seconds(self, step: int) -> float | None:
-        """Seconds to the last step at the pace so far, evaluations and checkpoints included; None before the second step."""
+        """Estimated seconds to the last step, with evaluations and checkpoints; None before the second step."""
         done = step - (self._first_step or 0)
         if done < 2:
             return None
         return (time.monotonic() - self._started) / done * (self.total_steps - step)
 
     def take(self, step: int) -> dict[str, float]:
-        """The window's numbers by metric name; a new window begins."""
+        """The window's metrics by name. Starts a new window."""
         rate = self.images_per_second
         numbers = {
             "system/images_per_second": rate,
@@ -89,7 +89,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes at most so far: of the GPU's tensors, or of this process."""
+    """Peak memory so far in bytes: of tensors on the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     try:

@@ -1,4 +1,4 @@
-"""What a trial writes while it trains: status, log, metrics, sample grids, checkpoints.
+"""Output of a trial during training: status, log, metrics, sample grids, checkpoints.
 
 Rank 0 writes with `RankZeroIO`; the other ranks have a `NullIO`.
 """
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from soflow_platform.evaluation.evaluator import Evaluation
 
 SEND_SECONDS = 20.0
-"""How often buffered metrics are sent between evaluations."""
+"""Interval at which buffered metrics are sent between evaluations."""
 STOP_SECONDS = 0.5
-"""How often the stop request is looked for."""
+"""Interval at which the stop request is checked."""
 
 
 class TrialIO(Protocol):
-    """Everything that the training loop reports and saves."""
+    """Interface through which the training loop reports, logs and saves."""
 
     @property
     def failure(self) -> JobError | None:
@@ -53,7 +53,7 @@ class TrialIO(Protocol):
         """Publish a change of state."""
 
     def progress(self, step: int, images: int, rate: float, loss: float, eta_seconds: float | None) -> None:
-        """Publish a finished step; `rate` is in images per second."""
+        """Publish the progress after a step; `rate` is in images per second."""
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Log metrics of a step."""
@@ -62,7 +62,7 @@ class TrialIO(Protocol):
         """Log and publish an evaluation."""
 
     def show(self, step: int, grids: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        """Log sample grids, and write them to the trial's folder."""
+        """Log sample grids to MLflow and write them to the trial's folder."""
 
     def ready_to_save(self, step: int, needed: bool) -> bool:
         """Wait until a checkpoint can be made. Returns False where one that is not `needed` is to be left out."""
@@ -83,14 +83,14 @@ class TrialIO(Protocol):
         """Publish why the trial failed."""
 
     def close(self) -> None:
-        """Wait until everything is saved and sent. Raises JobError where something cannot be."""
+        """Wait until everything is saved and sent. Raises JobError where that fails."""
 
     def abandon(self) -> None:
-        """After a failure: end the work in the background, without trying again what fails."""
+        """End the background threads after a failure, without retries."""
 
 
 class NullIO:
-    """Ignores everything: the ranks other than 0."""
+    """Does nothing: for ranks other than 0."""
 
     failure = None
 
@@ -144,14 +144,14 @@ class NullIO:
 
 
 class RankZeroIO:
-    """Status file, log and progress actor; MLflow metrics; checkpoints."""
+    """Writes the status file, log, progress actor, MLflow metrics and checkpoints: for rank 0."""
 
     def __init__(self, setup: TrialSetup, actor: Any = None) -> None:
         """`actor` is the sweep's progress actor, if there is one."""
         job, training = setup.job, setup.experiment.training
         self.job, self.experiment = job, setup.experiment
         self.patience = 60 * training.patience_minutes
-        """Seconds for which an outage is waited out."""
+        """Seconds for which a failed operation is retried."""
         self.checkpoints = setup.checkpoints
         self.status = TrialStatusWriter(job.folder, job.trial, training.steps, job.attempt, actor)
         self.checkpointer = AsyncCheckpointer(
@@ -205,7 +205,7 @@ class RankZeroIO:
             try:
                 write_bytes(path, encode_png(image))
             except OSError as error:
-                # A picture is not worth a trial.
+                # A grid that cannot be written does not fail the trial.
                 self.status.log(f"{path} cannot be written: {error.strerror}", step)
 
     def ready_to_save(self, step: int, needed: bool) -> bool:

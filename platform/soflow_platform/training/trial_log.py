@@ -18,12 +18,12 @@ from pathlib import Path
 LOG = "log.txt"
 """Name of the log file in a trial's folder."""
 POLL_SECONDS = 0.5
-"""How often a follower looks for new lines."""
+"""Interval at which `follow` checks for new lines."""
 BLOCK = 1 << 16
 
 
 class TrialLog:
-    """Appends lines to one file; the folder is made with the first."""
+    """Appends lines to one file; its folder is created with the first line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,7 +31,7 @@ class TrialLog:
     def write(self, text: str, step: int | None = None) -> None:
         """Append one line: the time in UTC, the optimizer step where there is one, and the text, its own line ends made into " / ".
 
-        The line is with the operating system when this returns. Raises OSError where it cannot be written.
+        The operating system has the line when this returns. Raises OSError where it cannot be written.
         """
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         parts = [now, *([] if step is None else [f"step {step}"])]
@@ -42,7 +42,7 @@ class TrialLog:
             fcntl.flock(file, fcntl.LOCK_EX)
             end = file.seek(0, os.SEEK_END)
             if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
-                # A writer was killed inside a line.
+                # A writer was killed while it wrote a line.
                 line = "\n" + line
             rest = memoryview(line.encode())
             while rest:
@@ -74,7 +74,7 @@ class TrialLogReader:
 
 
 def read_tail(path: Path, lines: int) -> list[str]:
-    """The last `lines` lines, oldest first; none where there is no file. Reads no more of the file than it must."""
+    """The last `lines` lines, oldest first; none where there is no file. Reads only the end of a long file."""
     try:
         file = path.open("rb")
     except FileNotFoundError:

@@ -1,6 +1,6 @@
 """State of one trial: the schema of status.json, and the writer that publishes it while the trial runs.
 
-One `TrialStatus` stands in the trial's status file, in the sweep's progress actor and behind `soflowctl status`.
+The status file of a trial, the sweep's progress actor and `soflowctl status` all hold a `TrialStatus`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from soflow_platform.training.trial_log import LOG, TrialLog
 
 STATUS = "status.json"
 ACTOR_SECONDS = 0.5
-"""How often progress goes to the progress actor."""
+"""Interval at which progress is sent to the progress actor."""
 STATUS_SECONDS = 2.0
-"""How often the status file is written."""
+"""Interval at which the status file is written."""
 LINE_SECONDS = 30.0
-"""How often the log gets a line of progress."""
+"""Interval at which a line of progress is logged."""
 
 
 class TrialState(str, Enum):
-    """What a trial does, or how it ended; the values are those of status files and of the command line."""
+    """State of a trial. The values are those in status files and on the command line."""
 
     NOT_STARTED = "not started"
     WAITING = "waiting"
-    """Its sweep runs, it does not yet."""
+    """Its sweep runs; the trial has not started."""
     STARTING = "starting"
     RESTARTING = "restarting"
     """Its workers were lost and new ones are started."""
@@ -42,13 +42,13 @@ class TrialState(str, Enum):
     STOPPING = "stopping"
     """Asked to stop; it finishes its step and saves."""
     STOPPED = "stopped"
-    """It was asked to stop and did; the same command goes on. Earlier versions also wrote this of a trial that was pruned."""
+    """It was asked to stop and did; the same command resumes it. Earlier versions also wrote this for a pruned trial."""
     PRUNED = "pruned"
     """The scheduler ended it before its last step."""
     FINISHED = "finished"
     FAILED = "failed"
     CUT = "cut"
-    """Its sweep's command ended before the trial did; the same command goes on."""
+    """Its sweep's command ended before the trial did; the same command resumes it."""
 
     def __str__(self) -> str:
         return self.value
@@ -66,7 +66,7 @@ class TrialState(str, Enum):
 
 @dataclass(frozen=True)
 class TrialStatus:
-    """Where one trial stands. A value that is not known is None."""
+    """Status of one trial. A value that is not available is None."""
 
     state: TrialState = TrialState.WAITING
     step: int = 0
@@ -78,22 +78,22 @@ class TrialStatus:
     images_per_second: float | None = None
     loss: float | None = None
     eta_seconds: float | None = None
-    """Seconds to the last step, at the pace so far."""
+    """Estimated seconds to the last step."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The latest evaluation."""
     scored_step: int = 0
-    """The step that was evaluated."""
+    """Step of the latest evaluation."""
     failure: str | None = None
     """Why the trial cannot go on, where restarting it would not help."""
     lost: str | None = None
-    """The workers that were lost last."""
+    """The workers that were lost last, by rank."""
     host: str | None = None
     pid: int | None = None
-    """Process of rank 0, or of the trial's driver before there are workers."""
+    """Process id of rank 0, or of the trial's driver before there are workers."""
     attempt: int | None = None
-    """The start of its sweep in which this was written."""
+    """Number of the sweep's start in which this was written."""
     first_attempt: int | None = None
-    """The start of its sweep in which the trial first ran."""
+    """Number of the sweep's start in which the trial first ran."""
     reached: int = 0
     """The furthest step that any attempt finished."""
     since: float | None = None
@@ -102,7 +102,7 @@ class TrialStatus:
     """When the status file was written, in seconds since 1970."""
 
     def as_json(self) -> dict[str, Any]:
-        """The content of a status file: what is known."""
+        """The JSON object of a status file, without values that are None."""
         return {**{k: v for k, v in asdict(self).items() if v not in (None, {})}, "state": str(self.state)}
 
 
@@ -147,7 +147,7 @@ class TrialStatusWriter:
         self._sent = self._written = self._line = 0.0
 
     def _before(self) -> TrialStatus:
-        """What stands in the status file."""
+        """The content of the status file; an initial status where there is none or it cannot be read."""
         try:
             return read_status(self.folder) or TrialStatus()
         except (OSError, InputError):
@@ -194,7 +194,7 @@ class TrialStatusWriter:
             self.log(f"loss {loss:.4g}, {rate:,.0f} images/s{left}", step)
 
     def furthest_step(self) -> int:
-        """The furthest step that any attempt of this trial has finished, by its status file."""
+        """The furthest step that any attempt of this trial finished, according to its status file."""
         before = self._before()
         return max(before.reached, before.step)
 
@@ -212,7 +212,7 @@ class TrialStatusWriter:
         if self.actor is not None:
             import ray
 
-            # The caller's process may end next, and with it what was sent and not received.
+            # Wait until the actor has it: the process may end next, and a message that was not received would be lost.
             ray.get(self.actor.update.remote(self.trial, {"failure": sentence}))
 
     def _send(self, changes: dict[str, Any]) -> None:
