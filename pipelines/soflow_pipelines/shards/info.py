@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from soflow_core.failures import InputError
+from soflow_pipelines.shards.schema import MAX_SAMPLE_BYTES, check_description, parse_object
 from soflow_pipelines.storage.files import short_digest
 
 INFO_NAME = "dataset.json"
+ITEM_BYTES = {"uint8": 1, "float16": 2, "float32": 4}
 WRITER_VERSION = 1
 
 
@@ -62,6 +65,10 @@ class DatasetInfo:
             raise ValueError(f"pixels are uint8 and latents float16 or float32; {self.kind} are {self.dtype}")
         if self.class_names and len(self.class_names) != self.classes:
             raise ValueError(f"{len(self.class_names)} class names for {self.classes} classes")
+        if self.sample_bytes > MAX_SAMPLE_BYTES:
+            raise ValueError(
+                f"a sample of {format_shape(self.stored_shape)} {self.dtype} has {self.sample_bytes} bytes"
+            )
 
     @property
     def stored_shape(self) -> tuple[int, int, int]:
@@ -69,35 +76,42 @@ class DatasetInfo:
         channels, height, width = self.shape
         return (channels * 2 if self.kind == "latents" else channels), height, width
 
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of a stored array, without the header of its file."""
+        return math.prod(self.stored_shape) * ITEM_BYTES[self.dtype]
+
     def short_digest(self, length: int = 16) -> str:
         """The first hexadecimal digits of the digest."""
         return short_digest(self.digest, length)
 
     def to_json(self) -> str:
-        """The text of `dataset.json`."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        """The text of `dataset.json`. A name that is not UTF-8 is written with JSON's escapes, and read back exactly."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return text.encode("utf-8", "backslashreplace").decode()
 
     @classmethod
     def from_json(cls, text: str) -> DatasetInfo:
-        """Reads the text of `dataset.json`. Raises ValueError or TypeError where it is not one."""
-        content = json.loads(text)
-        if not isinstance(content, dict):
-            raise ValueError("not a JSON object")
-        return cls.from_dict(content)
+        """Reads the text of `dataset.json`. Raises ValueError where it is not one."""
+        return cls.from_dict(parse_object(text))
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> DatasetInfo:
         """The description that `asdict` made into a dictionary. Unknown fields are ignored.
 
-        Raises ValueError or TypeError where it is not one, or of a newer version.
+        Raises ValueError where it is not one, or of a newer version.
         """
-        known: dict[str, Any] = {
-            field.name: content[field.name] for field in fields(cls) if field.name in content
-        }
+        check_description(content)
         if content.get("writer_version", 0) > WRITER_VERSION:
             raise ValueError(
                 f"the format is version {content['writer_version']}, this soflow reads up to {WRITER_VERSION}"
             )
+        missing = [name for name in ("kind", "shape", "dtype") if name not in content]
+        if missing:
+            raise ValueError(f"it has no {missing[0]}")
+        known: dict[str, Any] = {
+            field.name: content[field.name] for field in fields(cls) if field.name in content
+        }
         listed: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in known.items()
         }

@@ -7,10 +7,11 @@ from contextlib import suppress
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 
+from soflow_core.failures import InputError
 from soflow_pipelines.shards.cache import LIMIT_VARIABLE
 from soflow_pipelines.shards.order import SampleOrder
 from soflow_pipelines.shards.reader import SampleReader
-from soflow_pipelines.storage.object_store import LocationError, StorageError
+from soflow_pipelines.storage.object_store import LocationError
 
 FETCHES = 4
 """Shards fetched at once."""
@@ -65,7 +66,7 @@ class WindowFetcher:
             shard = self._queue.get()
             if self._stop.is_set():
                 return
-            with suppress(StorageError):
+            with suppress(InputError, OSError):
                 self._reader.fetch(shard, self._stop)
 
     def close(self) -> None:

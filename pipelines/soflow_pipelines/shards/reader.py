@@ -12,13 +12,16 @@ from threading import Event, Lock
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from soflow_core.failures import printable
 from soflow_pipelines.shards.cache import ShardCache
+from soflow_pipelines.shards.index_checks import COLUMNS, member_bytes, row_defects
 from soflow_pipelines.shards.info import DatasetInfo, ShardError
 from soflow_pipelines.shards.order import WINDOW_BYTES
-from soflow_pipelines.shards.tables import UNLABELLED, read_index, read_manifest
+from soflow_pipelines.shards.tables import INDEX_NAME, read_index, read_manifest
 from soflow_pipelines.shards.writer import npy_header
 from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.opening import open_storage
@@ -41,41 +44,38 @@ class SampleReader:
         self._lock = Lock()
         self._info = info
         self.shards = read_manifest(uri)
-        index = read_index(uri, ["shard", "label", "offset", "bytes", "crc32"])
+        index = read_index(uri, [*COLUMNS, "crc32"])
+        self._check_tables(index)
         self._shard = index["shard"].to_numpy()
         self._label = index["label"].to_numpy().astype(np.int64)
         self._offset = index["offset"].to_numpy()
         self._crc = index["crc32"].to_numpy()
         self._header = npy_header(info.dtype, info.stored_shape)
-        self._bytes = len(self._header) + int(np.prod(info.stored_shape)) * np.dtype(info.dtype).itemsize
+        self._bytes = member_bytes(info)
         self._checked = np.zeros(len(self._shard), np.bool_)
         self._local = threading.local()
-        self._check_index(index["bytes"].to_numpy())
         if local:
             # All at once: mapped one by one between batches they would scatter small blocks over the heap,
             # and memory would grow with their number. It also detects a missing or truncated shard at the start.
             for shard in range(len(self.shards)):
                 self._map(shard)
 
-    def _check_index(self, sizes: NDArray[Any]) -> None:
+    def _check_tables(self, index: pa.Table) -> None:
         uri, listed = self._store.uri, sum(shard.samples for shard in self.shards)
-        if not self._info.samples == listed == len(self._shard):
+        if not self._info.samples == listed == len(index):
             raise ShardError(
                 f"{uri}: dataset.json counts {self._info.samples} samples, manifest.parquet {listed} and "
-                f"index.parquet {len(self._shard)}."
+                f"index.parquet {len(index)}."
             )
-        counts = np.bincount(self._shard, minlength=len(self.shards))
+        for row, what in row_defects(self._info, self.shards, index):
+            raise self._damage(row, index["shard"][row].as_py(), what)
+        counts = np.bincount(index["shard"].to_numpy(), minlength=len(self.shards))
         for shard, count in zip(self.shards, counts, strict=True):
             if count != shard.samples:
                 raise ShardError(
                     f"{uri}: manifest.parquet counts {shard.samples} samples in {shard.name}, "
                     f"index.parquet {count}."
                 )
-        wrong = np.flatnonzero(sizes != self._bytes)
-        if len(wrong):
-            raise self._damage(int(wrong[0]), f"{sizes[wrong[0]]} bytes listed, a sample has {self._bytes}")
-        if self._info.classes is not None and (self._label == UNLABELLED).any():
-            raise self._damage(int(np.argmin(self._label)), "no label")
 
     def read(self, rows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """(B,) rows -> stored arrays (B, ...), valid until this thread's next call, and labels (B,) int64. Raises ShardError."""
@@ -100,11 +100,15 @@ class SampleReader:
 
     def _check_sample(self, row: int, member: NDArray[np.uint8]) -> None:
         if len(member) != self._bytes:
-            raise self._damage(row, "the shard ends inside it")
+            raise self._damage(row, int(self._shard[row]), "the shard ends inside it")
         if member[: len(self._header)].tobytes() != self._header:
-            raise self._damage(row, f"it is not {self._info.dtype} of shape {self._info.stored_shape}")
+            raise self._damage(
+                row, int(self._shard[row]), f"it is not {self._info.dtype} of shape {self._info.stored_shape}"
+            )
         if zlib.crc32(member.tobytes()) != self._crc[row]:
-            raise self._damage(row, "its bytes are not those that were written (CRC-32 differs)")
+            raise self._damage(
+                row, int(self._shard[row]), "its bytes are not those that were written (CRC-32 differs)"
+            )
         self._checked[row] = True
 
     def _map(self, shard: int) -> NDArray[np.uint8]:
@@ -148,8 +152,8 @@ class SampleReader:
         if self.cache is not None:
             self.cache.fetch(self._store, self.shards[shard], stop)
 
-    def _damage(self, row: int, what: str) -> ShardError:
+    def _damage(self, row: int, shard: int, what: str) -> ShardError:
         """The error that names a sample's shard and key."""
-        key = read_index(self._store.uri, ["key"])["key"][row].as_py()
-        shard = self.shards[self._shard[row]].name
-        return ShardError(f"{self._store.uri}/{shard}, sample {key}: {what}.")
+        key = printable(read_index(self._store.uri, ["key"])["key"][row].as_py())
+        name = self.shards[shard].name if 0 <= shard < len(self.shards) else INDEX_NAME
+        return ShardError(f"{self._store.uri}/{name}, sample {key}: {what}.")

@@ -5,19 +5,32 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from soflow_core.failures import printable, summarize
 from soflow_pipelines.shards.info import INFO_NAME, DatasetInfo, ShardError
-from soflow_pipelines.storage.object_store import ObjectStore, StorageError
+from soflow_pipelines.shards.schema import MAX_CLASSES, MAX_COUNT, is_digest, is_sha256, is_shard_name
+from soflow_pipelines.storage.object_store import ObjectStore, read_at_most
 from soflow_pipelines.storage.opening import open_storage
 
 MANIFEST_NAME = "manifest.parquet"
 INDEX_NAME = "index.parquet"
+MOST_BYTES = {INFO_NAME: 2**28, MANIFEST_NAME: 2**30, INDEX_NAME: 2**35}
+"""Bytes of each file of a set beyond which it is not read."""
+FEW_ROWS = 10**6
+FEW_BYTES = 2**27
+"""Rows and unpacked bytes of a table that are always read."""
+LONGEST_TEXT = 4096
+"""Bytes of a key or name in a table."""
+SMALLEST_SAMPLE = 1024
+"""Bytes of a sample in a tar file: a header and a block."""
 UNLABELLED = -1
 """The label that the index has for samples without one."""
 INDEX_SCHEMA = pa.schema(
@@ -43,7 +56,10 @@ MANIFEST_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A row of the manifest, with the shard's rows of the index where it was just written."""
+    """A row of the manifest, with the shard's rows of the index where it was just written.
+
+    Raises ValueError for a name that is not a plain file name, a digest that is not one, and impossible counts.
+    """
 
     name: str
     samples: int
@@ -51,6 +67,19 @@ class ShardRecord:
     sha256: str
     label_counts: dict[int, int] = field(default_factory=dict)
     index: pa.Table | None = None
+
+    def __post_init__(self) -> None:
+        if not is_shard_name(self.name):
+            raise ValueError(f"{printable(repr(self.name)[:80])} is not the plain name of a shard")
+        if not is_sha256(self.sha256):
+            raise ValueError(f"the SHA-256 of {self.name} is not 64 hexadecimal digits")
+        if not 0 <= self.bytes <= MAX_COUNT:
+            raise ValueError(f"{self.name} has {self.bytes} bytes")
+        if not 0 <= self.samples * SMALLEST_SAMPLE <= self.bytes:
+            raise ValueError(f"{self.name} has {self.samples} samples in {self.bytes} bytes")
+        for label, count in self.label_counts.items():
+            if not (0 <= label < MAX_CLASSES and count is not None and 0 <= count <= self.samples):
+                raise ValueError(f"{self.name} has {count} samples with the label {label}")
 
 
 def publish_set(store: ObjectStore, info: DatasetInfo, records: Sequence[ShardRecord]) -> DatasetInfo:
@@ -105,33 +134,91 @@ def read_info(uri: str | Path) -> DatasetInfo:
     if store.size(INFO_NAME) is None:
         raise ShardError(f"{store.uri} holds no shard set: there is no {INFO_NAME}.")
     try:
-        return DatasetInfo.from_json(store.read(INFO_NAME).decode())
-    except (ValueError, TypeError) as error:
-        raise ShardError(f"{store.uri}/{INFO_NAME} cannot be understood: {error}") from error
+        info = DatasetInfo.from_json(read_at_most(store, INFO_NAME, MOST_BYTES[INFO_NAME]).decode())
+        if not is_digest(info.digest):
+            raise ValueError("its digest is not sha256: and 64 hexadecimal digits")
+    except ValueError as error:
+        raise ShardError(f"{store.uri}/{INFO_NAME} cannot be understood: {error}.") from error
+    return info
 
 
 def read_manifest(uri: str | Path) -> list[ShardRecord]:
-    """The shards in order, without their rows of the index. Raises ShardError."""
-    return [
-        ShardRecord(row["shard"], row["samples"], row["bytes"], row["sha256"], dict(row["label_counts"]))
-        for row in read_table(open_storage(uri), MANIFEST_NAME, MANIFEST_SCHEMA).to_pylist()
-    ]
+    """The shards in order, without their rows of the index. Raises ShardError, StorageError."""
+    store = open_storage(uri)
+    rows = read_table(store, MANIFEST_NAME, MANIFEST_SCHEMA).to_pylist()
+    try:
+        records = [
+            ShardRecord(row["shard"], row["samples"], row["bytes"], row["sha256"], dict(row["label_counts"]))
+            for row in rows
+        ]
+        twice = [name for name, count in Counter(record.name for record in records).items() if count > 1]
+        if twice:
+            raise ValueError(f"the shard {twice[0]} is listed twice")
+    except ValueError as error:
+        raise ShardError(f"{store.uri}/{MANIFEST_NAME} cannot be understood: {error}.") from error
+    return records
 
 
 def read_index(uri: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The index: a row for each sample, in the order of the shards. Raises ShardError."""
+    """The index: a row for each sample, in the order of the shards. Raises ShardError, StorageError."""
     return read_table(open_storage(uri), INDEX_NAME, INDEX_SCHEMA, columns)
 
 
 def read_table(
     store: ObjectStore, name: str, schema: pa.Schema, columns: Sequence[str] | None = None
 ) -> pa.Table:
-    """Columns of a Parquet table. Raises ShardError where it is missing, damaged or has other columns."""
-    names = list(columns) if columns is not None else schema.names
+    """Columns of a Parquet table, with the types of the schema and without nulls.
+
+    Raises ShardError where it is missing, damaged, implausibly large or of another schema, StorageError where it cannot be read.
+    """
+    if store.size(name) is None:
+        raise ShardError(f"{store.uri}/{name} is missing.")
+    chosen = schema if columns is None else pa.schema([schema.field(column) for column in columns])
     try:
-        table = pq.read_table(io.BytesIO(store.read(name)), columns=names)
-    except (StorageError, pa.ArrowException, OSError) as error:
-        raise ShardError(f"{store.uri}/{name} cannot be read: {error}") from error
-    if table.schema.names != names:
-        raise ShardError(f"{store.uri}/{name} has the columns {table.schema.names}, not {names}.")
+        content = read_at_most(store, name, MOST_BYTES[name])
+        texts = [column.name for column in chosen if pa.types.is_string(column.type)]
+        # Texts stay dictionaries until their lengths are known: a few bytes of a file can repeat a long one very often.
+        file = pq.ParquetFile(io.BytesIO(content), read_dictionary=texts)
+        _check_extent(file.metadata, len(content))
+        _check_columns(file.schema_arrow, chosen)
+        table = file.read(columns=chosen.names)
+        for text in texts:
+            _check_texts(table[text])
+        table = table.cast(chosen)
+        for column in chosen:
+            if table[column.name].null_count:
+                raise ValueError(f"{column.name} is missing in {table[column.name].null_count} rows")
+    except (ValueError, OSError, OverflowError, pa.ArrowException) as error:
+        raise ShardError(f"{store.uri}/{name} cannot be understood: {summarize(error)}.") from error
     return table
+
+
+def _check_extent(metadata: pq.FileMetaData, size: int) -> None:
+    """Raises ValueError for a table that would take far more memory than a table of its size that was written here."""
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    unpacked = sum(group.total_byte_size for group in groups)
+    # The checksums of different samples do not compress: a row takes at least their four bytes.
+    if metadata.num_rows > max(FEW_ROWS, size) or unpacked > max(FEW_BYTES, 64 * size):
+        raise ValueError(f"{size} bytes unpack to {metadata.num_rows} rows in {unpacked} bytes")
+
+
+def _check_columns(found: pa.Schema, expected: pa.Schema) -> None:
+    """Raises ValueError where a column is missing or of another type; texts may come as dictionaries."""
+    for column in expected:
+        places = found.get_all_field_indices(column.name)
+        if len(places) != 1:
+            raise ValueError(f"it has the columns {', '.join(found.names)}, and not one {column.name}")
+        kind = found.field(places[0]).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if kind != column.type:
+            raise ValueError(f"{column.name} is {kind}, it must be {column.type}")
+
+
+def _check_texts(column: pa.ChunkedArray) -> None:
+    """Raises ValueError where a text of a column is too long."""
+    for chunk in column.chunks:
+        values = chunk.dictionary if pa.types.is_dictionary(chunk.type) else chunk
+        longest = pc.max(pc.binary_length(values)).as_py() or 0
+        if longest > LONGEST_TEXT:
+            raise ValueError(f"a {column.type} of {longest} bytes is too long")

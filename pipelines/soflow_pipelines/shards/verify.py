@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from soflow_core.failures import printable
+from soflow_pipelines.shards.index_checks import count_defects, row_defects
 from soflow_pipelines.shards.info import INFO_NAME, DatasetInfo
 from soflow_pipelines.shards.tables import (
     INDEX_NAME,
@@ -39,7 +43,7 @@ class Damage:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.file}{f', sample {self.key}' if self.key else ''}: {self.what}"
+        return printable(f"{self.file}{f', sample {self.key}' if self.key else ''}: {self.what}")
 
 
 @dataclass
@@ -93,19 +97,13 @@ def verify(
 
 
 def _check_tables(
-    store: ObjectStore, info: DatasetInfo, records: list[ShardRecord], index: Any
+    store: ObjectStore, info: DatasetInfo, records: list[ShardRecord], index: pa.Table
 ) -> list[Damage]:
-    damages = []
-    listed = sum(record.samples for record in records)
-    for file, what, count in (
-        (MANIFEST_NAME, "samples", listed),
-        (INDEX_NAME, "samples", len(index)),
-        (MANIFEST_NAME, "shards", len(records)),
-        (MANIFEST_NAME, "bytes", sum(record.bytes for record in records)),
-    ):
-        expected = getattr(info, what)
-        if count != expected:
-            damages.append(Damage(file, None, f"counts {count} {what}, {INFO_NAME} says {expected}"))
+    damages = [Damage(file, None, what) for file, what in count_defects(info, records, len(index))]
+    for row, what in row_defects(info, records, index):
+        shard = index["shard"][row].as_py()
+        file = records[shard].name if 0 <= shard < len(records) else INDEX_NAME
+        damages.append(Damage(file, index["key"][row].as_py(), what))
     if content_digest(info, [record.sha256 for record in records]) != info.digest:
         damages.append(
             Damage(MANIFEST_NAME, None, f"its checksums are not those of the digest in {INFO_NAME}")

@@ -54,7 +54,10 @@ def shard_name(number: int) -> str:
 
 def npy_header(dtype: str, shape: Sequence[int]) -> bytes:
     """The bytes before the data in an .npy file of version 1.0; the same for every sample of a set."""
-    return npy_bytes(np.empty(tuple(shape), dtype))[: -int(np.prod(shape)) * np.dtype(dtype).itemsize]
+    buffer = io.BytesIO()
+    facts = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)}
+    np.lib.format.write_array_header_1_0(buffer, facts)
+    return buffer.getvalue()
 
 
 def npy_bytes(array: NDArray[Any]) -> bytes:

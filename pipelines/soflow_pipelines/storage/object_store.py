@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from soflow_core.failures import InputError
+from soflow_core.failures import InputError, summarize
+
+READ_BYTES = 8 * 2**20
 
 
 class StorageError(InputError):
@@ -43,3 +46,22 @@ class ObjectStore(Protocol):
 
     def remove(self, name: str) -> None:
         """Removes a file, where there is one."""
+
+
+def read_at_most(store: ObjectStore, name: str, limit: int) -> bytes:
+    """The content of a file of at most `limit` bytes; of a larger one no more than that is read.
+
+    Raises StorageError where it cannot be read, ValueError where it is larger.
+    """
+    parts: list[bytes] = []
+    size = 0
+    try:
+        with store.open(name) as file:
+            while part := file.read(min(READ_BYTES, limit + 1 - size)):
+                parts.append(part)
+                size += len(part)
+                if size > limit:
+                    raise ValueError(f"it has more than {limit} bytes")
+    except (OSError, HTTPException) as error:
+        raise StorageError(f"{store.uri}/{name} cannot be read: {summarize(error)}.") from error
+    return b"".join(parts)

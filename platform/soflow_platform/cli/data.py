@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from soflow_core.failures import printable
 from soflow_platform.cli.options import AddressOption
 from soflow_platform.cli.terminal import progress_bar, quiet_libraries
 from soflow_platform.errors import JobError, UserError
@@ -30,6 +31,11 @@ UriArgument = Annotated[
 ]
 LISTED = 200
 """Classes that `inspect` lists."""
+
+
+def _echo(text: str) -> None:
+    """Prints a line; what it holds of names from outside is escaped."""
+    typer.echo(printable(text))
 
 
 class LatentType(str, Enum):
@@ -116,14 +122,14 @@ def _with_progress(request: PrepareRequest, address: str | None) -> Prepared:
 def _print_prepared(done: Prepared, out: str) -> None:
     info = done.info
     what = f"{done.built} shards written" if done.built else "complete already, nothing was done"
-    typer.echo(f"{out}: {what}.")
-    typer.echo(
+    _echo(f"{out}: {what}.")
+    _echo(
         f"{info.samples} samples of {info.kind}, {' x '.join(map(str, info.shape))}, {info.classes or 'no'} classes, "
         f"{info.shards} shards, {info.bytes / 1e6:.1f} MB, sha256:{info.short_digest(12)}"
     )
     for name in info.left_out:
-        typer.echo(f"left out: {name}")
-    typer.echo(f"Train on it with --set data.source={out}, look at it with: soflowctl data inspect {out}")
+        _echo(f"left out: {name}")
+    _echo(f"Train on it with --set data.source={out}, look at it with: soflowctl data inspect {out}")
 
 
 @app.command()
@@ -156,37 +162,35 @@ def inspect(
 
 def _print_info(uri: str, info: DatasetInfo) -> None:
     stored = " x ".join(map(str, info.stored_shape))
-    typer.echo(f"{uri}: {info.samples} samples, {info.shards} shards, {info.bytes / 1e6:.1f} MB")
-    typer.echo(
-        f"{info.kind}: {' x '.join(map(str, info.shape))} for the network, stored as {info.dtype} {stored}"
-    )
+    _echo(f"{uri}: {info.samples} samples, {info.shards} shards, {info.bytes / 1e6:.1f} MB")
+    _echo(f"{info.kind}: {' x '.join(map(str, info.shape))} for the network, stored as {info.dtype} {stored}")
     if info.kind == "latents":
-        typer.echo(
+        _echo(
             f"autoencoder {info.autoencoder} (weights {info.autoencoder_digest}), scaling {info.scaling:g}, "
             f"shift {info.shift:g}, from {info.resolution} x {info.resolution} pixels"
         )
-    typer.echo(f"crop {info.crop or 'none'}, flips {'yes' if info.flips else 'no'}, {info.digest}")
+    _echo(f"crop {info.crop or 'none'}, flips {'yes' if info.flips else 'no'}, {info.digest}")
     for name in info.left_out:
-        typer.echo(f"left out: {name}")
+        _echo(f"left out: {name}")
 
 
 def _print_classes(info: DatasetInfo, counts: Counter[int]) -> None:
     if info.classes is None:
-        typer.echo("no classes")
+        _echo("no classes")
         return
     sizes = [counts[label] for label in range(info.classes)]
     empty = sizes.count(0)
-    typer.echo(
+    _echo(
         f"{info.classes} classes of {min(sizes)} to {max(sizes)} samples"
         + (f", {empty} empty" if empty else "")
     )
     shown = [label for label in range(info.classes) if sizes[label]][:LISTED]
     for label in shown:
         name = info.class_names[label] if info.class_names else ""
-        typer.echo(f"{label:6d} {sizes[label]:8d}  {name}")
+        _echo(f"{label:6d} {sizes[label]:8d}  {name}")
     rest = sum(1 for size in sizes if size) - len(shown)
     if rest:
-        typer.echo(f"       and {rest} more")
+        _echo(f"       and {rest} more")
 
 
 def _preview(
@@ -223,7 +227,7 @@ def _write_sheet(pictures: NDArray[np.uint8], sheet: Path) -> None:
         write_bytes(sheet, encode_png(grid))
     except OSError as error:
         raise UserError(f"{sheet} cannot be written: {error.strerror}.") from error
-    typer.echo(f"contact sheet of {len(pictures)} images: {sheet}")
+    _echo(f"contact sheet of {len(pictures)} images: {sheet}")
 
 
 @app.command()
@@ -243,7 +247,7 @@ def verify(
     with progress_bar("verifying") as report:
         damages = find_damages(uri, threads, lambda _: report(Progress(next(checked), info.shards)))
     for damage in damages:
-        typer.echo(str(damage))
+        _echo(str(damage))
     if damages:
         raise JobError(f"{uri}: {len(damages)} damages in {len({damage.file for damage in damages})} files.")
-    typer.echo(f"{uri}: {info.samples} samples in {info.shards} shards are as they were written.")
+    _echo(f"{uri}: {info.samples} samples in {info.shards} shards are as they were written.")

@@ -1,0 +1,82 @@
+"""Whether description, manifest and index of a shard set agree, row by row, before a sample is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from soflow_pipelines.shards.info import INFO_NAME, DatasetInfo
+from soflow_pipelines.shards.tables import INDEX_NAME, MANIFEST_NAME, UNLABELLED, ShardRecord
+from soflow_pipelines.shards.writer import BLOCK, npy_header
+
+COLUMNS = ("shard", "label", "offset", "bytes")
+"""Columns of the index that the checks read."""
+
+
+def member_bytes(info: DatasetInfo) -> int:
+    """Bytes of each sample's .npy file."""
+    return len(npy_header(info.dtype, info.stored_shape)) + info.sample_bytes
+
+
+def count_defects(info: DatasetInfo, records: list[ShardRecord], samples: int) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong) for each count in which the tables differ; `samples` is the number of rows of the index."""
+    listed = sum(record.samples for record in records)
+    for file, what, count in (
+        (MANIFEST_NAME, "samples", listed),
+        (INDEX_NAME, "samples", samples),
+        (MANIFEST_NAME, "shards", len(records)),
+        (MANIFEST_NAME, "bytes", sum(record.bytes for record in records)),
+    ):
+        expected = getattr(info, what)
+        if count != expected:
+            yield file, f"counts {count} {what}, {INFO_NAME} says {expected}"
+
+
+def row_defects(info: DatasetInfo, records: list[ShardRecord], index: pa.Table) -> Iterator[tuple[int, str]]:
+    """(row of the index, what is wrong) for each row that cannot be a sample of the set, or is not where the writer puts it.
+
+    The order of the rows counts, for the order in which training reads depends on it: that of the shards, and in a shard that
+    of the offsets.
+    """
+    shard, label, offset, size = (index[name].to_numpy().astype(np.int64) for name in COLUMNS)
+    if not len(shard):
+        return
+    inside = (shard >= 0) & (shard < len(records))
+    lengths = np.array([record.bytes for record in records] or [0], np.int64)
+    length = lengths[np.where(inside, shard, 0)]
+    expected = member_bytes(info)
+    gap = BLOCK + expected + -expected % BLOCK
+    first = np.concatenate([[True], np.diff(shard) != 0])
+    step = np.concatenate([[gap], np.diff(offset)])
+    unlabelled = info.classes is None
+    bad_label = label != UNLABELLED if unlabelled else (label < 0) | (label >= (info.classes or 0))
+    allowed = (
+        "the set has no classes" if unlabelled else f"the set has classes 0 to {(info.classes or 0) - 1}"
+    )
+
+    def describe_label(row: int) -> str:
+        if label[row] == UNLABELLED:
+            return "no label"
+        return f"{INDEX_NAME} gives it the label {label[row]}, {allowed}"
+
+    checks: list[tuple[NDArray[Any], Callable[[int], str]]] = [
+        (~inside, lambda row: f"{INDEX_NAME} puts it into shard {shard[row]} of {len(records)}"),
+        (
+            np.concatenate([[False], np.diff(shard) < 0]),
+            lambda _: f"{INDEX_NAME} is not in the order of the shards",
+        ),
+        (size != expected, lambda row: f"{size[row]} bytes listed, a sample has {expected}"),
+        (
+            inside & ((offset < BLOCK) | (offset % BLOCK != 0) | (offset > length - expected)),
+            lambda row: f"{INDEX_NAME} puts it at byte {offset[row]} of {length[row]}",
+        ),
+        (~first & (step < gap), lambda _: f"{INDEX_NAME} is not in the order of the samples in the shard"),
+        (bad_label, describe_label),
+    ]
+    for is_wrong, describe in checks:
+        for row in np.flatnonzero(is_wrong):
+            yield int(row), describe(int(row))
