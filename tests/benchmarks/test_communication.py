@@ -37,14 +37,14 @@ UNIT = Device(bfloat16=1.0, tf32=0.5, memory=64.0, utilization=1.0, memory_share
         (16, 2 * 3 / 4 * 64 / 8 + 2 * 3 / 4 * 64 / 2),
     ],
 )
-def test_an_all_reduce_is_two_gathers_of_a_ring_inside_nodes_and_between_them(
-    ranks: int, seconds: float
-) -> None:
+def test_an_all_reduce_costs_two_gathers(ranks: int, seconds: float) -> None:
+    """An all-reduce is a reduce-scatter and an all-gather over rings, inside nodes and between them."""
     assert EXACT.all_reduce(64, ranks) == seconds
     assert 2 * EXACT.gather(64, ranks) == seconds
 
 
-def test_a_soflow_step_is_four_and_a_half_forward_passes_of_which_one_stays_exact() -> None:
+def test_a_soflow_step_is_four_and_a_half_forward_passes() -> None:
+    """Under the policy `mixed` one of them, the consistency pair, stays float32."""
     mixed = passes(SoFlow(), "mixed")
     assert sum(p.forwards for p in mixed) == sum(p.forwards for p in passes(SoFlow(), "float32")) == 4.5
     assert sum(p.forwards for p in mixed if not p.bfloat16) == 1.0
@@ -57,7 +57,8 @@ def test_fsdp_gathers_for_every_call_and_every_backward_pass() -> None:
         assert fsdp_messages(Work(1, 1.0, passes(SoFlow(), precision))) == messages  # type: ignore[arg-type]
 
 
-def test_an_exchange_is_hidden_up_to_the_backward_pass_that_completes_the_gradients() -> None:
+def test_an_exchange_is_hidden_by_the_last_backward_pass() -> None:
+    """Communication overlaps with the backward pass that completes the gradients and with nothing before it."""
     alone = ddp_step(PLAIN, UNIT, EXACT, ranks=1, batch=8)
     assert (alone.communication, alone.exposed, alone.efficiency) == (0.0, 0.0, 1.0)
     # 400 bytes are 100 s among the 4 ranks of a node; 2 rows hide 24 s and the gradients' way through memory 25 s.

@@ -172,9 +172,10 @@ def test_with_fewer_nodes_an_elastic_trial_goes_on_at_the_same_batch(
     )
 
 
-def test_a_node_that_never_comes_fails_the_trial_with_the_time_that_was_waited(
+def test_a_trial_fails_when_no_node_comes_within_wait_minutes(
     cluster: Any, tmp_path: Path, outcome: Note
 ) -> None:
+    """Its failure names the time that was waited."""
     impatient = WORKERS_ON_NODES.replace("workers: 2", "workers: 2, wait_minutes: 1.5")
     sweep, since = removed_node(cluster, tmp_path, 2, impatient)
     message = sweep.fails()

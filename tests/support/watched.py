@@ -135,29 +135,29 @@ class Watched:
             time.sleep(0.05)
 
     def trains(self, checkpoints: int = 2) -> int:
-        """Wait until it has saved a few times and tells, at this moment, a step beyond the last checkpoint. Returns that step."""
+        """Wait until it has saved a few times and its latest status has a step beyond the last checkpoint. Returns that step."""
         self.wait_for(lambda: len(self.checkpoint_steps) >= checkpoints)
-        told = self.status
+        status = self.status
 
-        def tells() -> bool:
-            nonlocal told
-            before, told = told, self.status
-            beyond = told["step"] - self.checkpoint_steps[-1]
+        def is_beyond() -> bool:
+            nonlocal status
+            before, status = status, self.status
+            beyond = status["step"] - self.checkpoint_steps[-1]
             if self.save_every < self.every and beyond > 0.8 * self.save_every:
                 # The next checkpoint would come before the fault.
                 return False
-            return told["updated"] > before["updated"] and beyond > 5
+            return status["updated"] > before["updated"] and beyond > 5
 
-        self.wait_for(tells)
-        return int(told["step"])
+        self.wait_for(is_beyond)
+        return int(status["step"])
 
     def recovery(self, since: float) -> tuple[float, int]:
-        """(seconds since a fault until training went on, steps trained twice): from what the trial told at the fault, the points
-        that it logged, and the line of its new life in the log."""
+        """(seconds since a fault until training went on, steps trained twice): from the trial's status at the fault, the points
+        that it logged, and the line in the log with which it resumed."""
         pattern = r"step (\d+)  going on"
-        lives = len(re.findall(pattern, self.log))
+        resumes = len(re.findall(pattern, self.log))
         reached = max([self.status["reached"], *self.curve("train/loss")])
-        self.wait_for(lambda: len(re.findall(pattern, self.log)) > lives)
+        self.wait_for(lambda: len(re.findall(pattern, self.log)) > resumes)
         from_step = int(re.findall(pattern, self.log)[-1])
         self.wait_for(lambda: self.status["step"] > from_step or self.process.poll() is not None)
         return time.monotonic() - since, max(0, reached - from_step)

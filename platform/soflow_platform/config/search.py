@@ -36,7 +36,7 @@ class AshaConfig(Section):
 
 
 Budget = Literal["steps", "evaluations"]
-"""What trials have in common: optimizer steps, or evaluations of the network."""
+"""Budget that trials have in common: optimizer steps, or evaluations of the network."""
 
 
 class SearchConfig(Section):

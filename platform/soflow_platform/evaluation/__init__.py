@@ -1,4 +1,4 @@
-"""How a score is made.
+"""Scores of images: scoring protocols, statistics computed in blocks, evaluations during training.
 
 block_store       block files of a statistics job
 evaluator         scores of a network's samples during training

@@ -17,7 +17,7 @@ MERGED = "statistics.npz"
 
 @dataclass(frozen=True)
 class BlockStore:
-    """Folder with the blocks of one job, or with the merged statistics in place of them."""
+    """Folder with the block files of one job, or with the file of the merged statistics that replaces them."""
 
     folder: Path
     job: StatisticsJob
@@ -34,7 +34,7 @@ class BlockStore:
         return [block for block in range(self.job.blocks) if not self._path(block).exists()]
 
     def publish(self, block: int, statistics: ScoreStatistics) -> None:
-        """Write the file of a block, complete or not at all."""
+        """Write the file of a block atomically."""
         _save(self._path(block), statistics)
 
     def whole(self) -> ScoreStatistics:

@@ -1,4 +1,4 @@
-"""Evaluator: scores a network's samples during training by Fréchet distance and label agreement, at given numbers of evaluations.
+"""Evaluator: scores samples during training by Fréchet distance and label agreement, at given numbers of function evaluations.
 
 Sample i is a function of (evaluation seed, i) and the weights alone, so that evaluating changes no random number of the training,
 and every evaluation of a sweep sees the same noise.
@@ -36,14 +36,14 @@ from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import FLAGS_TAG
 
 QUICKLY_POOLED = 50_000
-"""Samples that one process takes block averages of in seconds."""
+"""Number of samples up to which one process computes the statistics of `pooled` features in seconds."""
 VISIBLE_PIXELS = 48
-"""Smallest side of an image in a grid."""
+"""Images in a grid are enlarged to at least this many pixels a side."""
 SINGLE_PROCESS = SingleProcess()
 
 
 class Interrupted(Exception):
-    """An evaluation that was asked to stop before its end; nothing of it is kept."""
+    """Raised where an evaluation is asked to stop before its end. Its results are discarded."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Evaluation:
     metrics: dict[str, float]
     grids: dict[str, np.ndarray[Any, Any]]
     flags: list[str] = field(default_factory=list)
-    """Sentences: why a metric is refused, and then nan, or not comparable with others of its name."""
+    """Sentences on why a metric is refused (and nan), or not comparable with others of its name."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Evaluator:
     ) -> Evaluator:
         """Load the feature network and the reference statistics, which are computed and kept where they are missing.
 
-        `compute` runs the computation, on a cluster; without it, and where it takes seconds, this process does. Raises InputError
-        where the feature network or the autoencoder cannot be had.
+        `compute` computes the statistics on a cluster; without it, and where they take seconds, this process does. Raises InputError
+        where the feature network or the autoencoder cannot be loaded.
         """
         features = feature_network(config.features, info.shape, storage)
         decoder = None
@@ -115,7 +115,7 @@ class Evaluator:
     ) -> Evaluation:
         """Score `network`, together with the other ranks; all of them return the same metrics, and rank 0 the sample grids.
 
-        A number that is refused, because a sample is not finite, is nan on every rank. Raises Interrupted on every rank where
+        A metric that is refused, because a sample is not finite, is nan on every rank. Raises Interrupted on every rank where
         `ranks.should_stop()`, which is called before every batch, returns True.
         """
         metrics: dict[str, float] = {}
@@ -182,7 +182,7 @@ class Evaluator:
         return grid_image(viewable(decode_samples(samples, self.decoder)), columns=side)
 
     def tags(self) -> dict[str, str]:
-        """Every setting besides the weights that can move the scores, as tags."""
+        """Every setting besides the weights that can change the scores, as tags."""
         tags = {
             "eval.evaluator": EVALUATOR,
             "eval.features": self.features.id,
@@ -198,7 +198,7 @@ class Evaluator:
         return tags | ({FLAGS_TAG: " ".join(flags)} if flags else {})
 
     def flags(self) -> list[str]:
-        """Flags of every score of this evaluator, known before the first."""
+        """Flags that hold for every score of this evaluator, whatever the samples."""
         flags = [*self.features.warnings, *reference_flags(self.info, self.features)]
         if self.config.samples < self.features.dim:
             flags.append(
@@ -211,7 +211,7 @@ class Evaluator:
         return self.config.metric_kinds(self.classes is not None)
 
     def _batches(self, rank: int, world: int) -> Iterator[Tensor | None]:
-        """This rank's batches, equally many on every rank: None where none is left for it."""
+        """This rank's batches. Every rank gets equally many: None fills up those of a rank that has fewer."""
         batches = torch.arange(self.config.samples).split(self.config.batch)
         for first in range(0, len(batches), world):
             yield batches[first + rank] if first + rank < len(batches) else None

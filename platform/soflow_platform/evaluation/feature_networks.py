@@ -10,7 +10,7 @@ from soflow_platform.storage.project import ProjectFolder
 
 
 def best_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
+    """The GPU where there is one, else the CPU, as torch's device name."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

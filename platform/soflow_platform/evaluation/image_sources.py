@@ -34,7 +34,7 @@ class GeneratedImages:
     """False leaves samples in the training space, for features that look at it."""
 
     def cache_key_fields(self) -> dict[str, Any]:
-        """Everything that decides the images; not where the weights lie."""
+        """Everything that decides the images, which the path of the weights file does not."""
         return {
             "digest": self.digest,
             "steps": self.steps,
@@ -62,7 +62,7 @@ class OpenedGenerator:
         self.generator = generator
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Samples start to stop, in [-1, 1] or in the training space, and the labels they were asked for by."""
+        """Samples start to stop, in [-1, 1] or in the training space, and the labels that they were generated for."""
         images, classes = self._images, self.generator.classes
         indices = torch.arange(start, stop)
         labels = None
@@ -71,4 +71,4 @@ class OpenedGenerator:
         return torch.cat(list(self.generator.decoded(indices, labels, images.seed, images.steps))), labels
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: no file stays open."""

@@ -30,14 +30,14 @@ class ImageSpec:
     image_size: tuple[int, int]
     """(H, W) of the images; larger ones of a reference folder are cropped to it."""
     labelled: bool
-    """Whether the images were asked for by label."""
+    """Whether the images were generated for labels."""
     decoder: AutoencoderFacts | None = None
-    """The autoencoder that makes images of latents."""
+    """The autoencoder that decodes latents to images."""
 
 
 @dataclass(frozen=True)
 class ProtocolSettings:
-    """What a protocol is opened with."""
+    """Settings from which `open_protocol` makes a protocol."""
 
     features: str
     """Name of the feature network."""
@@ -50,7 +50,7 @@ class ProtocolSettings:
 
 @dataclass(frozen=True)
 class ScoringProtocol:
-    """A feature network, metrics, and the reference of those that compare."""
+    """A feature network, metrics, and the reference of the metrics that need one."""
 
     name: str
     """Name of the feature network."""
@@ -58,9 +58,9 @@ class ScoringProtocol:
     metrics: tuple[str, ...]
     reference: Reference | None
     facts: dict[str, str]
-    """Everything in it that can move a number, as tags."""
+    """Every setting of the protocol that can change a score, as tags."""
     flags: tuple[str, ...] = ()
-    """Flags of every number taken by it."""
+    """Flags of every score taken by this protocol."""
 
     def score(self, statistics: ScoreStatistics) -> ScoreResult:
         """The scores of a set of images. Raises ScoreError where one is refused."""

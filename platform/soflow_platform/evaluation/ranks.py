@@ -1,4 +1,4 @@
-"""The processes that score one network together, as the evaluator sees them."""
+"""Interface of the group of processes that score one network together."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class StatisticsRunner(ABC):
         for store, _ in self._computed(blocks, start):
             left[store.folder] -= 1
             if not left[store.folder]:
-                # At once: the blocks of a large job take gigabytes, the merged statistics as much as one of them.
+                # Merge at once: the blocks of a large job take gigabytes, the merged statistics as much as one of them.
                 store.whole()
         self.report(Progress(total, total))
 
@@ -130,7 +130,7 @@ class StatisticsActor:
 
 
 class BlockComputer:
-    """Computes blocks; feature networks, and the images of the last job, stay open from block to block."""
+    """Computes blocks. Feature networks, and the images of the last job, stay open for the next block."""
 
     def __init__(
         self, storage: ProjectFolder, device: str | torch.device, count: Callable[[int], None] | None = None
@@ -149,7 +149,7 @@ class BlockComputer:
         if self._opened is None or self._opened[0] != job.key:
             if self._opened is not None:
                 self._opened[1].close()
-            # One at a time: networks may be large.
+            # Keep one network at a time, because they may be large.
             self._opened = None
             self._opened = job.key, job.images.open(self._device)
         return self._opened[1]

@@ -45,7 +45,7 @@ class Row:
     """One trial, sampled in one way."""
 
     budget: str
-    """What it has in common with the other rows of its table: `steps` or `evaluations`."""
+    """What all rows of its table have in common: optimizer steps (`steps`) or network evaluations (`evaluations`)."""
     trial: str
     method: str
     uses_jvp: bool

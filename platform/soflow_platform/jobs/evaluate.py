@@ -41,7 +41,7 @@ DEFAULT_SAMPLES = 50_000
 
 @dataclass(frozen=True)
 class Services:
-    """What the scoring commands work with."""
+    """Project folder, tracking store and statistics runner of the scoring commands."""
 
     project: ProjectFolder
     store: TrackingStore

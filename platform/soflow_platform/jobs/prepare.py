@@ -41,7 +41,7 @@ class PrepareRequest:
     """A hub id or folder; None to store pixels."""
     flips: bool = False
     dtype: Literal["float16", "float32"] = "float16"
-    """Of latents."""
+    """Floating-point type in which latents are stored."""
     seed: int = 0
     shard_megabytes: int = 256
     batch: int = 32

@@ -21,7 +21,7 @@ def build_train_step(
     torch.manual_seed(experiment.seed)
     network = DiT(network_config)
     if not isinstance(sync, FSDP):
-        # FSDP moves a network block by block from the CPU: no device need hold it whole.
+        # FSDP moves a network from the CPU block by block, so that no device holds all of it.
         network.to(device)
     config = TrainStepConfig(
         total_steps=training.steps,
@@ -37,7 +37,7 @@ def build_train_step(
 
 
 def choose_sync(experiment: Experiment, device: torch.device, world: int, rank: int) -> GradientSync:
-    """How this rank's gradients are averaged with those of the others."""
+    """The method by which gradients are averaged over ranks."""
     training = experiment.training
     if world == 1:
         return Local()
@@ -45,8 +45,8 @@ def choose_sync(experiment: Experiment, device: torch.device, world: int, rank: 
         return FSDP(init_device_mesh(device.type, (world,)))
     # Where the batch does not divide, a rank's gradients count as many times as it has rows.
     weight = rows_of(rank, world, training.batch) * world / training.batch
-    # DDP lays its messages out anew after the first step, and a sum over 3 ranks or more depends on where in a
-    # message a number lies: only one message of always the same order gives a resumed run the same bits.
+    # DDP rebuilds its buckets after the first step, and a sum over 3 ranks or more depends on the position of a
+    # number in its bucket. A single all-reduce in a fixed order gives a resumed run the same bits.
     if experiment.objective.uses_jvp or (training.deterministic and world > 2):
         return FlatAllReduce(weight)
     return DDP(weight)

@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs, and how its trials ended."""
+"""Interface through which a sweep reports its events to the terminal, and the outcome of a trial."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """How one trial ended."""
+    """Final state of a trial, with its failure and its best evaluation."""
 
     name: str
     status: TrialStatus
@@ -27,7 +27,7 @@ class TrialOutcome:
 
 
 class Display:
-    """Receives the events of a sweep; this one shows nothing."""
+    """Receives the events of a sweep. The base class shows nothing."""
 
     def start(self, record: SweepRecord, cluster: Cluster, actor: Any) -> None:
         """Trials begin; `actor` is the sweep's progress actor."""
@@ -36,9 +36,9 @@ class Display:
         """Trials have ended."""
 
     def say(self, text: str) -> None:
-        """One line about what is being done."""
+        """Show one line about the work in progress."""
 
     @contextlib.contextmanager
     def describing(self) -> Iterator[Report]:
-        """Statistics of the reference images are computed for the length of a block; the report gets their progress."""
+        """Context in which the statistics of reference images are computed; it yields a function that takes their progress."""
         yield no_report

@@ -20,7 +20,7 @@ class ProgressActor:
         """Set fields of one trial's status."""
         before = self.progress(trial)
         if changes.get("state") == TrialState.RUNNING:
-            # It trains again: a failure of an earlier attempt does not hold any more.
+            # The trial trains again, so that a failure of an earlier attempt no longer holds.
             changes = {"failure": None, **changes}
         if changes.get("state", before.state) != before.state:
             changes = {**changes, "since": time.time()}

@@ -1,4 +1,4 @@
-"""The record of a sweep (sweep.json): its settings, trials and result, enough to go on after its driver was killed."""
+"""The record of a sweep (sweep.json): its settings, trials and result, from which it resumes after its driver was killed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ScoredStep:
 
     @classmethod
     def of(cls, evaluation: Mapping[str, Any]) -> ScoredStep:
-        """From the form that checkpoints keep: the step among the metrics."""
+        """From a dictionary in a checkpoint, which holds the step among the metrics."""
         return cls(evaluation["step"], {key: value for key, value in evaluation.items() if key != "step"})
 
 
@@ -43,7 +43,7 @@ class TrialEntry:
 
     name: str
     settings: dict[str, Any]
-    """What varies in it."""
+    """The settings that vary over the search space, with their values in this trial."""
     steps: int | None = None
     """Its optimizer steps; None in a record of an earlier version: those of the sweep."""
 
@@ -77,12 +77,12 @@ class SweepRecord:
     experiment: dict[str, Any]
     trials: list[TrialEntry]
     metric: str
-    """What trials are compared by."""
+    """Name of the metric by which trials are compared."""
     mode: str
-    """`min` or `max`: which value of it is better."""
+    """`min` or `max`: which value of the metric is better."""
     created: float = field(default_factory=time.time)
     attempts: int = 0
-    """How often a driver started on it."""
+    """Number of times that the sweep was started."""
     run: str | None = None
     """MLflow id of the parent run."""
     experiment_id: str | None = None
@@ -198,5 +198,5 @@ def lock_sweep(storage: ProjectFolder, sweep: str) -> Iterator[None]:
 
 
 def is_running(storage: ProjectFolder, sweep: str) -> bool:
-    """Whether some process holds the sweep."""
+    """Whether a process holds the sweep's lock."""
     return is_locked(storage.sweep(sweep) / LOCK)

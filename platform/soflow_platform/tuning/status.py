@@ -25,7 +25,7 @@ STALE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class TrialReport:
-    """One trial as `soflowctl status` shows it. A value that is not known is None."""
+    """One trial as `soflowctl status` shows it. A value that is not available is None."""
 
     sweep: str
     trial: str
@@ -50,7 +50,7 @@ class TrialReport:
     """How often the sweep was started again since this trial's first start."""
     host: str | None
     pid: int | None
-    """Of the first worker."""
+    """Process id of the first worker."""
 
     def as_json(self) -> dict[str, Any]:
         """The object that `soflowctl status --json` prints."""
@@ -60,7 +60,7 @@ class TrialReport:
 
 @dataclass(frozen=True)
 class TrialFacts:
-    """What a trial's state is derived from."""
+    """The facts from which a trial's state is derived."""
 
     written: TrialState | None
     """The state in its status file, where there is one of the sweep's present start."""
@@ -89,7 +89,7 @@ def derive_state(facts: TrialFacts) -> TrialState:
 
 
 def trial_reports(storage: ProjectFolder, record: SweepRecord, trials: list[str]) -> list[TrialReport]:
-    """Where the named trials of a sweep stand."""
+    """Reports on the named trials of a sweep."""
     running = sweep_runs(storage, record)
     return [_trial_report(storage, record, trial, running) for trial in trials]
 
@@ -127,7 +127,7 @@ def _trial_report(storage: ProjectFolder, record: SweepRecord, trial: str, runni
     attempt = record.attempts if status.attempt is None else status.attempt
     outdated = running and attempt < record.attempts and status.state is not TrialState.FINISHED
     if outdated:
-        # Written before the sweep was started again: only the position holds.
+        # The status was written before the sweep was started again: only its step still holds.
         status = replace(
             TrialStatus(),
             step=status.step,

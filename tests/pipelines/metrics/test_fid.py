@@ -129,7 +129,8 @@ def test_a_shift_alone_gives_its_squared_length() -> None:
     assert frechet_distance(gathered(features, []), moved) == pytest.approx(25.0, rel=1e-12)
 
 
-def test_a_set_is_at_no_distance_from_itself_even_with_fewer_images_than_features() -> None:
+def test_a_set_has_distance_zero_from_itself() -> None:
+    """This holds with fewer images than features, where covariances are singular."""
     few = gathered(np.random.default_rng(4).normal(size=(5, 64)), [])
     assert frechet_distance(few, few) == pytest.approx(0, abs=1e-10)
 

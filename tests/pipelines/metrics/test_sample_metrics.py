@@ -21,7 +21,7 @@ def score(logits: np.ndarray) -> tuple[float, float]:
     return sums.score()
 
 
-def test_certain_predictions_of_all_classes_alike_score_the_number_of_classes() -> None:
+def test_certain_balanced_predictions_score_the_number_of_classes() -> None:
     logits = np.empty((80, 8))
     logits[permuted(80)] = np.tile(np.eye(8) * 1000.0, (10, 1))
     assert score(logits) == (pytest.approx(8, rel=1e-14), pytest.approx(0, abs=1e-14))
@@ -38,7 +38,8 @@ def permuted(count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("count", [10, 97, 250])
-def test_the_inception_score_is_torch_fidelitys_in_the_order_of_the_fixed_permutation(count: int) -> None:
+def test_the_inception_score_is_that_of_torch_fidelity(count: int) -> None:
+    """torch-fidelity gets the samples in the order of the fixed permutation."""
     logits = np.random.default_rng(1).normal(size=(count, 7)) * 3
     theirs = isc_features_to_metric(torch.from_numpy(logits[permuted(count)]), splits=10, shuffle=False)
     mean, spread = score(logits)
@@ -46,7 +47,8 @@ def test_the_inception_score_is_torch_fidelitys_in_the_order_of_the_fixed_permut
     assert spread == pytest.approx(theirs["inception_score_std"], rel=1e-10)
 
 
-def test_the_inception_score_is_that_of_the_adm_evaluator_for_splits_of_equal_size() -> None:
+def test_the_inception_score_is_that_of_the_adm_evaluator() -> None:
+    """Splits have equal sizes, as in the evaluator."""
     logits = np.random.default_rng(2).normal(size=(200, 6))
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     values = []
@@ -57,7 +59,7 @@ def test_the_inception_score_is_that_of_the_adm_evaluator_for_splits_of_equal_si
     assert score(logits)[0] == pytest.approx(np.mean(values), rel=1e-12)
 
 
-def test_images_that_are_sorted_by_class_score_what_they_score_in_any_order() -> None:
+def test_images_sorted_by_class_score_as_in_any_order() -> None:
     rng = np.random.default_rng(11)
     classes = np.arange(2000) * 10 // 2000
     logits = np.eye(10)[classes] * 6 + rng.normal(size=(2000, 10))
@@ -151,9 +153,7 @@ def brute_precision_recall(fake: np.ndarray, real: np.ndarray, k: int = 3) -> tu
 
 @given(st.integers(0, 2**32 - 1), st.integers(4, 20), st.integers(4, 20))
 @settings(max_examples=40, deadline=None)
-def test_precision_and_recall_are_the_brute_force_counts_with_ties_and_duplicates(
-    seed: int, generated: int, real: int
-) -> None:
+def test_precision_and_recall_are_the_brute_force_counts(seed: int, generated: int, real: int) -> None:
     """On a grid of integers distances are exact, and many are equal."""
     rng = np.random.default_rng(seed)
     fake, true = rng.integers(-3, 4, (generated, 2)), rng.integers(-2, 6, (real, 2))
@@ -212,7 +212,7 @@ def test_any_split_over_workers_keeps_the_same_samples(seed: int, capacity: int,
     assert merged.features[:, 1].tolist() == [2 * i for i in expected]
 
 
-def test_the_choice_of_a_reservoir_does_not_follow_the_order_of_the_indices() -> None:
+def test_a_reservoir_does_not_choose_by_the_order_of_the_indices() -> None:
     reservoir = Reservoir(1, 1000)
     indices = np.arange(10_000)
     reservoir.update(indices, indices[:, None].astype(np.float32))

@@ -69,9 +69,10 @@ def network() -> FeatureNetwork:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_workers_that_see_parts_in_any_order_give_the_numbers_of_one_that_sees_all(
+def test_statistics_of_parts_merge_to_those_of_the_whole(
     network: FeatureNetwork, digits: tuple[Tensor, Tensor], tmp_path: Path, seed: int
 ) -> None:
+    """Workers may see any parts in any order."""
     images, labels = digits
     real = reference_from_images(images[500:].split(100), network, DIGITS_METRICS, "digits", 150)
     rng = np.random.default_rng(seed)
@@ -145,7 +146,7 @@ def test_the_official_rule_cuts_the_fraction_off() -> None:
     assert to_uint8(just_below).tolist() == [list(range(255))]
 
 
-def test_samples_in_the_training_range_are_scored_as_the_images_they_become() -> None:
+def test_float_samples_are_scored_as_the_uint8_images_they_become() -> None:
     images, real = colours(50), reference(colours(60, seed=1))
     statistics = ScoreStatistics(Colours(), ["fd"])
     statistics.update(torch.arange(50), to_unit_range(images))
@@ -235,7 +236,8 @@ def test_a_reference_of_other_features_is_refused() -> None:
         scores(gathered(colours(50)), other)
 
 
-def test_a_reference_of_another_resolution_is_refused_and_one_of_none_flagged() -> None:
+def test_a_reference_of_another_resolution_is_refused() -> None:
+    """One of unknown resolution is flagged."""
     real = reference(colours(50, side=8))
     with pytest.raises(ScoreError, match="paint are 8 x 8, the samples 4 x 4"):
         scores(gathered(colours(50)), real)

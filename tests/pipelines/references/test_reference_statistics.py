@@ -162,7 +162,7 @@ def adm_file(folder: Path, *keys: str, seed: int = 0) -> Path:
 EVERYTHING = ("arr_0", "mu", "sigma", "mu_s", "sigma_s")
 
 
-def test_adms_statistics_are_taken_as_they_stand_and_its_images_for_the_rest(tmp_path: Path) -> None:
+def test_adms_statistics_are_used_and_its_images_for_the_rest(tmp_path: Path) -> None:
     network = Painted()
     real = reference_from_adm(adm_file(tmp_path, *EVERYTHING), network, ALL)
     assert network.seen == COUNT
@@ -202,7 +202,9 @@ def test_a_file_without_what_the_metric_needs_is_refused(tmp_path: Path) -> None
         reference_from_adm(path, Painted(), ["kid"])
 
 
-def test_statistics_of_the_published_inception_are_not_for_other_weights_or_networks(tmp_path: Path) -> None:
+def test_adms_statistics_are_used_with_the_published_inception_alone(tmp_path: Path) -> None:
+    """For other weights or networks everything is taken of the images."""
+
     class Repainted(Painted):
         warnings = ("Not the published weights.",)
 

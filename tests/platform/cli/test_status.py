@@ -349,9 +349,8 @@ def test_restarts_count_from_the_trials_own_first_start(
     assert (shown["restarts"], shown["step"]) == (restarts, 7)
 
 
-def test_stop_tells_what_it_waits_for_and_leaves_its_request_when_time_is_up(
-    storage: ProjectFolder, soflowctl: Command
-) -> None:
+def test_stop_that_runs_out_of_time_leaves_its_request(storage: ProjectFolder, soflowctl: Command) -> None:
+    """Meanwhile it prints what it waits for."""
     record = sweep(storage, "digits", "aa11")
     write_status(storage, record, TRIALS[0])
     with lock_sweep(storage, record.id):

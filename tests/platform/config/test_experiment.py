@@ -128,7 +128,7 @@ def test_a_short_trial_of_a_long_recipe_needs_no_other_setting(tmp_path: Path) -
     assert experiment.training.checkpoint_every == 10_000
 
 
-def test_a_trial_may_lose_any_number_of_workers_where_their_rows_can_be_uneven(tmp_path: Path) -> None:
+def test_min_workers_needs_no_divisible_batch_where_rows_may_be_uneven(tmp_path: Path) -> None:
     path, elastic = write(tmp_path, MINIMAL), "resources={workers: 8, min_workers: 4}"
     assert read_experiment(path, (elastic,))[0].resources.min_workers == 4
     assert "does not divide over 5 worker(s)" in refusal(path, elastic, "training.parallel=fsdp")
@@ -326,7 +326,7 @@ def test_a_sweep_started_again_keeps_its_runs_and_takes_new_settings(
     assert kept.trials == begun.trials
 
 
-def test_a_class_count_that_the_data_can_answer_is_not_missed_before_they_are_read() -> None:
+def test_a_class_count_may_be_left_to_the_data() -> None:
     path = ROOT / "sweeps" / "xl2.yaml"
     experiment, document = read_experiment(path, ("data.classes=null",))
     for trial in trials(document, experiment):

@@ -73,12 +73,12 @@ def test_why_a_number_is_refused_stands_in_the_log_and_on_the_run_once(
         ("step 2", "(nfe 1)"),
         ("step 2", "(nfe 2)"),
     ]
-    said = tracking.client.get_run(trained.setup.job.run).data.tags["eval.flags"]
-    assert [said.count(f"(nfe {nfe})") for nfe in (1, 2)] == [1, 1]
+    flags = tracking.client.get_run(trained.setup.job.run).data.tags["eval.flags"]
+    assert [flags.count(f"(nfe {nfe})") for nfe in (1, 2)] == [1, 1]
     again = MetricLogger(tracking.store, trained.setup.job.run, print)
     again.add_flag(lines[0].split("  ", 2)[2])
     again.flush()
-    assert tracking.client.get_run(trained.setup.job.run).data.tags["eval.flags"] == said
+    assert tracking.client.get_run(trained.setup.job.run).data.tags["eval.flags"] == flags
 
 
 @pytest.mark.parametrize(
@@ -250,10 +250,10 @@ def test_the_autoencoder_must_be_the_one_that_made_the_latents(
         next(other.parameters()).add_(1)
     other.save_pretrained(tmp_path / "other")
     features = exported(tmp_path / "net", 3, 16)
-    for named, said in (
+    for named, message in (
         (str(tmp_path / "other"), "the latents are of autoencoder"),
         (None, "Name its folder"),
     ):
         config = EvaluationConfig(every=1, samples=32, features=features, autoencoder=named)
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             Evaluator.open(config, read_info(data), str(data), True, storage)

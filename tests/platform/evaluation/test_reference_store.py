@@ -44,8 +44,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[StatisticsJob]:
     return seen
 
 
-def run(storage: ProjectFolder, subject: str, **settings: Any) -> Score:
-    (score,) = scores_of(storage, subject, **settings)
+def run(storage: ProjectFolder, target: str, **settings: Any) -> Score:
+    (score,) = scores_of(storage, target, **settings)
     return score
 
 
@@ -99,14 +99,13 @@ def test_a_part_of_a_folder_is_a_fair_one_and_is_flagged(scored: ProjectFolder, 
     assert fair.flags == []
 
 
-def test_images_sorted_by_class_have_the_inception_score_of_the_same_images_mixed(
-    scored: ProjectFolder, tmp_path: Path
-) -> None:
+def test_images_sorted_by_class_have_the_same_inception_score(scored: ProjectFolder, tmp_path: Path) -> None:
+    """Compared with the same images in a mixed order."""
     settings: dict[str, Any] = {"num": None, "features": "digits-classifier", "metrics": ("is",)}
     mixed = run(scored, as_npz(tmp_path / "mixed.npz", DIGITS.images), **settings)
     in_order = DIGITS.images[np.argsort(DIGITS.labels, kind="stable")]
-    for subject in (by_class(tmp_path / "sorted"), as_npz(tmp_path / "sorted.npz", in_order)):
-        assert run(scored, subject, **settings).values["is"] == pytest.approx(mixed.values["is"], rel=0.02)
+    for target in (by_class(tmp_path / "sorted"), as_npz(tmp_path / "sorted.npz", in_order)):
+        assert run(scored, target, **settings).values["is"] == pytest.approx(mixed.values["is"], rel=0.02)
     assert mixed.values["is"] > 8
 
 
@@ -148,7 +147,7 @@ def test_a_reference_of_another_size_is_refused_before_an_image_is_made(
     assert asked == []
 
 
-def test_the_images_of_a_reference_file_are_described_in_blocks_like_any_others(
+def test_statistics_of_a_reference_file_are_computed_in_blocks(
     scored: ProjectFolder, tmp_path: Path, asked: list[StatisticsJob]
 ) -> None:
     npz = as_npz(tmp_path / "real.npz", DIGITS.images[:200])
@@ -223,7 +222,7 @@ def test_a_set_of_latents_is_scored_as_the_images_they_decode_to(
         run(scored, str(latents), reference=str(images), **settings)
 
 
-def test_a_score_of_another_version_of_the_evaluator_is_not_taken_for_this_one(
+def test_a_stored_score_of_another_evaluator_version_is_not_used(
     scored: ProjectFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = run(scored, TRIAL)

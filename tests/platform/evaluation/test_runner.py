@@ -1,4 +1,4 @@
-"""Statistics gathered on a Ray: whole measurements as soon as their blocks are there, references of the training data too."""
+"""RayStatisticsRunner: jobs are merged as soon as their blocks are there, references of training data included."""
 
 from __future__ import annotations
 
@@ -47,31 +47,31 @@ def digits_file(path: Path, start: int, stop: int) -> StoredImages:
     return StoredImages(str(path), f"digits-{start}-{stop}", stop - start)
 
 
-def test_a_measurement_is_merged_as_soon_as_its_last_block_is_there(
+def test_a_job_is_merged_as_soon_as_its_last_block_is_there(
     cluster: Cluster, storage: ProjectFolder, tmp_path: Path
 ) -> None:
     network = feature_network("digits-classifier", (1, 8, 8), storage)
     sets = [digits_file(tmp_path / f"{start}.npz", start, start + 800) for start in (0, 900)]
-    measurements = [StatisticsJob(images, "digits-classifier", network.id, ("fd",)) for images in sets]
+    jobs = [StatisticsJob(images, "digits-classifier", network.id, ("fd",)) for images in sets]
     seen: list[int] = []
 
     def look(progress: Progress) -> None:
         assert progress.done <= progress.total == 1600
-        wholes = [gathering.folder(measurement).folder / MERGED for measurement in measurements]
+        wholes = [runner.folder(job).folder / MERGED for job in jobs]
         merged = [whole for whole in wholes if whole.exists()]
         seen.append(len(merged))
         for whole in merged:
             assert [path.name for path in whole.parent.iterdir()] == [MERGED]
 
-    gathering = RayStatisticsRunner(storage, report=look, cluster=cluster)
-    one, other = gathering.statistics(measurements)
+    runner = RayStatisticsRunner(storage, report=look, cluster=cluster)
+    one, other = runner.statistics(jobs)
     assert set(seen) == {0, 1, 2}
     assert (one.count, other.count) == (800, 800)
     one.check_complete()
 
 
 @pytest.mark.parametrize("features", ["pooled", "file"])
-def test_the_reference_of_the_training_data_is_described_on_the_cluster_once(
+def test_the_training_datas_reference_is_computed_once_on_the_cluster(
     cluster: Cluster, storage: ProjectFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, features: str
 ) -> None:
     monkeypatch.setattr("soflow_platform.evaluation.evaluator.QUICKLY_POOLED", 1000)
@@ -79,11 +79,11 @@ def test_the_reference_of_the_training_data_is_described_on_the_cluster_once(
     name = features if features == "pooled" else exported(tmp_path / "net", 1, 8)
     config = EvaluationConfig(every=1, samples=32, features=name)
     seen: list[Progress] = []
-    gathering = RayStatisticsRunner(storage, report=seen.append, cluster=cluster)
-    spread = Evaluator.open(config, read_info(data), data, True, storage, gathering.one)
+    runner = RayStatisticsRunner(storage, report=seen.append, cluster=cluster)
+    computed = Evaluator.open(config, read_info(data), data, True, storage, runner.one)
     assert seen[-1] == Progress(1797, 1797)
     assert len({progress.done for progress in seen}) > 1
-    assert spread.reference.count == 1797
+    assert computed.reference.count == 1797
     (kept,) = storage.features.glob("reference-*")
     written = os.stat(kept).st_mtime_ns
     # A worker of a trial finds it.
@@ -94,9 +94,9 @@ def test_the_reference_of_the_training_data_is_described_on_the_cluster_once(
     alone = Evaluator.open(config, read_info(data), data, True, storage)
     for evaluator in (found, alone):
         assert evaluator.reference.moments is not None
-        assert spread.reference.moments is not None
-        assert np.array_equal(evaluator.reference.moments.mean, spread.reference.moments.mean)
-        assert np.array_equal(evaluator.reference.moments.covariance, spread.reference.moments.covariance)
+        assert computed.reference.moments is not None
+        assert np.array_equal(evaluator.reference.moments.mean, computed.reference.moments.mean)
+        assert np.array_equal(evaluator.reference.moments.covariance, computed.reference.moments.covariance)
 
 
 def test_without_a_terminal_lines_say_how_many_real_images_are_described(

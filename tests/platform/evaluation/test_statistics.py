@@ -1,4 +1,4 @@
-"""Statistics gathered in blocks are those of the images taken at once, whoever made the blocks and however often it was cut."""
+"""Statistics computed in blocks equal those of all images at once, in whatever order and by whichever processes blocks are made."""
 
 from __future__ import annotations
 
@@ -46,25 +46,21 @@ def weights(scored_once: ProjectFolder) -> Path:
 
 
 @pytest.fixture
-def measurement(weights: Path, scored_once: ProjectFolder) -> StatisticsJob:
+def job(weights: Path, scored_once: ProjectFolder) -> StatisticsJob:
     images = GeneratedImages(str(weights), "digest", steps=2, seed=3, labels="uniform", count=200)
     network = feature_network("digits-classifier", (1, 8, 8), scored_once)
     return StatisticsJob(images, "digits-classifier", network.id, ("fd", "kid", "is", "label_agreement"))
 
 
-def make(
-    measurement: StatisticsJob, scored_once: ProjectFolder, folder: BlockStore, blocks: list[int]
-) -> None:
-    network = feature_network(measurement.features, (1, 8, 8), scored_once)
+def make(job: StatisticsJob, scored_once: ProjectFolder, folder: BlockStore, blocks: list[int]) -> None:
+    network = feature_network(job.features, (1, 8, 8), scored_once)
     for block in blocks:
-        opened = measurement.images.open("cpu")
-        folder.publish(block, compute_block(measurement, block, opened, network))
+        opened = job.images.open("cpu")
+        folder.publish(block, compute_block(job, block, opened, network))
 
 
-def test_a_sample_is_the_same_in_whichever_block_it_is_made(
-    measurement: StatisticsJob, weights: Path
-) -> None:
-    opened = measurement.images.open("cpu")
+def test_a_sample_is_the_same_in_whichever_block_it_is_made(job: StatisticsJob, weights: Path) -> None:
+    opened = job.images.open("cpu")
     whole = torch.cat([opened.read(start, start + BATCH)[0] for start in (0, 64, 128)])
     alone, labels = opened.read(70, 71)
     assert torch.equal(alone[0], whole[70])
@@ -75,15 +71,15 @@ def test_a_sample_is_the_same_in_whichever_block_it_is_made(
     assert torch.equal(labels, sample_labels(3, torch.tensor([70]), 10))
 
 
-def test_blocks_made_in_any_order_by_anyone_give_the_same_statistics_to_the_last_bit(
-    measurement: StatisticsJob, scored_once: ProjectFolder, tmp_path: Path
+def test_statistics_are_bit_equal_in_whatever_order_blocks_are_made(
+    job: StatisticsJob, scored_once: ProjectFolder, tmp_path: Path
 ) -> None:
-    folders = [BlockStore.of(measurement, tmp_path / name) for name in ("one", "two")]
+    folders = [BlockStore.of(job, tmp_path / name) for name in ("one", "two")]
     assert folders[0].missing() == [0, 1, 2, 3]
-    make(measurement, scored_once, folders[0], [0, 1, 2, 3])
-    make(measurement, scored_once, folders[1], [3, 1])
+    make(job, scored_once, folders[0], [0, 1, 2, 3])
+    make(job, scored_once, folders[1], [3, 1])
     assert folders[1].missing() == [0, 2]
-    make(measurement, scored_once, folders[1], folders[1].missing())
+    make(job, scored_once, folders[1], folders[1].missing())
     states = [folder.whole().state() for folder in folders]
     for key in states[0]:
         assert np.array_equal(states[0][key], states[1][key]), key
@@ -94,15 +90,15 @@ def test_blocks_made_in_any_order_by_anyone_give_the_same_statistics_to_the_last
 
 
 def test_merged_blocks_are_the_statistics_of_all_images_at_once(
-    measurement: StatisticsJob, scored_once: ProjectFolder, tmp_path: Path
+    job: StatisticsJob, scored_once: ProjectFolder, tmp_path: Path
 ) -> None:
-    folder = BlockStore.of(measurement, tmp_path)
-    make(measurement, scored_once, folder, folder.missing())
+    folder = BlockStore.of(job, tmp_path)
+    make(job, scored_once, folder, folder.missing())
     merged = folder.whole()
-    opened = measurement.images.open("cpu")
+    opened = job.images.open("cpu")
     parts = [opened.read(start, min(start + BATCH, 200)) for start in range(0, 200, BATCH)]
-    network = feature_network(measurement.features, (1, 8, 8), scored_once)
-    whole = ScoreStatistics(network, measurement.metrics, samples=200)
+    network = feature_network(job.features, (1, 8, 8), scored_once)
+    whole = ScoreStatistics(network, job.metrics, samples=200)
     whole.update(
         torch.arange(200),
         torch.cat([part[0] for part in parts]),
@@ -116,15 +112,16 @@ def test_merged_blocks_are_the_statistics_of_all_images_at_once(
     merged.check_complete()
 
 
-def test_samples_of_a_shard_set_are_seen_as_a_network_sees_them_and_each_once(
+def test_samples_of_a_shard_set_are_read_as_a_network_sees_them(
     scored_once: ProjectFolder, tmp_path: Path
 ) -> None:
+    """Each is read once."""
     place = str(scored_once.data / "digits")
-    given = stored_shard_set(place, read_info(place), None, decode_latents=False)
+    images = stored_shard_set(place, read_info(place), None, decode_latents=False)
     network = feature_network("pooled", (1, 8, 8), scored_once)
-    measurement = StatisticsJob(given, "pooled", network.id, ("fd", "kid"), (1, 8, 8))
-    folder = BlockStore.of(measurement, tmp_path)
-    make(measurement, scored_once, folder, folder.missing()[::-1])
+    job = StatisticsJob(images, "pooled", network.id, ("fd", "kid"), (1, 8, 8))
+    folder = BlockStore.of(job, tmp_path)
+    make(job, scored_once, folder, folder.missing()[::-1])
     whole = folder.whole()
     whole.check_complete()
     exact = to_unit_range(torch.from_numpy(load_digits().images)).flatten(1).double()
@@ -132,19 +129,19 @@ def test_samples_of_a_shard_set_are_seen_as_a_network_sees_them_and_each_once(
     assert moments is not None
     np.testing.assert_allclose(moments.mean, exact.mean(0), rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(moments.covariance, exact.T.cov(), rtol=1e-5, atol=1e-9)
-    here = LocalStatistics(network)(measurement).state()
-    assert all(np.array_equal(here[key], value) for key, value in whole.state().items())
+    local = LocalStatistics(network)(job).state()
+    assert all(np.array_equal(local[key], value) for key, value in whole.state().items())
 
 
 def test_the_weights_of_a_sample_that_is_not_finite_are_refused(
-    measurement: StatisticsJob, scored_once: ProjectFolder
+    job: StatisticsJob, scored_once: ProjectFolder
 ) -> None:
-    opened: Any = measurement.images.open("cpu")
+    opened: Any = job.images.open("cpu")
     with torch.no_grad():
         next(iter(opened.generator.network.parameters())).fill_(float("nan"))
-    network = feature_network(measurement.features, (1, 8, 8), scored_once)
+    network = feature_network(job.features, (1, 8, 8), scored_once)
     with pytest.raises(ScoreError, match="sample 64 has values that are not finite"):
-        compute_block(measurement, 1, opened, network)
+        compute_block(job, 1, opened, network)
 
 
 CHANGES: dict[str, Callable[[StatisticsJob], StatisticsJob]] = {
@@ -160,25 +157,23 @@ CHANGES: dict[str, Callable[[StatisticsJob], StatisticsJob]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_every_setting_that_moves_the_statistics_changes_the_key(
-    measurement: StatisticsJob, what: str
-) -> None:
-    assert CHANGES[what](measurement).key != measurement.key
+def test_every_setting_that_moves_the_statistics_changes_the_key(job: StatisticsJob, what: str) -> None:
+    assert CHANGES[what](job).key != job.key
 
 
 def test_another_version_of_the_evaluator_changes_the_key(
-    measurement: StatisticsJob, monkeypatch: pytest.MonkeyPatch
+    job: StatisticsJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = measurement.key
+    before = job.key
     monkeypatch.setattr("soflow_pipelines.references.statistics_job.EVALUATOR", "another")
-    assert measurement.key != before
+    assert job.key != before
 
 
-def test_blocks_that_another_command_merges_meanwhile_are_found_as_the_whole(
-    measurement: StatisticsJob, scored_once: ProjectFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_blocks_that_another_command_merges_meanwhile_are_found(
+    job: StatisticsJob, scored_once: ProjectFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = BlockStore.of(measurement, tmp_path)
-    make(measurement, scored_once, folder, folder.missing())
+    folder = BlockStore.of(job, tmp_path)
+    make(job, scored_once, folder, folder.missing())
     load = block_store._load
     other: list[ScoreStatistics] = []
 
@@ -196,18 +191,16 @@ def test_blocks_that_another_command_merges_meanwhile_are_found_as_the_whole(
 
 
 def test_a_block_that_is_missing_is_no_whole(
-    measurement: StatisticsJob, scored_once: ProjectFolder, tmp_path: Path
+    job: StatisticsJob, scored_once: ProjectFolder, tmp_path: Path
 ) -> None:
-    folder = BlockStore.of(measurement, tmp_path)
-    make(measurement, scored_once, folder, [0, 2, 3])
+    folder = BlockStore.of(job, tmp_path)
+    make(job, scored_once, folder, [0, 2, 3])
     with pytest.raises(FileNotFoundError, match="block-000001"):
         folder.whole()
 
 
-def test_where_the_weights_lie_does_not_change_the_key(measurement: StatisticsJob) -> None:
-    assert (
-        replace(measurement, images=replace(measurement.images, weights="/elsewhere")).key == measurement.key
-    )
+def test_where_the_weights_lie_does_not_change_the_key(job: StatisticsJob) -> None:
+    assert replace(job, images=replace(job.images, weights="/elsewhere")).key == job.key
 
 
 @pytest.mark.parametrize(
@@ -222,11 +215,11 @@ def test_blocks_are_whole_batches_and_hold_every_image_once(count: int, block: i
 
 
 def test_a_machine_with_other_feature_weights_refuses_the_work(
-    measurement: StatisticsJob, scored_once: ProjectFolder
+    job: StatisticsJob, scored_once: ProjectFolder
 ) -> None:
     runner = LocalStatisticsRunner(scored_once)
     with pytest.raises(InputError, match=r"this machine has digits-cnn-1-\w+ where the command found other"):
-        runner.one(replace(measurement, features_id="other"))
+        runner.one(replace(job, features_id="other"))
 
 
 KEYS_OF_0_1_0: list[tuple[StatisticsJob, str]] = [

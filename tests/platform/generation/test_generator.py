@@ -54,7 +54,7 @@ def test_an_autoencoder_that_is_named_must_be_one(latent_model: tuple[Path, Path
         Generator.open(latent_model[0], autoencoder=str(tmp_path))
 
 
-def test_samples_stay_in_the_training_space_where_they_are_not_to_be_decoded(
+def test_samples_stay_in_the_training_space_without_a_decoder(
     latent_model: tuple[Path, Path],
 ) -> None:
     generator = Generator.open(latent_model[0], decode=False)

@@ -131,7 +131,8 @@ def test_a_record_of_a_later_version_is_read(root: str) -> None:
     assert (found is not None, damaged) == (True, [])
 
 
-def test_damaged_checkpoints_that_training_went_back_from_do_not_outlive_sound_ones(root: str) -> None:
+def test_damaged_checkpoints_are_removed_before_sound_ones(root: str) -> None:
+    """Those that training went back from do not count among the newest that are kept."""
     for step in (300, 500, 537):
         CheckpointStore(root).publish(CheckpointState(step, 8 * step, "run"), put(b"weights"))
     open_storage(root).write(f"step-00000500/{checkpoints.STATE}", b"weightz")
@@ -202,7 +203,7 @@ def test_the_best_checkpoint_there_is_is_kept_beside_the_newest(root: str) -> No
     assert steps(root) == [2, 5, 6]
 
 
-def test_a_checkpoint_that_is_removed_while_a_trials_are_listed_is_left_out(
+def test_a_checkpoint_removed_while_all_are_listed_is_left_out(
     root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (1, 2):
@@ -221,13 +222,11 @@ def test_nan_is_never_the_best_evaluation() -> None:
     assert checkpoints.best_evaluation(evaluations[:1], "fd", "min") is None
 
 
-def test_a_storage_that_is_away_for_a_while_delays_a_checkpoint_and_no_more(
-    bucket: str, server: S3Server
-) -> None:
+def test_a_short_outage_of_the_storage_only_delays_a_checkpoint(bucket: str, server: S3Server) -> None:
     wire = Wire(server.port)
-    told: list[str] = []
+    messages: list[str] = []
     through = bucket.replace(str(server.port), str(wire.port))
-    saver = AsyncCheckpointer(CheckpointStore(through), keep=2, patience=60, log=told.append)
+    saver = AsyncCheckpointer(CheckpointStore(through), keep=2, patience=60, log=messages.append)
     wire.cut_after = 0
     saver.submit(CheckpointState(1, 8, "run"), [], put(b"weights"))
     time.sleep(1)
@@ -236,13 +235,12 @@ def test_a_storage_that_is_away_for_a_while_delays_a_checkpoint_and_no_more(
     saver.close()
     wire.close()
     assert steps(bucket) == [1]
-    assert "trying again" in told[0]
-    assert "succeeded after" in told[1]
+    assert "trying again" in messages[0]
+    assert "succeeded after" in messages[1]
 
 
-def test_a_trial_that_keeps_its_checkpoints_in_s3_trains_what_one_on_disk_does(
-    worker: Make, bucket: str
-) -> None:
+def test_a_trial_with_checkpoints_in_s3_trains_the_same_numbers(worker: Make, bucket: str) -> None:
+    """Compared with a trial that keeps them on disk."""
     local, remote = worker("local"), worker("remote", f"training.checkpoints='{bucket}'")
     local.run()
     remote.run()

@@ -1,4 +1,4 @@
-"""What counts as an outage of the tracking server, told from a mistake by what a real server answers."""
+"""Outages of the tracking server, as against refused requests, by the responses of a real server."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def server() -> Iterator[Answers]:
         server.shutdown()
 
 
-class Said(Display):
-    """Keeps what a sweep tells."""
+class RecordingDisplay(Display):
+    """Keeps the lines that a sweep reports."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -115,17 +115,15 @@ def opened(server: Answers, log: Callable[[str], None], patience: float) -> Metr
 
 
 @pytest.mark.parametrize("status", [429, 504])
-def test_a_record_waits_for_a_server_that_is_busy_or_slow_and_misses_no_point(
-    server: Answers, status: int
-) -> None:
-    said: list[str] = []
-    log = opened(server, said.append, 30)
+def test_no_point_is_lost_while_a_server_is_busy_or_slow(server: Answers, status: int) -> None:
+    messages: list[str] = []
+    log = opened(server, messages.append, 30)
     server.status, server.failures = status, 3
     log.log_metrics(1, {"train/loss": 0.5})
     log.flush()
     assert [(m["key"], m["step"], m["value"]) for m in server.logged] == [("train/loss", 1, 0.5)]
-    assert "trying again" in said[0]
-    assert "succeeded after" in said[1]
+    assert "trying again" in messages[0]
+    assert "succeeded after" in messages[1]
 
 
 def test_a_refusal_is_no_outage_and_is_told_at_once(server: Answers) -> None:
@@ -138,15 +136,15 @@ def test_a_refusal_is_no_outage_and_is_told_at_once(server: Answers) -> None:
 
 @pytest.mark.parametrize("status", [503, 403])
 def test_a_grid_that_cannot_be_sent_is_told_and_costs_no_point(server: Answers, status: int) -> None:
-    said: list[str] = []
-    log = opened(server, said.append, 0.5)
+    messages: list[str] = []
+    log = opened(server, messages.append, 0.5)
     server.artifacts_status = status
     log.log_image(1, "samples/nfe1", np.zeros((8, 8, 3), np.uint8))
     log.log_metrics(1, {"train/loss": 0.5})
     log.flush()
     assert [m["step"] for m in server.logged] == [1]
-    assert said[-1].startswith(f"sending samples/nfe1 of step 1 to {server.uri} failed")
-    assert said[-1].endswith("it is left out")
+    assert messages[-1].startswith(f"sending samples/nfe1 of step 1 to {server.uri} failed")
+    assert messages[-1].endswith("it is left out")
 
 
 def test_an_artifact_store_that_is_reached_by_boto_is_away_or_refuses(
@@ -177,26 +175,27 @@ def test_an_artifact_store_that_is_reached_by_boto_is_away_or_refuses(
 def test_a_sweep_waits_for_its_tracking_server_before_it_closes_its_runs(
     server: Answers, storage: ProjectFolder
 ) -> None:
-    said = Said()
+    display = RecordingDisplay()
     server.status, server.failures = 504, 3
     experiment, _ = read_experiment(DIGITS)
     with pytest.raises(JobError, match="no trial of sweep digits-1 could be scored"):
         SweepRunner(
-            SweepContext(record(experiment), experiment, [], storage, said),
+            SweepContext(record(experiment), experiment, [], storage, display),
             Tracking(TrackingStore(server.uri), "1"),
         ).conclude({})
-    assert said.lines[0].startswith("closing the trials' runs failed (")
-    assert said.lines[1].startswith("closing the trials' runs succeeded after ")
+    assert display.lines[0].startswith("closing the trials' runs failed (")
+    assert display.lines[1].startswith("closing the trials' runs succeeded after ")
 
 
-def test_a_sweep_that_is_stopped_while_its_tracking_server_is_away_ends_as_stopped_and_says_what_is_left(
+def test_a_sweep_stopped_during_an_outage_ends_as_stopped(
     tracking: Tracking,
     storage: ProjectFolder,
 ) -> None:
-    said = Said()
+    """It says which runs could not be marked."""
+    display = RecordingDisplay()
     experiment, _ = read_experiment(DIGITS)
     facts = {"data.source": "digits", "data.digest": "0"}
-    context = SweepContext(record(experiment), experiment, [], storage, said)
+    context = SweepContext(record(experiment), experiment, [], storage, display)
 
     def stopped() -> None:
         with SweepRunner(context, tracking).tracked_run(facts):
@@ -205,7 +204,7 @@ def test_a_sweep_that_is_stopped_while_its_tracking_server_is_away_ends_as_stopp
 
     with pytest.raises(Stopped, match="asked to stop"):
         stopped()
-    assert said.lines[0].startswith("the sweep's runs could not be marked KILLED and stay RUNNING")
+    assert display.lines[0].startswith("the sweep's runs could not be marked KILLED and stay RUNNING")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Checkpoints in the background: what cannot be written is told, tried again and never taken for saved; training goes on meanwhile."""
+"""AsyncCheckpointer: a checkpoint that cannot be written is reported and retried, never taken for saved; training goes on meanwhile."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def steps(root: Path | str) -> list[int]:
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     release = threading.Event()
 
     def slow(folder: Path) -> None:
         assert release.wait(10)
         put(b"weights")(folder)
 
-    saver = AsyncCheckpointer(CheckpointStore(tmp_path), keep=2, patience=1, log=told.append)
+    saver = AsyncCheckpointer(CheckpointStore(tmp_path), keep=2, patience=1, log=messages.append)
     saver.submit(CheckpointState(1, 8, "run"), [], slow)
     assert steps(tmp_path) == []
     release.set()
@@ -53,7 +53,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     saver.submit(CheckpointState(2, 16, "run"), [], put(b"weights"))
     saver.close()
     assert steps(tmp_path) == [1, 2]
-    assert [line.split(" saved")[0] for line in told] == ["checkpoint of step 1", "checkpoint of step 2"]
+    assert [line.split(" saved")[0] for line in messages] == ["checkpoint of step 1", "checkpoint of step 2"]
 
 
 @pytest.mark.parametrize(("state", "average"), [(20, 1), (4, 16)], ids=["in the first file", "in the second"])
@@ -62,29 +62,29 @@ def test_a_full_disk_is_told_as_one_whichever_file_it_meets(tmp_path: Path, stat
         torch.save({"w": torch.zeros(state << 18)}, folder / checkpoints.STATE)
         save_weights(folder / checkpoints.EMA, {"w": torch.zeros(average << 18)}, CONFIG, SoFlow(), data={})
 
-    told: list[str] = []
+    messages: list[str] = []
     with mounted(tmp_path / "disk", mebibytes=16) as disk:
         root = disk / "checkpoints"
-        saver = AsyncCheckpointer(CheckpointStore(root), keep=2, patience=0.1, log=told.append)
+        saver = AsyncCheckpointer(CheckpointStore(root), keep=2, patience=0.1, log=messages.append)
         saver.submit(CheckpointState(1, 8, "run"), [], put(b"weights"))
         saver.submit(CheckpointState(2, 16, "run"), [1], write)
         with pytest.raises(JobError, match=r"step 2 to .* failed for \d+ s: no space is left on the disk of"):
             saver.close()
         assert steps(root) == [1]
         assert [path.name for path in root.iterdir()] == ["step-00000001"]
-    assert "no space is left" in told[-1]
+    assert "no space is left" in messages[-1]
 
 
 def test_whatever_a_writer_raises_fails_a_checkpoint_and_is_named(tmp_path: Path) -> None:
     def broken(_: Path) -> None:
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
-    told: list[str] = []
-    saver = AsyncCheckpointer(CheckpointStore(tmp_path), keep=2, patience=0.1, log=told.append)
+    messages: list[str] = []
+    saver = AsyncCheckpointer(CheckpointStore(tmp_path), keep=2, patience=0.1, log=messages.append)
     saver.submit(CheckpointState(1, 8, "run"), [], broken)
     with pytest.raises(JobError, match="RuntimeError: PytorchStreamWriter failed writing file data/0"):
         saver.close()
-    assert "the checkpoints before it are kept" in told[-1]
+    assert "the checkpoints before it are kept" in messages[-1]
 
 
 class Panic(BaseException):
@@ -95,15 +95,15 @@ def test_not_even_a_panic_of_a_writer_is_lost(tmp_path: Path) -> None:
     def panics(_: Path) -> None:
         raise Panic("index out of bounds")
 
-    told: list[str] = []
-    saver = AsyncCheckpointer(CheckpointStore(tmp_path), keep=2, patience=60, log=told.append)
+    messages: list[str] = []
+    saver = AsyncCheckpointer(CheckpointStore(tmp_path), keep=2, patience=60, log=messages.append)
     saver.submit(CheckpointState(1, 8, "run"), [], panics)
     with pytest.raises(JobError, match="index out of bounds"):
         saver.close()
-    assert "index out of bounds" in told[-1]
+    assert "index out of bounds" in messages[-1]
 
 
-def test_a_trial_whose_last_checkpoint_cannot_be_written_does_not_end_as_finished(
+def test_a_trial_without_its_last_checkpoint_is_not_finished(
     worker: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trial = worker("unsaved", "training.patience_minutes=0.001")
@@ -117,31 +117,37 @@ def test_a_trial_whose_last_checkpoint_cannot_be_written_does_not_end_as_finishe
     assert '"state": "finished"' not in (trial.setup.job.folder / "status.json").read_text()
 
 
-def test_a_storage_that_stays_away_costs_the_checkpoint_and_fails_the_trial_only_at_its_end(
+def test_a_lasting_outage_of_the_storage_fails_the_trial_at_its_end(
     tmp_path: Path,
 ) -> None:
+    """Before its end it costs the checkpoint alone."""
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    told: list[str] = []
-    saver = AsyncCheckpointer(CheckpointStore(blocked / "checkpoints"), keep=2, patience=0.2, log=told.append)
+    messages: list[str] = []
+    saver = AsyncCheckpointer(
+        CheckpointStore(blocked / "checkpoints"), keep=2, patience=0.2, log=messages.append
+    )
     saver.submit(CheckpointState(1, 8, "run"), [], put(b"weights"))
     saver.submit(CheckpointState(2, 16, "run"), [], put(b"weights"))
     with pytest.raises(JobError, match=r"saving the checkpoint of step 2 to .*Not a directory"):
         saver.close()
-    assert any("saving the checkpoint of step 1" in line and "before it are kept" in line for line in told)
+    assert any(
+        "saving the checkpoint of step 1" in line and "before it are kept" in line for line in messages
+    )
 
 
-def test_while_a_checkpoint_is_stuck_others_are_left_out_but_for_one_that_is_needed(tmp_path: Path) -> None:
+def test_while_a_checkpoint_is_stuck_only_a_needed_one_waits(tmp_path: Path) -> None:
+    """Others are left out."""
     away = tmp_path / "away"
     away.write_text("a file in the place of the folder")
-    told: list[str] = []
-    saver = AsyncCheckpointer(CheckpointStore(away), keep=5, patience=60, log=told.append)
+    messages: list[str] = []
+    saver = AsyncCheckpointer(CheckpointStore(away), keep=5, patience=60, log=messages.append)
     saver.submit(CheckpointState(1, 8, "run"), [], put(b"weights"))
     started = time.monotonic()
     assert not saver.ready(2, needed=False)
     assert not saver.ready(3, needed=False)
     assert time.monotonic() - started < 30
-    assert any("no checkpoint of step 2" in line for line in told)
+    assert any("no checkpoint of step 2" in line for line in messages)
     threading.Timer(0.5, away.unlink).start()
     assert saver.ready(4, needed=True)
     saver.submit(CheckpointState(4, 32, "run"), [], put(b"weights"))
@@ -149,9 +155,10 @@ def test_while_a_checkpoint_is_stuck_others_are_left_out_but_for_one_that_is_nee
     assert steps(away) == [1, 4]
 
 
-def test_a_training_whose_storage_was_away_trains_the_same_numbers_and_saves_its_last_step(
+def test_an_outage_of_the_storage_does_not_change_the_numbers(
     worker: Make,
 ) -> None:
+    """The last step is saved."""
     whole, cut = worker("whole", "evaluation.every=1"), worker("cut", "evaluation.every=1")
     whole.run()
     place = Path(cut.setup.checkpoints.root)
@@ -176,8 +183,8 @@ def test_a_training_whose_storage_was_away_trains_the_same_numbers_and_saves_its
 
 
 def test_old_checkpoints_that_cannot_be_removed_cost_nothing_but_space(tmp_path: Path) -> None:
-    told: list[str] = []
-    saver = AsyncCheckpointer(CheckpointStore(tmp_path), keep=1, patience=60, log=told.append)
+    messages: list[str] = []
+    saver = AsyncCheckpointer(CheckpointStore(tmp_path), keep=1, patience=60, log=messages.append)
     saver.submit(CheckpointState(1, 8, "run"), [], put(b"weights"))
     saver.drain()
     with mounted(tmp_path / "step-00000001" / "in use", mebibytes=1):
@@ -187,8 +194,8 @@ def test_old_checkpoints_that_cannot_be_removed_cost_nothing_but_space(tmp_path:
         saver.close()
         assert time.monotonic() - started < 30
     assert steps(tmp_path) == [2]
-    assert told[1].startswith("checkpoint of step 2 saved")
-    assert "cannot be removed and take space" in told[2]
+    assert messages[1].startswith("checkpoint of step 2 saved")
+    assert "cannot be removed and take space" in messages[2]
     saver.submit(CheckpointState(3, 24, "run"), [], put(b"weights"))
     saver.close()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]

@@ -42,9 +42,8 @@ def curve(job: TrialJob, metric: str) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("method", ["soflow", "meanflow"])
-def test_any_number_of_workers_makes_the_same_losses_also_where_the_batch_does_not_divide(
-    worker: Make, method: str
-) -> None:
+def test_any_number_of_workers_makes_the_same_losses(worker: Make, method: str) -> None:
+    """This holds where the batch does not divide over them too."""
     settings = [f"objective={{method: {method}}}", "evaluation.every=6", "training.precision=float32"]
     alone = worker(f"{method}-1", *settings)
     alone.run()
@@ -60,9 +59,10 @@ def test_any_number_of_workers_makes_the_same_losses_also_where_the_batch_does_n
         assert norms == pytest.approx(alone_norms, rel=2e-3)
 
 
-def test_sharded_workers_train_the_network_that_one_does_and_either_goes_on_with_the_others_checkpoint(
+def test_sharded_workers_train_the_network_that_one_worker_does(
     worker: Make,
 ) -> None:
+    """Either resumes from the other's checkpoint."""
     settings = [
         "evaluation.every=3",
         "training.parallel=fsdp",
@@ -131,7 +131,8 @@ def spoil_rank_one(worker: Trainer) -> None:
     worker.loader._read = nan_at_third_step  # type: ignore[method-assign]
 
 
-def test_a_nan_in_one_ranks_batch_stops_all_ranks_before_the_update_and_names_the_rank(worker: Make) -> None:
+def test_a_nan_in_one_ranks_batch_stops_all_ranks(worker: Make) -> None:
+    """They stop before the update, and the failure names the rank."""
     job = worker("broken").setup.job
     assert train(job, 2, spoil_rank_one) == [1, 1]
     root = ProjectFolder(Path(job.storage)).trial(job.sweep, job.trial) / "checkpoints"
@@ -197,9 +198,10 @@ def test_where_the_first_rank_gives_up_all_do_with_the_same_sentence(worker: Mak
     assert first.startswith(f"logging to {NOWHERE} failed for ")
 
 
-def test_a_tracking_server_that_is_away_at_the_start_fails_all_ranks_with_the_same_sentence(
+def test_an_outage_of_tracking_at_the_start_fails_all_ranks(
     worker: Make,
 ) -> None:
+    """All fail with the same sentence."""
     away = worker("away", "training.patience_minutes=0.001")
     assert train(replace(away.setup.job, tracking_uri=NOWHERE), 2, note_failure) == [1, 1]
     first, second = failures(away.setup.job.folder)
@@ -217,9 +219,7 @@ def test_a_failure_that_was_told_is_forgotten_once_the_trial_goes_on() -> None:
     assert actor.snapshot()["trial"].failure is None
 
 
-def test_ranks_that_are_asked_to_stop_stop_after_the_same_step_with_everything_saved(
-    worker: Make, storage: ProjectFolder
-) -> None:
+def test_ranks_stop_after_the_same_step_with_everything_saved(worker: Make, storage: ProjectFolder) -> None:
     settings = ["training.steps=200", "evaluation.every=200"]
     stopped = worker("stopped", *settings)
     ranks = start_ranks(stopped.setup.job, 2, slow_down)
@@ -244,7 +244,7 @@ def score_slowly(worker: Trainer) -> None:
     object.__setattr__(worker.setup.evaluator, "_labels", slow)
 
 
-def test_ranks_that_are_asked_to_stop_while_they_score_stop_before_the_same_batch(
+def test_ranks_that_are_stopped_while_scoring_stop_before_the_same_batch(
     worker: Make, storage: ProjectFolder
 ) -> None:
     settings = ["training.steps=40", "evaluation={every: 3, samples: 24, batch: 8, nfe: [1, 2]}"]

@@ -68,9 +68,8 @@ def test_weights_and_curves_after_a_kill_are_those_of_the_run_never_killed(
 
 
 @pytest.mark.parametrize("file", [checkpoints.STATE, checkpoints.EMA, checkpoints.RECORD])
-def test_training_past_damaged_checkpoints_is_the_training_without_damage_and_keeps_none_of_them(
-    worker: Make, file: str
-) -> None:
+def test_damaged_checkpoints_do_not_change_the_training(worker: Make, file: str) -> None:
+    """Resuming past them gives the numbers of an undamaged training, and none of them is kept."""
     settings = ["training.keep_checkpoints=1", "evaluation.every=6", "training.checkpoint_every=1"]
     whole, cut = worker("whole", *settings), worker("cut", *settings)
     whole.run()
@@ -99,7 +98,7 @@ def test_checkpoints_that_are_gone_are_missed_aloud(worker: Make) -> None:
     first = worker("moved")
     run_until(first, 5)
     assert "WARNING" not in (first.setup.job.folder / "log.txt").read_text()
-    # A trial's own process tells its state before the workers look for checkpoints.
+    # The process of a trial publishes its state before the workers look for checkpoints.
     TrialStatusWriter(first.setup.job.folder, "moved", 6, attempt=2).set_state(TrialState.STARTING)
     Path(first.setup.checkpoints.root).rename(
         tmp := Path(first.setup.checkpoints.root).with_name("elsewhere")
@@ -140,7 +139,8 @@ def test_evaluating_changes_no_random_number_of_the_training(worker: Make) -> No
     )
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_term_and_step(worker: Make) -> None:
+def test_a_loss_that_is_not_finite_stops_before_the_update(worker: Make) -> None:
+    """The failure names term and step."""
     broken = worker("broken")
     read = broken.loader._read
 
@@ -180,9 +180,8 @@ def test_grids_are_kept_once_for_each_step(worker: Make, tracking: Tracking) -> 
     assert len([n for n in names if n.endswith(".png")]) == 4 * 2
 
 
-def test_data_that_does_not_fit_the_network_is_refused_with_both_sides_named(
-    worker: Make, storage: ProjectFolder
-) -> None:
+def test_data_that_does_not_fit_the_network_is_refused(worker: Make, storage: ProjectFolder) -> None:
+    """The error names both sides."""
     with pytest.raises(UserError, match=r"holds pixels of shape 1 x 8 x 8, the network takes 4 x 32 x 32"):
         worker("misfit", "data={source: digits, shape: [4, 32, 32], classes: 10}")
     with pytest.raises(UserError, match=r"holds 10 classes, the network is conditioned on 1000 classes"):
@@ -203,7 +202,7 @@ def test_every_method_trains_and_is_scored_by_the_same_loop(worker: Make, method
     assert weights.objective.method == method
 
 
-def test_a_stop_that_comes_in_the_middle_of_scoring_is_heard_and_the_score_made_when_training_goes_on(
+def test_a_stop_interrupts_scoring_which_is_made_up_for_on_resuming(
     worker: Make,
 ) -> None:
     whole, cut = worker("whole", "evaluation.batch=8"), worker("cut", "evaluation.batch=8")

@@ -33,9 +33,10 @@ def refuse_a_whole_network(worker: Trainer) -> None:
     ema_network.DiT = whole  # type: ignore[attr-defined, assignment]
 
 
-def test_shares_are_scored_as_the_whole_network_is_where_ranks_have_unequally_many_passes(
+def test_a_sharded_network_is_scored_as_the_whole_one_is(
     worker: Make,
 ) -> None:
+    """Ranks may have unequal numbers of forward passes."""
     alone, shared = worker("alone", *SHARDED, UNEVEN), worker("shared", *SHARDED, UNEVEN)
     alone.run()
     assert train(shared.setup.job, 2, refuse_a_whole_network) == [0, 0]

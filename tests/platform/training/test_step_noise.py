@@ -25,18 +25,18 @@ def test_draws_made_ahead_are_those_of_their_step_also_after_a_jump() -> None:
 def test_the_next_step_is_drawn_while_this_one_is_at_work() -> None:
     drawn = {step: threading.Event() for step in (1, 2, 3)}
 
-    def told(step: int) -> Draws:
+    def recorded(step: int) -> Draws:
         drawn[step].set()
         return draw(step)
 
-    ahead = StepNoisePrefetcher(told)
+    ahead = StepNoisePrefetcher(recorded)
     ahead.get(1)
     assert drawn[2].wait(30)
     assert not drawn[3].is_set()
     ahead.close()
 
 
-def test_a_draw_that_fails_is_told_where_it_is_taken() -> None:
+def test_a_failed_draw_raises_where_it_is_taken() -> None:
     def broken(step: int) -> Draws:
         raise ValueError(f"no draws for step {step}")
 

@@ -85,9 +85,10 @@ def test_a_log_that_is_not_there_has_no_lines(tmp_path: Path) -> None:
     assert list(follow(tmp_path / "log.txt", stop=lambda: True)) == []
 
 
-def test_a_follower_gets_the_last_lines_then_each_new_one_and_ends_when_told(
+def test_follow_yields_the_last_lines_then_each_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It ends when `stop` returns True."""
     monkeypatch.setattr(trial_log, "POLL_SECONDS", 0.01)
     log, ended = TrialLog(tmp_path / "log.txt"), threading.Event()
     for n in range(3):
@@ -107,9 +108,10 @@ def test_a_follower_gets_the_last_lines_then_each_new_one_and_ends_when_told(
     writer.join()
 
 
-def test_a_line_is_read_once_it_is_complete_and_a_log_that_was_replaced_from_its_start(
+def test_a_line_is_read_once_it_is_complete(
     tmp_path: Path,
 ) -> None:
+    """A log that was replaced is read from its start."""
     path = tmp_path / "log.txt"
     reader = TrialLogReader(path)
     assert reader.new_lines() == []
