@@ -96,13 +96,13 @@ class ExportedFeatures:
                 f"{self._path} cannot take {len(values)} images of {self._input.size} on {self._device}: {reason(error)} (export "
                 "it with a dynamic first dimension)"
             ) from error
-        wanted = 1 if self._input.logits == "none" else 2
+        expected = 1 if self._input.logits == "none" else 2
         outputs = (output,) if isinstance(output, Tensor) else tuple(output)
         fitting = all(isinstance(part, Tensor) and part.shape[:-1] == values.shape[:1] for part in outputs)
-        if len(outputs) != wanted or not fitting:
-            what = "features (B, D)" if wanted == 1 else "features (B, D) and logits (B, K)"
+        if len(outputs) != expected or not fitting:
+            what = "features (B, D)" if expected == 1 else "features (B, D) and logits (B, K)"
             raise FeatureError(f"{self._path} does not give {what}, as its JSON file says.")
-        return Features(outputs[0].float(), outputs[1].float() if wanted == 2 else None)
+        return Features(outputs[0].float(), outputs[1].float() if expected == 2 else None)
 
 
 def open_exported(path: Path, device: torch.device) -> ExportedFeatures:

@@ -36,7 +36,7 @@ class FeatureNetwork(Protocol):
     `space` is its input: `images` in uint8, or samples in the `training` space itself (pixels in [-1, 1] or latents).
 
     Distances are comparable where `id` is the same: it names the network, the version of what is done to an image before and
-    after it, and its weights. `warnings` are sentences that go with every number taken on it.
+    after it, and its weights. `warnings` are sentences that accompany every score on it.
     """
 
     id: str

@@ -18,7 +18,7 @@ FILE = "file:"
 
 @dataclass(frozen=True)
 class OpeningOptions:
-    """What a feature network is opened with; each network takes what it needs."""
+    """Options with which a feature network is opened; each network uses those that it needs."""
 
     cache: Path
     """Folder of weight files."""

@@ -16,7 +16,7 @@ class AutoencoderFacts:
     id: str
     """The hub's id, or the folder's name."""
     digest: str
-    """Of the weights."""
+    """Digest of the weights."""
     channels: int
     """Channels of a latent."""
     factor: int

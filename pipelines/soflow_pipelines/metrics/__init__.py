@@ -4,13 +4,13 @@ accumulators      streaming statistics by kind: moments, spatial moments, class 
 fid               Fréchet distance, feature moments
 inception_score   Inception Score
 kid               Kernel Inception Distance
-label_agreement   how often a classifier reads the label that was asked for
+label_agreement   how often a classifier predicts the label that a sample was generated for
 precision_recall  improved precision and recall
 reference         statistics of the real images that samples are scored against
 registry          the metrics by name
-reservoir         bounded choice of samples that does not depend on their order
+reservoir         fixed-size subset of samples that does not depend on their order
 score_statistics  statistics of a set of images for a choice of metrics
-scores            scores from statistics, each refused or flagged where it is not what it seems
+scores            scores from statistics; one that would mislead is refused or flagged
 version           version of the evaluator
 """
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class ScoreError(InputError, ValueError):
-    """A number that is refused because it would not be what it seems. The text says why, and what to do."""
+    """A score that is refused because it would mislead. The text says why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class AccumulatorSettings:
 
 
 class Accumulator(ABC):
-    """Statistics of a set of images, taken in batch by batch.
+    """Statistics of a set of images, accumulated batch by batch.
 
     `update` and `merge` in any order, over any split of the images, give the same statistics (sums to rounding).
     """
@@ -52,11 +52,11 @@ class Accumulator(ABC):
 
     @abstractmethod
     def update(self, indices: NDArray[np.int64], features: Features, labels: Tensor | None) -> None:
-        """Take in a batch: numbers (B,) of the images, what the network says of them, and the labels (B,) asked for."""
+        """Add a batch: numbers (B,) of the images, output of the feature network, labels (B,) that they were generated for."""
 
     @abstractmethod
     def merge(self, other: Self) -> None:
-        """Take in what another worker accumulated."""
+        """Add the statistics of another worker."""
 
     @abstractmethod
     def state(self) -> dict[str, NDArray]:
@@ -64,7 +64,7 @@ class Accumulator(ABC):
 
     @abstractmethod
     def load(self, state: Mapping[str, NDArray]) -> None:
-        """Become what `state` was taken of."""
+        """Restore the statistics from their `state`."""
 
 
 class Moments(Accumulator):
@@ -90,7 +90,7 @@ class Moments(Accumulator):
 
 
 class SpatialMoments(Accumulator):
-    """Mean and covariance of the spatial features, for sFID; their width is known from the first batch on."""
+    """Mean and covariance of the spatial features, for sFID; their width is that of the first batch."""
 
     name = "spatial"
 
@@ -118,7 +118,7 @@ class SpatialMoments(Accumulator):
 
 
 class ClassSums(Accumulator):
-    """Sums over the class probabilities, for the Inception Score; the number of classes is known from the first batch on."""
+    """Sums over the class probabilities, for the Inception Score; the number of classes is that of the first batch."""
 
     name = "classes"
 
@@ -172,7 +172,7 @@ class FeatureReservoir(Accumulator):
 
 
 class LabelAgreement(Accumulator):
-    """Number of images that a classifier gives the label they were asked for by."""
+    """Number of images for which a classifier predicts the label that they were generated for."""
 
     name = "labels"
 

@@ -1,4 +1,4 @@
-"""Agreement of a classifier's prediction with the label that a sample was asked for by."""
+"""Agreement of a classifier's prediction with the label that a sample was generated for."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Reference:
     """Statistics of a set of real images, of one feature network."""
 
     name: str
-    """Where the images are from; a tag of each number."""
+    """Location of the images; a tag of each score."""
     features: str
     """The id of the feature network."""
     resolution: tuple[int, int] | None

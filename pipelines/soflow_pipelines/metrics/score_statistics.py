@@ -29,7 +29,7 @@ AccumulatorT = TypeVar("AccumulatorT", bound=Accumulator)
 
 
 class ScoreStatistics:
-    """Statistics of images, as many as there may be: their size does not grow with the number of images.
+    """Statistics of a set of images, of a size that does not grow with the number of images.
 
     Every image has an index. Statistics of parts, taken by several workers, merge to those that one worker would have taken of all
     images: sums to rounding, and the reservoir exactly. `samples` is the number of images planned, numbered from 0; scores are then
@@ -167,7 +167,7 @@ class ScoreStatistics:
 
 @dataclass
 class _AbsentNetwork:
-    """Stands for the feature network of statistics that were read back without it."""
+    """Placeholder for the feature network of statistics that were read back without it."""
 
     id: str
     dim: int
@@ -198,10 +198,10 @@ def _checked(images: Tensor, indices: NDArray[np.int64], space: Literal["images"
 
 
 def _checksum(indices: NDArray[np.int64]) -> int:
-    """The same for the same set of indices in any order, and another for practically every other set."""
+    """Checksum of a set of indices that does not depend on their order."""
     return int(splitmix64(indices).sum(dtype=np.uint64))
 
 
 def format_size(resolution: tuple[int, int] | None) -> str:
-    """A height and a width in words."""
+    """A height and a width as text."""
     return "of no size" if resolution is None else f"{resolution[0]} x {resolution[1]}"

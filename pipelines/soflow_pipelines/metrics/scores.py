@@ -1,4 +1,4 @@
-"""Scores from statistics, each refused or flagged where it is not what it seems."""
+"""Scores from statistics. A score that would mislead is refused or flagged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ AccumulatorT = TypeVar("AccumulatorT", bound=Accumulator)
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """Scores by metric, with their flags, their spread and the settings they were taken by."""
+    """Scores by metric, with their flags, standard deviations and settings."""
 
     values: dict[str, float]
     flags: list[str] = field(default_factory=list)
@@ -41,7 +41,7 @@ class ScoreResult:
     spread: dict[str, float] = field(default_factory=dict)
     """Standard deviation of `is` over its splits and of `kid` over its subsets."""
     tags: dict[str, str] = field(default_factory=dict)
-    """Settings that move the numbers: evaluator, feature network, samples, reference."""
+    """Settings that the values depend on: evaluator, feature network, samples, reference."""
 
 
 def scores(
@@ -59,17 +59,17 @@ def scores(
     for name in requested:
         if name not in generated.metrics:
             raise ScoreError(f"{name} was not gathered; the statistics hold {', '.join(generated.metrics)}.")
-    wanted = [name for name in METRICS if name in requested]
+    selected = [name for name in METRICS if name in requested]
     generated.check_complete()
     if generated.count < 2:
         raise ScoreError(f"a score needs at least 2 samples, there are {generated.count}.")
     result = ScoreResult({}, list(generated.warnings), tags=_tags(generated, reference))
-    if any(METRICS[name].compares for name in wanted):
+    if any(METRICS[name].compares for name in selected):
         reference = _comparable(generated, reference, result)
-        _distances(wanted, generated, reference, result, torch.device(device))
-    if "is" in wanted:
+        _distances(selected, generated, reference, result, torch.device(device))
+    if "is" in selected:
         _inception_score(generated, result)
-    if "label_agreement" in wanted:
+    if "label_agreement" in selected:
         result.values["label_agreement"] = _part(generated, LabelAgreement).matches / generated.count
     return result
 
@@ -116,25 +116,25 @@ def check_size(reference: str, theirs: tuple[int, int] | None, samples: tuple[in
 
 
 def _distances(
-    wanted: list[str],
+    selected: list[str],
     generated: ScoreStatistics,
     reference: Reference,
     result: ScoreResult,
     device: torch.device,
 ) -> None:
     for name in ("fid", "fd"):
-        if name in wanted:
+        if name in selected:
             moments = _part(generated, Moments).statistics.moments()
             result.values[name] = _frechet(name, moments, reference.moments, reference, result)
-    if "sfid" in wanted:
+    if "sfid" in selected:
         spatial = _part(generated, SpatialMoments).statistics
         assert spatial is not None, "the samples were counted"
         moments = spatial.moments()
         result.values["sfid"] = _frechet("sfid", moments, reference.spatial, reference, result)
-    if "kid" in wanted:
+    if "kid" in selected:
         _kernel_distance(generated, reference, result)
-    if "precision" in wanted or "recall" in wanted:
-        _manifolds(wanted, generated, reference, result, device)
+    if "precision" in selected or "recall" in selected:
+        _manifolds(selected, generated, reference, result, device)
 
 
 def _frechet(
@@ -172,7 +172,7 @@ def _kernel_distance(generated: ScoreStatistics, reference: Reference, result: S
 
 
 def _manifolds(
-    wanted: list[str],
+    selected: list[str],
     generated: ScoreStatistics,
     reference: Reference,
     result: ScoreResult,
@@ -191,7 +191,7 @@ def _manifolds(
             result.flags.append(f"precision and recall are of {kept} of the {count} {whose}.")
     values = precision_recall(ours, theirs, device=device)
     for name, value in zip(("precision", "recall"), values, strict=True):
-        if name in wanted:
+        if name in selected:
             result.values[name] = value
 
 

@@ -1,4 +1,4 @@
 """Version of the evaluator: of everything between images and a score."""
 
 EVALUATOR = "2"
-"""A tag of each number and part of every cache key; raised where the same images would give another number."""
+"""A tag of each score and part of every cache key; incremented when the same images get another score."""

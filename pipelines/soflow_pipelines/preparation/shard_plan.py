@@ -35,9 +35,9 @@ class PrepareSettings:
     flips: bool = False
     """Whether each image is stored a second time, mirrored before it is encoded."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Of latents."""
+    """Floating-point type in which latents are stored."""
     seed: int = 0
-    """Of the order in which images are distributed over shards."""
+    """Seed of the order in which images are distributed over shards."""
     shard_bytes: int = SHARD_BYTES
     batch: int = 32
     """Images encoded at once; rounding may depend on it."""
@@ -114,7 +114,7 @@ class ShardPlan:
 
     @property
     def shards(self) -> int:
-        """How many shards there are."""
+        """Number of shards."""
         return -(-self.samples // self._per_shard)
 
     def shard_samples(self, shard: int) -> range:

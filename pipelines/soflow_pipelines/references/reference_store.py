@@ -54,7 +54,7 @@ class ResolvedReference:
     """Side of the ADM crop that was made."""
 
     def tags(self, place: str) -> dict[str, str]:
-        """Everything of the reference that can move a number."""
+        """Every property of the reference that a score depends on, as tags."""
         count = self.reference.count
         tags = {
             "reference": place,
@@ -72,7 +72,7 @@ class ReferenceStore:
     features_name: str
     metrics: tuple[str, ...]
     folder: Path
-    """Where references are kept, by digest of the images, features and metrics."""
+    """Folder of reference files, named by the digest of images, features and metrics."""
     compute: ComputeStatistics | None = None
     """Computes the statistics that are missing; None: this process, on `features`."""
 

@@ -34,7 +34,7 @@ class OpenedImages(Protocol):
         """Images start to stop (B, C, H, W), at most BATCH of them from a multiple of BATCH on, and their labels (B,)."""
 
     def close(self) -> None:
-        """Release what reading holds."""
+        """Close files and stop threads."""
 
 
 class ImageSource(Protocol):
@@ -45,7 +45,7 @@ class ImageSource(Protocol):
         """Number of images."""
 
     def cache_key_fields(self) -> dict[str, Any]:
-        """Everything that decides the images, as JSON values; not where they lie."""
+        """Everything that decides the images, as JSON values; their location is not part of it."""
 
     def open(self, device: str | torch.device) -> OpenedImages:
         """Open the set; networks that make or decode its images are on `device`."""

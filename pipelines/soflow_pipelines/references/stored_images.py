@@ -32,7 +32,7 @@ from soflow_pipelines.sources.opening import absolute_source, open_source, sourc
 from soflow_pipelines.sources.source import Source, SourceError
 
 PROBED = 16
-"""Images of a folder whose sizes are looked at before all are read."""
+"""Number of images of a folder whose sizes are checked before all are read."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class StoredImages:
     """False leaves samples of a shard set in the training space, for features that look at it."""
 
     def cache_key_fields(self) -> dict[str, Any]:
-        """Everything that decides the images; not where they lie."""
+        """Everything that decides the images, which their location does not."""
         return {
             "digest": self.digest,
             "count": self.count,
@@ -87,7 +87,7 @@ class OpenedStoredImages:
         return images, None if labels is None else torch.from_numpy(labels[start:stop])
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: no file stays open."""
 
 
 class OpenedTrainingSamples:

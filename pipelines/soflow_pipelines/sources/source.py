@@ -51,14 +51,14 @@ class Source(Protocol):
     """(N,), None where the images have no classes."""
     class_names: tuple[str, ...]
     digest: str
-    """Of the list: names, sizes and labels."""
+    """Digest of the list: names, sizes and labels."""
     ignored: int
     """Files beside the images that are not images."""
     block_ends: NDArray[np.int64] | None
     """Where given, images are cheap to read only in whole blocks: the number of items up to the end of each block."""
 
     def __len__(self) -> int:
-        """How many images there are."""
+        """Number of images."""
 
     def item_name(self, item: int) -> str:
         """Name of an image for messages."""

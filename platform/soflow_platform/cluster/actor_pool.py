@@ -124,7 +124,7 @@ class ActorPool(Generic[TaskT]):
     describe: Callable[[TaskT], str]
     """Names a task in an error message."""
     resume_hint: str
-    """What of the work outlasts a failure, as the beginning of a sentence."""
+    """Beginning of a sentence that says which results are kept after a failure."""
     uses_gpu: bool = True
 
     def imap_unordered(

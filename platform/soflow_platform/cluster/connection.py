@@ -19,7 +19,7 @@ from soflow_platform.errors import JobError, UserError
 
 PROBE_SECONDS = 5.0
 HEALTH_CHECK_SECONDS = 5.0
-"""Between two looks at whether Ray is alive, in a loop that waits for it."""
+"""Interval at which a loop that waits for Ray checks that it is alive."""
 HEALTH_SECONDS = 10.0
 DRIVER_CPUS = 0.1
 """CPUs that Tune reserves for a trial function, which only watches the trial's workers."""

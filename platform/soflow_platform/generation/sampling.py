@@ -20,7 +20,7 @@ SAMPLING_SETTINGS = ("sampler", "sampling_scale")
 
 
 class SamplingNetwork(Protocol):
-    """What sampling needs of a network: its config, and F(x, t, s, labels)."""
+    """Interface of a network that can be sampled: its config, and F(x, t, s, labels)."""
 
     @property
     def config(self) -> DiTConfig:

@@ -45,7 +45,7 @@ class TrialTask:
     parent: str
     """MLflow id of the sweep's run."""
     tags: dict[str, str]
-    """Of the trial's run."""
+    """Tags of the trial's run."""
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> TrialTask:
@@ -76,7 +76,7 @@ class TrialEnd:
     failure: str | None = None
     """A sentence, where it failed."""
     error: Exception | None = None
-    """Of the controller, where it died."""
+    """The error of Ray Train's controller, where it died."""
 
 
 def run_trial(config: dict[str, Any]) -> None:
