@@ -1,14 +1,14 @@
-"""The two ways a command ends badly: the user's mistake (exit code 2) and a job that failed (exit code 1)."""
+"""Errors that end a command: input that cannot be used (exit code 2), a job that failed (1), a requested stop (143)."""
 
 from soflow_core.failures import InputError
 
 
 class UserError(InputError):
-    """A mistake the user can mend. The text is one sentence: what is wrong, where, and what to do."""
+    """A mistake that the user can correct. The text is one sentence: what is wrong, where, and what to do."""
 
 
 class JobError(Exception):
-    """A job that started and did not finish. The text says what is lost, what is kept and how to go on."""
+    """A job that started and did not finish. The text says what is lost, what is kept and how to resume."""
 
 
 class Stopped(Exception):

@@ -61,7 +61,7 @@ class ScoreStatistics:
         return part if isinstance(part, kind) else None
 
     def update(self, indices: Tensor, images: Tensor, labels: Tensor | None = None) -> None:
-        """Take in images (B, C, H, W) with their indices (B,) and, for label agreement, the labels (B,) asked for.
+        """Take in images (B, C, H, W) with their indices (B,) and, for label agreement, the labels (B,) that they were generated for.
 
         Images are uint8, or float in [-1, 1] and then become uint8 by the official rule; a network that looks at the training space
         takes samples as they are. Raises ScoreError where a value is not finite or the sizes of images differ.

@@ -36,7 +36,7 @@ class ImageSet(Protocol):
 
     @property
     def digest(self) -> str:
-        """Digest of the images and of what is done to them; equal for equal images."""
+        """Digest of the images and of their preprocessing; equal for equal images."""
 
     def __len__(self) -> int: ...
 
@@ -83,7 +83,7 @@ def open_image_set(
 
 
 def is_shard_set(place: str | Path) -> bool:
-    """Whether a shard set lies there. A remote place is one or nothing; opening it raises what is wrong with it."""
+    """Whether the location is a shard set. A remote location always counts as one: opening it raises an error where it is none."""
     place = str(place)
     if place.endswith(".npz"):
         return False

@@ -63,7 +63,7 @@ def reference_from_adm(
     metrics: Iterable[str],
     describe: Callable[[NpzImages, list[str]], Reference] | None = None,
 ) -> Reference:
-    """ADM's reference batch: the statistics mu, sigma, mu_s, sigma_s as they stand in the file, the rest from its images `arr_0`.
+    """ADM's reference batch: the statistics mu, sigma, mu_s, sigma_s of the file, the rest computed from its images `arr_0`.
 
     The statistics are those of the published Inception. For another network they are left out, and everything is taken of the
     images. `describe` computes the reference of all images for some metrics; without it this process does. Raises ScoreError where

@@ -47,7 +47,7 @@ class ResolvedReference:
 
     reference: Reference
     digest: str
-    """Digest of the images and of what was done to them."""
+    """Digest of the images and of their preprocessing."""
     flags: tuple[str, ...] = ()
     """Sentences: why numbers taken against it are not comparable with others of their name."""
     crop: int | None = None
@@ -115,7 +115,7 @@ class ReferenceStore:
         return ResolvedReference(self._of_stored(images), images.digest, flags, images.resolution)
 
     def of_adm_npz(self, place: str, size: tuple[int, int] | None = None) -> ResolvedReference:
-        """The reference of an ADM batch: the statistics that stand in the file, and the others of the images in it."""
+        """The reference of an ADM batch: the statistics in the file, and those that are missing from the images in it."""
         path = npz_path(place)
         digest = sha256(path)
 

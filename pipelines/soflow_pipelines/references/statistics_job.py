@@ -61,7 +61,7 @@ class StatisticsJob:
     features_id: str
     metrics: tuple[str, ...]
     shape: tuple[int, int, int] = (0, 0, 0)
-    """(C, H, W) of samples in the training space, for features that look at it."""
+    """(C, H, W) of samples in the training space, for features of that space."""
 
     @property
     def key(self) -> str:

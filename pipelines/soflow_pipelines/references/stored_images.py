@@ -51,7 +51,7 @@ class StoredImages:
     info: DatasetInfo | None = None
     """Description of a shard set."""
     decode_latents: bool = True
-    """False leaves samples of a shard set in the training space, for features that look at it."""
+    """False leaves samples of a shard set in the training space, for features of that space."""
 
     def cache_key_fields(self) -> dict[str, Any]:
         """Everything that decides the images, which their location does not."""
@@ -140,7 +140,7 @@ def stored_shard_set(
 
 
 def holds_latents(place: str) -> bool:
-    """Whether a shard set of latents lies there."""
+    """Whether the location is a shard set of latents."""
     return is_shard_set(place) and read_info(place).kind == "latents"
 
 

@@ -59,7 +59,7 @@ def _print_line(line: str, trial: str, logs: int) -> None:
 
 
 def _follow(storage: ProjectFolder, found: SweepRef, paths: dict[str, Path], lines: int) -> None:
-    """Print what is there and what comes, until the sweep runs no more."""
+    """Print the present lines and each new one, until the sweep has ended."""
     readers = {trial: TrialLogReader(path) for trial, path in paths.items()}
     _print_last({trial: reader.new_lines() for trial, reader in readers.items()}, lines)
     while True:

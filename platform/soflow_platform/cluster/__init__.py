@@ -1,7 +1,7 @@
-"""A Ray to work on.
+"""Ray: connection, pools of actors, cleanup after lost processes.
 
-connection      connects to a cluster or starts a local Ray; checks that it lives
+connection      connects to a cluster or starts a local Ray; checks that it is alive
 actor_pool      runs a job's tasks on actors, with progress and restarts
-placement       releases what a killed Ray Train controller left behind
+placement       releases the placement group of a killed Ray Train controller
 ray_internals   everything taken from Ray's private modules
 """

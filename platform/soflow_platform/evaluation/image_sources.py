@@ -31,7 +31,7 @@ class GeneratedImages:
     autoencoder: str | None = None
     """Folder or id of the autoencoder that decodes latents; None: the one that the weights name."""
     decode_latents: bool = True
-    """False leaves samples in the training space, for features that look at it."""
+    """False leaves samples in the training space, for features of that space."""
 
     def cache_key_fields(self) -> dict[str, Any]:
         """Everything that decides the images, which the path of the weights file does not."""

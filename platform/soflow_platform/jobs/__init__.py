@@ -1,7 +1,7 @@
 """Work of the commands that score, compare, generate and prepare.
 
 targets            resolves a name given on the command line to weights or images
-requests           what each command is asked for
+requests           the request of each command, as a dataclass
 evaluate           scores a network or a set of images
 model_under_test   a weights file and the sampler settings under which it is scored
 log_scores         logs scores on the run and the registered version they belong to

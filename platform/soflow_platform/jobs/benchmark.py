@@ -33,7 +33,7 @@ from soflow_platform.errors import JobError
 from soflow_platform.training.step_builder import build_train_step
 
 POINTS = 6
-"""Places of the training schedule at which a step is timed: what a step does changes along it."""
+"""Points of the training schedule at which a step is timed, because its work changes along the schedule."""
 ROUNDS = 2
 """Times that each method is measured; the shortest time counts."""
 IMAGES = 64

@@ -56,7 +56,7 @@ class TargetResolver:
     copies: Path
     """Folder for copies of weights that are fetched from a registry or from object storage."""
     accepts_images: bool = True
-    """Whether a name may stand for images; otherwise for weights alone."""
+    """Whether a name may refer to images; otherwise only to weights."""
 
     @classmethod
     def for_scoring(cls, project: ProjectFolder, store: TrackingStore) -> TargetResolver:

@@ -130,7 +130,7 @@ def _evaluations_of_a_step(experiment: Experiment) -> float:
 
 
 def _setting_name(key: str, value: Any) -> str:
-    """`weight_power=1`; of a whole section its method, or what it sets: part of a trial's name."""
+    """Part of a trial's name for one setting: `weight_power=1`; for a section its method, or the settings in it."""
     if isinstance(value, dict):
         return str(value.get("method") or "-".join(_setting_name(k, v) for k, v in value.items()))
     return f"{key.rsplit('.', 1)[-1]}={f'{value:.4g}' if isinstance(value, float) else value}"

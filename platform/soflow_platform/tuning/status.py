@@ -41,7 +41,7 @@ class TrialReport:
     """Seconds to the last step; None where the trial does not run."""
     loss: float | None
     checkpoint_step: int | None
-    """Step of the newest checkpoint, where checkpoints lie in a folder."""
+    """Step of the newest checkpoint; None where checkpoints are kept in S3."""
     heartbeat_seconds: float | None
     """Age of the status file's content."""
     stale: bool
@@ -95,7 +95,7 @@ def trial_reports(storage: ProjectFolder, record: SweepRecord, trials: list[str]
 
 
 def sweep_state(storage: ProjectFolder, record: SweepRecord) -> TrialState:
-    """RUNNING, STOPPING, FINISHED, STOPPED (because that was asked for) or CUT."""
+    """State of a sweep: RUNNING, STOPPING, FINISHED, STOPPED (after a request) or CUT."""
     asked = stop_requested(storage, record.id)
     if sweep_runs(storage, record):
         return TrialState.STOPPING if asked else TrialState.RUNNING
