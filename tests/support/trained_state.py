@@ -1,4 +1,4 @@
-"""What a trial's training came to, tensor by tensor."""
+"""The final state of a trial, tensor by tensor."""
 
 from __future__ import annotations
 

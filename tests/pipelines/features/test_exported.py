@@ -1,4 +1,4 @@
-"""A feature network of one's own: a torch.export program and a JSON file that says what it takes."""
+"""A feature network that a user exports: a torch.export program and a JSON file that describes its input."""
 
 import json
 import pickle
@@ -73,7 +73,7 @@ def test_logits_open_the_metrics_they_are_good_for(tmp_path: Path, logits: str, 
     assert torch.equal(seen.logits, torch.full((2, 3), 6.0))
 
 
-def test_the_id_changes_with_the_program_and_with_what_is_said_of_it(tmp_path: Path) -> None:
+def test_the_id_changes_with_the_program_and_its_description(tmp_path: Path) -> None:
     ids = set()
     for number, described in enumerate([{}, {"range": [-1, 2]}, {"version": "2"}, {"logits": "classes"}]):
         folder = tmp_path / str(number)
@@ -83,7 +83,7 @@ def test_the_id_changes_with_the_program_and_with_what_is_said_of_it(tmp_path: P
     assert all(id.startswith("file-corners-") for id in ids)
 
 
-def test_a_program_of_another_size_is_not_resized_for_where_that_is_said(tmp_path: Path) -> None:
+def test_images_are_not_resized_where_the_description_says_none(tmp_path: Path) -> None:
     network = open_features(export(tmp_path, resize="none"), tmp_path)
     with pytest.raises(ValueError, match=r"takes images of \(4, 6\), not of \(8, 8\)"):
         network(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
@@ -109,7 +109,7 @@ def test_a_description_that_is_wrong_is_named(tmp_path: Path, described: dict[st
         open_features(place, tmp_path)
 
 
-def test_a_program_without_its_description_is_told_what_to_write(tmp_path: Path) -> None:
+def test_a_program_without_its_description_is_refused_with_an_example(tmp_path: Path) -> None:
     place = export(tmp_path)
     (tmp_path / "net.json").unlink()
     with pytest.raises(FeatureError, match=r"net.json is missing.*\"size\": \[224, 224\]"):

@@ -1,4 +1,4 @@
-"""Inception, DINOv2 and CLIP: what they say of an image, and files that are missing or other than published."""
+"""Inception, DINOv2 and CLIP: their outputs, and weight files that are missing or differ from the published ones."""
 
 import pickle
 from dataclasses import replace
@@ -40,7 +40,7 @@ def no_weights_but_those_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         monkeypatch.delenv(f"SOFLOW_{name}_WEIGHTS", raising=False)
 
 
-def test_inception_says_what_torch_fidelity_says(
+def test_inception_gives_the_features_of_torch_fidelity(
     inception_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOFLOW_INCEPTION_WEIGHTS", str(inception_file))
@@ -108,7 +108,7 @@ def test_dinov2_is_the_network_that_its_file_describes(tmp_path: Path) -> None:
     )
 
 
-def test_clip_says_what_torch_fidelity_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clip_gives_the_features_of_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = clip_tensors()
     theirs = FeatureExtractorCLIP(
         "clip-vit-b-32", ["clip"], str(save_as_program(tensors, tmp_path / "program.pt"))
@@ -169,7 +169,7 @@ def test_published_weights_are_fetched_once_and_checked(
     assert open_features("inception", tmp_path / "cache").warnings == ()
 
 
-def test_a_server_that_cannot_be_reached_is_said_to_be(
+def test_a_server_that_cannot_be_reached_is_named_in_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inception, "WEIGHTS", replace(WEIGHTS, url="http://127.0.0.1:1/weights.pth"))

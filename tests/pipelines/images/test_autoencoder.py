@@ -1,4 +1,4 @@
-"""Loading an autoencoder: what is refused, and with which way out."""
+"""Loading an autoencoder: which files are refused, and what the error tells the user to do."""
 
 from pathlib import Path
 

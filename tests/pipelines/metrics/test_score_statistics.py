@@ -1,4 +1,4 @@
-"""Statistics for scores: parts merge to the whole, and numbers that are not what they seem are refused or flagged."""
+"""Statistics for scores: parts merge to the whole, and scores that would mislead are refused or flagged."""
 
 import dataclasses
 from collections.abc import Sequence

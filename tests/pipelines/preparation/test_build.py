@@ -1,4 +1,4 @@
-"""Preparation: what each shard holds, and that a resumed preparation ends with the same bytes."""
+"""Preparation: the content of each shard, and that a resumed preparation ends with the same bytes."""
 
 import io
 from itertools import pairwise

@@ -287,7 +287,7 @@ def test_a_kept_reference_is_of_one_version_of_the_evaluator(
     assert network.seen == 2 * COUNT
 
 
-def test_kept_references_are_told_apart_by_data_features_and_what_was_done(tmp_path: Path) -> None:
+def test_kept_references_differ_by_data_features_and_preprocessing(tmp_path: Path) -> None:
     real = reference_from_images([torch.from_numpy(pictures())], Painted(), ["fid"], "paint")
     made = []
 

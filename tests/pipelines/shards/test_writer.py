@@ -1,4 +1,4 @@
-"""Shard sets: what is written, that it is the same every time, and who can read it."""
+"""Shard sets: their files, equal bytes for equal input, and reading them with the WebDataset library."""
 
 import hashlib
 import io

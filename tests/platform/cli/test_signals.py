@@ -1,4 +1,4 @@
-"""What a command that trains does with SIGTERM, SIGHUP and Ctrl-C: signals that are really sent, to this process."""
+"""SIGTERM, SIGHUP and Ctrl-C to a command that trains: real signals, sent to this process."""
 
 from __future__ import annotations
 

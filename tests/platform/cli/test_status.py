@@ -1,4 +1,4 @@
-"""soflowctl status, logs and stop: what they read and write are files of the project folder."""
+"""soflowctl status, logs and stop, which read and write files of the project folder."""
 
 from __future__ import annotations
 

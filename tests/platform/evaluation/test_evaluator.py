@@ -1,4 +1,4 @@
-"""Evaluation during training, on any feature network: what it sees, what it says of itself, and that it disturbs nothing."""
+"""Evaluation during training, on any feature network: its scores, tags and flags, and that it does not disturb the training."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_weights_that_cannot_be_had_are_named_before_training_starts(
     assert not storage.sweeps.exists()
 
 
-def test_fewer_samples_than_features_are_said_in_the_tags(
+def test_fewer_samples_than_features_are_flagged_in_the_tags(
     worker: Make, thumbnail: str, tmp_path: Path
 ) -> None:
     few = worker("few", f"evaluation.features={exported(tmp_path / 'net', 1, 8, side=6)}").setup.evaluator

@@ -1,4 +1,4 @@
-"""Images that are there are what they seem: all of them or a fair part, of one size, in one space, read anew when they were changed."""
+"""Stored images as reference or target: all or a random part, of one size, in one space, read again when they have changed."""
 
 from __future__ import annotations
 

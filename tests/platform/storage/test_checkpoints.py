@@ -1,4 +1,4 @@
-"""A checkpoint is complete or absent, in a folder and in S3, and what is read is what was written."""
+"""A checkpoint is complete or absent, in a folder and in S3, and is verified when it is read."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def test_no_point_is_lost_while_a_server_is_busy_or_slow(server: Answers, status
     assert "succeeded after" in messages[1]
 
 
-def test_a_refusal_is_no_outage_and_is_told_at_once(server: Answers) -> None:
+def test_a_refused_request_is_no_outage_and_is_reported_at_once(server: Answers) -> None:
     log = opened(server, print, 30)
     server.status, server.failures = 403, 100
     log.log_metrics(1, {"train/loss": 0.5})
@@ -135,7 +135,7 @@ def test_a_refusal_is_no_outage_and_is_told_at_once(server: Answers) -> None:
 
 
 @pytest.mark.parametrize("status", [503, 403])
-def test_a_grid_that_cannot_be_sent_is_told_and_costs_no_point(server: Answers, status: int) -> None:
+def test_a_grid_that_cannot_be_sent_is_reported_and_costs_no_point(server: Answers, status: int) -> None:
     messages: list[str] = []
     log = opened(server, messages.append, 0.5)
     server.artifacts_status = status
@@ -210,7 +210,7 @@ def test_a_sweep_stopped_during_an_outage_ends_as_stopped(
 @pytest.mark.parametrize(
     ("status", "code", "kind"), [(504, 1, "failed: the tracking server does not answer: "), (403, 1, "bug")]
 )
-def test_a_command_tells_a_server_that_is_away_from_a_bug(
+def test_a_command_distinguishes_an_outage_from_a_bug(
     server: Answers,
     status: int,
     code: int,

@@ -57,7 +57,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("state", "average"), [(20, 1), (4, 16)], ids=["in the first file", "in the second"])
-def test_a_full_disk_is_told_as_one_whichever_file_it_meets(tmp_path: Path, state: int, average: int) -> None:
+def test_a_full_disk_is_reported_as_such_for_every_file(tmp_path: Path, state: int, average: int) -> None:
     def write(folder: Path) -> None:
         torch.save({"w": torch.zeros(state << 18)}, folder / checkpoints.STATE)
         save_weights(folder / checkpoints.EMA, {"w": torch.zeros(average << 18)}, CONFIG, SoFlow(), data={})

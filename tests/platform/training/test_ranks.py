@@ -209,7 +209,7 @@ def test_an_outage_of_tracking_at_the_start_fails_all_ranks(
     assert first.startswith("reading the run's curves failed for ")
 
 
-def test_a_failure_that_was_told_is_forgotten_once_the_trial_goes_on() -> None:
+def test_a_reported_failure_is_cleared_once_the_trial_resumes() -> None:
     actor = ProgressActor()
     actor.update("trial", {"state": TrialState.FAILED})
     actor.update("trial", {"failure": "the tracking server stayed away"})

@@ -1,4 +1,4 @@
-"""A trial's log: whole lines in the order of writing, whoever writes, and a reader that misses none."""
+"""A trial's log: whole lines in order from several writers, and a reader that misses none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Equal steps and equal network evaluations: what a method costs is counted on the method itself."""
+"""Budgets of equal steps and equal network evaluations, which are counted on the method itself."""
 
 from __future__ import annotations
 

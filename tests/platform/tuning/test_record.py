@@ -1,4 +1,4 @@
-"""The record of a sweep: what is written is read back, other versions are read or refused in a sentence."""
+"""The record of a sweep: saved and loaded, from other versions too, or refused in a sentence."""
 
 from __future__ import annotations
 
