@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from soflow_core.labels import NULL_LABEL
 from soflow_core.rows import per_row
-from soflow_core.settings import check_drop
+from soflow_core.settings import STRICT, check_drop, check_values
 
 DECAY_RATE = 0.025
 """kappa_d of the guidance decay (SoFlow's official code)."""
@@ -20,7 +20,7 @@ DECAY_RATE = 0.025
 class Guidance:
     """Guidance of SoFlow's target. At a scale of 1 there is none: no label is dropped, no velocity mixed in."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     scale: float = 3.0
     """w: 1 is no guidance."""
@@ -32,6 +32,7 @@ class Guidance:
     """tau: the time above which guidance decays to nothing at t = 1; 1 never decays."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         if self.scale < 1:
             raise ValueError(f"guidance.scale is {self.scale}; give 1 for no guidance or more for guidance")
         if not 0 < self.mix <= 1:
@@ -94,7 +95,7 @@ class VelocityGuidance:
     Its effective scale is omega / (1 - kappa). SoFlow's scale w and mix m are omega = m w, kappa = 1 - m.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     omega: float = 1.0
     kappa: float = 0.0
@@ -106,6 +107,7 @@ class VelocityGuidance:
     """Probability that a sample's label is replaced by the null label."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         if not 0 <= self.kappa < 1:
             raise ValueError(f"guidance.kappa is {self.kappa}; it must be from 0 to below 1")
         if self.omega <= 0:

@@ -10,14 +10,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from soflow_core.settings import check_choices
+from soflow_core.settings import STRICT, check_values
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Variant and settings of Adam; the defaults are SoFlow's on ImageNet."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     name: Literal["adamw", "radam", "adam"] = "adamw"
     lr: float = 1e-4
@@ -33,7 +33,7 @@ class OptimizerConfig:
     """The learning rate of the last step under `linear` and `cosine`."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_values(self)
         if self.lr <= 0:
             raise ValueError(f"optimizer.lr is {self.lr}; a learning rate above 0 is needed")
         if not all(0 <= beta < 1 for beta in self.betas):

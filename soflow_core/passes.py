@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from soflow_core.settings import check_choices
+from soflow_core.settings import check_values
 
 Network = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """F(x, t, s, labels): (B, C, H, W), (B,), (B,), (B,) int64 or None -> (B, C, H, W)."""
@@ -40,7 +40,7 @@ class PassPolicy:
     """
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_values(self)
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import types
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from numbers import Integral, Real
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 SettingsT = TypeVar("SettingsT")
 
+STRICT: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
+"""How pydantic reads a settings dataclass: unknown keys and numbers that are not finite are refused at their own key."""
 
-def check_choices(settings: Any) -> None:
-    """Raises ValueError where a field that takes one of several names has another value."""
-    kind = type(settings)
-    for name, known in _choices(kind).items():
+
+def check_values(settings: Any) -> None:
+    """Checks each field of a settings dataclass against its type; numbers must be finite, and true is no number.
+
+    Raises ValueError that names the field. Called first in `__post_init__`.
+    """
+    kind: Any = type(settings)
+    for name, hint in _hints(kind).items():
         value = getattr(settings, name)
-        if value not in known:
-            raise ValueError(
-                f"{kind.__name__}.{name} is {value!r}; it is one of {', '.join(map(repr, known))}"
-            )
+        if not _fits(value, hint):
+            raise ValueError(f"{kind.__name__}.{name} is {value!r}; {_needed(hint)}")
 
 
 def check_share(name: str, value: float) -> None:
@@ -44,7 +52,10 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[SettingsT], values: Mapping[str, Any]) -> SettingsT:
-    """Nested dictionaries -> the dataclass `kind`. Raises ValueError for a key that it does not have."""
+    """Nested dictionaries -> the dataclass `kind`.
+
+    Raises ValueError for a key that it does not have, one that is missing, and a value of another type.
+    """
     assert dataclasses.is_dataclass(kind)
     known = {field.name for field in dataclasses.fields(kind) if field.init}
     unknown = sorted(set(values) - known)
@@ -52,7 +63,12 @@ def from_dict(kind: type[SettingsT], values: Mapping[str, Any]) -> SettingsT:
         raise ValueError(
             f"{kind.__name__} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}"
         )
-    hints = get_type_hints(kind)
+    missing = [
+        field.name for field in dataclasses.fields(kind) if _is_required(field) and field.name not in values
+    ]
+    if missing:
+        raise ValueError(f"{kind.__name__} lacks {', '.join(missing)}")
+    hints = _hints(kind)
     return kind(**{name: _value(hints[name], value) for name, value in values.items()})
 
 
@@ -65,11 +81,61 @@ def _value(hint: Any, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
-    """Literal fields of a dataclass, with their values."""
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    absent = dataclasses.MISSING
+    return field.init and field.default is absent and field.default_factory is absent
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Types of a dataclass's fields."""
     hints = get_type_hints(kind)
-    return {
-        field.name: get_args(hints[field.name])
-        for field in dataclasses.fields(kind)
-        if get_origin(hints[field.name]) is Literal
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type."""
+    origin, members = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, member) for member in members)
+    if origin is Literal:
+        return any(type(value) is type(known) and value == known for known in members)
+    if origin is tuple:
+        return isinstance(value, tuple) and _fit_each(value, members)
+    if hint in (int, float):
+        return (
+            not isinstance(value, bool)
+            and isinstance(value, Real if hint is float else Integral)
+            and _is_finite(value)
+        )
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _fit_each(values: tuple[Any, ...], hints: tuple[Any, ...]) -> bool:
+    if len(hints) == 2 and hints[1] is Ellipsis:
+        return all(_fits(value, hints[0]) for value in values)
+    return len(values) == len(hints) and all(map(_fits, values, hints))
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        # A whole number beyond the range of floats.
+        return False
+
+
+def _needed(hint: Any) -> str:
+    """What a field of this type takes, as the end of a sentence."""
+    if get_origin(hint) is Literal:
+        return f"it is one of {', '.join(map(repr, get_args(hint)))}"
+    names = {
+        int: "a whole number is needed",
+        float: "a finite number is needed",
+        bool: "true or false is needed",
     }
+    if get_origin(hint) in (Union, types.UnionType):
+        members = [member for member in get_args(hint) if member is not type(None)]
+        if len(members) == 1:
+            return f"{_needed(members[0])}, or none"
+    return names.get(hint) or f"{getattr(hint, '__name__', hint)} is needed"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from soflow_core.settings import check_choices
+from soflow_core.settings import STRICT, check_values
 
 MINIMAL_GAP = 1e-4
 """Lower bound of t, and of the distances of s and l from t, in the consistency branch (SoFlow)."""
@@ -19,7 +19,7 @@ MINIMAL_GAP = 1e-4
 class LogitNormal:
     """Times in (0, 1) whose logit is normal."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     mean: float = 0.0
     """Mean of the logit; below 0 favours times near the data."""
@@ -27,6 +27,7 @@ class LogitNormal:
     """Standard deviation of the logit."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         if self.std < 0:
             raise ValueError(f"a logit-normal std of {self.std} is negative; give 0 or more")
 
@@ -54,7 +55,7 @@ def middle_time(t: Tensor, s: Tensor, ratio: float, gap: float = MINIMAL_GAP) ->
 class RatioSchedule:
     """Schedule of the middle-time ratio r(k, K) at step k of K: the middle time is l = t + (s - t) r."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     kind: Literal["constant", "linear", "cosine", "exponential"] = "exponential"
     """Shape of r between `initial` and `final`; `constant` is `final` throughout."""
@@ -64,7 +65,7 @@ class RatioSchedule:
     """r at step K."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_values(self)
         for name, value in (("initial", self.initial), ("final", self.final)):
             if not 0 < value <= 1:
                 raise ValueError(

@@ -17,12 +17,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from soflow_core.failures import InputError, summarize
 from soflow_core.networks import SIZES, DiT, DiTConfig
 from soflow_core.objectives import OBJECTIVES, Objective
 from soflow_core.settings import from_dict, to_dict
 
 HEADER = "soflow"
 FORMAT = 1
+
+
+class WeightsError(InputError, ValueError):
+    """Raised for a file of weights that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -64,46 +69,110 @@ def save_weights(
 
 
 def load_weights(path: str | Path) -> Weights:
-    """Reads a file written by save_weights. Raises ValueError for any other file."""
+    """Reads a file written by save_weights. Raises WeightsError for any other file, and where a weight is not finite."""
+    path = Path(path)
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(HEADER)
+            config, objective, data = _read_header(text)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
+        raise WeightsError(f"{path} is not a complete safetensors file ({error})") from error
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise WeightsError(f"the {HEADER} header of {path} cannot be used: {error}") from error
+    require_finite(tensors, path)
+    return Weights(config, objective, data, tensors)
+
+
+def _read_header(text: str | None) -> tuple[DiTConfig, Objective, dict[str, Any]]:
+    """Architecture, method and data of a header. Raises ValueError where a part is missing or of another type."""
     if text is None:
-        raise ValueError(f"{path} holds tensors but no {HEADER} header; it was not written by save_weights")
-    header = json.loads(text)
-    if header["format"] != FORMAT:
+        raise ValueError("there is none; the file was not written by save_weights")
+    try:
+        header = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(header, dict):
+        raise ValueError("it is no JSON object")
+    missing = [name for name in ("format", "network", "objective", "data") if name not in header]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    if type(header["format"]) is not int or header["format"] != FORMAT:
         raise ValueError(
-            f"{path} has format {header['format']} and this version reads {FORMAT}; use a newer version"
+            f"it has format {header['format']!r} and this version reads {FORMAT}; use a newer version"
         )
-    settings = header["objective"]
-    if settings["method"] not in OBJECTIVES:
-        raise ValueError(f"{path} was trained with {settings['method']}; known are {', '.join(OBJECTIVES)}")
-    return Weights(
-        network_config=from_dict(DiTConfig, header["network"]),
-        objective=from_dict(OBJECTIVES[settings["method"]], settings),
-        data=header["data"],
-        tensors=tensors,
-    )
+    network, settings, data = (_object(header, name) for name in ("network", "objective", "data"))
+    method = settings.get("method")
+    if not isinstance(method, str) or method not in OBJECTIVES:
+        raise ValueError(f"its method is {method!r}; known are {', '.join(OBJECTIVES)}")
+    return from_dict(DiTConfig, network), from_dict(OBJECTIVES[method], settings), data
+
+
+def _object(header: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = header[name]
+    if not isinstance(value, dict):
+        raise ValueError(f"its {name} is no JSON object")
+    return value
+
+
+def require_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raises WeightsError where a tensor has a value that is not finite."""
+    for name, tensor in tensors.items():
+        # Tensors of 8 bits have few operations of their own.
+        values = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+        if not torch.isfinite(values).all():
+            raise WeightsError(
+                f"{path} has weights that are not finite ({name}): it comes from a training that failed, or is damaged"
+            )
 
 
 def build_network(weights: Weights) -> DiT:
-    """Network with these weights, in eval mode. Raises ValueError where weights and architecture disagree."""
-    network = DiT(weights.network_config)
+    """Network with these weights, in eval mode.
+
+    Shapes are compared before memory is taken. Raises WeightsError where weights and architecture disagree.
+    """
+    depth = weights.network_config.depth
+    if depth > len(weights.tensors):
+        raise WeightsError(
+            f"a network of depth {depth} has more tensors than the {len(weights.tensors)} of the file"
+        )
+    try:
+        with torch.device("meta"):
+            network = DiT(weights.network_config)
+    except RuntimeError as error:
+        raise WeightsError(f"a network of this configuration cannot be made: {summarize(error)}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     stored = {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
     for name, shape in expected.items():
         if name not in stored:
-            raise ValueError(f"the weights lack {name}, which a network of this configuration has")
+            raise WeightsError(f"the weights lack {name}, which a network of this configuration has")
         if stored[name] != shape:
-            raise ValueError(f"the weights have {name} of shape {stored[name]}; the network needs {shape}")
+            raise WeightsError(f"the weights have {name} of shape {stored[name]}; the network needs {shape}")
     extra = sorted(set(stored) - set(expected))
     if extra:
-        raise ValueError(f"the weights have {extra[0]}, which a network of this configuration does not have")
-    network.load_state_dict(weights.tensors)
+        raise WeightsError(
+            f"the weights have {extra[0]!r}, which a network of this configuration does not have"
+        )
+    network.to_empty(device="cpu").load_state_dict(weights.tensors)
     return network.eval()
+
+
+def read_torch_file(path: str | Path) -> Any:
+    """Content of a file in torch's own format, as tensors and plain containers; code in it is never run.
+
+    Raises WeightsError where it holds more than that, or is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} holds more than tensors, which only running its code would read; save its state dicts alone"
+        ) from error
+    except Exception as error:
+        # The reader has no class of error of its own: damaged files end it in many ways.
+        raise WeightsError(f"{path} is not a complete checkpoint file: {summarize(error)}") from error
 
 
 def read_official(
@@ -116,21 +185,24 @@ def read_official(
 
     `heads` is needed where width and depth are those of no named size. `null_label` is needed where there is a
     label table, whose shape does not show whether its last row is the null label, as it is in guided models.
-    Raises ValueError where one of these is missing, or for any other file.
+    Raises WeightsError where one of these is missing, or for any other file.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors, which only running its code would read; save its state dicts alone"
-        ) from error
+    state = read_torch_file(path)
     if not isinstance(state, dict) or which not in state:
         content = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"{path} has no {which}; it holds {content}")
-    tensors = {_plain_name(name): tensor for name, tensor in state[which].items()}
+        raise WeightsError(f"{path} has no {which}; it holds {content}")
+    named = state[which].items() if isinstance(state[which], dict) else ()
+    tensors = {_plain_name(str(name)): tensor for name, tensor in named if isinstance(tensor, Tensor)}
     if "pos_embed" not in tensors or "x_embedder.proj.weight" not in tensors:
-        raise ValueError(f"{path} is not a DiT checkpoint: it lacks pos_embed or x_embedder.proj.weight")
-    return Weights(_infer_config(tensors, heads, null_label), objective=None, tensors=tensors)
+        raise WeightsError(f"{path} is not a DiT checkpoint: it lacks pos_embed or x_embedder.proj.weight")
+    require_finite(tensors, path)
+    try:
+        config = _infer_config(tensors, heads, null_label)
+    except WeightsError:
+        raise
+    except (ValueError, LookupError, ZeroDivisionError) as error:
+        raise WeightsError(f"{path} is not a DiT checkpoint: {summarize(error)}") from error
+    return Weights(config, objective=None, tensors=tensors)
 
 
 def _plain_name(name: str) -> str:
@@ -147,9 +219,9 @@ def _infer_config(tensors: Mapping[str, Tensor], heads: int | None, null_label: 
     if heads is None:
         heads = next((h for width, layers, h in SIZES.values() if (width, layers) == (hidden, depth)), None)
     if heads is None:
-        raise ValueError(f"no named size has width {hidden} and depth {depth}; say how many heads it has")
+        raise WeightsError(f"no named size has width {hidden} and depth {depth}; say how many heads it has")
     if table is not None and null_label is None:
-        raise ValueError(
+        raise WeightsError(
             f"the label table has {len(table)} rows; say whether the last one is the null label, as in guided models"
         )
     return DiTConfig(

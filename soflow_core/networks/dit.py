@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from soflow_core.labels import NULL_LABEL
 from soflow_core.networks.layers import Attention, Mlp, PatchEmbed
+from soflow_core.settings import STRICT, check_values
 
 FREQUENCIES = 256
 """Width of the sinusoidal time embedding."""
@@ -23,12 +24,25 @@ FREQUENCIES = 256
 MAX_PERIOD = 10_000.0
 """Longest period of the sinusoids of times and positions."""
 
+LARGEST = {
+    "channels": 2**12,
+    "height": 2**14,
+    "width": 2**14,
+    "patch": 2**10,
+    "hidden": 2**16,
+    "depth": 2**10,
+    "heads": 2**10,
+    "mlp_ratio": 2**8,
+    "classes": 2**24,
+}
+"""Upper bounds of the settings of a network, far above any that was trained: a typing error is told before it takes memory."""
+
 
 @dataclass(frozen=True)
 class DiTConfig:
     """Architecture of a DiT."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     channels: int
     height: int
@@ -46,6 +60,11 @@ class DiTConfig:
     """Whether the label table has a row, index `classes`, for a dropped label."""
 
     def __post_init__(self) -> None:
+        check_values(self)
+        for name, largest in LARGEST.items():
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= largest:
+                raise ValueError(f"{name} is {value}; it must be above 0 and at most {largest}")
         if self.height % self.patch or self.width % self.patch:
             raise ValueError(
                 f"an input of {self.height} x {self.width} is not divisible by a patch of {self.patch};"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from soflow_core.objectives.base import (
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
 from soflow_core.rows import per_row, row_mean
-from soflow_core.settings import check_choices, check_share, check_weight_eps
+from soflow_core.settings import STRICT, check_share, check_values, check_weight_eps
 from soflow_core.times import LogitNormal
 
 CLIP = 4.0
@@ -40,7 +40,7 @@ CLIP = 4.0
 class AlphaSchedule:
     """Schedule of alpha over training: a falling sigmoid (alpha-Flow, Algorithm 2), or constant."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     kind: Literal["sigmoid", "constant"] = "sigmoid"
     start: float = 0.0
@@ -54,7 +54,7 @@ class AlphaSchedule:
     """alpha of the constant kind."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_values(self)
         if not 0 <= self.start < self.end:
             raise ValueError(f"an alpha schedule from {self.start} to {self.end}; give 0 <= start < end")
         if not 0 <= self.value <= 1:
@@ -81,7 +81,7 @@ class AlphaSchedule:
 class AlphaFlow(AverageVelocityModel):
     """Settings of alpha-Flow; the defaults are the paper's for B/2, with kappa of the released configuration."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     method: Literal["alphaflow"] = "alphaflow"
     flow_matching_share: float = 0.25
@@ -94,6 +94,7 @@ class AlphaFlow(AverageVelocityModel):
     schedule: AlphaSchedule = field(default_factory=AlphaSchedule)
 
     def __post_init__(self) -> None:
+        check_values(self)
         check_share("flow_matching_share", self.flow_matching_share)
         check_weight_eps(self.weight_eps)
 

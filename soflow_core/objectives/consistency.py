@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
 from soflow_core.rows import per_row, row_mean, row_sum
 from soflow_core.samplers.solution import sample_with_renoising
+from soflow_core.settings import STRICT, check_values
 from soflow_core.times import LogitNormal
 
 
@@ -93,7 +94,7 @@ def discrete_loss(
 class ImprovedConsistency(ConsistencyModel):
     """Settings of iCT (arXiv 2310.14189): neighbouring noise levels of a grid that doubles in stages."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     method: Literal["ict"] = "ict"
     time: LogitNormal = field(default_factory=lambda: LogitNormal(-1.1, 2.0))
@@ -110,6 +111,7 @@ class ImprovedConsistency(ConsistencyModel):
     """c of the pseudo-Huber distance, times the square root of the number of elements of a sample."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(
                 f"noise levels {self.sigma_min} to {self.sigma_max}; give 0 < sigma_min < sigma_max"
@@ -164,7 +166,7 @@ class ImprovedConsistency(ConsistencyModel):
 class EasyConsistency(ConsistencyModel):
     """Settings of ECT (arXiv 2406.14548): the second noise level rises from 0 towards the first during training."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     method: Literal["ect"] = "ect"
     time: LogitNormal = field(default_factory=lambda: LogitNormal(-1.1, 2.0))
@@ -179,6 +181,7 @@ class EasyConsistency(ConsistencyModel):
     """c of the distance sqrt(|d|^2 + c^2) - c; 0 is the plain norm."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         if self.quotient <= 1:
             raise ValueError(f"quotient is {self.quotient}; the gap shrinks by it, so it must be above 1")
         if self.stages < 1:
@@ -212,7 +215,7 @@ class ContinuousConsistency(ConsistencyModel):
     left out.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     method: Literal["scm"] = "scm"
     time: LogitNormal = field(default_factory=lambda: LogitNormal(-1.0, 1.4))
@@ -223,6 +226,7 @@ class ContinuousConsistency(ConsistencyModel):
     """c of the normalization g / (rms(g) + c)."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; give 0 or more")
         if self.tangent_eps <= 0:

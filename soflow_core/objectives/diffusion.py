@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,14 +27,14 @@ from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.rows import per_row, row_mean
 from soflow_core.samplers.diffusion import ddim, ddpm, linear_alpha_bar
 from soflow_core.samplers.ode import guided_prediction
-from soflow_core.settings import check_choices, check_drop
+from soflow_core.settings import STRICT, check_drop, check_values
 
 
 @dataclass(frozen=True)
 class Diffusion(Objective):
     """Settings of diffusion; the defaults are DiT's."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     method: Literal["diffusion"] = "diffusion"
     diffusion_steps: int = 1000
@@ -50,7 +50,7 @@ class Diffusion(Objective):
     """Guidance scale at sampling; 1 is none."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_values(self)
         if not 0 < self.beta_first <= self.beta_last < 1:
             raise ValueError(
                 f"betas from {self.beta_first} to {self.beta_last}; give 0 < beta_first <= beta_last < 1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import PATHS, PathName
 from soflow_core.rows import row_mean
 from soflow_core.samplers.ode import euler, guided_prediction, heun
-from soflow_core.settings import check_choices, check_drop
+from soflow_core.settings import STRICT, check_drop, check_values
 from soflow_core.times import LogitNormal
 
 
@@ -31,7 +31,7 @@ from soflow_core.times import LogitNormal
 class FlowMatching(Objective):
     """Settings of Flow Matching; the defaults are SiT's."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     method: Literal["flow_matching"] = "flow_matching"
     path: PathName = "linear"
@@ -45,7 +45,7 @@ class FlowMatching(Objective):
     """Guidance scale at sampling; 1 is none."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_values(self)
         check_drop("drop", self.drop)
         if self.sampling_scale != 1 and self.drop == 0:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -28,7 +28,7 @@ from soflow_core.objectives.base import (
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
 from soflow_core.rows import row_mean, row_sum
-from soflow_core.settings import check_share, check_weight_eps
+from soflow_core.settings import STRICT, check_share, check_values, check_weight_eps
 from soflow_core.times import LogitNormal
 
 
@@ -36,7 +36,7 @@ from soflow_core.times import LogitNormal
 class MeanFlow(AverageVelocityModel):
     """Settings of MeanFlow; the defaults are its ImageNet recipe without guidance."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     method: Literal["meanflow"] = "meanflow"
     flow_matching_share: float = 0.75
@@ -50,6 +50,7 @@ class MeanFlow(AverageVelocityModel):
     guidance: VelocityGuidance = field(default_factory=VelocityGuidance)
 
     def __post_init__(self) -> None:
+        check_values(self)
         check_share("flow_matching_share", self.flow_matching_share)
         check_weight_eps(self.weight_eps)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from soflow_core.objectives.base import (
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
 from soflow_core.rows import choose_rows, per_row, row_mean
+from soflow_core.settings import STRICT, check_values
 
 CLIP = 4.0
 """Bound of the elements of states between half steps, and of targets (the official code)."""
@@ -36,7 +37,7 @@ CLIP = 4.0
 class Shortcut(AverageVelocityModel):
     """Settings of Shortcut models; the defaults are the official code's."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     method: Literal["shortcut"] = "shortcut"
     base_steps: int = 128
@@ -51,6 +52,7 @@ class Shortcut(AverageVelocityModel):
     """Guidance scale inside the target made of the two finest steps; 1 is none."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         if self.base_steps < 2 or self.base_steps & (self.base_steps - 1):
             raise ValueError(f"base_steps is {self.base_steps}; a power of 2, at least 2, is needed")
         if not 0 <= self.bootstrap_share <= 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import PATHS, PathName
 from soflow_core.rows import choose_rows, per_row, row_mean
 from soflow_core.samplers.solution import sample_with_renoising
-from soflow_core.settings import check_choices, check_share, check_weight_eps
+from soflow_core.settings import STRICT, check_share, check_values, check_weight_eps
 from soflow_core.times import LogitNormal, RatioSchedule, consistency_times, middle_time
 
 
@@ -44,7 +44,7 @@ from soflow_core.times import LogitNormal, RatioSchedule, consistency_times, mid
 class SoFlowTimes:
     """Distributions of the times of SoFlow's two branches."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     velocity: LogitNormal = field(default_factory=lambda: LogitNormal(-0.2, 1.0))
     """t of the Flow Matching branch."""
@@ -52,6 +52,9 @@ class SoFlowTimes:
     """t of the consistency branch."""
     end: LogitNormal = field(default_factory=lambda: LogitNormal(-1.0, 0.8))
     """s of the consistency branch."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class BranchLoss:
 class SoFlow(Objective):
     """Settings of SoFlow; the defaults are the paper's ImageNet 256 recipe."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     method: Literal["soflow"] = "soflow"
     flow_matching_share: float = 0.75
@@ -84,7 +87,7 @@ class SoFlow(Objective):
     """The middle-time ratio r(k, K)."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_values(self)
         check_share("flow_matching_share", self.flow_matching_share)
         if self.weight_power < 0:
             raise ValueError(

@@ -1,14 +1,24 @@
 """Settings out of their range are refused where they are made."""
 
-from typing import Any
+import dataclasses
+import math
+from typing import Any, get_type_hints
 
 import pytest
 
 from soflow_core.guidance import Guidance, VelocityGuidance
-from soflow_core.objectives import AlphaFlow, AlphaSchedule, Diffusion, FlowMatching, MeanFlow, SoFlow
+from soflow_core.objectives import (
+    OBJECTIVES,
+    AlphaFlow,
+    AlphaSchedule,
+    Diffusion,
+    FlowMatching,
+    MeanFlow,
+    SoFlow,
+)
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.passes import PassPolicy
-from soflow_core.times import RatioSchedule
+from soflow_core.times import LogitNormal, RatioSchedule
 
 
 @pytest.mark.parametrize(
@@ -45,3 +55,37 @@ def test_shares_and_weights_out_of_their_range_are_refused(kind: type[Any]) -> N
 def test_a_label_cannot_always_be_dropped(kind: type[Any]) -> None:
     with pytest.raises(ValueError, match="drop is 1; a probability from 0 to below 1"):
         kind(drop=1)
+
+
+NUMBERS = [
+    (kind, field.name)
+    for kind in (
+        *OBJECTIVES.values(),
+        OptimizerConfig,
+        Guidance,
+        VelocityGuidance,
+        RatioSchedule,
+        AlphaSchedule,
+        LogitNormal,
+    )
+    for field in dataclasses.fields(kind)
+    if get_type_hints(kind)[field.name] in (int, float)
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), NUMBERS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, "1", None, 10**400])
+def test_a_number_that_is_not_finite_is_refused_in_every_setting(
+    kind: type[Any], name: str, value: object
+) -> None:
+    with pytest.raises(
+        ValueError, match=rf"{kind.__name__}\.{name} is .*; a (finite|whole) number is needed"
+    ):
+        kind(**{name: value})
+
+
+def test_a_nested_setting_of_another_type_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"SoFlow\.guidance is 'x'; Guidance is needed"):
+        SoFlow(guidance="x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"OptimizerConfig\.betas"):
+        OptimizerConfig(betas=(0.9, math.nan))

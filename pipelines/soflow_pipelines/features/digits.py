@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from soflow_pipelines.features.network import DISTANCES, Features, full_float32
+from soflow_core.weights import WeightsError, require_finite
+from soflow_pipelines.features.network import DISTANCES, FeatureError, Features, full_float32
 from soflow_pipelines.images.convert import to_unit_range
 from soflow_pipelines.sources.digits import load_digits
 from soflow_pipelines.sources.source import LabelledImages
@@ -68,7 +70,8 @@ def digits_classifier(cache_dir: Path) -> DigitsClassifier:
     """The classifier of the real digits: from the cache, or trained now (seconds) and written there.
 
     The file is complete or absent, so processes may ask for it at the same time. The id ends in a digest
-    of the weights, for another machine's rounding may train slightly different ones.
+    of the weights, for another machine's rounding may train slightly different ones. Raises FeatureError where the
+    file was damaged.
     """
     path = Path(cache_dir) / f"{DIGITS_VERSION}.safetensors"
     if not path.exists():
@@ -76,7 +79,12 @@ def digits_classifier(cache_dir: Path) -> DigitsClassifier:
     weights = path.read_bytes()
     with torch.random.fork_rng(devices=[]):
         network = DigitsClassifier()
-    network.load_state_dict(load(weights))
+    try:
+        tensors = load(weights)
+        require_finite(tensors, path)
+        network.load_state_dict(tensors)
+    except (SafetensorError, RuntimeError, WeightsError):
+        raise FeatureError(f"{path} is damaged: delete it, and the classifier is trained anew.") from None
     network.id = f"{DIGITS_VERSION}-{hashlib.sha256(weights).hexdigest()[:8]}"
     return network.eval().requires_grad_(False)
 

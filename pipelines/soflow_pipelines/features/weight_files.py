@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from soflow_core.weights import WeightsError, read_torch_file, require_finite
 from soflow_pipelines.features.network import FeatureError, reason
 from soflow_pipelines.storage.files import sha256
 
@@ -102,13 +102,18 @@ def _examined(path: Path, file: WeightFile) -> FoundWeights:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Named tensors from safetensors, or from torch's format with nothing but tensors unpickled. FeatureError for other files."""
+    """Named tensors from safetensors, or from torch's format with nothing but tensors unpickled.
+
+    Raises FeatureError for other files, and where a weight is not finite.
+    """
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        content = load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
+    except (OSError, SafetensorError, WeightsError) as error:
         raise FeatureError(f"{path} cannot be read as a file of named tensors: {reason(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise FeatureError(f"{path} is no dictionary of named tensors.")
+    try:
+        require_finite(content, path)
+    except WeightsError as error:
+        raise FeatureError(f"{error}.") from None
     return content

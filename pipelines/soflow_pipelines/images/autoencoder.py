@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from soflow_core.failures import InputError, summarize
+from soflow_core.weights import WeightsError, require_finite
 from soflow_pipelines.images.codec import AutoencoderFacts
 
 
@@ -83,4 +84,8 @@ def load_autoencoder(name: str, device: str | torch.device = "cpu") -> KlAutoenc
             "Either download it where the hub can be reached (`hf download` fills the cache that HF_HOME names), "
             "or pass the path of a folder that holds its config.json and diffusion_pytorch_model.safetensors."
         ) from error
+    try:
+        require_finite(network.state_dict(), folder if local else name)
+    except WeightsError as error:
+        raise AutoencoderError(f"{error}.") from None
     return KlAutoencoder(network, folder.resolve().name if local else name, torch.device(device))

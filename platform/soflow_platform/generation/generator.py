@@ -16,7 +16,7 @@ from torch import Tensor
 
 from soflow_core.networks import DiT
 from soflow_core.objectives import Objective
-from soflow_core.weights import Weights, build_network, load_weights
+from soflow_core.weights import Weights, WeightsError, build_network, load_weights
 from soflow_pipelines.images.autoencoder import AutoencoderError, KlAutoencoder
 from soflow_pipelines.images.encode import encode_png
 from soflow_pipelines.references.latent_decoder import open_decoder
@@ -33,7 +33,7 @@ def read_weights(path: str | Path) -> tuple[Weights, Objective]:
     """Weights that this platform saved, and the method they were trained with. Raises UserError for another file."""
     try:
         weights = load_weights(path)
-    except (OSError, ValueError) as error:
+    except WeightsError as error:
         raise UserError(f"{path} does not hold a generator: {error}.") from None
     if weights.objective is None:
         raise UserError(f"{path} does not say which method it was trained with; it cannot be sampled.")
@@ -71,7 +71,7 @@ class Generator:
         objective = with_sampling(objective, sampling or {})
         try:
             network = build_network(weights)
-        except ValueError as error:
+        except WeightsError as error:
             raise UserError(f"{path} does not hold a generator: {error}.") from None
         device = "cuda" if torch.cuda.is_available() else "cpu"
         info = DatasetInfo.from_facts(weights.data)

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
-from soflow_pipelines.features import digits_classifier, held_out
+from soflow_pipelines.features import FeatureError, digits_classifier, held_out
+from soflow_pipelines.features.digits import DIGITS_VERSION, DigitsClassifier
 from soflow_pipelines.metrics.label_agreement import count_label_matches
 from soflow_pipelines.sources.digits import load_digits
 
@@ -67,3 +69,15 @@ def test_processes_that_train_it_at_once_get_the_same_weights(tmp_path: Path) ->
 def test_images_of_another_size_are_refused(cache: Path) -> None:
     with pytest.raises(ValueError, match="8, 8"):
         digits_classifier(cache)(torch.zeros(1, 1, 16, 16, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("damage", ["cut", "not finite"])
+def test_a_damaged_file_of_the_classifier_is_refused(tmp_path: Path, damage: str) -> None:
+    tensors = DigitsClassifier().state_dict()
+    if damage == "not finite":
+        tensors["head.bias"] = torch.full_like(tensors["head.bias"], torch.nan)
+    content = save(tensors)
+    path = tmp_path / f"{DIGITS_VERSION}.safetensors"
+    path.write_bytes(content[:-9] if damage == "cut" else content)
+    with pytest.raises(FeatureError, match="is damaged: delete it"):
+        digits_classifier(tmp_path)

@@ -62,3 +62,19 @@ def test_samples_stay_in_the_training_space_without_a_decoder(
     (samples,) = generator.samples([0], [0], seed=0, steps=1)
     assert generator.undecoded is None
     assert torch.equal(decoded, samples)
+
+
+def test_weights_that_are_not_finite_make_no_images(tmp_path: Path) -> None:
+    config = DiTConfig(1, 4, 4, 2, 16, 1, 2)
+    tensors = dict(DiT(config).state_dict())
+    tensors["pos_embed"] = torch.full_like(tensors["pos_embed"], torch.nan)
+    save_weights(tmp_path / "ema.safetensors", tensors, config, SoFlow(), {})
+    with pytest.raises(InputError, match=r"ema.safetensors has weights that are not finite \(pos_embed\)"):
+        Generator.open(tmp_path / "ema.safetensors")
+
+
+@pytest.mark.parametrize("missing", ["folder", "nothing"])
+def test_a_path_that_holds_no_weights_file_is_refused(tmp_path: Path, missing: str) -> None:
+    path = tmp_path if missing == "folder" else tmp_path / "nothing.safetensors"
+    with pytest.raises(InputError, match="does not hold a generator"):
+        Generator.open(path)
