@@ -38,8 +38,8 @@ def ddim(predict: PredictNoise, noise: Tensor, alpha_bar: Tensor, steps: int) ->
     for now, following in zip(numbers, [*numbers[1:], None], strict=True):
         eps = predict(x, torch.full((len(x),), float(now), device=x.device))
         x0 = predicted_data(x, eps, float(alpha_bar[now]))
-        after = 1.0 if following is None else float(alpha_bar[following])
-        x = after**0.5 * x0 + (1 - after) ** 0.5 * eps
+        abar_next = 1.0 if following is None else float(alpha_bar[following])
+        x = abar_next**0.5 * x0 + (1 - abar_next) ** 0.5 * eps
     return x
 
 
@@ -56,12 +56,12 @@ def ddpm(
     x, numbers = noise, respaced(len(alpha_bar), steps)
     for i, now in enumerate(numbers):
         eps = predict(x, torch.full((len(x),), float(now), device=x.device))
-        here = float(alpha_bar[now])
-        x0 = predicted_data(x, eps, here)
+        abar = float(alpha_bar[now])
+        x0 = predicted_data(x, eps, abar)
         if i == steps - 1:
             return x0
-        after = float(alpha_bar[numbers[i + 1]])
-        beta = 1 - here / after
-        mean = after**0.5 * beta / (1 - here) * x0 + (1 - beta) ** 0.5 * (1 - after) / (1 - here) * x
-        x = mean + ((1 - after) / (1 - here) * beta) ** 0.5 * renoise[i]
+        abar_next = float(alpha_bar[numbers[i + 1]])
+        beta = 1 - abar / abar_next
+        mean = abar_next**0.5 * beta / (1 - abar) * x0 + (1 - beta) ** 0.5 * (1 - abar_next) / (1 - abar) * x
+        x = mean + ((1 - abar_next) / (1 - abar) * beta) ** 0.5 * renoise[i]
     return x

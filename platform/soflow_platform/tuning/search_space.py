@@ -75,7 +75,7 @@ def _draw(values: list[Any] | Range, generator: random.Random) -> Any:
 
 
 def _trial(document: Document, base: Experiment, index: int, point: dict[str, Any], budget: Budget) -> Trial:
-    own = Document(copy.deepcopy(document.data), dict(document.origins))
+    trial_document = Document(copy.deepcopy(document.data), dict(document.origins))
     for key, value in point.items():
         if key.split(".")[0] in ("search", "resources", "tracking", "registry", "name", "data"):
             raise UserError(
@@ -83,14 +83,16 @@ def _trial(document: Document, base: Experiment, index: int, point: dict[str, An
                 "vary settings of objective, network, optimizer or training."
             )
         where = document.origin(("search", "space", key))
-        own.put(tuple(key.split(".")), value, Origin(f"{where.source} (search.space {key})", where.line))
-    experiment = validate(own)
+        trial_document.put(
+            tuple(key.split(".")), value, Origin(f"{where.source} (search.space {key})", where.line)
+        )
+    experiment = validate(trial_document)
     if budget == "evaluations":
         where = document.origin(("search", "budgets"))
         origin = Origin(f"{where.source} (search.budgets {budget})", where.line)
-        own.put(("training", "steps"), equal_evaluations(base, experiment), origin)
-        experiment = validate(own)
-    _check_sampling(own, experiment)
+        trial_document.put(("training", "steps"), equal_evaluations(base, experiment), origin)
+        experiment = validate(trial_document)
+    _check_sampling(trial_document, experiment)
     parts = [_setting_name(key, value) for key, value in point.items()]
     if len(base.search.budgets) > 1:
         parts.append(f"equal-{budget}")
