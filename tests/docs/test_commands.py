@@ -221,7 +221,7 @@ def serve(arguments: list[str], workplace: Path) -> str:
             lines.append(line)
             if "http://127.0.0.1:" in line:
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         process.wait(60)
     assert lines
     assert "http://127.0.0.1:" in lines[-1]
