@@ -137,6 +137,48 @@ class VelocityGuidance:
         return self.omega * sample + (1 - self.omega - self.kappa) * unconditional + self.kappa * predicted
 
 
+@dataclass(frozen=True)
+class IntervalGuidance:
+    """Guidance of improved MeanFlow's target: v_g = v_c + (1 - 1/w) (v_p - v_u) in an interval of times.
+
+    It is `VelocityGuidance` with omega = 1 and kappa = 1 - 1/w.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    scale: float = 1.0
+    """w: 1 is no guidance."""
+    start: float = 0.0
+    """First time of the interval."""
+    end: float = 1.0
+    """Last time of the interval."""
+    drop: float = 0.1
+    """Probability that a sample's label is replaced by the null label."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.scale < 1:
+            raise ValueError(f"guidance.scale is {self.scale}; give 1 for no guidance or more for guidance")
+        if not 0 <= self.start <= self.end <= 1:
+            raise ValueError(
+                f"the guidance interval {self.start} to {self.end} is empty; give 0 <= start <= end <= 1"
+            )
+        check_drop("guidance.drop", self.drop)
+
+    @property
+    def active(self) -> bool:
+        """Whether the target is guided."""
+        return self.scale > 1
+
+    def inside(self, t: Tensor) -> Tensor:
+        """(B,) -> (B,) bool: whether these times are guided."""
+        return (t >= self.start) & (t <= self.end)
+
+    def velocity(self, sample: Tensor, unconditional: Tensor, predicted: Tensor) -> Tensor:
+        """(B, C, H, W) x 3 -> (B, C, H, W): v_g of v_c, v_u and v_p."""
+        return sample + (1 - 1 / self.scale) * (predicted - unconditional)
+
+
 def guide_prediction(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """(B, C, H, W) x 2 -> (B, C, H, W): v_u + w (v_c - v_u), guidance at sampling in all channels."""
     return unconditional + scale * (conditional - unconditional)

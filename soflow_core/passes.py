@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+from soflow_core.rows import per_row
 from soflow_core.settings import check_values
 
 Network = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -85,9 +86,26 @@ class Passes:
 
     @torch.no_grad()
     def total_derivative(
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        labels: Tensor | None,
+        velocity: Tensor,
+        difference: float | None = None,
+    ) -> Tensor:
+        """-> dF/dt = v . dF/dx + dF/dt at fixed s, without gradient.
+
+        A Jacobian-vector product where `difference` is None, else a quotient of F over a time of twice `difference`.
+        """
+        if difference is None:
+            return self._jacobian_vector_product(x, t, s, labels, velocity)
+        return self._difference_quotient(x, t, s, labels, velocity, difference)
+
+    def _jacobian_vector_product(
         self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, velocity: Tensor
     ) -> Tensor:
-        """-> dF/dt = v . dF/dx + dF/dt at fixed s: one Jacobian-vector product along (v, 1, 0), without autocast.
+        """One Jacobian-vector product along (v, 1, 0), without autocast.
 
         Only the math attention kernel has a forward-mode derivative, so it is selected here; compiled networks run
         uncompiled. Raises ValueError where the network loses the derivative.
@@ -109,6 +127,21 @@ class Passes:
             raise NotImplementedError(
                 f"an operation of the network lacks the forward-mode derivative this method needs ({error})"
             ) from error
+
+    def _difference_quotient(
+        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, velocity: Tensor, difference: float
+    ) -> Tensor:
+        """(F(x + (t2 - t) v, t2, s) - F(x + (t1 - t) v, t1, s)) / (t2 - t1), t1 = max(t - h, s), t2 = min(t + h, 1).
+
+        Its error is of second order in h, of first where one of the times is cut off. t2 - t1 is at least h (but at
+        s = t = 1), so that rounding is not divided by less.
+        """
+        earlier, later = torch.maximum(t - difference, s), (t + difference).clamp(max=1)
+        points = [x + per_row(time - t, x) * velocity for time in (later, earlier)]
+        both = None if labels is None else labels.repeat(2)
+        values = self.high_precision(torch.cat(points), torch.cat([later, earlier]), s.repeat(2), both)
+        ahead, behind = values.chunk(2)
+        return (ahead - behind) / per_row(later - earlier, x)
 
     def _run(
         self, network: Network, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, bfloat16: bool

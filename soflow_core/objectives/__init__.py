@@ -5,8 +5,9 @@ soflow               Solution Flow Models
 flow_matching        Flow Matching
 diffusion            DDPM and DDIM
 consistency          consistency models: iCT, ECT, sCM
-average_velocity     shared by MeanFlow, alpha-Flow and Shortcut
+average_velocity     shared by the next four
 meanflow             MeanFlow
+improved_meanflow    improved MeanFlow (iMF)
 alphaflow            alpha-Flow
 shortcut             Shortcut models
 """
@@ -16,6 +17,7 @@ from soflow_core.objectives.base import Batch, Draws, Loss, Objective
 from soflow_core.objectives.consistency import ContinuousConsistency, EasyConsistency, ImprovedConsistency
 from soflow_core.objectives.diffusion import Diffusion
 from soflow_core.objectives.flow_matching import FlowMatching
+from soflow_core.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_core.objectives.meanflow import MeanFlow
 from soflow_core.objectives.shortcut import Shortcut
 from soflow_core.objectives.soflow import SoFlow, SoFlowTimes
@@ -28,6 +30,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ect": EasyConsistency,
     "scm": ContinuousConsistency,
     "meanflow": MeanFlow,
+    "improved_meanflow": ImprovedMeanFlow,
     "alphaflow": AlphaFlow,
     "shortcut": Shortcut,
 }
@@ -44,6 +47,7 @@ __all__ = [
     "EasyConsistency",
     "FlowMatching",
     "ImprovedConsistency",
+    "ImprovedMeanFlow",
     "Loss",
     "MeanFlow",
     "Objective",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from soflow_core.guidance import VelocityGuidance, draw_dropped, drop_labels
 from soflow_core.objectives.average_velocity import (
-    AverageVelocityModel,
+    DifferentialModel,
     Start,
     branch_means,
     differential_target,
@@ -62,7 +62,7 @@ class AlphaSchedule:
 
     @property
     def reaches_zero(self) -> bool:
-        """Whether alpha becomes 0, where the target needs a Jacobian-vector product."""
+        """Whether alpha becomes 0, where the target needs the total derivative."""
         return self.alpha(1, 1) == 0
 
     def alpha(self, step: int, total_steps: int) -> float:
@@ -78,7 +78,7 @@ class AlphaSchedule:
 
 
 @dataclass(frozen=True)
-class AlphaFlow(AverageVelocityModel):
+class AlphaFlow(DifferentialModel):
     """Settings of alpha-Flow; the defaults are the paper's for B/2, with kappa of the released configuration."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -94,7 +94,7 @@ class AlphaFlow(AverageVelocityModel):
     schedule: AlphaSchedule = field(default_factory=AlphaSchedule)
 
     def __post_init__(self) -> None:
-        check_values(self)
+        super().__post_init__()
         check_share("flow_matching_share", self.flow_matching_share)
         check_weight_eps(self.weight_eps)
 
@@ -108,7 +108,7 @@ class AlphaFlow(AverageVelocityModel):
 
     @property
     def uses_jvp(self) -> bool:
-        return self.flow_matching_share < 1 and self.schedule.reaches_zero
+        return self.derivative == "jvp" and self.flow_matching_share < 1 and self.schedule.reaches_zero
 
     def draw(
         self,
@@ -144,7 +144,7 @@ class AlphaFlow(AverageVelocityModel):
         with torch.no_grad():
             velocity = guided_target(passes, start, self.guidance, nowhere, prediction)
             if alpha == 0:
-                target = differential_target(passes, start, velocity)
+                target = differential_target(passes, start, velocity, difference=self.difference_step)
             else:
                 target = self._discrete_target(passes, start, velocity, alpha)
         mse = row_mean((prediction - target).square())

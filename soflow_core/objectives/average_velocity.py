@@ -1,9 +1,10 @@
-"""Shared by MeanFlow, alpha-Flow and Shortcut: F is the average velocity between s and t, f = x - (t - s) F."""
+"""Shared by MeanFlow, improved MeanFlow, alpha-Flow and Shortcut: F is the average velocity between s and t, f = x - (t - s) F."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from soflow_core.objectives.base import Draws, Objective
 from soflow_core.passes import Network, Passes
 from soflow_core.rows import choose_rows, per_row
 from soflow_core.samplers.solution import sample_by_steps
+from soflow_core.settings import check_values
 from soflow_core.times import LogitNormal
 
 
@@ -72,17 +74,25 @@ def guided_target(
     return choose_rows(use, guidance.velocity(start.velocity, unconditional, predicted), start.velocity)
 
 
-def differential_target(passes: Passes, start: Start, velocity: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, H, W): u_tgt = v - (t - s) du/dt, by a Jacobian-vector product in rows with s < t.
+def differential_target(
+    passes: Passes,
+    start: Start,
+    velocity: Tensor,
+    tangent: Tensor | None = None,
+    difference: float | None = None,
+) -> Tensor:
+    """(B, C, H, W) -> (B, C, H, W): u_tgt = v - (t - s) du/dt, with the derivative taken in rows with s < t.
 
-    The identity u = v - (t - s) du/dt is MeanFlow's (arXiv 2505.13447, Eq. 6).
+    The identity u = v - (t - s) du/dt is MeanFlow's (arXiv 2505.13447, Eq. 6). `tangent` (B, C, H, W) is the velocity
+    along which x moves in du/dt, by default `velocity`; `difference` is that of `Passes.total_derivative`.
     """
     first = start.first
     if first == len(start.x) and not passes.policy.uniform:
         return velocity
     t, s = start.t[first:], start.s[first:]
     labels = None if start.labels is None else start.labels[first:]
-    derivative = passes.total_derivative(start.x[first:], t, s, labels, velocity[first:])
+    along = (velocity if tangent is None else tangent)[first:]
+    derivative = passes.total_derivative(start.x[first:], t, s, labels, along, difference)
     gap = per_row((t - s).clamp(0, 1), derivative)
     return torch.cat([velocity[:first], velocity[first:] - gap * derivative])
 
@@ -109,6 +119,28 @@ class AverageVelocityModel(Objective):
             return solution(network, x, t, s, labels)
 
         return sample_by_steps(solve, noise, steps)
+
+
+@dataclass(frozen=True)
+class DifferentialModel(AverageVelocityModel):
+    """A method whose target holds the total derivative du/dt of the average velocity."""
+
+    derivative: Literal["jvp", "finite_difference"] = "jvp"
+    """How du/dt is computed: by a Jacobian-vector product, or as a quotient of two passes without one."""
+    difference: float = 0.005
+    """Half the time between those passes."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if not 0 < self.difference <= 0.5:
+            raise ValueError(
+                f"difference is {self.difference}; it must be above 0 and at most 0.5, half of all time"
+            )
+
+    @property
+    def difference_step(self) -> float | None:
+        """The `difference` of `Passes.total_derivative`: None where it is a Jacobian-vector product."""
+        return None if self.derivative == "jvp" else self.difference
 
 
 def leading_rows(generator: torch.Generator | None, draws_rows: int, probability: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""MeanFlow (arXiv 2505.13447): the average velocity from its total derivative, a Jacobian-vector product."""
+"""MeanFlow (arXiv 2505.13447): the average velocity from its total derivative along the path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from soflow_core.guidance import VelocityGuidance, drop_labels
 from soflow_core.objectives.average_velocity import (
-    AverageVelocityModel,
+    DifferentialModel,
     Start,
     branch_means,
     differential_target,
@@ -28,12 +28,12 @@ from soflow_core.objectives.base import (
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
 from soflow_core.rows import row_mean, row_sum
-from soflow_core.settings import STRICT, check_share, check_values, check_weight_eps
+from soflow_core.settings import STRICT, check_share, check_weight_eps
 from soflow_core.times import LogitNormal
 
 
 @dataclass(frozen=True)
-class MeanFlow(AverageVelocityModel):
+class MeanFlow(DifferentialModel):
     """Settings of MeanFlow; the defaults are its ImageNet recipe without guidance."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -50,7 +50,7 @@ class MeanFlow(AverageVelocityModel):
     guidance: VelocityGuidance = field(default_factory=VelocityGuidance)
 
     def __post_init__(self) -> None:
-        check_values(self)
+        super().__post_init__()
         check_share("flow_matching_share", self.flow_matching_share)
         check_weight_eps(self.weight_eps)
 
@@ -64,7 +64,7 @@ class MeanFlow(AverageVelocityModel):
 
     @property
     def uses_jvp(self) -> bool:
-        return self.flow_matching_share < 1
+        return self.derivative == "jvp" and self.flow_matching_share < 1
 
     def draw(
         self,
@@ -100,7 +100,7 @@ class MeanFlow(AverageVelocityModel):
         prediction = passes.low_precision(x_t, draws.t, draws.s, labels)
         with torch.no_grad():
             velocity = guided_target(passes, start, self.guidance, dropped, prediction)
-            target = differential_target(passes, start, velocity)
+            target = differential_target(passes, start, velocity, difference=self.difference_step)
         squares = (prediction - target).square()
         total = row_sum(squares)
         # Adaptive weight (MeanFlow, section 4.3): S / sg(S + eps)^p.

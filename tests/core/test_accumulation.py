@@ -8,8 +8,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from soflow_core.guidance import Guidance, VelocityGuidance
-from soflow_core.objectives import OBJECTIVES, AlphaFlow, AlphaSchedule, MeanFlow, Objective, Shortcut, SoFlow
+from soflow_core.guidance import Guidance, IntervalGuidance, VelocityGuidance
+from soflow_core.objectives import (
+    OBJECTIVES,
+    AlphaFlow,
+    AlphaSchedule,
+    ImprovedMeanFlow,
+    MeanFlow,
+    Objective,
+    Shortcut,
+    SoFlow,
+)
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.train_step import TrainStep, TrainStepConfig
 from tests.support.random_networks import random_inputs, random_network
@@ -17,6 +26,8 @@ from tests.support.random_networks import random_inputs, random_network
 CASES: dict[str, Objective] = {name: kind() for name, kind in OBJECTIVES.items()} | {
     "soflow, guided": SoFlow(guidance=Guidance(scale=3.0, mix=0.25, drop=0.3)),
     "meanflow, guided": MeanFlow(guidance=VelocityGuidance(omega=0.75, kappa=0.75, drop=0.3)),
+    "improved_meanflow, guided": ImprovedMeanFlow(guidance=IntervalGuidance(scale=3.0, drop=0.3)),
+    "meanflow, quotient": MeanFlow(derivative="finite_difference"),
     "alphaflow, discrete": AlphaFlow(schedule=AlphaSchedule(kind="constant", value=0.1)),
     "shortcut, half": Shortcut(bootstrap_share=0.45, teacher_ema=0.5),
 }

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
-from soflow_core.guidance import VelocityGuidance, drop_labels
+from soflow_core.guidance import IntervalGuidance, VelocityGuidance, drop_labels
 from soflow_core.networks import DiT
 from soflow_core.objectives import (
     OBJECTIVES,
@@ -19,6 +19,7 @@ from soflow_core.objectives import (
     EasyConsistency,
     FlowMatching,
     ImprovedConsistency,
+    ImprovedMeanFlow,
     MeanFlow,
     Objective,
     Shortcut,
@@ -57,6 +58,67 @@ def meanflow_loss(objective: MeanFlow, network: Network, batch: Batch, draws: Dr
         target = v - column(t - s) * central_derivative(network, x_t, t, s, seen, v)
     error = row_sum((network(x_t, t, s, seen) - target).square())
     return (error / (error.detach() + objective.weight_eps) ** objective.weight_power).mean()
+
+
+def improved_meanflow_loss(
+    objective: ImprovedMeanFlow, network: Network, batch: Batch, draws: Draws
+) -> Tensor:
+    """A(S) = S / sg(S + eps)^p of S = sum (V - v_g)^2, V = u + (t - s) sg(du/dt) along (u(x, t, t), 1, 0)."""
+    t, s, labels, guidance = draws.t, draws.s, batch.labels, objective.guidance
+    x_t = column(1 - t) * batch.x0 + column(t) * draws.noise
+    v_g = draws.noise - batch.x0
+    seen = None if labels is None else drop_labels(labels, draws.dropped)
+    with torch.no_grad():
+        own = network(x_t, t, t, seen)
+        derivative = central_derivative(network, x_t, t, s, seen, own)
+        if labels is not None:
+            guided = v_g + (1 - 1 / guidance.scale) * (own - network(x_t, t, t, None))
+            inside = (t >= guidance.start) & (t <= guidance.end) & ~draws.dropped
+            v_g = torch.where(column(inside), guided, v_g)
+    error = row_sum((network(x_t, t, s, seen) + column(t - s) * derivative - v_g).square())
+    return (error / (error.detach() + objective.weight_eps) ** objective.weight_power).mean()
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [IntervalGuidance(), IntervalGuidance(scale=3.0), IntervalGuidance(2.5, start=0.3, end=0.7, drop=0.4)],
+    ids=["plain", "guided", "interval"],
+)
+@pytest.mark.parametrize("skip_unused", [True, False], ids=["skipping", "whole"])
+@pytest.mark.parametrize("conditional", [True, False], ids=["labels", "no labels"])
+def test_improved_meanflow_is_its_definition(
+    guidance: IntervalGuidance, skip_unused: bool, conditional: bool
+) -> None:
+    objective = ImprovedMeanFlow(guidance=guidance, flow_matching_share=0.25, weight_power=0.75)
+    network = random_network()
+    batch, draws = random_inputs(objective, conditional=conditional, seed=2)
+    found = objective.loss(network, batch, draws, 0, 1, PassPolicy(skip_unused=skip_unused)).loss
+    expected = improved_meanflow_loss(objective, network, batch, draws)
+    assert_close(found, expected, rtol=1e-7, atol=0)
+    assert_close(gradient(found, network), gradient(expected, network), rtol=1e-5, atol=1e-8)
+
+
+def test_a_scale_of_improved_meanflow_is_omega_one_and_kappa_of_meanflow() -> None:
+    v_c, v_u, v_p = torch.randn(3, 4, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours = IntervalGuidance(scale=4.0).velocity(v_c, v_u, v_p)
+    theirs = VelocityGuidance(omega=1.0, kappa=0.75)
+    assert theirs.scale == 4.0
+    assert_close(ours, theirs.velocity(v_c, v_u, v_p))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scale": 0.5}, "give 1 for no guidance"),
+        ({"start": 0.6, "end": 0.4}, "interval 0.6 to 0.4 is empty"),
+        ({"drop": 1.0}, "probability"),
+    ],
+)
+def test_impossible_guidance_of_improved_meanflow_is_refused(
+    settings: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        IntervalGuidance(**settings)
 
 
 @pytest.mark.parametrize(
@@ -107,16 +169,72 @@ def test_the_tangent_goes_along_the_velocity_at_a_fixed_end_time() -> None:
     assert not torch.allclose(found, wrong, rtol=1e-2)
 
 
+def test_the_difference_quotient_is_the_derivative_up_to_the_square_of_its_step() -> None:
+    network = random_network()
+    batch, draws = random_inputs(MeanFlow(flow_matching_share=0.0))
+    t, s = draws.t.clamp(0.2, 0.8), draws.s.clamp(max=0.1)
+    arguments = (batch.x0, t, s, batch.labels, draws.noise - batch.x0)
+    passes = Passes(network, PassPolicy())
+    exact = passes.total_derivative(*arguments)
+    errors = [(passes.total_derivative(*arguments, h) - exact).abs().max().item() for h in (2e-3, 1e-3)]
+    assert errors[1] < 1e-3 * exact.abs().max().item()
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.02)
+
+
+def test_the_difference_quotient_stays_between_s_and_the_noise() -> None:
+    """Near the ends it is one-sided, and still the derivative as its step vanishes."""
+    seen: list[Tensor] = []
+    network = random_network()
+
+    def watched(x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        seen.append(t)
+        return network(x, t, s, labels)
+
+    t, s = torch.tensor([1.0, 0.9995, 0.5], dtype=torch.float64), torch.tensor([0.2, 0.3, 0.4999])
+    x, v = torch.randn(2, 3, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    arguments = (x, t, s.double(), torch.arange(3), v)
+    exact = Passes(network, PassPolicy()).total_derivative(*arguments)
+    found = Passes(watched, PassPolicy()).total_derivative(*arguments, 1e-3)
+    (times,) = seen
+    assert times.max() <= 1
+    assert (times.reshape(2, 3) >= s.double() - 1e-12).all()
+    assert_close(found, exact, rtol=0.02, atol=0.02 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", [MeanFlow, ImprovedMeanFlow, AlphaFlow], ids=lambda kind: kind().method)
+def test_a_difference_quotient_takes_the_place_of_the_jacobian_vector_product(kind: type[Objective]) -> None:
+    settings = {"schedule": AlphaSchedule("constant", value=0.0)} if kind is AlphaFlow else {}
+    network = random_network()
+    exact, quotient = kind(**settings), kind(derivative="finite_difference", difference=1e-4, **settings)
+    assert (exact.uses_jvp, quotient.uses_jvp) == (True, False)
+    batch, draws = random_inputs(exact)
+    gradients = [gradient(o.loss(network, batch, draws, 0, 1).loss, network) for o in (exact, quotient)]
+    assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
+    assert not torch.equal(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("difference", [0.0, -0.1, 0.6])
+def test_an_impossible_difference_is_refused(difference: float) -> None:
+    with pytest.raises(ValueError, match=f"difference is {difference}; it must be above 0"):
+        MeanFlow(derivative="finite_difference", difference=difference)
+
+
 def test_only_rows_with_two_times_pay_for_a_derivative() -> None:
     rows = []
     network = random_network()
 
     class Watched(Passes):
         def total_derivative(
-            self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, velocity: Tensor
+            self,
+            x: Tensor,
+            t: Tensor,
+            s: Tensor,
+            labels: Tensor | None,
+            velocity: Tensor,
+            difference: float | None = None,
         ) -> Tensor:
             rows.append(len(x))
-            return super().total_derivative(x, t, s, labels, velocity)
+            return super().total_derivative(x, t, s, labels, velocity, difference)
 
     objective = MeanFlow()
     batch, draws = random_inputs(objective, size=16)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from soflow_core.guidance import Guidance, VelocityGuidance
+from soflow_core.guidance import Guidance, IntervalGuidance, VelocityGuidance
 from soflow_core.networks import NULL_LABEL
 from soflow_core.objectives import (
     AlphaFlow,
@@ -24,6 +24,7 @@ from soflow_core.objectives import (
     EasyConsistency,
     FlowMatching,
     ImprovedConsistency,
+    ImprovedMeanFlow,
     MeanFlow,
     Objective,
     Shortcut,
@@ -120,6 +121,39 @@ def test_the_meanflow_identity_holds_for_the_exact_average_velocity() -> None:
     assert limit.loss(data.network, batch, draws, 0, 1).terms["average_mse"] < 1e-22
 
 
+def test_of_the_exact_average_velocity_v_is_the_velocity_at_any_end_time() -> None:
+    """V = u + (t - s) du/dt along u(x, t, t), so what is left of the loss is the variance of sample velocities.
+
+    MeanFlow's du/dt goes along the sample's velocity, which adds to it.
+    """
+    data, (x, t, s) = Gaussian(), grid_points()
+    v_c = data.velocity(x, t) + torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
+    batch, draws = rows_along(x, t, s, v_c)
+    floor = (v_c - data.velocity(x, t)).square().mean()
+    found = ImprovedMeanFlow().loss(data.network, batch, draws, 0, 1).terms["average_mse"]
+    assert_close(found, floor, rtol=1e-12, atol=0)
+    assert (MeanFlow().loss(data.network, batch, draws, 0, 1).terms["average_mse"] / floor - 1).abs() > 0.2
+
+
+@pytest.mark.parametrize("objective", [MeanFlow, ImprovedMeanFlow], ids=lambda kind: kind().method)
+def test_with_a_difference_quotient_the_exact_residual_vanishes_with_its_square(
+    objective: type[MeanFlow | ImprovedMeanFlow],
+) -> None:
+    data, (x, t, s) = Gaussian(), grid_points()
+    t, s = t.clamp(0.2, 0.9), s.clamp(max=0.1)
+    batch, draws = rows_along(x, t, s, data.velocity(x, t))
+    sizes = [
+        objective(derivative="finite_difference", difference=h)
+        .loss(data.network, batch, draws, 0, 1)
+        .terms["average_mse"]
+        .sqrt()
+        .item()
+        for h in (0.02, 0.01)
+    ]
+    assert sizes[1] < 1e-2
+    assert sizes[0] / sizes[1] == pytest.approx(4, rel=0.1)
+
+
 def test_the_exact_alpha_flow_residual_vanishes_with_alpha_squared() -> None:
     data, (x, t, s) = Gaussian(), grid_points()
     batch, draws = rows_along(x / 2, t, s, data.velocity(x / 2, t))
@@ -168,6 +202,8 @@ def test_discrete_consistency_of_the_exact_function_vanishes(objective: Objectiv
         SoFlow(guidance=UNGUIDED),
         SoFlow(guidance=UNGUIDED, schedule=RatioSchedule("constant", 1.0, 1.0)),
         MeanFlow(),
+        MeanFlow(derivative="finite_difference"),
+        ImprovedMeanFlow(),
         AlphaFlow(schedule=AlphaSchedule("constant", value=0.3)),
         AlphaFlow(schedule=AlphaSchedule("constant", value=0.0)),
         ImprovedConsistency(),
@@ -329,6 +365,8 @@ def test_guided_training_settles_on_the_guided_flow() -> None:
         meanflow = MeanFlow(guidance=VelocityGuidance(omega=mix * scale, kappa=1 - mix))
         loss = meanflow.loss(network, Batch(batch.x0, labels), pair, 0, 1)
         assert loss.terms["average_mse"] < 1e-18
+    improved = ImprovedMeanFlow(guidance=IntervalGuidance(scale))
+    assert improved.loss(network, Batch(batch.x0, labels), pair, 0, 1).terms["average_mse"] < 1e-18
 
 
 @given(scale=st.floats(1.5, 6), mix=st.floats(0.1, 1), decay_from=st.floats(0.1, 1))
@@ -345,3 +383,6 @@ def test_dropped_rows_do_not_know_of_guidance(scale: float, mix: float, decay_fr
     window = VelocityGuidance(omega=mix * scale, kappa=1 - mix, end=decay_from)
     meanflow = MeanFlow(guidance=window).loss(data.network, batch, draws, 3, 10)
     assert torch.equal(meanflow.loss, MeanFlow().loss(data.network, Batch(x), draws, 3, 10).loss)
+    improved = ImprovedMeanFlow(guidance=IntervalGuidance(scale, end=decay_from))
+    found = improved.loss(data.network, batch, draws, 3, 10).loss
+    assert torch.equal(found, ImprovedMeanFlow().loss(data.network, Batch(x), draws, 3, 10).loss)

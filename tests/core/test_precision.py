@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from soflow_core.guidance import VelocityGuidance
+from soflow_core.guidance import IntervalGuidance, VelocityGuidance
 from soflow_core.objectives import (
     OBJECTIVES,
     AlphaFlow,
@@ -16,6 +16,7 @@ from soflow_core.objectives import (
     EasyConsistency,
     FlowMatching,
     ImprovedConsistency,
+    ImprovedMeanFlow,
     MeanFlow,
     Objective,
     Shortcut,
@@ -71,6 +72,11 @@ UNDER_MIXED = [
     (ContinuousConsistency(), 0, [TOLERANT, JVP]),
     # Prediction, guidance, derivative.
     (MeanFlow(guidance=MATCHED), 0, [TOLERANT, TOLERANT, JVP]),
+    # Prediction, guidance, the two passes of the quotient as one.
+    (MeanFlow(guidance=MATCHED, derivative="finite_difference"), 1, [TOLERANT, TOLERANT, EXACT]),
+    # Prediction, own velocity with or without guidance, derivative.
+    (ImprovedMeanFlow(), 0, [TOLERANT, TOLERANT, JVP]),
+    (ImprovedMeanFlow(guidance=IntervalGuidance(3.0)), 1, [TOLERANT, TOLERANT, JVP]),
     # Prediction, guidance, the later point of the quotient or, where alpha is 0, the derivative.
     (AlphaFlow(), TOTAL // 2, [EXACT, TOLERANT, EXACT]),
     (AlphaFlow(), TOTAL, [EXACT, TOLERANT, JVP]),

@@ -138,6 +138,9 @@ TIMES = [
     ("meanflow", "leading", "t", larger(ONE)),
     ("meanflow", "other", "t", larger(ONE)),
     ("meanflow", "other", "s", smaller(ONE, ONE)),
+    ("improved_meanflow", "leading", "t", larger(ONE)),
+    ("improved_meanflow", "other", "t", larger(ONE)),
+    ("improved_meanflow", "other", "s", smaller(ONE, ONE)),
     ("alphaflow", "leading", "t", larger(ONE)),
     ("alphaflow", "other", "t", larger(ONE)),
     ("alphaflow", "other", "s", smaller(ONE, ONE)),
@@ -159,6 +162,7 @@ def test_noise_is_normal_and_leading_rows_are_those_with_one_time(method: str) -
         "flow_matching": 1.0,
         "diffusion": 1.0,
         "meanflow": 0.75,
+        "improved_meanflow": 0.5,
         "alphaflow": 0.25,
         "shortcut": 0.875,
     }

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from soflow_core.gradient_sync import FSDP, Local
 from soflow_core.guidance import Guidance
 from soflow_core.host_copy import HostCopy
-from soflow_core.objectives import Batch, Draws, MeanFlow, Objective, Shortcut, SoFlow
+from soflow_core.objectives import Batch, Draws, ImprovedMeanFlow, MeanFlow, Objective, Shortcut, SoFlow
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.sharding import local, shard
 from soflow_core.train_step import StepRecord, TrainStep, TrainStepConfig
@@ -63,6 +63,7 @@ CASES = {
     # In pieces that are the ranks' rows one process rounds to bfloat16 as the ranks do.
     "mixed, unlike branches": Case(rows=4, settings={"precision": "mixed"}, alone={"accumulate": WORLD}),
     "Jacobian-vector product, unlike branches": Case(MeanFlow(), rows=4),
+    "own velocity, unlike branches": Case(ImprovedMeanFlow(flow_matching_share=0.75), rows=4),
     "teacher, unlike branches": Case(Shortcut(bootstrap_share=0.25, teacher_ema=0.5), rows=4),
 }
 

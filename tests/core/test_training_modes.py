@@ -155,6 +155,7 @@ METHODS: dict[str, tuple[Objective, GradientSync, int]] = {
     "flat": (SoFlow(), FlatAllReduce(), 1),
     "meanflow": (MeanFlow(), FlatAllReduce(), 1),
     "ddp in pieces": (SoFlow(), DDP(), 2),
+    "ddp, difference quotient": (MeanFlow(derivative="finite_difference"), DDP(), 1),
 }
 """Name -> objective, synchronization, pieces."""
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 SOFLOW = "soflow_core/objectives/soflow.py"
 AVERAGE = "soflow_core/objectives/average_velocity.py"
 MEANFLOW = "soflow_core/objectives/meanflow.py"
+IMPROVED = "soflow_core/objectives/improved_meanflow.py"
 GUIDANCE = "soflow_core/guidance.py"
 TIMES = "soflow_core/times.py"
 PASSES = "soflow_core/passes.py"
@@ -128,8 +129,8 @@ MUTATIONS = [
     Mutation(
         "MeanFlow: derivative along the sample velocity",
         MEANFLOW,
-        "differential_target(passes, start, velocity)",
-        "differential_target(passes, start, v_c) - v_c + velocity",
+        "differential_target(passes, start, velocity,",
+        "velocity - v_c + differential_target(passes, start, v_c,",
     ),
     Mutation("MeanFlow: weight with gradient", MEANFLOW, "total.detach() + self.weight_eps", "total + self.weight_eps"),
     Mutation("MeanFlow: mean for sum in the weight", MEANFLOW, "total = row_sum(squares)", "total = row_mean(squares)"),
@@ -144,6 +145,46 @@ MUTATIONS = [
     Mutation("MeanFlow: kappa missing from v_u", GUIDANCE, "(1 - self.omega - self.kappa)", "(1 - self.omega)"),
     Mutation("MeanFlow: t and s swapped", AVERAGE, "    return t, s\n", "    return s, t\n"),
     Mutation("MeanFlow: step the wrong way", AVERAGE, "return x - per_row(t - s, x)", "return x + per_row(t - s, x)"),
+    Mutation("derivative: tangent left out", AVERAGE, "(velocity if tangent is None else tangent)", "velocity"),
+    Mutation(
+        "difference: x stands still",
+        PASSES,
+        "x + per_row(time - t, x) * velocity for time",
+        "x + 0 * per_row(time - t, x) * velocity for time",
+    ),
+    Mutation("difference: backwards", PASSES, "(ahead - behind)", "(behind - ahead)"),
+    Mutation("difference: one-sided", PASSES, "torch.maximum(t - difference, s)", "torch.maximum(t - 1e-9 * difference, s)"),
+    Mutation("difference: below s", PASSES, "torch.maximum(t - difference, s)", "t - difference"),
+    Mutation("difference: beyond the noise", PASSES, "(t + difference).clamp(max=1)", "t + difference"),
+    Mutation("difference: divided by its half", PASSES, "per_row(later - earlier, x)", "per_row(later - t, x)"),
+    Mutation("difference: in low precision", PASSES, "values = self.high_precision(", "values = self.low_precision("),
+    Mutation("difference: setting ignored", AVERAGE, 'None if self.derivative == "jvp" else self.difference', "None"),
+    Mutation(
+        "improved MeanFlow: along the target's velocity",
+        IMPROVED,
+        "start, velocity, own, self.difference_step",
+        "start, velocity, velocity, self.difference_step",
+    ),
+    Mutation("improved MeanFlow: w for 1 - 1/w", GUIDANCE, "(1 - 1 / self.scale) *", "(self.scale - 1) *"),
+    Mutation("improved MeanFlow: guided away", GUIDANCE, "(predicted - unconditional)", "(unconditional - predicted)"),
+    Mutation("improved MeanFlow: interval ignored", IMPROVED, "guidance.inside(start.t) & ~dropped", "~dropped"),
+    Mutation("improved MeanFlow: own velocity at s", IMPROVED, "rows, x, t, t, labels)", "rows, x, t, 0.5 * t, labels)"),
+    Mutation(
+        "improved MeanFlow: own velocity of the wrong rows",
+        IMPROVED,
+        "velocities[count:] if guided",
+        "velocities[first:count] if guided",
+    ),
+    Mutation("improved MeanFlow: weight with gradient", IMPROVED, "total.detach() + self.weight_eps", "total + self.weight_eps"),
+    Mutation("improved MeanFlow: mean for sum", IMPROVED, "total = row_sum(squares)", "total = row_mean(squares)"),
+    Mutation(
+        "recipe: improved MeanFlow's share of Flow Matching",
+        IMPROVED,
+        "flow_matching_share: float = 0.5",
+        "flow_matching_share: float = 0.75",
+    ),
+    Mutation("recipe: improved MeanFlow's times near the noise", IMPROVED, "LogitNormal(-0.4, 1.0)", "LogitNormal(0.4, 1.0)"),
+    Mutation("precision: improved MeanFlow", IMPROVED, "passes.low_precision(x_t", "passes.high_precision(x_t"),
     Mutation("recipe: SoFlow guided by w = 2", GUIDANCE, "scale: float = 3.0", "scale: float = 2.0"),
     Mutation("recipe: SoFlow's guidance decays from 0.6", GUIDANCE, "decay_from: float = 0.8", "decay_from: float = 0.6"),
     Mutation("recipe: MeanFlow's times near the noise", MEANFLOW, "LogitNormal(-0.4, 1.0)", "LogitNormal(0.4, 1.0)"),

@@ -93,7 +93,7 @@ def test_the_methods_sweep_has_equal_steps_and_equal_evaluations() -> None:
                 assert abs(count * evaluations - 600 * 4.5) <= evaluations / 2
     by_name = {p.name: p.budgets for p in points}
     assert by_name["trial-06-meanflow-equal-steps"] == ("steps",)
-    assert by_name["trial-12-flow_matching-equal-evaluations"] == ("evaluations",)
+    assert by_name["trial-13-flow_matching-equal-evaluations"] == ("evaluations",)
 
 
 def test_what_two_budgets_train_for_the_same_steps_is_trained_once() -> None:
@@ -165,7 +165,7 @@ def test_guidance_of_the_methods_sweeps_is_matched(sweep: Path) -> None:
         ("search.budgets=[steps, steps]", "`budgets` names one twice"),
         ("search.budgets=[flops]", "input should be 'steps' or 'evaluations'"),
         ("search.asha={first_rung: 10}", "`asha` compares trials at equal steps: leave `budgets` out"),
-        ("evaluation.every=500", "evaluation.every (500) is beyond training.steps (492): lower it"),
+        ("evaluation.every=500", "evaluation.every (500) is beyond training.steps (491): lower it"),
         (
             "search.space={objective: [{method: meanflow, gidance: {omega: 1.0}}]}",
             "unknown key `gidance` in `objective`; did you mean `guidance`?",

@@ -1,0 +1,140 @@
+"""Improved MeanFlow (iMF, arXiv 2512.02012): Flow Matching of V = u + (t - s) sg(du/dt), along the network's own velocity.
+
+MeanFlow's target for u holds the sample's velocity twice, also as the direction of du/dt, which makes the target
+depend on what a network cannot know. Here V is a prediction of the velocity that depends on x_t alone: du/dt is taken
+along the network's velocity u(x_t, t, t).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from soflow_core.guidance import IntervalGuidance, drop_labels, null_labels
+from soflow_core.objectives.average_velocity import (
+    DifferentialModel,
+    Start,
+    branch_means,
+    differential_target,
+    draw_pairs,
+    leading_rows,
+)
+from soflow_core.objectives.base import (
+    DEFAULT_POLICY,
+    Batch,
+    Draws,
+    Loss,
+    draw_noise,
+    dropped_rows,
+)
+from soflow_core.passes import Network, Passes, PassPolicy
+from soflow_core.paths import linear
+from soflow_core.rows import choose_rows, row_mean, row_sum
+from soflow_core.settings import STRICT, check_share, check_weight_eps
+from soflow_core.times import LogitNormal
+
+
+@dataclass(frozen=True)
+class ImprovedMeanFlow(DifferentialModel):
+    """Settings of improved MeanFlow; the defaults are its ImageNet recipe without guidance."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    method: Literal["improved_meanflow"] = "improved_meanflow"
+    flow_matching_share: float = 0.5
+    """Share of the batch with s = t, which is Flow Matching."""
+    weight_power: float = 1.0
+    """p of the weight 1 / (S + eps)^p, with S the sum of squares over a sample."""
+    weight_eps: float = 0.01
+    """eps of that weight."""
+    time: LogitNormal = field(default_factory=lambda: LogitNormal(-0.4, 1.0))
+    """Distribution of both times; t is the larger."""
+    guidance: IntervalGuidance = field(default_factory=IntervalGuidance)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("flow_matching_share", self.flow_matching_share)
+        check_weight_eps(self.weight_eps)
+
+    @property
+    def needs_null_label(self) -> bool:
+        return self.guidance.drop > 0 or self.guidance.active
+
+    @property
+    def trained_guidance(self) -> float | None:
+        return self.guidance.scale
+
+    @property
+    def uses_jvp(self) -> bool:
+        return self.derivative == "jvp" and self.flow_matching_share < 1
+
+    def draw(
+        self,
+        generator: torch.Generator | None,
+        batch_size: int,
+        sample_shape: tuple[int, ...],
+        conditional: bool,
+    ) -> Draws:
+        velocity_rows = int(self.flow_matching_share * batch_size)
+        noise = draw_noise(generator, batch_size, sample_shape)
+        t, s = draw_pairs(generator, batch_size, self.time, velocity_rows)
+        dropped = leading_rows(generator, batch_size, self.guidance.drop)
+        return Draws(noise, t, s, dropped if conditional else None, velocity_rows)
+
+    def loss(
+        self,
+        network: Network,
+        batch: Batch,
+        draws: Draws,
+        step: int,
+        total_steps: int,
+        policy: PassPolicy = DEFAULT_POLICY,
+    ) -> Loss:
+        del step, total_steps
+        passes = Passes(network, policy)
+        path = linear(draws.t)
+        labels, dropped = batch.labels, torch.zeros_like(draws.t, dtype=torch.bool)
+        if labels is not None:
+            dropped = dropped_rows(draws)
+            labels = drop_labels(labels, dropped)
+        x_t, v_c = path.state(batch.x0, draws.noise), path.velocity(batch.x0, draws.noise)
+        start = Start(x_t, v_c, draws.t, draws.s, labels, draws.velocity_rows)
+        prediction = passes.low_precision(x_t, draws.t, draws.s, labels)
+        with torch.no_grad():
+            velocity, own = self._velocities(passes, start, dropped, prediction)
+            # |u - target|^2 = |V - v_g|^2 with V = u + (t - s) sg(du/dt).
+            target = differential_target(passes, start, velocity, own, self.difference_step)
+        squares = (prediction - target).square()
+        total = row_sum(squares)
+        loss = (total / (total.detach() + self.weight_eps) ** self.weight_power).mean()
+        return Loss(loss, branch_means(draws, row_mean(squares)))
+
+    def _velocities(
+        self, passes: Passes, start: Start, dropped: Tensor, prediction: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """-> v_g and v_p (B, C, H, W): the guided sample velocity, and the network's own, u(x, t, t, y).
+
+        One pass gives v_u where it is used, and v_p of the rows after `first`; that of the others is the prediction.
+        """
+        first, count = start.first, len(start.x)
+        guided = start.labels is not None and self.guidance.active
+        # Rows whose label is dropped have v_p = v_u, and so v_g = v_c.
+        use = self.guidance.inside(start.t) & ~dropped
+        x, t = start.x[first:], start.t[first:]
+        rows, labels = torch.ones_like(use[first:]), None
+        if start.labels is not None:
+            labels = start.labels[first:]
+        if guided:
+            assert labels is not None
+            x, t = torch.cat([start.x, x]), torch.cat([start.t, t])
+            rows, labels = torch.cat([use, rows]), torch.cat([null_labels(count, x.device), labels])
+        needed = len(x) > 0 or passes.policy.uniform
+        velocities = passes.forward_where(passes.low_precision, rows, x, t, t, labels) if needed else x
+        own = torch.cat([prediction[:first].detach(), velocities[count:] if guided else velocities])
+        if not guided:
+            return start.velocity, own
+        target = self.guidance.velocity(start.velocity, velocities[:count], own)
+        return choose_rows(use, target, start.velocity), own
