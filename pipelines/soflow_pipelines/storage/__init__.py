@@ -5,5 +5,6 @@ object_store  the ObjectStore interface and StorageError
 local         LocalFolder: a folder of this machine
 s3            S3Folder: a prefix of an S3 bucket
 http          WebFolder: a folder of a web server, read only
+uris          URIs without secrets
 opening       open_storage: the store behind a path or URI; staging folders
 """

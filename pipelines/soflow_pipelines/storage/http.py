@@ -7,9 +7,11 @@ import urllib.request
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO, cast
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, urlunsplit
 
-from soflow_pipelines.storage.object_store import StorageError
+from soflow_core.failures import printable
+from soflow_pipelines.storage.object_store import LocationError, StorageError
+from soflow_pipelines.storage.uris import parse_uri, without_secrets
 
 WEB_TIMEOUT = 30.0
 """Seconds without a byte after which a connection is given up."""
@@ -17,10 +19,24 @@ SKIP_BYTES = 8 * 2**20
 
 
 class WebFolder:
-    """`https://host/path` (or http): files are read by name, with range requests."""
+    """`https://host/path` (or http): files are read by name, with range requests.
+
+    Passwords and queries are refused, because URIs are logged. Raises LocationError.
+    """
 
     def __init__(self, uri: str) -> None:
-        self._parts = urlsplit(uri)
+        self._parts = parse_uri(uri)
+        if "@" in self._parts.netloc:
+            raise LocationError(
+                f"{without_secrets(uri)}: a password in a URI would be shown and kept in logs: serve the set without one, or from "
+                "s3://."
+            )
+        if self._parts.query or self._parts.fragment:
+            raise LocationError(
+                f"{without_secrets(uri)}: what follows ? or # would be shown and kept in logs, and is not sent: name the folder alone."
+            )
+        if not self._parts.hostname:
+            raise LocationError(f"{without_secrets(uri)} names no host; write https://host/path.")
         self._uri = uri
 
     @property
@@ -63,15 +79,21 @@ class WebFolder:
             raise
         if length is None:
             raise StorageError(f"{self._address(name)}: the server does not say how long the file is.")
+        if not length.isascii() or not length.isdigit() or len(length) > 18:
+            raise StorageError(
+                f"{self._address(name)}: the server says that the file has {printable(length)!r} bytes."
+            )
         return int(length)
 
     def _send(self, request: urllib.request.Request) -> Any:
         try:
             return urllib.request.urlopen(request, timeout=WEB_TIMEOUT)
         except urllib.error.HTTPError as error:
-            raise StorageError(f"{request.full_url} cannot be read: {error.code} {error.reason}.") from error
-        except OSError as error:
-            raise StorageError(f"{request.full_url} cannot be read: {_reason(error)}.") from error
+            raise StorageError(
+                f"{request.full_url} cannot be read: {error.code} {printable(error.reason)}."
+            ) from error
+        except (OSError, HTTPException, ValueError) as error:
+            raise StorageError(f"{request.full_url} cannot be read: {printable(_reason(error))}.") from error
 
     def names(self) -> list[str]:
         """Raises StorageError: there is no standard way to list the files of a web server."""
@@ -90,5 +112,5 @@ class WebFolder:
         raise StorageError(f"{self._uri} can only be read; {name} was not removed.")
 
 
-def _reason(error: OSError) -> str:
-    return str(getattr(error, "reason", None) or error.strerror or error)
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)

@@ -43,7 +43,10 @@ class LocalFolder:
     def size(self, name: str) -> int | None:
         """Bytes of a file, None where there is none."""
         path = self.path(name)
-        return path.stat().st_size if path.is_file() else None
+        try:
+            return path.stat().st_size if path.is_file() else None
+        except OSError as error:
+            raise StorageError(f"{path} cannot be read: {error.strerror}") from error
 
     def names(self) -> list[str]:
         """The names of all files, sorted."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from soflow_core.failures import printable
 from soflow_pipelines.storage.files import temporary_folder
 from soflow_pipelines.storage.http import WebFolder
 from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import LocationError, ObjectStore, StorageError
 from soflow_pipelines.storage.s3 import S3Folder
+from soflow_pipelines.storage.uris import without_secrets
 
 
 def open_storage(uri: str | Path) -> ObjectStore:
@@ -22,16 +25,32 @@ def open_storage(uri: str | Path) -> ObjectStore:
     text = str(uri)
     scheme, separator, rest = text.partition("://")
     if not separator:
-        return LocalFolder(Path(text).expanduser())
+        return LocalFolder(_local(text))
     if scheme == "file":
-        return LocalFolder(Path("/" + rest.lstrip("/")))
+        return LocalFolder(_local("/" + rest.lstrip("/")))
     if scheme == "s3":
         return S3Folder(text)
     if scheme in ("http", "https"):
         return WebFolder(text)
     raise LocationError(
-        f"{text}: {scheme}:// is not understood; there are folders, file://, s3://, https://."
+        f"{without_secrets(text)}: {printable(scheme)}:// is not understood; there are folders, file://, s3://, https://."
     )
+
+
+def _local(text: str) -> Path:
+    """A path. Raises LocationError for one that no file system can have."""
+    if "\0" in text or any(len(os.fsencode(part)) > LONGEST_NAME for part in text.split("/")):
+        raise LocationError(f"{printable(text[:80])} is not a path that a file system can have.")
+    if len(os.fsencode(text)) > LONGEST_PATH:
+        raise LocationError(f"{printable(text[:80])}...: the path is too long.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise LocationError(f"{printable(text)}: there is no such user.") from None
+
+
+LONGEST_NAME, LONGEST_PATH = 255, 4095
+"""Bytes of a part of a path, and of a path, on the usual file systems."""
 
 
 @contextlib.contextmanager

@@ -6,10 +6,11 @@ import os
 import re
 from pathlib import Path
 from typing import Any, BinaryIO, cast
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
-from soflow_core.failures import summarize
+from soflow_core.failures import printable, summarize
 from soflow_pipelines.storage.object_store import LocationError, StorageError
+from soflow_pipelines.storage.uris import parse_uri, without_secrets
 
 UPLOAD_BYTES = 8 * 2**20
 
@@ -23,16 +24,20 @@ class S3Folder:
     """
 
     def __init__(self, uri: str) -> None:
-        parts = urlsplit(uri)
-        if parts.username or parts.password:
+        parts = parse_uri(uri)
+        if "@" in parts.netloc:
             raise LocationError("s3:// URIs hold no keys: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.")
         if not parts.netloc:
-            raise LocationError(f"{uri} names no bucket; write s3://bucket/prefix.")
+            raise LocationError(f"{without_secrets(uri)} names no bucket; write s3://bucket/prefix.")
         self._uri = uri
         self._options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
         unknown = set(self._options) - {"endpoint_override", "scheme", "region"}
         if unknown:
-            raise LocationError(f"{uri}: the option {sorted(unknown)[0]!r} is not known.")
+            raise LocationError(
+                f"{without_secrets(uri)}: the option {printable(sorted(unknown)[0])!r} is not known."
+            )
+        if self._options.get("scheme", "https") not in ("http", "https"):
+            raise LocationError(f"{without_secrets(uri)}: the scheme is http or https.")
         self._root = f"{parts.netloc}/{parts.path.strip('/')}".rstrip("/")
         self._opened: tuple[int, Any] | None = None
 
