@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from soflow_pipelines.references.statistics_job import BATCH
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_pipelines.shards.loader import ShardLoader
 from soflow_pipelines.shards.tables import read_info
+from soflow_pipelines.sources.listing import UNREADABLE, list_folder
 from soflow_pipelines.sources.opening import absolute_source, open_source, source_path
 from soflow_pipelines.sources.source import Source, SourceError
 
@@ -166,5 +166,9 @@ def _crop(source: Source, size: tuple[int, int]) -> int | None:
 
 def _modification_times(root: Path) -> list[tuple[str, int]]:
     """When each file of a folder, or an archive, was written: files that were replaced may keep their names and sizes."""
-    files = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names]
-    return [(str(path.relative_to(root)), path.stat().st_mtime_ns) for path in sorted(files or [root])]
+    if not root.is_dir():
+        return [(".", root.stat().st_mtime_ns)]
+    times = []
+    for path, size in list_folder(root).files:
+        times.append((path, 0 if size == UNREADABLE else (root / path).stat().st_mtime_ns))
+    return times

@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from soflow_core.failures import printable
+from soflow_core.failures import printable, summarize
 from soflow_pipelines.shards.cache import ShardCache
 from soflow_pipelines.shards.index_checks import COLUMNS, member_bytes, row_defects
 from soflow_pipelines.shards.info import DatasetInfo, ShardError
@@ -24,6 +24,7 @@ from soflow_pipelines.shards.order import WINDOW_BYTES
 from soflow_pipelines.shards.tables import INDEX_NAME, read_index, read_manifest
 from soflow_pipelines.shards.writer import npy_header
 from soflow_pipelines.storage.local import LocalFolder
+from soflow_pipelines.storage.object_store import StorageError
 from soflow_pipelines.storage.opening import open_storage
 
 
@@ -136,8 +137,10 @@ class SampleReader:
             else:
                 assert isinstance(self._store, LocalFolder)
                 descriptor = os.open(self._store.path(record.name), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise ShardError(f"{place} is missing.") from error
         except OSError as error:
-            raise ShardError(f"{place} cannot be opened: {error.strerror}.") from error
+            raise StorageError(f"{place} cannot be opened: {summarize(error)}.") from error
         try:
             size = os.fstat(descriptor).st_size
             if size != record.bytes:

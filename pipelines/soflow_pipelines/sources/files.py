@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from soflow_pipelines.images.decode import ImageError, decode_image
+from soflow_core.failures import printable, summarize
+from soflow_pipelines.images.decode import ImageError, check_size, decode_image
+from soflow_pipelines.images.limits import DEFAULT_LIMITS, ImageLimits
+from soflow_pipelines.sources.listing import UNREADABLE, is_leftover, list_folder
 from soflow_pipelines.sources.source import IMAGE_SUFFIXES, SourceError, listing_digest
 
 SYNSET = re.compile(r"n\d{8}")
@@ -35,6 +40,8 @@ class FileSource:
         files: Iterable[tuple[str, int]],
         ignored: int,
         class_order: Sequence[str] | None = None,
+        limits: ImageLimits = DEFAULT_LIMITS,
+        unlabelled: bool = False,
     ) -> None:
         listed = sorted(files)
         if not listed:
@@ -42,20 +49,35 @@ class FileSource:
         self.name = name
         self.resolution: int | None = None
         self.ignored = ignored
+        self._limits = limits
         self._paths = [path for path, _ in listed]
-        self.labels, self.class_names = _classes_of(name, self._paths, class_order)
+        self._sizes = np.array([size for _, size in listed], np.int64)
+        self.labels, self.class_names = (
+            (None, ()) if unlabelled else _classes_of(name, self._paths, class_order)
+        )
+        self.label_origin = None if self.labels is None else "class folders"
         self.digest = listing_digest([listed, self.class_names])
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def item_name(self, item: int) -> str:
-        """Path of an image below the root."""
-        return self._paths[item]
+        """Path of an image below the root, as it can be shown."""
+        return printable(self._paths[item])
 
     def image(self, item: int) -> Image.Image:
-        """An image as RGB. Raises ImageError with its path where it is damaged."""
-        return decode_image(self._read(self._paths[item]), self._paths[item])
+        """An image as RGB. Raises ImageError with its path where it is damaged, too large or no regular file."""
+        name, size = self.item_name(item), int(self._sizes[item])
+        if size == UNREADABLE:
+            raise ImageError(f"{name}: not a file (a link that leads nowhere, a pipe or a device).")
+        check_size(size, name, self._limits)
+        try:
+            content = self._read(self._paths[item])
+        except ImageError:
+            raise
+        except FileNotFoundError as error:
+            raise ImageError(f"{name}: it is no longer there.") from error
+        return decode_image(content, name, self._limits)
 
     def _read(self, path: str) -> bytes:
         """The bytes of a file."""
@@ -65,35 +87,50 @@ class FileSource:
 class FolderSource(FileSource):
     """An image folder: `<class>/<anything>.jpg`, or images without classes."""
 
-    def __init__(self, root: Path, name: str, class_order: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        class_order: Sequence[str] | None = None,
+        limits: ImageLimits = DEFAULT_LIMITS,
+        unlabelled: bool = False,
+        follow_links: bool = True,
+    ) -> None:
         self._root = root
-        files, ignored = [], 0
-        for folder, _, names in os.walk(root, followlinks=True):
-            for file in names:
-                path = Path(folder, file)
-                if path.suffix.lower() in IMAGE_SUFFIXES:
-                    files.append((path.relative_to(root).as_posix(), path.stat().st_size))
-                else:
-                    ignored += 1
-        super().__init__(name, files, ignored, class_order)
+        listing = list_folder(root, follow_links)
+        images = [(path, size) for path, size in listing.files if is_image_name(path)]
+        ignored = len(listing.files) - len(images) + listing.passed_over
+        super().__init__(name, images, ignored, class_order, limits, unlabelled)
 
     def _read(self, path: str) -> bytes:
-        return (self._root / path).read_bytes()
+        # Not a file that grew, or was replaced by a pipe, after it was listed.
+        descriptor = os.open(self._root / path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            return file.read(self._limits.file_bytes + 1)
 
 
 class ZipSource(FileSource):
     """An image folder in a zip file, read without unpacking it."""
 
     def __init__(
-        self, archive: Path, prefix: str, name: str, class_order: Sequence[str] | None = None
+        self,
+        archive: Path,
+        prefix: str,
+        name: str,
+        class_order: Sequence[str] | None = None,
+        limits: ImageLimits = DEFAULT_LIMITS,
+        unlabelled: bool = False,
     ) -> None:
         self._archive_path = archive
         self._prefix = prefix
         self._opened: tuple[int, zipfile.ZipFile] | None = None
         entries = [e for e in self._archive.infolist() if e.filename.startswith(prefix) and not e.is_dir()]
-        images = [e for e in entries if Path(e.filename).suffix.lower() in IMAGE_SUFFIXES]
+        images = [
+            e for e in entries if is_image_name(e.filename) and not is_leftover(e.filename[len(prefix) :])
+        ]
+        _check_members(archive, self._archive.infolist(), images)
         files = [(entry.filename[len(prefix) :], entry.file_size) for entry in images]
-        super().__init__(name, files, len(entries) - len(images), class_order)
+        super().__init__(name, files, len(entries) - len(images), class_order, limits, unlabelled)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
@@ -107,16 +144,60 @@ class ZipSource(FileSource):
     def _read(self, path: str) -> bytes:
         try:
             return self._archive.read(self._prefix + path)
-        except zipfile.BadZipFile as error:
-            raise ImageError(f"{path}: damaged in the zip file ({error}).") from error
+        except MemoryError as error:
+            raise ImageError(f"{printable(path)}: there is not enough memory to unpack it.") from error
+        except Exception as error:
+            # The decompressors have errors of their own.
+            raise ImageError(
+                f"{printable(path)}: damaged in the zip file ({printable(summarize(error))})."
+            ) from error
+
+
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+
+
+def is_image_name(path: str) -> bool:
+    """Whether a file's ending is that of an image."""
+    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
+
+
+def _check_members(
+    archive: Path, entries: Sequence[zipfile.ZipInfo], images: Sequence[zipfile.ZipInfo]
+) -> None:
+    """Raises SourceError for a zip file whose images have no plain names, come twice, overlap or cannot be unpacked."""
+    for entry in images:
+        parts = entry.filename.split("/")
+        if "" in parts or ".." in parts or "\\" in entry.filename:
+            raise SourceError(f"{archive}: {printable(entry.filename)} is not a path inside a zip file.")
+        if entry.flag_bits & 1:
+            raise SourceError(
+                f"{archive}: {printable(entry.filename)} is encrypted: unpack the file and give the folder."
+            )
+        if entry.compress_type not in COMPRESSIONS:
+            raise SourceError(
+                f"{archive}: {printable(entry.filename)} is compressed in a way that is not read (method {entry.compress_type}): "
+                "unpack the file and give the folder."
+            )
+    name, count = next(iter(Counter(entry.filename for entry in images).most_common(1)), ("", 0))
+    if count > 1:
+        raise SourceError(f"{archive}: {printable(name)} comes {count} times.")
+    ordered = sorted(entries, key=lambda entry: entry.header_offset)
+    for entry, following in itertools.pairwise(ordered):
+        if entry.header_offset + entry.compress_size > following.header_offset:
+            raise SourceError(
+                f"{archive}: {printable(entry.filename)} and {printable(following.filename)} lie in the same bytes."
+            )
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
     """Opens a zip file for reading. Raises SourceError."""
     try:
         return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise SourceError(f"{path} is not a zip file that can be read: {error}.") from error
+    except Exception as error:
+        # A central directory that is damaged may raise anything.
+        raise SourceError(
+            f"{path} is not a zip file that can be read: {printable(summarize(error))}."
+        ) from error
 
 
 def _classes_of(
@@ -129,11 +210,11 @@ def _classes_of(
         return None, ()
     if None in folders:
         raise SourceError(
-            f"{name} has images beside its class folders, such as {paths[folders.index(None)]}."
+            f"{name} has images beside its class folders, such as {printable(paths[folders.index(None)])}."
         )
     order, names = _class_order(name, present, class_order)
     number = {folder: label for label, folder in enumerate(order)}
-    return np.array([number[folder] for folder in folders if folder], np.int64), tuple(names)
+    return np.array([number[str(folder)] for folder in folders], np.int64), tuple(names)
 
 
 def _class_order(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
+from soflow_pipelines.images.limits import DEFAULT_LIMITS, ImageLimits
 from soflow_pipelines.sources.cifar10 import CIFAR10, CIFAR10_CLASSES, Cifar10Archive
 from soflow_pipelines.sources.digits import load_digits
 from soflow_pipelines.sources.files import FolderSource, ZipSource, open_zip
+from soflow_pipelines.sources.listing import is_leftover, refuse_foreign_files, refuse_foreign_folder
 from soflow_pipelines.sources.parquet import ParquetSource
 from soflow_pipelines.sources.source import ArraySource, Source, SourceError
-from soflow_pipelines.sources.webdataset import TarSource
+from soflow_pipelines.sources.webdataset import TarKeys, TarSource
 
 
 def split_folder(folder: Path, split: str) -> Path:
@@ -23,7 +27,7 @@ def split_folder(folder: Path, split: str) -> Path:
 def split_prefix(archive: Path, split: str) -> str:
     """The path in a zip file, with its slash, below which the class folders of a split are. Raises SourceError."""
     with open_zip(archive) as opened:
-        names = opened.namelist()
+        names = [name for name in opened.namelist() if not is_leftover(name.rstrip("/"))]
     for below in (f"ILSVRC/Data/CLS-LOC/{split}/", f"Data/CLS-LOC/{split}/", f"{split}/"):
         if any(name.startswith(below) for name in names):
             return below
@@ -46,40 +50,97 @@ def absolute_source(text: str) -> str:
     return (CIFAR10 if text.startswith(CIFAR10) else "") + str(source_path(text).absolute())
 
 
-def open_source(
-    text: str, split: str = "train", image_column: str | None = None, label_column: str | None = None
-) -> Source:
+@dataclass(frozen=True)
+class SourceOptions:
+    """What is taken of a source, and what an image may cost."""
+
+    split: str = "train"
+    """Which of several splits that a source may have."""
+    image_column: str | None = None
+    """Of Parquet; None for the first of images."""
+    label_column: str | None = None
+    """Of Parquet; None for the one that is called so."""
+    image_key: str | None = None
+    """Extension of the images in WebDataset's tar files, such as `input.jpg`; several with `;`."""
+    label_key: str | None = None
+    """Extension of the labels in WebDataset's tar files, such as `target.cls` or `json:FIELD`."""
+    unlabelled: bool = False
+    """Whether labels are left aside."""
+    follow_links: bool = True
+    """Whether links that lead out of an image folder are followed; else they are refused."""
+    limits: ImageLimits = DEFAULT_LIMITS
+
+
+def open_source(text: str, options: SourceOptions | None = None) -> Source:
     """The source named `digits` or `cifar10:PATH`, or at a path: an image folder, ImageNet's tree, a zip, Parquet, WebDataset shards.
 
-    `split` chooses among several that a source may have; the columns are those of Parquet. Raises SourceError.
+    Raises SourceError.
     """
+    options = options or SourceOptions()
     if text == "digits":
         return ArraySource("digits", load_digits())
     cifar10, path = text.startswith(CIFAR10), source_path(text)
-    if not path.exists():
+    if not _exists(path):
         raise SourceError(f"{path} does not exist; a source is a path, `digits` or `cifar10:PATH`.")
-    classes = CIFAR10_CLASSES if cifar10 else None
     name = f"cifar10:{path.name}" if cifar10 else path.name
-    source: Source
-    if path.is_dir():
-        tars, tables = sorted(path.glob("*.tar")), sorted(path.rglob("*.parquet"))
-        if tars:
-            source = TarSource(tars, name)
-        elif tables:
-            chosen = [table for table in tables if table.name.startswith(split)]
-            source = ParquetSource(chosen or tables, name, image_column, label_column)
-        else:
-            source = FolderSource(split_folder(path, split), name, classes)
-    elif path.suffix == ".zip":
-        source = ZipSource(path, split_prefix(path, split), name, classes)
-    elif path.suffix == ".parquet":
-        source = ParquetSource([path], name, image_column, label_column)
-    elif cifar10 and path.name.endswith((".tar.gz", ".tgz")):
-        source = Cifar10Archive(path, name, split)
-    elif path.suffix == ".tar":
-        source = TarSource([path], name)
-    else:
-        raise SourceError(f"{path} is no folder, .zip, .parquet or .tar.")
+    source = (
+        _open_folder(path, name, cifar10, options)
+        if path.is_dir()
+        else _open_file(path, name, cifar10, options)
+    )
     if cifar10:
         source.resolution = 32
     return source
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _open_folder(path: Path, name: str, cifar10: bool, options: SourceOptions) -> Source:
+    try:
+        names = os.listdir(path)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
+    tars = sorted(path / tar for tar in names if tar.endswith(".tar") and not is_leftover(tar))
+    if tars:
+        return _open_tars(tars, name, options)
+    tables = sorted(
+        table for table in path.rglob("*.parquet") if not is_leftover(table.relative_to(path).as_posix())
+    )
+    if tables:
+        chosen = [table for table in tables if table.name.startswith(options.split)]
+        return _open_tables(chosen or tables, name, options)
+    refuse_foreign_folder(path, names)
+    classes = CIFAR10_CLASSES if cifar10 else None
+    root = split_folder(path, options.split)
+    return FolderSource(root, name, classes, options.limits, options.unlabelled, options.follow_links)
+
+
+def _open_file(path: Path, name: str, cifar10: bool, options: SourceOptions) -> Source:
+    if path.suffix == ".zip":
+        classes = CIFAR10_CLASSES if cifar10 else None
+        prefix = split_prefix(path, options.split)
+        return ZipSource(path, prefix, name, classes, options.limits, options.unlabelled)
+    if path.suffix == ".parquet":
+        return _open_tables([path], name, options)
+    if cifar10 and path.name.endswith((".tar.gz", ".tgz")):
+        return Cifar10Archive(path, name, options.split)
+    if path.suffix == ".tar":
+        return _open_tars([path], name, options)
+    refuse_foreign_files(path, [path.name])
+    raise SourceError(f"{path} is no folder, .zip, .parquet or .tar.")
+
+
+def _open_tars(files: list[Path], name: str, options: SourceOptions) -> Source:
+    keys = TarKeys(options.image_key, options.label_key, options.unlabelled)
+    return TarSource(files, name, keys, options.limits)
+
+
+def _open_tables(files: list[Path], name: str, options: SourceOptions) -> Source:
+    return ParquetSource(
+        files, name, options.image_column, options.label_column, options.unlabelled, options.limits
+    )

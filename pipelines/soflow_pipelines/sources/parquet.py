@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from soflow_core.failures import printable, summarize
 from soflow_pipelines.images.decode import ImageError, decode_image
+from soflow_pipelines.images.limits import DEFAULT_LIMITS, ImageLimits
+from soflow_pipelines.shards.schema import MAX_CLASSES
+from soflow_pipelines.sources.labels import number_labels
 from soflow_pipelines.sources.source import SourceError, listing_digest
 
+NAMED_ROWS = 5
+"""Rows that an error names."""
 NUMERIC = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_floating)
 
 
@@ -32,7 +39,13 @@ class ParquetSource:
     ignored = 0
 
     def __init__(
-        self, files: Sequence[Path], name: str, image_column: str | None, label_column: str | None
+        self,
+        files: Sequence[Path],
+        name: str,
+        image_column: str | None,
+        label_column: str | None,
+        unlabelled: bool = False,
+        limits: ImageLimits = DEFAULT_LIMITS,
     ) -> None:
         self.name = name
         self.resolution: int | None = None
@@ -41,12 +54,16 @@ class ParquetSource:
         tables = [self._file(number) for number in range(len(files))]
         schema = tables[0].schema_arrow
         self._image_column = image_column or _image_column(name, schema)
-        label = label_column or next(
-            (c for c in schema.names if c in ("label", "labels", "class", "cls")), None
-        )
-        for column in (self._image_column, label):
-            if column is not None and column not in schema.names:
-                raise SourceError(f"{name} has no column {column!r}; it has {', '.join(schema.names)}.")
+        self._limits = limits
+        label = None if unlabelled else label_column or _label_column(name, schema)
+        self.label_origin = None if label is None else f"the column {printable(label)}"
+        for path, table in zip(files, tables, strict=True):
+            present = table.schema_arrow.names
+            for column in (self._image_column, label):
+                if column is not None and column not in present:
+                    raise SourceError(
+                        f"{path} has no column {printable(column)!r}; it has {printable(', '.join(present))}."
+                    )
         groups = [
             (n, g, t.metadata.row_group(g).num_rows)
             for n, t in enumerate(tables)
@@ -80,8 +97,10 @@ class ParquetSource:
         if number not in opened:
             try:
                 opened[number] = pq.ParquetFile(self._files[number])
-            except (OSError, pa.ArrowException) as error:
-                raise SourceError(f"{self._files[number]} cannot be read as Parquet: {error}.") from error
+            except (OSError, ValueError, pa.ArrowException) as error:
+                raise SourceError(
+                    f"{self._files[number]} cannot be read as Parquet: {printable(summarize(error))}."
+                ) from error
         return opened[number]
 
     def _labels(
@@ -92,18 +111,35 @@ class ParquetSource:
             return None, ()
         try:
             values = pa.concat_tables([table.read([column]) for table in tables])[column]
-        except (OSError, pa.ArrowException) as error:
-            raise SourceError(f"{self.name}: the column {column} cannot be read: {error}.") from error
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise SourceError(
+                f"{self.name}: the column {printable(column)} cannot be read: {printable(summarize(error))}."
+            ) from error
+        if pa.types.is_dictionary(values.type):
+            values = values.cast(values.type.value_type)
         if values.null_count:
-            raise SourceError(f"{self.name}: {values.null_count} rows have no {column}.")
+            rows = np.flatnonzero(values.is_null().to_numpy())
+            named = ", ".join(map(str, rows[:NAMED_ROWS])) + (" ..." if len(rows) > NAMED_ROWS else "")
+            raise SourceError(
+                f"{self.name}: {len(rows)} rows have no {printable(column)} (rows {named}, counted from 0 over all files)."
+            )
         if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-            names = sorted(set(values.to_pylist()))
-            return np.searchsorted(names, values.to_pylist()).astype(np.int64), tuple(names)
+            return number_labels(values.to_pylist(), self.name)
         if not any(is_kind(values.type) for is_kind in NUMERIC):
-            raise SourceError(f"{self.name}: {column} is {values.type}; labels are integers or strings.")
-        labels = values.to_numpy().astype(np.int64)
-        names = _names_in_metadata(schema, column) or [str(label) for label in range(int(labels.max()) + 1)]
-        if labels.min() < 0 or labels.max() >= len(names):
+            raise SourceError(
+                f"{self.name}: {printable(column)} is {values.type}; labels are integers or strings."
+            )
+        numbers = values.to_numpy()
+        possible = (numbers >= 0) & (numbers < MAX_CLASSES)
+        labels = np.where(possible, numbers, 0).astype(np.int64)
+        wrong = np.flatnonzero(~possible | (labels != numbers))
+        if len(wrong):
+            raise SourceError(
+                f"{self.name}: {printable(column)} is {numbers[wrong[0]]} in row {wrong[0]}; labels are whole numbers from 0 to "
+                f"{MAX_CLASSES - 1}."
+            )
+        names = _names_in_metadata(schema, column) or [str(n) for n in range(int(labels.max()) + 1)]
+        if labels.max() >= len(names):
             raise SourceError(
                 f"{self.name}: labels go from {labels.min()} to {labels.max()}, for {len(names)} classes."
             )
@@ -126,13 +162,47 @@ class ParquetSource:
         group, row = self._place(item)
         if getattr(self._local, "group", None) != group:
             number, number_in_file = self._groups[group]
-            self._local.column = self._file(number).read_row_group(number_in_file, [self._image_column])[0]
+            try:
+                read = self._file(number).read_row_group(number_in_file, [self._image_column])
+            except (OSError, ValueError, pa.ArrowException) as error:
+                raise ImageError(
+                    f"{self.item_name(item)}: its row group cannot be read ({printable(summarize(error))})."
+                ) from error
+            self._local.column = read[0]
             self._local.group = group
         value = self._local.column[row].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
-        if content is None:
+        if not isinstance(content, bytes):
             raise ImageError(f"{self.item_name(item)}: no image.")
-        return decode_image(content, self.item_name(item))
+        return decode_image(content, self.item_name(item), self._limits)
+
+
+LABEL_NAMES = ("label", "labels", "class", "cls")
+"""Names of columns that hold labels, whatever else there is."""
+LIKELY_NAME = re.compile(r".*label.*|.*class.*|.*categor.*|targets?|y|digit|species|breed", re.IGNORECASE)
+
+
+def _label_column(name: str, schema: pa.Schema) -> str | None:
+    """The column of labels; None where there is none. Raises SourceError where it is not clear which it is."""
+    for column in schema.names:
+        if column in LABEL_NAMES:
+            return str(column)
+    likely = [
+        str(field.name)
+        for field in schema
+        if LIKELY_NAME.fullmatch(field.name)
+        and (
+            pa.types.is_integer(field.type)
+            or pa.types.is_string(field.type)
+            or pa.types.is_large_string(field.type)
+        )
+    ]
+    if len(likely) > 1:
+        raise SourceError(
+            f"{name} has several columns that may be labels, {printable(', '.join(likely))}: choose one with --label-column, or "
+            "none with --unlabelled."
+        )
+    return likely[0] if likely else None
 
 
 def _image_column(name: str, schema: pa.Schema) -> str:
@@ -152,6 +222,8 @@ def _names_in_metadata(schema: pa.Schema, column: str) -> list[str] | None:
     """The class names that the `datasets` library wrote for a column of labels."""
     try:
         metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        return metadata.get("info", {}).get("features", {}).get(column, {}).get("names")
-    except (ValueError, AttributeError):
+        names = metadata.get("info", {}).get("features", {}).get(column, {}).get("names")
+    except (ValueError, AttributeError, RecursionError):
         return None
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if is_list and len(names) <= MAX_CLASSES else None

@@ -53,7 +53,9 @@ class Source(Protocol):
     digest: str
     """Digest of the list: names, sizes and labels."""
     ignored: int
-    """Files beside the images that are not images."""
+    """Files that were passed over: no images, hidden, or leftovers of another system."""
+    label_origin: str | None
+    """Where the labels are from, for messages; None where there are none."""
     block_ends: NDArray[np.int64] | None
     """Where given, images are cheap to read only in whole blocks: the number of items up to the end of each block."""
 
@@ -71,6 +73,7 @@ class ArraySource:
     """Images in memory as a source."""
 
     ignored = 0
+    label_origin: str | None = "the data set"
     block_ends: NDArray[np.int64] | None = None
 
     def __init__(self, name: str, data: LabelledImages) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from soflow_core.failures import printable
+from soflow_pipelines.images.limits import DEFAULT_LIMITS, ImageLimits
 from soflow_platform.cli.options import AddressOption
 from soflow_platform.cli.terminal import progress_bar, quiet_libraries
 from soflow_platform.errors import JobError, UserError
@@ -82,19 +83,41 @@ def prepare(
     image_column: Annotated[
         str | None, typer.Option(help="Of Parquet; default: the first of images.")
     ] = None,
-    label_column: Annotated[str | None, typer.Option(help="Of Parquet; default: label.")] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Of Parquet; default: label, or the one that is called like it.")
+    ] = None,
+    image_key: Annotated[
+        str | None,
+        typer.Option(metavar="EXT", help="Of WebDataset tars: extension of the images, as input.jpg."),
+    ] = None,
+    label_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="EXT", help="Of WebDataset tars: extension of the labels, as target.cls or json:FIELD."
+        ),
+    ] = None,
+    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="Leave labels aside.")] = False,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Follow links that lead out of an image folder.")
+    ] = False,
+    max_megapixels: Annotated[
+        int, typer.Option(min=1, help="Millions of pixels beyond which an image counts as damaged.")
+    ] = DEFAULT_LIMITS.megapixels,
+    max_file_mb: Annotated[
+        int, typer.Option(min=1, help="MiB of an image's file, unpacked, beyond which it counts as damaged.")
+    ] = DEFAULT_LIMITS.file_megabytes,
     address: AddressOption = None,
 ) -> None:
     """Turn images into a shard set, of pixels or of latents.
 
     The same command resumes a preparation that was interrupted; its shards are the same to the last byte.
     """
+    from soflow_pipelines.sources.opening import SourceOptions
     from soflow_platform.jobs.prepare import PrepareRequest
 
     request = PrepareRequest(
         source=source,
         out=out,
-        split=split,
         resolution=resolution,
         autoencoder=None if autoencoder == "none" else autoencoder,
         flips=flips,
@@ -103,8 +126,16 @@ def prepare(
         shard_megabytes=shard_mb,
         batch=batch,
         skip_damaged=skip_damaged,
-        image_column=image_column,
-        label_column=label_column,
+        options=SourceOptions(
+            split=split,
+            image_column=image_column,
+            label_column=label_column,
+            image_key=image_key,
+            label_key=label_key,
+            unlabelled=unlabelled,
+            follow_links=follow_links,
+            limits=ImageLimits(max_megapixels, max_file_mb),
+        ),
     )
     quiet_libraries()
     done = _with_progress(request, address)
@@ -127,6 +158,12 @@ def _print_prepared(done: Prepared, out: str) -> None:
         f"{info.samples} samples of {info.kind}, {' x '.join(map(str, info.shape))}, {info.classes or 'no'} classes, "
         f"{info.shards} shards, {info.bytes / 1e6:.1f} MB, sha256:{info.short_digest(12)}"
     )
+    if done.label_origin is None:
+        _echo("no labels: the images have no classes, and a network trained on them is unconditional")
+    else:
+        _echo(f"labels from {done.label_origin}")
+    if done.passed_over:
+        _echo(f"{done.passed_over} files passed over: no images, hidden, or leftovers of another system")
     for name in info.left_out:
         _echo(f"left out: {name}")
     _echo(f"Train on it with --set data.source={out}, look at it with: soflowctl data inspect {out}")

@@ -8,7 +8,7 @@ another; the driver writes index, manifest and `dataset.json` at the end. What e
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from soflow_pipelines.images.autoencoder import load_autoencoder
@@ -17,7 +17,7 @@ from soflow_pipelines.preparation.shard_plan import PrepareSettings, ShardPlan
 from soflow_pipelines.preparation.state import begin, exclusive, finish
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_pipelines.shards.tables import read_info
-from soflow_pipelines.sources.opening import open_source
+from soflow_pipelines.sources.opening import SourceOptions, open_source
 from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.cluster.actor_pool import ActorPool, Progress, Report, deterministic_torch, no_report
 from soflow_platform.cluster.connection import Cluster, connected
@@ -34,7 +34,6 @@ class PrepareRequest:
     source: str
     out: str
     """Folder or URI of the shard set."""
-    split: str = "train"
     resolution: int | None = None
     """None for the source's own, or 256."""
     autoencoder: str | None = None
@@ -46,8 +45,8 @@ class PrepareRequest:
     shard_megabytes: int = 256
     batch: int = 32
     skip_damaged: bool = False
-    image_column: str | None = None
-    label_column: str | None = None
+    options: SourceOptions = field(default_factory=SourceOptions)
+    """What is taken of the source."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,10 @@ class Prepared:
     info: DatasetInfo
     built: int
     """Shards built by this run; 0 where the set was complete already."""
+    label_origin: str | None = None
+    """Where the labels are from; None where the images have none."""
+    passed_over: int = 0
+    """Files of the source that are no images, hidden, or leftovers of another system."""
 
 
 def prepare(request: PrepareRequest, address: str | None = None, report: Report = no_report) -> Prepared:
@@ -69,16 +72,16 @@ def prepare(request: PrepareRequest, address: str | None = None, report: Report 
     with exclusive(store):
         pending = begin(plan, store)
         if pending is None:
-            return Prepared(read_info(request.out), 0)
+            return Prepared(read_info(request.out), 0, plan.source.label_origin, plan.source.ignored)
         if pending:
             with connected(address) as cluster:
                 _build(plan, request, pending, cluster, report)
-        return Prepared(finish(plan, store), len(pending))
+        return Prepared(finish(plan, store), len(pending), plan.source.label_origin, plan.source.ignored)
 
 
 def make_plan(request: PrepareRequest) -> ShardPlan:
     """Lists the source and decides which image goes into which shard; nothing is written. Raises InputError."""
-    source = open_source(request.source, request.split, request.image_column, request.label_column)
+    source = open_source(request.source, request.options)
     facts = load_autoencoder(request.autoencoder).facts if request.autoencoder else None
     settings = PrepareSettings(
         resolution=request.resolution or source.resolution or 256,

@@ -5,16 +5,26 @@ What this module imports is light: torch and the training loop are imported in t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 from typing import TYPE_CHECKING, Any
 
+from soflow_core.failures import InputError, printable
 from soflow_platform.cluster.placement import record_placement_group
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import JobError
+from soflow_platform.storage.retry import is_storage_outage
 from soflow_platform.training.job import TrialJob
-from soflow_platform.training.trial_status import TrialState, progress_actor
+from soflow_platform.training.trial_log import LOG, TrialLog
+from soflow_platform.training.trial_status import (
+    TrialState,
+    TrialStatus,
+    TrialStatusWriter,
+    progress_actor,
+    read_status,
+)
 
 if TYPE_CHECKING:
     from ray.train import ScalingConfig, UserCallback
@@ -42,7 +52,7 @@ def ray_trainer(job: TrialJob, experiment: Experiment) -> TorchTrainer:
             name=f"{job.trial}-{secrets.token_hex(4)}",
             storage_path=str(job.project.sweep(job.sweep) / "train"),
             failure_config=FailureConfig(max_failures=experiment.resources.max_failures),
-            callbacks=[_on_lost_workers(job.sweep, job.trial)],
+            callbacks=[_on_lost_workers(job)],
             logging_config=LoggingConfig("ERROR"),
         ),
     )
@@ -63,18 +73,27 @@ def _scaling(experiment: Experiment) -> ScalingConfig:
     )
 
 
-def _on_lost_workers(sweep: str, trial: str) -> UserCallback:
-    """Tells the progress actor that the trial restarts, from Ray Train's controller."""
+def _on_lost_workers(job: TrialJob) -> UserCallback:
+    """Tells the progress actor and the trial's log that workers failed and why, from Ray Train's controller."""
     from ray.train import UserCallback
 
     class LostWorkers(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             del run_context
             ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
+            reasons = dict.fromkeys(_last_line(error) for _, error in sorted(worker_exceptions.items()))
+            with contextlib.suppress(OSError):
+                TrialLog(job.folder / LOG).write(f"worker(s) {ranks} failed: {'; '.join(reasons)}")
             changes = {"state": TrialState.RESTARTING, "lost": f"worker(s) {ranks}"}
-            progress_actor(sweep).update.remote(trial, changes)
+            progress_actor(job.sweep).update.remote(job.trial, changes)
 
     return LostWorkers()
+
+
+def _last_line(error: Exception) -> str:
+    """The line that names the cause: Ray wraps a worker's exception in its own, with the traceback before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return printable(lines[-1]) if lines else type(error).__name__
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -93,18 +112,35 @@ def train_worker(settings: dict[str, Any]) -> None:
     # cuBLAS is deterministic only with this, and reads it when it is first used.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     job = TrialJob(**settings)
-    if context.get_world_rank() == 0:
+    rank, world = context.get_world_rank(), context.get_world_size()
+    actor = progress_actor(job.sweep)
+    if ray.get(actor.progress.remote(job.trial)).state is TrialState.FAILED:
+        # A worker of the group before this one met what a restart cannot mend.
+        return
+    if rank == 0:
         record_placement_group(job.folder)
-    trainer = Trainer.of_job(
-        job,
-        device=ray.train.torch.get_device(),
-        rank=context.get_world_rank(),
-        world=context.get_world_size(),
-        actor=progress_actor(job.sweep),
-    )
+    trainer: Trainer | None = None
     try:
+        trainer = Trainer.of_job(job, ray.train.torch.get_device(), rank, world, actor)
         trainer.run()
-    except JobError as error:
+    except (JobError, InputError) as error:
+        if is_storage_outage(error):
+            raise
         # Training again from the checkpoint would only meet the same: report it, and do not ask for a restart.
         logging.getLogger(__name__).error("%s", error)
-        trainer.io.fail(str(error))
+        if rank == 0 and trainer is not None:
+            trainer.io.fail(printable(error))
+        elif isinstance(error, InputError):
+            fail_trial(job, actor, printable(error))
+        if isinstance(error, InputError) and world > 1:
+            # The other ranks wait for this one; a JobError is raised on all of them.
+            raise
+
+
+def fail_trial(job: TrialJob, actor: Any, sentence: str) -> None:
+    """Publishes, from any worker, why a trial cannot go on."""
+    before = TrialStatus()
+    with contextlib.suppress(OSError, InputError):
+        before = read_status(job.folder) or before
+    writer = TrialStatusWriter(job.folder, job.trial, before.steps or 0, job.attempt, actor)
+    writer.fail(sentence, step=before.step)

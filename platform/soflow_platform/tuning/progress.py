@@ -8,6 +8,8 @@ from typing import Any
 
 from soflow_platform.training.trial_status import TrialState, TrialStatus, progress_actor_name
 
+STATES_OF_WORKERS = (TrialState.RUNNING, TrialState.EVALUATING, TrialState.STOPPING, TrialState.RESTARTING)
+
 
 class ProgressActor:
     """Latest status of each trial, and its evaluations in order, so that a trial's driver can report each to Tune once."""
@@ -19,6 +21,9 @@ class ProgressActor:
     def update(self, trial: str, changes: dict[str, Any]) -> None:
         """Set fields of one trial's status."""
         before = self.progress(trial)
+        if before.state is TrialState.FAILED and changes.get("state") in STATES_OF_WORKERS:
+            # Sent by another worker before it knew; a new attempt begins with STARTING.
+            return
         if changes.get("state") == TrialState.RUNNING:
             # The trial trains again, so that a failure of an earlier attempt no longer holds.
             changes = {"failure": None, **changes}

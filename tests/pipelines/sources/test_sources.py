@@ -16,7 +16,7 @@ from PIL import Image
 from soflow_pipelines.images.decode import ImageError
 from soflow_pipelines.preparation.builtin import ensure_builtin
 from soflow_pipelines.sources.cifar10 import CIFAR10_CLASSES
-from soflow_pipelines.sources.opening import absolute_source, open_source
+from soflow_pipelines.sources.opening import SourceOptions, absolute_source, open_source
 from soflow_pipelines.sources.source import Source, SourceError
 
 CLASSES = ("bear", "cat", "owl")
@@ -152,8 +152,8 @@ def test_another_split_is_read_where_it_is_asked_for(tmp_path: Path) -> None:
     as_folder(tmp_path)
     (tmp_path / "val" / "cat").mkdir(parents=True)
     (tmp_path / "val" / "cat" / "x.png").write_bytes(png(1))
-    assert len(open_source(str(tmp_path), "val")) == 1
-    assert len(open_source(str(tmp_path), "train")) == 9
+    assert len(open_source(str(tmp_path), SourceOptions(split="val"))) == 1
+    assert len(open_source(str(tmp_path))) == 9
 
 
 def test_the_digits_and_our_own_shards_of_them_hold_the_same(tmp_path: Path) -> None:
@@ -180,7 +180,9 @@ def test_the_binary_archive_of_cifar10_is_read(tmp_path: Path) -> None:
     assert len(source) == 15
     assert source.class_names == CIFAR10_CLASSES
     np.testing.assert_array_equal(np.asarray(source.image(7)).transpose(2, 0, 1).ravel(), records[7, 1:])
-    assert len(open_source(f"cifar10:{tmp_path / 'cifar-10-binary.tar.gz'}", "test")) == 5
+    assert (
+        len(open_source(f"cifar10:{tmp_path / 'cifar-10-binary.tar.gz'}", SourceOptions(split="test"))) == 5
+    )
 
 
 def test_a_source_is_the_same_from_another_working_folder(

@@ -102,3 +102,17 @@ def test_a_state_begins_when_it_changes() -> None:
     assert (actor.progress("trial").since, actor.progress("trial").step) == (since, 3)
     actor.update("trial", {"state": TrialState.RUNNING})
     assert (actor.progress("trial").since or 0.0) > since
+
+
+def test_a_late_message_of_another_worker_leaves_a_failure_standing() -> None:
+    actor = ProgressActor()
+    actor.update("trial", {"state": TrialState.RUNNING, "step": 4})
+    actor.update("trial", {"state": TrialState.FAILED})
+    actor.update("trial", {"failure": "shard-000000.tar is missing."})
+    for late in (TrialState.RUNNING, TrialState.EVALUATING, TrialState.RESTARTING):
+        actor.update("trial", {"state": late, "step": 5})
+    status = actor.progress("trial")
+    assert (status.state, status.failure) == (TrialState.FAILED, "shard-000000.tar is missing.")
+    actor.update("trial", {"state": TrialState.STARTING})
+    actor.update("trial", {"state": TrialState.RUNNING})
+    assert actor.progress("trial").failure is None
