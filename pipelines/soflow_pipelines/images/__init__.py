@@ -1,5 +1,6 @@
 """Images as arrays and tensors.
 
+limits       ImageLimits: what an image from outside may cost
 decode       encoded images to RGB, the centre crop, arrays; without torch
 encode       grids, PNG files and folders of them; without torch
 convert      uint8 to [-1, 1] and back

@@ -20,7 +20,7 @@ from soflow_core.failures import printable, summarize
 from soflow_pipelines.images.decode import ImageError, decode_image
 from soflow_pipelines.images.limits import DEFAULT_LIMITS, ImageLimits
 from soflow_pipelines.shards.schema import MAX_CLASSES
-from soflow_pipelines.sources.labels import number_labels
+from soflow_pipelines.sources.label_files import number_labels
 from soflow_pipelines.sources.source import SourceError, listing_digest
 
 NAMED_ROWS = 5

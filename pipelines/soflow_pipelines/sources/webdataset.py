@@ -18,7 +18,7 @@ from soflow_pipelines.images.decode import ImageError, check_size, decode_image,
 from soflow_pipelines.images.limits import DEFAULT_LIMITS, ImageLimits
 from soflow_pipelines.shards.info import INFO_NAME
 from soflow_pipelines.shards.tables import read_info
-from soflow_pipelines.sources.labels import LABEL_BYTES, number_labels, parse_json_label, parse_number
+from soflow_pipelines.sources.label_files import LABEL_BYTES, number_labels, parse_json_label, parse_number
 from soflow_pipelines.sources.listing import is_leftover
 from soflow_pipelines.sources.source import IMAGE_SUFFIXES, SourceError, listing_digest
 

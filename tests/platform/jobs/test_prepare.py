@@ -85,8 +85,12 @@ def test_damaged_images_of_all_shards_are_named_and_the_rest_is_kept(tmp_path: P
 
 
 def start_driver(request: PrepareRequest, log: Path) -> subprocess.Popen[bytes]:
-    command = "from soflow_platform.jobs.prepare import PrepareRequest, prepare\n"
-    code = f"{command}prepare({request!r})"
+    code = (
+        "from soflow_pipelines.images.limits import ImageLimits\n"
+        "from soflow_pipelines.sources.opening import SourceOptions\n"
+        "from soflow_platform.jobs.prepare import PrepareRequest, prepare\n"
+        f"prepare({request!r})"
+    )
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-c", code], stdout=file, stderr=file, start_new_session=True
