@@ -218,7 +218,7 @@ MUTATIONS = [
     Mutation(
         "DDPM: variance of the forward step",
         "soflow_core/samplers/diffusion.py",
-        "((1 - after) / (1 - here) * beta) ** 0.5",
+        "((1 - abar_next) / (1 - abar) * beta) ** 0.5",
         "beta**0.5",
     ),
     Mutation(

@@ -212,7 +212,7 @@ def test_a_shard_of_another_size_and_a_missing_one_are_named(numbered: Path, tmp
     with pytest.raises(ShardError, match=r"shard-000002\.tar has \d+ bytes, the manifest lists \d+"):
         ShardLoader(folder, 53)
     shard.unlink()
-    with pytest.raises(ShardError, match=r"shard-000002\.tar cannot be opened"):
+    with pytest.raises(ShardError, match=r"shard-000002\.tar is missing"):
         ShardLoader(folder, 53)
 
 

@@ -214,8 +214,8 @@ def test_a_reported_failure_is_cleared_once_the_trial_resumes() -> None:
     actor.update("trial", {"state": TrialState.FAILED})
     actor.update("trial", {"failure": "the tracking server stayed away"})
     assert actor.snapshot()["trial"].failure == "the tracking server stayed away"
-    actor.update("trial", {"state": TrialState.RUNNING})
-    actor.update("trial", {"state": TrialState.FINISHED})
+    for state in (TrialState.STARTING, TrialState.RUNNING, TrialState.FINISHED):
+        actor.update("trial", {"state": state})
     assert actor.snapshot()["trial"].failure is None
 
 
