@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from soflow_core.objectives import OBJECTIVES
-from soflow_platform.config.sections import Positive, Section
+from soflow_platform.config.sections import Positive, Section, Steps
 
 
 class SamplingConfig(Section):
@@ -15,7 +15,7 @@ class SamplingConfig(Section):
 
     methods: tuple[str, ...] | None = None
     """None: every method of the sweep."""
-    steps: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    steps: Annotated[tuple[Steps, ...], Field(min_length=1, max_length=64)]
     """Numbers of sampling steps, each scored."""
     sampler: str | None = None
     """Of methods that have several; None: the trial's own."""

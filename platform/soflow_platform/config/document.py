@@ -6,17 +6,34 @@ with the origin (file and line) of every key, so that a refused value can be poi
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
-from collections.abc import Iterable
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
+from soflow_core.failures import summarize
 from soflow_platform.errors import UserError
 
 KeyPath = tuple[str | int, ...]
+
+MAX_BYTES = 2**18
+"""Bytes of a sweep file."""
+MAX_VALUES = 10_000
+"""Values of a sweep file or an override, with aliases written out."""
+MAX_DEPTH = 32
+"""Sections and lists inside each other."""
+MAX_BRACKETS = 100
+"""Open brackets in a text; the YAML reader takes seconds for thousands."""
+MAX_FILES = 64
+"""Files that one sweep file extends, directly or through others."""
+SHOWN = 80
+"""Characters of a value that an error shows."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -76,25 +93,21 @@ class Document:
 
     def put(self, path: KeyPath, value: Any, origin: Origin) -> None:
         """Set one value, making the sections above it where they are missing."""
+        self._put(path, value, lambda _: origin)
+
+    def _put(self, path: KeyPath, value: Any, origin_of: Callable[[KeyPath], Origin]) -> None:
         section: dict[Any, Any] = self.data
         for depth, key in enumerate(path[:-1]):
             below = section.get(key)
             if not isinstance(below, dict):
                 below = section[key] = {}
-                self.origins[path[: depth + 1]] = origin
+                self.origins[path[: depth + 1]] = origin_of(path)
             section = below
-        for known in [p for p in self.origins if p[: len(path)] == path]:
-            del self.origins[known]
+        for known in _paths(path, section.get(path[-1])):
+            self.origins.pop(known, None)
         section[path[-1]] = value
-        self._mark(path, value, origin)
-
-    def _mark(self, path: KeyPath, value: Any, origin: Origin) -> None:
-        self.origins[path] = origin
-        items = (
-            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        )
-        for key, below in items:
-            self._mark((*path, key), below, origin)
+        for new in _paths(path, value):
+            self.origins[new] = origin_of(new)
 
     def merge(self, other: Document) -> None:
         """Lay `other` over this document: sections are merged key by key, anything else is replaced."""
@@ -108,21 +121,27 @@ class Document:
                 for key, below in value.items():
                     lay((*path, key), below)
                 return
-            self.put(path, value, other.origin(path))
-            for known, origin in other.origins.items():
-                if known[: len(path)] == path:
-                    self.origins[known] = origin
+            self._put(path, value, other.origin)
 
         for key, value in other.data.items():
             lay((key,), value)
 
 
+def _paths(path: KeyPath, value: Any) -> Iterator[KeyPath]:
+    """The path of a value, and those of all values below it."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, below in items:
+        yield from _paths((*path, key), below)
+
+
 def read_document(path: Path, overrides: Iterable[str] = ()) -> Document:
     """Read a sweep file, what it extends, and `a.b=value` overrides.
 
-    Raises UserError for a file that cannot be read or parsed, a key given twice, or a circle of `extends`.
+    Raises UserError for a file that cannot be read or parsed or is larger than a sweep file can be, a key given twice, or a circle
+    of `extends`.
     """
-    document = _read_with_parents(path, ())
+    document = _read_with_parents(path, (), itertools.count(1))
     for override in overrides:
         apply_override(document, override)
     return document
@@ -132,69 +151,133 @@ def apply_override(document: Document, override: str) -> None:
     """Apply one `a.b=value`; the value is read as YAML. Raises UserError where it has no such form."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise UserError(f"--set {override!r} is not of the form section.key=value.")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override!r}: the value cannot be read as YAML; quote it.") from None
-    document.put(tuple(key.split(".")), value, Origin(f"--set {key}"))
+        raise UserError(f"--set {shortened(override)!r} is not of the form section.key=value.")
+    path = tuple(key.split("."))
+    if len(path) > MAX_DEPTH:
+        raise UserError(f"--set {shortened(key)}: no setting lies {len(path)} sections deep.")
+    reader = _Reader(lambda _: Origin(f"--set {shortened(key)}"))
+    document.put(path, reader.value_of(text), Origin(f"--set {key}"))
 
 
-def _read_with_parents(path: Path, below: tuple[Path, ...]) -> Document:
+def shortened(value: object) -> str:
+    """A value as an error shows it: its beginning, where it is long."""
+    text = str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _read_with_parents(path: Path, below: tuple[Path, ...], files: Iterator[int]) -> Document:
     path = path.resolve()
     if path in below:
         raise UserError(
             f"{path.name}: `extends` goes in a circle: {' -> '.join(p.name for p in (*below, path))}."
         )
+    if next(files) > MAX_FILES:
+        raise UserError(f"{_shown(path)}: `extends` takes in more than {MAX_FILES} files; write fewer.")
     own = _read_one(path)
     parents = own.data.pop("extends", [])
     document = Document({})
     for parent in parents if isinstance(parents, list) else [parents]:
-        document.merge(_read_with_parents(path.parent / str(parent), (*below, path)))
+        if not isinstance(parent, str):
+            raise UserError(f"{own.origin(('extends',))}: `extends` takes names of sweep files.")
+        document.merge(_read_with_parents(path.parent / parent, (*below, path), files))
     document.merge(own)
     return document
 
 
 def _read_one(path: Path) -> Document:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"{_shown(path)} cannot be read: it is no file.")
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise UserError(f"{_shown(path)} is no sweep file: it has more than {MAX_BYTES:,} bytes.")
+        text = content.decode("utf-8")
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UserError(f"{_shown(path)} cannot be read: {reason}.") from None
-    try:
-        node = yaml.compose(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not valid YAML"
-        raise UserError(f"{_shown(path)}{where}: {problem}.") from None
-    if not isinstance(node, yaml.MappingNode):
+    reader = _Reader(lambda line: Origin(_shown(path), line))
+    data = reader.value_of(text)
+    if not isinstance(data, dict):
         raise UserError(f"{_shown(path)} holds no settings: a sweep file is a mapping of sections.")
-    document = Document({})
-    loader = _Loader("")
-    document.data = _construct(loader, node, (), _shown(path), document.origins)
-    return document
+    return Document(data, reader.origins)
 
 
-def _construct(
-    loader: _Loader, node: yaml.Node, path: KeyPath, source: str, origins: dict[KeyPath, Origin]
-) -> Any:
-    if path:
-        origins[path] = Origin(source, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
+class _Reader:
+    """Reads YAML text into dicts, lists and scalars, and notes where each value was written.
+
+    An alias stands for a copy of what it names. The number of values is bounded, because nested aliases double it with each line.
+    """
+
+    def __init__(self, origin_at: Callable[[int], Origin]) -> None:
+        self.origins: dict[KeyPath, Origin] = {}
+        self._origin_at = origin_at
+        self._loader = _Loader("")
+        self._values = 0
+
+    def value_of(self, text: str) -> Any:
+        """The value of a text; None where it is empty. Raises UserError, with the line, where it cannot be read."""
+        try:
+            if _brackets(text) > MAX_BRACKETS:
+                raise RecursionError
+            node = yaml.compose(text, _Loader)
+            return None if node is None else self._value(node, ())
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+            problem = getattr(error, "problem", None) or "not valid YAML"
+            line = mark.line if mark else 0
+        except RecursionError:
+            line, problem = 0, "the values are nested too deeply"
+        raise UserError(
+            f"{self._origin_at(line + 1)}: {problem}; a text with special characters needs quotes."
+        )
+
+    def _value(self, node: yaml.Node, path: KeyPath) -> Any:
+        self._values += 1
+        if self._values > MAX_VALUES:
+            self._refuse(node, f"there are more than {MAX_VALUES:,} values, with aliases written out")
+        if len(path) > MAX_DEPTH:
+            self._refuse(node, f"values are nested more than {MAX_DEPTH} deep")
+        if path:
+            self.origins[path] = self._origin_at(node.start_mark.line + 1)
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node)
+        if node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+            self._refuse(node, f"the tag {shortened(node.tag)} is not known")
+        if isinstance(node, yaml.MappingNode):
+            return self._section(node, path)
+        return [self._value(item, (*path, place)) for place, item in enumerate(node.value)]
+
+    def _section(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         section: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = str(loader.construct_object(key_node))
-            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._refuse(key_node, "a key is a name")
+            key = str(self._scalar(key_node))
             if key in section:
-                raise UserError(f"{source}, line {line}: `{key}` is given twice; keep one.")
+                self._refuse(key_node, f"`{shortened(key)}` is given twice; keep one")
             place = (*path, key)
-            section[key] = _construct(loader, value_node, place, source, origins)
-            origins[place] = Origin(source, line)
+            section[key] = self._value(value_node, place)
+            self.origins[place] = self._origin_at(key_node.start_mark.line + 1)
         return section
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(loader, item, (*path, i), source, origins) for i, item in enumerate(node.value)]
-    return loader.construct_object(node)
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        try:
+            return self._loader.construct_object(node)
+        except yaml.YAMLError:
+            raise
+        except (ValueError, TypeError, LookupError) as error:
+            # Dates that do not exist, numbers of thousands of digits, text that is not base64.
+            self._refuse(node, f"`{shortened(node.value)}` cannot be read ({summarize(error)[:SHOWN]})")
+
+    def _refuse(self, node: yaml.Node, problem: str) -> NoReturn:
+        raise UserError(f"{self._origin_at(node.start_mark.line + 1)}: {problem}.")
+
+
+def _brackets(text: str) -> int:
+    """How many brackets are open at once; those inside quotes count too, for no honest text has so many."""
+    steps = ({"[": 1, "{": 1, "]": -1, "}": -1}.get(character, 0) for character in text)
+    return max(itertools.accumulate(steps), default=0)
 
 
 def _same_method(over: dict[str, Any], under: dict[str, Any]) -> bool:

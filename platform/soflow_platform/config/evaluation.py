@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from soflow_platform.config.locations import FILE, absolute_autoencoder, absolute_features
-from soflow_platform.config.sections import Positive, Section
+from soflow_platform.config.sections import Positive, Samples, Section, Seed, Steps
 
 POOLED = "pooled"
 DIGITS = "digits-classifier"
@@ -19,20 +19,20 @@ class EvaluationConfig(Section):
 
     every: Positive
     """Steps between evaluations; the last step is always evaluated."""
-    samples: Annotated[int, Field(ge=16)] = 2048
-    nfe: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2)
+    samples: Annotated[int, Field(ge=16, le=10**8)] = 2048
+    nfe: Annotated[tuple[Steps, ...], Field(min_length=1, max_length=16)] = (1, 2)
     """Numbers of function evaluations to score."""
     features: str = POOLED
     """What images are described by: `inception` (FID), `dinov2`, `clip`, `file:PATH` (an exported network), `digits-classifier` (a
     small network trained on the real digits), or `pooled`: block averages of the training space itself, which needs no weights."""
     autoencoder: str | None = None
     """Folder or id of the autoencoder that decodes latents for features of images; None: the one the data were made with."""
-    batch: Positive = 256
+    batch: Samples = 256
     labels: Literal["balanced", "uniform"] = "balanced"
     """Which labels samples get: every class equally often, or drawn (as the paper's FID is measured)."""
     grid: Annotated[int, Field(ge=1, le=16)] = 10
     """Rows and columns of the sample grid, drawn from the same noise at every evaluation."""
-    seed: int = 0
+    seed: Seed = 0
 
     @field_validator("features")
     @classmethod

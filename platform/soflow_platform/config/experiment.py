@@ -19,6 +19,7 @@ from soflow_platform.config.sections import (
     NetworkConfig,
     RegistryConfig,
     Section,
+    Seed,
     TrackingConfig,
 )
 from soflow_platform.config.training import ResourcesConfig, TrainingConfig
@@ -40,7 +41,7 @@ class Experiment(Section):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
     description: str = ""
-    seed: int = 0
+    seed: Seed = 0
     data: DataConfig
     network: NetworkConfig
     objective: ObjectiveConfig

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from soflow_platform.config.sections import Positive, Section
+
+MAX_TRIALS = 1000
+"""Trials of one sweep: each is checked before anything starts."""
 
 
 class Range(Section):
@@ -45,7 +49,7 @@ class SearchConfig(Section):
     space: dict[str, list[Any] | Range] = Field(default_factory=dict)
     """From a setting's path (`objective.weight_power`) to the values it takes, or a range."""
     algorithm: Literal["grid", "random"] = "grid"
-    trials: Positive | None = None
+    trials: Annotated[int, Field(gt=0, le=MAX_TRIALS)] | None = None
     """Number of trials that `random` draws; `grid` tries every combination."""
     budgets: Annotated[tuple[Budget, ...], Field(min_length=1)] = ("steps",)
     """`steps`: every trial trains for `training.steps`. `evaluations`: for as many steps as make the network evaluations that the
@@ -67,6 +71,12 @@ class SearchConfig(Section):
             raise ValueError("`trials` is for algorithm: random; a grid tries every combination")
         if self.algorithm == "random" and self.trials is None:
             raise ValueError("algorithm: random needs `trials`, the number of trials to draw")
+        points = math.prod(len(values) for values in self.space.values() if isinstance(values, list))
+        if self.algorithm == "grid" and points > MAX_TRIALS:
+            raise ValueError(
+                f"the grid of `space` has {points} points: a sweep has at most {MAX_TRIALS} trials; "
+                "list fewer values, or draw with algorithm: random"
+            )
         if len(set(self.budgets)) < len(self.budgets):
             raise ValueError("`budgets` names one twice; keep one")
         if self.asha is not None and self.budgets != ("steps",):

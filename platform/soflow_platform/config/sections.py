@@ -5,19 +5,30 @@ Every section refuses unknown keys. Defaults are the paper's ImageNet recipe whe
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from soflow_core.networks.dit import LARGEST
 from soflow_platform.config.locations import absolute_tracking
 
-Positive = Annotated[int, Field(gt=0)]
+MODEL_NAME = re.compile(r"\w[\w. -]{0,198}\w|\w")
+"""MLflow refuses / and : and what reads as a path; names with other signs do not go through its URIs and filters."""
+
+Positive = Annotated[int, Field(gt=0, le=10**15)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Minutes = Annotated[float, Field(gt=0, le=60 * 24 * 365)]
+Samples = Annotated[int, Field(gt=0, le=2**20)]
+"""Samples that are computed at once."""
+Steps = Annotated[int, Field(gt=0, le=10_000)]
+"""Steps of a sampler."""
 
 
 class Section(BaseModel):
-    """A part of a sweep file: immutable, and strict about its keys."""
+    """A part of a sweep file: immutable, strict about its keys, with finite numbers and texts of bounded length."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, str_max_length=4096)
 
 
 class DataConfig(Section):
@@ -41,10 +52,10 @@ class NetworkConfig(Section):
     """The DiT: a named size such as `XL/2`, or its four numbers."""
 
     size: str | None = None
-    patch: Positive | None = None
-    hidden: Positive | None = None
-    depth: Positive | None = None
-    heads: Positive | None = None
+    patch: Annotated[int, Field(gt=0, le=LARGEST["patch"])] | None = None
+    hidden: Annotated[int, Field(gt=0, le=LARGEST["hidden"])] | None = None
+    depth: Annotated[int, Field(gt=0, le=LARGEST["depth"])] | None = None
+    heads: Annotated[int, Field(gt=0, le=LARGEST["heads"])] | None = None
 
     @model_validator(mode="after")
     def _one_description(self) -> NetworkConfig:
@@ -63,7 +74,7 @@ class TrackingConfig(Section):
 
     uri: str | None = None
     """MLflow tracking URI; None: SQLite under the storage folder."""
-    experiment: str | None = None
+    experiment: Annotated[str, Field(min_length=1, max_length=500)] | None = None
     """MLflow experiment; None: the sweep's name."""
 
     @field_validator("uri")
@@ -78,3 +89,13 @@ class RegistryConfig(Section):
     model: str | None = None
     """Registered model; None: the sweep's name. """
     enabled: bool = True
+
+    @field_validator("model")
+    @classmethod
+    def _as_mlflow_names_models(cls, name: str | None) -> str | None:
+        if name is not None and not MODEL_NAME.fullmatch(name):
+            raise ValueError(
+                "a registered model's name has letters, digits, spaces and . _ - (not / or :), begins with a letter or digit, "
+                "and has at most 200 characters"
+            )
+        return name

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from soflow_platform.config.locations import absolute_place
-from soflow_platform.config.sections import Positive, Section
+from soflow_platform.config.sections import Minutes, Positive, Samples, Section
 
 
 class TrainingConfig(Section):
@@ -15,7 +15,7 @@ class TrainingConfig(Section):
 
     steps: Positive
     """Optimizer steps; the total K of the middle-time schedule r(k, K)."""
-    batch: Positive = 256
+    batch: Samples = 256
     """Samples in one optimizer step, over all workers."""
     ema: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.9999,)
     """Decays of the exponential moving averages of the weights; the first is evaluated and registered."""
@@ -38,9 +38,9 @@ class TrainingConfig(Section):
     """Newest checkpoints kept for each trial; the best one is kept besides."""
     checkpoints: str | None = None
     """Folder or `s3://bucket/prefix` that checkpoints go to, below it by sweep and trial; None: the project folder."""
-    patience_minutes: Annotated[float, Field(gt=0)] = 10
+    patience_minutes: Minutes = 10
     """How long a checkpoint storage or a tracking server may be away before a trial fails."""
-    grace_seconds: Annotated[float, Field(gt=0)] = 25
+    grace_seconds: Annotated[float, Field(gt=0, le=86_400)] = 25
     """How long trials may take to save after SIGTERM before the command ends; what sends it usually sends SIGKILL after 30."""
 
     @field_validator("ema")
@@ -60,17 +60,17 @@ class TrainingConfig(Section):
 class ResourcesConfig(Section):
     """What one trial asks the cluster for."""
 
-    workers: Positive = 1
+    workers: Annotated[int, Field(gt=0, le=10_000)] = 1
     min_workers: Positive | None = None
     """With fewer workers than `workers` a trial goes on as long as it has this many, some with a row more than others where the batch
     does not divide; None: it waits for all."""
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    cpus_per_worker: Annotated[float, Field(gt=0, le=10_000)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0, le=10_000)] = 0
     concurrent_trials: Positive | None = None
     """Trials that run at the same time; None: as many as fit."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
+    max_failures: Annotated[int, Field(ge=0, le=10_000)] = 3
     """Lost workers or nodes that one trial survives."""
-    wait_minutes: Annotated[float, Field(gt=0)] = 30
+    wait_minutes: Minutes = 30
     """How long a trial waits for machines to start or to start again on before it fails."""
 
     @model_validator(mode="after")

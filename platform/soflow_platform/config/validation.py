@@ -12,7 +12,7 @@ from typing import Annotated, Any, Union
 from pydantic import BaseModel, Field, ValidationError
 
 from soflow_core.objectives import OBJECTIVES
-from soflow_platform.config.document import Document, KeyPath, read_document
+from soflow_platform.config.document import Document, KeyPath, read_document, shortened
 from soflow_platform.errors import UserError
 
 if typing.TYPE_CHECKING:
@@ -38,7 +38,10 @@ def validate(document: Document) -> Experiment:
 
 
 def _sentence(document: Document, error: ValidationError) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    # A mapping where a list or a mapping may stand: what is wrong inside the mapping.
+    inside = (each for each in errors if each["type"] != "list_type" or not isinstance(each["input"], dict))
+    first = next(inside, errors[0])
     path = _document_path(document, first["loc"])
     key = ".".join(str(part) for part in path)
     where = document.origin(path) if path else document.origin(("name",))
@@ -48,7 +51,7 @@ def _sentence(document: Document, error: ValidationError) -> str:
     if first["type"] == "union_tag_invalid":
         expected = first["ctx"]["expected_tags"].replace("'", "")
         return (
-            f"{document.origin((*path, 'method'))}: unknown method {first['ctx']['tag']!r} in `{key}`; "
+            f"{document.origin((*path, 'method'))}: unknown method {shortened(first['ctx']['tag'])!r} in `{key}`; "
             f"known are {expected}."
         )
     if first["type"] == "union_tag_not_found":
@@ -57,7 +60,7 @@ def _sentence(document: Document, error: ValidationError) -> str:
     message = message[:1].lower() + message[1:]
     if first["type"] == "value_error":
         return f"{source}: {f'`{key}`: ' if key else ''}{message}."
-    return f"{source}: `{key}` is {first['input']!r}: {message}."
+    return f"{source}: `{key}` is {shortened(repr(first['input']))}: {message}."
 
 
 def _document_path(document: Document, loc: tuple[str | int, ...]) -> KeyPath:
@@ -84,8 +87,29 @@ def _refuse_unknown_keys(document: Document, annotation: Any, value: Any, path: 
             section = ".".join(str(part) for part in path)
             known = f"did you mean `{nearest[0]}`?" if nearest else f"known are {', '.join(fields)}."
             place = f" in `{section}`" if section else ""
-            raise UserError(f"{document.origin((*path, key))}: unknown key `{key}`{place}; {known}")
+            raise UserError(
+                f"{document.origin((*path, key))}: unknown key `{shortened(key)}`{place}; {known}"
+            )
+        if not isinstance(below, dict):
+            _refuse_booleans(document, fields[key], below, (*path, key))
         _refuse_unknown_keys(document, fields[key], below, (*path, key))
+
+
+def _refuse_booleans(document: Document, annotation: Any, value: Any, path: KeyPath) -> None:
+    """Raises UserError for true or false where neither is a value of the setting: pydantic takes them for 1 and 0."""
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(each, bool) for each in values) and not _may_be_boolean(annotation):
+        key = ".".join(str(part) for part in path)
+        raise UserError(
+            f"{document.origin(path)}: `{key}` is {shortened(value)}: true and false are no values of it."
+        )
+
+
+def _may_be_boolean(annotation: Any) -> bool:
+    members = typing.get_args(annotation)
+    return annotation in (bool, Any) or any(
+        _may_be_boolean(member) for member in members if not isinstance(member, bool)
+    )
 
 
 def _known_fields(annotation: Any, value: dict[str, Any]) -> dict[str, Any] | None:
@@ -95,7 +119,7 @@ def _known_fields(annotation: Any, value: dict[str, Any]) -> dict[str, Any] | No
     if typing.get_origin(annotation) in (Union, types.UnionType):
         members = [m for m in typing.get_args(annotation) if m is not type(None)]
         if len(members) > 1:
-            members = [OBJECTIVES[m] for m in [value.get("method")] if m in OBJECTIVES]
+            members = [OBJECTIVES[m] for m in [value.get("method")] if isinstance(m, str) and m in OBJECTIVES]
         return _known_fields(members[0], value) if members else None
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         if annotation is Experiment:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from soflow_core.failures import summarize
 from soflow_pipelines.storage.files import short_digest
+from soflow_platform.config.locations import require_no_secret
 from soflow_platform.errors import UserError
 from soflow_platform.storage.project import ProjectFolder
 
@@ -40,9 +41,15 @@ class TrackingStore:
     """An MLflow tracking store with its model registry. All MLflow clients are created by this class.
 
     MLflow is imported, and the database of an embedded store created, when `client` is first used.
+
+    Raises UserError for a URI that holds a secret.
     """
 
     def __init__(self, uri: str) -> None:
+        try:
+            require_no_secret(uri)
+        except ValueError as error:
+            raise UserError(f"{error}.") from None
         self.uri = uri
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -60,7 +67,12 @@ class TrackingStore:
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        try:
+            return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"the tracking store {self.uri} needs the Python package {error.name}: install it beside soflow."
+            ) from None
 
     @property
     def database(self) -> Path | None:
@@ -85,6 +97,8 @@ class TrackingStore:
             return
         try:
             self.client.search_experiments(max_results=1)
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(
                 f"the tracking server {self.uri} does not answer: {summarize(error)[:200]}"

@@ -14,9 +14,19 @@ from soflow_platform.training.model import network_config
 
 
 def expected(experiment: Experiment) -> Expected | None:
-    """Sample shape and number of classes from the settings alone; None where they do not state the shape."""
-    if experiment.data.source in BUILTIN:
-        return BUILTIN[experiment.data.source]
+    """Sample shape and classes as far as the configuration says them. Raises UserError where built-in data have others."""
+    source, wanted = experiment.data.source, experiment.data
+    if source in BUILTIN:
+        data = BUILTIN[source]
+        for name, given, actual in (
+            ("shape", wanted.shape, data.shape),
+            ("classes", wanted.classes, data.classes),
+        ):
+            if given is not None and given != actual:
+                raise UserError(
+                    f"data.{name} is {given} and data.source {source} has {actual}: leave data.{name} out."
+                )
+        return data
     if experiment.data.shape is None:
         return None
     return Expected(experiment.data.shape, experiment.data.classes)
@@ -37,6 +47,7 @@ def check_data(experiment: Experiment) -> str:
     if source is None:
         raise UserError(f"data.source is not set: {how_to_make(experiment)}.")
     if source in BUILTIN:
+        expected(experiment)
         return source
     if "://" not in source and not Path(source).is_dir():
         raise UserError(f"data.source {source!r} is not a folder: {how_to_make(experiment)}.")
