@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import warnings
 from enum import Enum
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -314,18 +317,46 @@ def version() -> None:
     typer.echo(f"soflow {installed()}")
 
 
+_terminated: list[int] = []
+"""The SIGTERM that ended the command, where one did."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Leave every block of the command, so that it closes what is open, with exit code 143."""
+    del frame
+    _terminated.append(number)
+    # What is being closed is not interrupted by another one.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with contextlib.suppress(OSError, RuntimeError):
+        # The terminal may be gone, and the signal may have come in the middle of another print.
+        print("terminated: run the same command to go on.", file=sys.stderr)
+    raise SystemExit(143)
+
+
+INTERRUPTED = "interrupted: run the same command to go on."
+
+
 def main() -> None:
     """Console entry point. A command that fails prints one sentence on stderr; `_exit_code` has its exit code."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # Torch's own forward-mode derivatives use torch.jit.script, which warns when the first derivative is taken.
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted: run the same command to go on.", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         sys.exit(_exit_code(error))
+    except SystemExit:
+        if _terminated:
+            # An exit inside one of Ray's calls comes out of it with Ray's own code.
+            sys.exit(143)
+        raise
+    if code == 130:
+        # Typer has made an exit code of Ctrl-C.
+        print(INTERRUPTED, file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 

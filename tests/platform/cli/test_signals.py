@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,3 +96,38 @@ def test_a_sweep_whose_ray_died_restarts_up_to_max_failures(
         with pytest.raises(RayLost):
             restart_lost_ray(sweep, allowed, training.say)
     assert starts == 1 + min(lost, allowed)
+
+
+WAITING = """
+import sys, time
+from soflow_platform.cli import main
+
+@main.app.command()
+def wait() -> None:
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("closed", flush=True)
+
+sys.argv = ["soflowctl", "wait"]
+main.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "sentence"),
+    [(signal.SIGINT, 130, "interrupted: run the same"), (signal.SIGTERM, 143, "terminated: run the same")],
+)
+def test_a_signal_closes_what_is_open_and_says_how_to_go_on(
+    number: signal.Signals, code: int, sentence: str
+) -> None:
+    command = [sys.executable, "-c", WAITING]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (code, "closed\n")
+    assert errors.count("\n") == 1
+    assert sentence in errors
