@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from soflow_platform.cli.options import Places
-from soflow_platform.cli.terminal import console, plain_table, progress_bar, stdout_to_stderr
+from soflow_platform.cli.terminal import console, plain_table, progress_bar, stdout_to_stderr, styled
 from soflow_platform.errors import UserError
 from soflow_platform.storage.project import ProjectFolder, find_project, require_writable
 
@@ -45,7 +45,7 @@ def compare_command(
     folder = project.sweep(record.id) / "comparison"
 
     def say(text: str) -> None:
-        errors.print(f"[dim]{text}[/dim]", highlight=False)
+        errors.print(styled((text, "dim")), highlight=False)
 
     def keep(comparison: Comparison) -> None:
         files = save(comparison, folder)
@@ -101,7 +101,7 @@ def _print(screen: Console, comparison: Comparison, folder: Path) -> None:
 
     for budget in comparison.budgets:
         rows = comparison.of(budget)
-        screen.print(f"\n[bold]{TITLES.get(budget, budget)}[/bold]")
+        screen.print(styled("\n", (TITLES.get(budget, budget), "bold")))
         first, *rest = (title.format(distance=comparison.distance) for title in COLUMNS)
         table = plain_table(first, *rest)
         for row in rows:
@@ -111,8 +111,8 @@ def _print(screen: Console, comparison: Comparison, folder: Path) -> None:
     for sentence in conclusions(comparison):
         screen.print(sentence, highlight=False)
     for flag in dict.fromkeys(flag for row in comparison.rows for flag in row.flags):
-        screen.print(f"[yellow]*[/yellow] {flag}", highlight=False)
+        screen.print(styled(("*", "yellow"), f" {flag}"), highlight=False)
     for sentence in comparison.left_out:
-        screen.print(f"[yellow]left out[/yellow] {sentence}", highlight=False)
+        screen.print(styled(("left out", "yellow"), f" {sentence}"), highlight=False)
     for name in FILES:
         screen.print(f"saved  {folder / name}", highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from soflow_platform.cli.terminal import duration, progress_bar, storage_flag
+from soflow_platform.cli.terminal import duration, progress_bar, storage_flag, styled
 from soflow_platform.cluster.actor_pool import Progress, Report
 from soflow_platform.cluster.connection import Cluster
 from soflow_platform.config.experiment import Experiment
@@ -41,7 +41,9 @@ class SweepDisplay(Display):
         self._thread: threading.Thread | None = None
 
     def say(self, text: str) -> None:
-        self.console.print(f"[dim]{time.monotonic() - self._started:5.0f} s[/dim]  {text}", highlight=False)
+        self.console.print(
+            styled((f"{time.monotonic() - self._started:5.0f} s", "dim"), f"  {text}"), highlight=False
+        )
 
     @contextlib.contextmanager
     def describing(self) -> Iterator[Report]:
@@ -61,7 +63,8 @@ class SweepDisplay(Display):
         self.say(
             f"{going_on} sweep {record.id} on {cluster.cpus:g} CPU, {cluster.gpus:g} GPU, {cluster.nodes} node(s)"
         )
-        self.say("see it live: soflowctl ui")
+        uri = self.experiment.tracking.uri
+        self.say(f"see it live: {uri if serves_itself(uri) else 'soflowctl ui'}")
         self.training = True
         self._stopped.clear()
         self._thread = threading.Thread(target=self._watch, args=(actor,), daemon=True)
@@ -135,7 +138,7 @@ def show_result(
     best = record.best
     if best is None:
         return
-    screen.print(f"\n[bold]best trial[/bold]  {best.trial}, step {best.step:,}", highlight=False)
+    screen.print(styled("\n", ("best trial", "bold"), f"  {best.trial}, step {best.step:,}"), highlight=False)
     for key, value in best.metrics.items():
         screen.print(f"            {key} {value:.4g}", highlight=False)
     for path in best.grids:
@@ -143,14 +146,35 @@ def show_result(
     if best.version is not None:
         screen.print(f"registered  models:/{best.model}@candidate (version {best.version})", highlight=False)
     screen.print(f"runs        {record_link(record)}", highlight=False, soft_wrap=True)
-    flag = storage_flag(storage)
-    screen.print(f"            (start the page with: soflowctl ui{flag})", highlight=False)
+    flag, page = storage_flag(storage), how_to_open(record, storage)
+    if not serves_itself(record.tracking_uri):
+        screen.print(f"            (start the page with: {page})", highlight=False, soft_wrap=True)
+    if record.tracking_uri not in (None, storage.tracking_uri):
+        flag += f" --tracking {record.tracking_uri}"
     if best.version is not None:
-        screen.print(f"next        soflowctl promote models:/{best.model}@candidate{flag}", highlight=False)
+        screen.print(
+            f"next        soflowctl promote models:/{best.model}@candidate{flag}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def serves_itself(uri: str | None) -> bool:
+    """Whether a tracking URI is that of a server, which shows its own page."""
+    return (uri or "").startswith(("http://", "https://"))
+
+
+def how_to_open(record: SweepRecord, storage: ProjectFolder) -> str:
+    """The command that shows the runs of a sweep whose tracking store is no server."""
+    if record.tracking_uri in (None, storage.tracking_uri):
+        return f"soflowctl ui{storage_flag(storage)}"
+    return f"mlflow server --backend-store-uri {record.tracking_uri}"
 
 
 def record_link(record: SweepRecord) -> str:
     """The sweep's page in MLflow."""
-    from soflow_platform.tracking.links import sweep_page
+    from soflow_platform.tracking.links import LOCAL_ADDRESS, sweep_page
 
-    return sweep_page(record.experiment_id or "", record.run or "", record.metric)
+    uri = record.tracking_uri
+    address = uri if uri and serves_itself(uri) else LOCAL_ADDRESS
+    return sweep_page(record.experiment_id or "", record.run or "", record.metric, address)

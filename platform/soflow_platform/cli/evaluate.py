@@ -13,6 +13,7 @@ from soflow_platform.cli.terminal import (
     progress_bar,
     quiet_libraries,
     stdout_to_stderr,
+    styled,
 )
 from soflow_platform.errors import UserError
 from soflow_platform.storage.project import find_project, require_writable
@@ -96,4 +97,4 @@ def _print_scores(scores: Sequence[Score]) -> None:
         screen.print(f"{name:<18}{value}", highlight=False)
     flags = dict.fromkeys(flag for score in scores for flag in score.flags)
     for flag in flags:
-        screen.print(f"[yellow]note[/yellow]  {flag}", highlight=False)
+        screen.print(styled(("note", "yellow"), f"  {flag}"), highlight=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from soflow_platform.cli.terminal import console, plain_table
+from soflow_platform.cli.terminal import console, plain_table, styled
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.presets import sweeps_folder
 from soflow_platform.config.validation import read_experiment
@@ -241,7 +241,7 @@ def _print_plan(screen: Console, experiment: Experiment, planned: list[Trial], r
     from soflow_platform.training.dataset import check_data
     from soflow_platform.training.flops import request
 
-    screen.print(f"[bold]{experiment.name}[/bold]: {experiment.description}")
+    screen.print(styled((experiment.name, "bold"), f": {experiment.description}"))
     table = plain_table("trial", "steps", "parameters", "GMAC/forward", "passes/sample", "PFLOP")
     costs = [_cost(trial) for trial in planned]
     for trial, cost in zip(planned, costs, strict=True):

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from soflow_core.failures import printable
 from soflow_platform.storage.project import ProjectFolder, find_project
 
 if TYPE_CHECKING:
@@ -21,9 +23,24 @@ FILE_WIDTH = 200
 
 
 def console() -> Console:
-    """A console for standard output: as wide as the terminal, or FILE_WIDTH columns where it is a file or a pipe."""
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=FILE_WIDTH)
+    """A console for standard output: as wide as the terminal, or FILE_WIDTH columns where it is a file or a pipe.
+
+    It takes no markup: names and descriptions are shown as they are. `styled` makes text of several styles.
+    """
+    terminal = Console(markup=False, emoji=False)
+    return terminal if terminal.is_terminal else Console(width=FILE_WIDTH, markup=False, emoji=False)
+
+
+def styled(*parts: str | tuple[str, str]) -> Text:
+    """Text of several parts, plain or (text, style); what does not print is escaped."""
+    return Text.assemble(
+        *(
+            printable(part, newlines=True)
+            if isinstance(part, str)
+            else (printable(part[0], newlines=True), part[1])
+            for part in parts
+        )
+    )
 
 
 def plain_table(name: str, *columns: str) -> Table:
