@@ -3,7 +3,7 @@
     python benchmarks/overhead.py [--rounds 2] [--batch 64] [--threads N]
 
 Both train S/4 on the digits: same batches, same draws, same TrainStep, as many threads, no niceness. The
-platform's step is what `soflowctl run` takes: a Ray Train worker under Ray Tune, curves to MLflow on SQLite
+platform's step is what `soflowctl run` takes: a trial in a process of Ray Tune, curves to MLflow on SQLite
 every 50 steps, a checkpoint every 100, log and status files. The bare loop has a loader, draws and the step,
 and writes nothing. The two run in turn, in processes of their own: bare, platform, platform, bare. What
 counts is the time from step 50 to step 150, in which one checkpoint is made, by the times of the points of

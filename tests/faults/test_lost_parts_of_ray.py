@@ -19,7 +19,7 @@ STEPS = 1500
 
 PROGRESS_ACTOR, DRIVER, CONTROLLER, CLEANER, WORKER = (
     "ray::ProgressActor",
-    "ray::ImplicitFunc",
+    "ray::TrialActor",
     "ray::TrainController",
     "ray::PlacementGroupCleaner",
     "ray::RayTrainWorker",
@@ -27,21 +27,24 @@ PROGRESS_ACTOR, DRIVER, CONTROLLER, CLEANER, WORKER = (
 
 
 @pytest.mark.parametrize(
-    ("names", "what"),
+    ("names", "workers", "what"),
     [
-        ([DRIVER], "the function that drives a trial"),
-        ([CONTROLLER], "Ray Train's controller of a trial"),
+        ([DRIVER, PROGRESS_ACTOR], 1, "the process of a trial, and the sweep's progress actor"),
+        ([DRIVER], 2, "the process that watches a trial of two workers"),
+        ([CONTROLLER], 2, "Ray Train's controller of a trial"),
         (
-            [DRIVER, CONTROLLER, CLEANER, WORKER, PROGRESS_ACTOR],
-            "every process of a trial, and the sweep's progress actor",
+            [DRIVER, CONTROLLER, CLEANER, WORKER, WORKER, PROGRESS_ACTOR],
+            2,
+            "every process of a trial of two workers, and the sweep's progress actor",
         ),
-        (["raylet/raylet"], "the local Ray's raylet, and all workers with it"),
+        (["raylet/raylet"], 1, "the local Ray's raylet, and all workers with it"),
     ],
 )
 def test_a_trial_goes_on_where_part_of_ray_is_killed(
-    tmp_path: Path, outcome: Note, names: list[str], what: str
+    tmp_path: Path, outcome: Note, names: list[str], workers: int, what: str
 ) -> None:
-    sweep = Watched(ProjectFolder(tmp_path / "runs"), steps=STEPS, every=500, save_every=100)
+    settings = f"resources.workers={workers}"
+    sweep = Watched(ProjectFolder(tmp_path / "runs"), settings, steps=STEPS, every=500, save_every=100)
     sweep.trains()
     victims = sweep.processes(*names)
     assert len(victims) == len(names)

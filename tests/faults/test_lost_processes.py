@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -68,6 +69,39 @@ def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path, outcome: 
     outcome(
         Outcome(
             "kill -9 of the driver, same command again", '"going on with sweep ..."; exit 0', seconds, lost
+        )
+    )
+
+
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
+
+
+@pytest.mark.parametrize(("number", "expected"), SIGNALS)
+def test_a_signal_to_the_process_group_saves_and_leaves_no_process(
+    tmp_path: Path, outcome: Note, number: signal.Signals, expected: int
+) -> None:
+    sweep = Watched(ProjectFolder(tmp_path / "runs"), steps=3000, every=100, group=True)
+    sweep.trains()
+    everyone = psutil.Process(sweep.process.pid).children(recursive=True)
+    os.killpg(sweep.process.pid, number)
+    since = time.monotonic()
+    code, _, said = sweep.end(60)
+    seconds = time.monotonic() - since
+    assert code == expected, said
+    assert "Traceback" not in said
+    saved = sweep.checkpoint_steps[-1]
+    assert sweep.status["state"] == "stopped"
+    assert saved == sweep.status["step"]
+    assert saved % sweep.every
+    assert sweep.run_states() == {"KILLED"}
+    _, alive = psutil.wait_procs(everyone, timeout=10)
+    assert alive == []
+    outcome(
+        Outcome(
+            f"{number.name} to the process group",
+            f"saved and ended in {seconds:.0f} s, runs KILLED, exit {code}, no process left",
+            None,
+            0,
         )
     )
 

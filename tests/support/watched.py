@@ -53,7 +53,7 @@ class Watched:
 
     def __init__(
         self, storage: ProjectFolder, *settings: str, steps: int = 400, every: int = 50, save_every: int | None = None,
-        address: str | None = None, environment: Mapping[str, str] | None = None,
+        address: str | None = None, environment: Mapping[str, str] | None = None, group: bool = False,
     ) -> None:  # fmt: skip
         self.storage, self.steps, self.every, self.save_every = storage, steps, every, save_every or every
         own = [
@@ -74,6 +74,8 @@ class Watched:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # The command leads a process group, as under a shell or a batch system.
+            start_new_session=group,
         )  # fmt: skip
 
         RUNNING.append(self.process)
@@ -113,8 +115,8 @@ class Watched:
 
     @property
     def workers(self) -> list[psutil.Process]:
-        """The processes that train; their names say so."""
-        return self.processes("ray::RayTrainWorker")
+        """The processes that train; their names say so. A trial of one worker trains in Tune's trial actor."""
+        return self.processes("ray::RayTrainWorker") or self.processes("ray::TrialActor")
 
     def processes(self, *names: str) -> list[psutil.Process]:
         """Those below the command with one of these in their command lines."""
@@ -182,6 +184,12 @@ class Watched:
         assert code == 1, message
         assert "Traceback" not in message
         return message
+
+    def run_states(self) -> set[str]:
+        """Of the sweep's run in MLflow and its trials' runs."""
+        tracking = Tracking(TrackingStore(self.storage.tracking_uri), self.record.experiment_id or "")
+        parent = tracking.client.get_run(self.record.run or "")
+        return {run.info.status for run in (parent, *tracking.children(self.record.run or ""))}
 
     def end(self, seconds: float = 240) -> tuple[int, str, str]:
         """(exit code, stdout, stderr)"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -25,37 +25,49 @@ from soflow_platform.tuning.search_space import Trial
 
 REFRESH_SECONDS = 0.5
 NEWS_SECONDS = 10
-"""Between lines that say how far something is, where there is no terminal."""
+"""Between lines that say how many reference images are described, where there is no terminal."""
+PROGRESS_SECONDS = 60
+"""Between lines that say how far each trial is, where there is no terminal."""
 
 
 class SweepDisplay(Display):
-    """A live table where there is a terminal; a line for each evaluation where there is none."""
+    """A live table where there is a terminal; where there is none a line for each evaluation, and one a minute for each trial."""
 
-    def __init__(self, console: Console, experiment: Experiment, trials: list[Trial]) -> None:
-        self.console, self.experiment, self.trials = console, experiment, trials
+    def __init__(
+        self,
+        console: Console,
+        experiment: Experiment,
+        trials: list[Trial],
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """With `quiet` nothing is shown. `clock` is in seconds."""
+        self.console, self.experiment, self.trials, self.quiet = console, experiment, trials, quiet
+        self._clock = clock
         self.training = False
         """Whether trials are under way."""
         self._printed: dict[str, dict[str, float]] = {}
-        self._started = self._described = time.monotonic()
+        self._started = self._described = self._reported = clock()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
     def say(self, text: str) -> None:
-        self.console.print(
-            styled((f"{time.monotonic() - self._started:5.0f} s", "dim"), f"  {text}"), highlight=False
-        )
+        if not self.quiet:
+            self.console.print(
+                styled((f"{self._clock() - self._started:5.0f} s", "dim"), f"  {text}"), highlight=False
+            )
 
     @contextlib.contextmanager
     def describing(self) -> Iterator[Report]:
-        if not self.console.is_terminal:
+        if self.quiet or not self.console.is_terminal:
             yield self._print_described
             return
         with progress_bar("real images") as report:
             yield report
 
     def _print_described(self, progress: Progress) -> None:
-        if time.monotonic() - self._described > NEWS_SECONDS:
-            self._described = time.monotonic()
+        if self._clock() - self._described > NEWS_SECONDS:
+            self._described = self._clock()
             self.say(f"{progress.done:,} of {progress.total:,} real images described")
 
     def start(self, record: SweepRecord, cluster: Cluster, actor: Any) -> None:
@@ -66,6 +78,9 @@ class SweepDisplay(Display):
         uri = self.experiment.tracking.uri
         self.say(f"see it live: {uri if serves_itself(uri) else 'soflowctl ui'}")
         self.training = True
+        if self.quiet:
+            return
+        self._reported = self._clock()
         self._stopped.clear()
         self._thread = threading.Thread(target=self._watch, args=(actor,), daemon=True)
         self._thread.start()
@@ -79,7 +94,9 @@ class SweepDisplay(Display):
     def _watch(self, actor: Any) -> None:
         if not self.console.is_terminal:
             while not self._stopped.wait(REFRESH_SECONDS):
-                self._print_news(self._snapshot(actor))
+                statuses = self._snapshot(actor)
+                self._print_news(statuses)
+                self.report_progress(statuses)
             self._print_news(self._snapshot(actor))
             return
         with Live(console=self.console, refresh_per_second=2, transient=False) as live:
@@ -118,12 +135,36 @@ class SweepDisplay(Display):
             )
         return table
 
+    def report_progress(self, statuses: Mapping[str, TrialStatus]) -> None:
+        """Print a line for each trial under way, if a minute has gone by since the last ones."""
+        if self._clock() - self._reported < PROGRESS_SECONDS:
+            return
+        self._reported = self._clock()
+        for trial in self.trials:
+            status = statuses.get(trial.name, TrialStatus())
+            if not status.state.ended and status.state is not TrialState.WAITING:
+                self.say(f"{trial.name} {progress_line(status, trial.experiment.training.steps)}")
+
     def _print_news(self, statuses: dict[str, TrialStatus]) -> None:
         for name, status in statuses.items():
             if status.metrics and self._printed.get(name) != status.metrics:
                 self._printed[name] = status.metrics
                 scores = ", ".join(f"{key} {value:.4g}" for key, value in status.metrics.items())
                 self.say(f"{name} step {status.scored_step:,}: {scores}")
+
+
+def progress_line(status: TrialStatus, steps: int) -> str:
+    """`step 120 of 600, 310 images/s, loss 0.412, 12 min left`, with the state before it where that is not `running`."""
+    parts = [f"step {status.step:,} of {steps:,}"]
+    if status.state is not TrialState.RUNNING:
+        parts.insert(0, str(status.state))
+    elif status.images_per_second:
+        parts.append(f"{status.images_per_second:,.0f} images/s")
+    if status.loss is not None:
+        parts.append(f"loss {status.loss:.3f}")
+    if status.state is TrialState.RUNNING and status.eta_seconds is not None:
+        parts.append(f"{duration(status.eta_seconds)} left")
+    return ", ".join(parts)
 
 
 def show_result(

@@ -71,6 +71,9 @@ def run(
     again: Annotated[
         bool, typer.Option("--again", help="Run a finished sweep anew, beside the first.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print the result alone, no progress.")
+    ] = False,
 ) -> None:
     """Run a sweep: every trial trained and scored, the best one registered.
 
@@ -78,7 +81,7 @@ def run(
     """
     from soflow_platform.cli.run import run_command
 
-    run_command(sweep, tuple(overrides or ()), address, storage, dry_run, again)
+    run_command(sweep, tuple(overrides or ()), address, storage, dry_run, again, quiet)
 
 
 @app.command()

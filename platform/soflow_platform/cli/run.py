@@ -100,8 +100,9 @@ def run_command(
     storage_option: str | None,
     dry_run: bool,
     again: bool,
+    quiet: bool,
 ) -> None:
-    """Run a sweep, or print its plan."""
+    """Run a sweep, or print its plan. With `quiet` nothing is printed before the result."""
     path, experiment, planned = read(name, overrides)
     _check_networks(planned)
     storage = find_project(storage_option)
@@ -110,23 +111,24 @@ def run_command(
         _print_plan(screen, experiment, planned, storage.root)
         return
     from soflow_platform.cli.display import SweepDisplay, show_result
-    from soflow_platform.cluster.connection import require_answer
     from soflow_platform.training.dataset import check_data
-    from soflow_platform.tuning.sweep import SweepContext, run_sweep
 
     check_data(experiment)
     require_writable(storage)
-    require_answer(address)
     sweep = sweep_id(storage, experiment, again)
     existing = load_record(storage, sweep)
     if existing is not None and existing.finished:
         screen.print(f"sweep {sweep} is finished; --again runs it anew.")
         show_result(screen, existing, storage)
         return
+    from soflow_platform.cluster.connection import require_answer
+    from soflow_platform.tuning.sweep import SweepContext, run_sweep
+
+    require_answer(address)
     if existing is not None:
         _require_checkpoints(storage, existing, experiment)
     record = new_or_resumed_record(existing, sweep, str(path), experiment, planned)
-    display = SweepDisplay(screen, experiment, planned)
+    display = SweepDisplay(screen, experiment, planned, quiet)
     context = SweepContext(record, experiment, planned, storage, display)
     shutdown = GracefulShutdown(storage, sweep, display, experiment.training.grace_seconds)
     with shutdown, lock_sweep(storage, sweep):

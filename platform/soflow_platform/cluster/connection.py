@@ -13,8 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from soflow_core.failures import summarize
+from soflow_platform.cluster.ray_internals import ray_in_own_session
 from soflow_platform.errors import JobError, UserError
 
 PROBE_SECONDS = 5.0
@@ -22,7 +24,7 @@ HEALTH_CHECK_SECONDS = 5.0
 """Interval at which a loop that waits for Ray checks that it is alive."""
 HEALTH_SECONDS = 10.0
 DRIVER_CPUS = 0.1
-"""CPUs that Tune reserves for a trial function, which only watches the trial's workers."""
+"""CPUs that Tune reserves for a process that only watches a trial's workers."""
 
 _QUIET = {
     # Unset, a local start turns token authentication on and clients without the token fail.
@@ -84,10 +86,11 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def connected(address: str | None) -> Iterator[Cluster]:
-    """Connect for the length of a block. None starts a local Ray on this machine, with all its cores.
+def connected(address: str | None, dashboard: bool = False) -> Iterator[Cluster]:
+    """Connect for the length of a block. None starts a local Ray on this machine, with all its cores, in a session of its own.
 
-    Raises UserError where no Ray answers at `address`, within seconds.
+    `dashboard` says whether the local Ray starts its dashboard as well, without which Ray Train does not release the machines of a
+    trial that is ended early. Raises UserError where no Ray answers at `address`, within seconds.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -95,16 +98,19 @@ def connected(address: str | None) -> Iterator[Cluster]:
     import ray
 
     # Ray places trial drivers on logical CPUs; one more than the cores keeps every core for the workers.
-    local = {"num_cpus": (os.cpu_count() or 1) + 1, "include_dashboard": True, "dashboard_host": "127.0.0.1"}
+    local: dict[str, Any] = {"num_cpus": (os.cpu_count() or 1) + 1, "include_dashboard": dashboard}
+    if dashboard:
+        local["dashboard_host"] = "127.0.0.1"
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        ray.init(
-            address="local" if address is None else address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace="soflow",
-            **(local if address is None else {}),
-        )
+        with ray_in_own_session() if address is None else contextlib.nullcontext():
+            ray.init(
+                address="local" if address is None else address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                namespace="soflow",
+                **(local if address is None else {}),
+            )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
             f"Ray at {address or 'this machine'} refused the connection: {summarize(error)}."

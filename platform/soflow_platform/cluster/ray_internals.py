@@ -6,8 +6,11 @@ imports the same names and fails when the pinned Ray moves one.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 TRIED_WITH = ("2.60",)
@@ -19,6 +22,7 @@ PRIVATE_NAMES = {
         "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
         "_AutoscalingCoordinatorActor",
     ),
+    "start_process": ("ray._private.services", "ConsolePopen"),
     "train_context": ("ray.train.v2._internal.execution.context", "get_train_context"),
 }
 """Module and name of each."""
@@ -28,6 +32,31 @@ def private(key: str) -> Any:
     """A private object of Ray. Raises ImportError or AttributeError where this version keeps it elsewhere."""
     module, name = PRIVATE_NAMES[key]
     return getattr(importlib.import_module(module), name)
+
+
+@contextlib.contextmanager
+def ray_in_own_session() -> Iterator[None]:
+    """Processes that Ray starts in the block get a session of their own, so that a signal to this command's group passes them by.
+
+    They still end when this process does. Where this version of Ray starts them in another way, a warning says so.
+    """
+    module, name = PRIVATE_NAMES["start_process"]
+    try:
+        start = private("start_process")
+    except (ImportError, AttributeError):
+        logging.getLogger(__name__).warning(
+            "Ray %s starts its processes elsewhere than %s: a signal to the process group may end Ray before trials are saved",
+            importlib.import_module("ray").__version__,
+            " and ".join(TRIED_WITH),
+        )
+        yield
+        return
+    services = importlib.import_module(module)
+    setattr(services, name, functools.partial(start, start_new_session=True))
+    try:
+        yield
+    finally:
+        setattr(services, name, start)
 
 
 def start_autoscaling_coordinator() -> None:

@@ -82,6 +82,11 @@ class ResourcesConfig(Section):
         return self
 
     @property
+    def in_process(self) -> bool:
+        """Whether a trial trains in the process that Tune starts for it, without Ray Train's workers."""
+        return self.workers == 1
+
+    @property
     def possible_workers(self) -> range:
         """Every number of workers a trial may run with."""
         return range(self.min_workers or self.workers, self.workers + 1)

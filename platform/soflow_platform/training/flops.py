@@ -9,6 +9,8 @@ from soflow_core.nfe import training_evaluations
 from soflow_platform.config.experiment import Experiment
 
 BYTES_PER_FLOAT = 4
+TIME_FREQUENCIES = 256
+"""Width of the sinusoidal time embedding of a DiT."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,19 @@ def cost(experiment: Experiment, network: DiTConfig) -> Cost:
 
 
 def count_parameters(network: DiTConfig) -> int:
-    """Number of parameters, the fixed position table included; no memory is allocated for them."""
-    import torch
+    """Number of parameters of a DiT, the fixed position table included; nothing is built."""
 
-    from soflow_core.networks import DiT
+    def linear(inputs: int, outputs: int) -> int:
+        return inputs * outputs + outputs
 
-    with torch.device("meta"):
-        module = DiT(network)
-    return sum(parameter.numel() for parameter in module.parameters())
+    d, mlp = network.hidden, int(network.hidden * network.mlp_ratio)
+    pixels = network.channels * network.patch**2
+    tokens = (network.height // network.patch) * (network.width // network.patch)
+    labels = 0 if network.classes is None else (network.classes + int(network.null_label)) * d
+    time = linear(TIME_FREQUENCIES, d) + linear(d, d)
+    block = linear(d, 3 * d) + linear(d, d) + linear(d, mlp) + linear(mlp, d) + linear(d, 6 * d)
+    output = linear(d, pixels) + linear(d, 2 * d)
+    return linear(pixels, d) + 2 * time + labels + tokens * d + network.depth * block + output
 
 
 def forward_gmac(network: DiTConfig) -> float:
@@ -54,7 +61,7 @@ def forward_gmac(network: DiTConfig) -> float:
     d = network.hidden
     per_block = (4 + 2 * network.mlp_ratio) * tokens * d * d + 2 * tokens * tokens * d + 6 * d * d
     patch = network.channels * network.patch**2 * d * tokens
-    embeddings = 2 * (256 * d + d * d) + 2 * d * d
+    embeddings = 2 * (TIME_FREQUENCIES * d + d * d) + 2 * d * d
     return (network.depth * per_block + 2 * patch + embeddings) / 1e9
 
 

@@ -1,14 +1,18 @@
-"""Trains a trial in a group of Ray Train workers.
+"""Trains a trial in this process, or in a group of Ray Train workers.
 
-What this module imports is light: torch and the training loop are imported in the workers.
+What this module imports is light: torch and the training loop are imported where a trial is trained.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import secrets
+import sys
+from collections.abc import Generator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soflow_core.failures import InputError, printable
@@ -30,10 +34,76 @@ if TYPE_CHECKING:
     from ray.train import ScalingConfig, UserCallback
     from ray.train.torch import TorchTrainer
 
+    from soflow_platform.training.worker import Trainer
+
 RANK_TIMEOUT_SECONDS = 1800
 """How long a rank waits for the others before it takes them for lost, beside the time in which rank 0 may wait out outages."""
 OUTAGES_AT_ONCE = 3
 """Outages that rank 0 may wait out, one after the other, while the other ranks wait for it."""
+
+
+def train_here(job: TrialJob, experiment: Experiment, actor: Any) -> Generator[dict[str, Any], None, None]:
+    """Train a trial of one worker in this process; yields its evaluations as `Trainer.train` does.
+
+    Other trials may have been trained in the process before: nothing that they leave behind decides a number. `actor` is the sweep's
+    progress actor. Raises JobError or InputError where the trial cannot go on; unless a storage is away, the reason is published.
+    """
+    import torch
+
+    from soflow_platform.training.worker import Trainer
+
+    _configure_torch(experiment.resources.cpus_per_worker)
+    _reset_peak_memory()
+    device = torch.device("cuda" if experiment.resources.gpus_per_worker else "cpu")
+    trainer: Trainer | None = None
+    try:
+        trainer = Trainer.of_job(job, device, actor=actor)
+        yield from trainer.train()
+    except (JobError, InputError) as error:
+        if not is_storage_outage(error):
+            _publish_failure(error, job, trainer, actor)
+        raise
+
+
+def _publish_failure(error: Exception, job: TrialJob, trainer: Trainer | None, actor: Any) -> None:
+    """Publish from rank 0 why a trial cannot go on: training again from the checkpoint would only meet the same."""
+    logging.getLogger(__name__).error("%s", error)
+    if trainer is not None:
+        trainer.io.fail(printable(error))
+    else:
+        fail_trial(job, actor, printable(error))
+
+
+def release_memory() -> None:
+    """Free what a trial that has ended left in this process: tensors in reference cycles, compiled graphs, the GPU's cache."""
+    if "torch" not in sys.modules:
+        return
+    import torch
+
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _configure_torch(cpus: float) -> None:
+    import torch
+
+    # Ray gives a worker one OpenMP thread; the CPUs it was granted are the threads it may use.
+    torch.set_num_threads(max(1, int(cpus)))
+    # cuBLAS is deterministic only with this, and reads it when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def _reset_peak_memory() -> None:
+    """Let the process's peak memory, which trials log, begin anew."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def ray_trainer(job: TrialJob, experiment: Experiment) -> TorchTrainer:
@@ -101,16 +171,11 @@ def train_worker(settings: dict[str, Any]) -> None:
     import ray
     import ray.train
     import ray.train.torch
-    import torch
 
     from soflow_platform.training.worker import Trainer
 
     context = ray.train.get_context()
-    # Ray gives a worker one OpenMP thread; the CPUs it was granted are the threads it may use.
-    granted = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
-    torch.set_num_threads(max(1, int(granted)))
-    # cuBLAS is deterministic only with this, and reads it when it is first used.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    _configure_torch(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))
     job = TrialJob(**settings)
     rank, world = context.get_world_rank(), context.get_world_size()
     actor = progress_actor(job.sweep)

@@ -7,6 +7,7 @@ and then split over ranks, so that one worker and N workers train the same netwo
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,19 @@ class Trainer:
 
     def run(self) -> bool:
         """Train to the last step, or to the step after which a stop was requested. Returns whether it was the last."""
+        for _ in self.train():
+            pass
+        return self.step == self.experiment.training.steps
+
+    def train(self) -> Iterator[dict[str, Any]]:
+        """Train to the last step or to a stop; yields each evaluation once it is in a checkpoint, the last when all is saved.
+
+        Closing the iterator ends the trial as pruned.
+        """
         last = self.experiment.training.steps
         try:
             self.resume()
+            yielded = len(self.evaluations)
             stopping = self._owes_evaluation() and not self.evaluate()
             while self.step < last and not stopping:
                 record = self.train_one_step()
@@ -83,14 +94,19 @@ class Trainer:
                 stopping = interrupted or (self.should_stop() and self.step < last)
                 if evaluated or stopping or self._is_due(self._save_every):
                     self.save(needed=stopping or self.step == last)
+                    if self.step < last and not stopping:
+                        yield from self.evaluations[yielded:]
+                        yielded = len(self.evaluations)
             self._close_inputs()
             self.io.close()
-        except BaseException:
+        except BaseException as error:
             self._close_inputs()
             self.io.abandon()
+            if isinstance(error, GeneratorExit):
+                self.io.set_state(TrialState.PRUNED, self.step)
             raise
         self.io.set_state(TrialState.STOPPED if stopping else TrialState.FINISHED, self.step)
-        return not stopping
+        yield from self.evaluations[yielded:]
 
     def resume(self) -> None:
         """Load the newest sound checkpoint, or begin. Every rank takes the one that rank 0 found."""

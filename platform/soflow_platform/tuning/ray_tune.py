@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ from typing import Any
 from soflow_core.failures import summarize
 from soflow_platform.cluster.connection import DRIVER_CPUS, Cluster
 from soflow_platform.config.experiment import Experiment
-from soflow_platform.errors import UserError
+from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.training.trial_status import read_status
-from soflow_platform.tuning.trial import TrialTask, run_trial
+from soflow_platform.training.stop_request import stop_requested
+from soflow_platform.training.trial_log import LOG, TrialLog
+from soflow_platform.training.trial_status import TrialState, read_status
+from soflow_platform.tuning.trial import TrialTask
 
 PROGRESS_ACTOR_SECONDS = 60.0
 """How long the progress actor may take to answer: one whose process died takes seconds to restart."""
@@ -37,7 +41,8 @@ def concurrent_trials(experiment: Experiment, cluster: Cluster) -> int:
     resources = experiment.resources
     cpus = resources.workers * resources.cpus_per_worker
     gpus = resources.workers * resources.gpus_per_worker
-    fits = int((cluster.cpus + 1e-9) // (cpus + (0 if cluster.local else DRIVER_CPUS)))
+    driver = 0 if cluster.local or resources.in_process else DRIVER_CPUS
+    fits = int((cluster.cpus + 1e-9) // (cpus + driver))
     if gpus:
         fits = min(fits, int((cluster.gpus + 1e-9) // gpus))
     if fits < 1:
@@ -49,44 +54,61 @@ def concurrent_trials(experiment: Experiment, cluster: Cluster) -> int:
     return min(fits, resources.concurrent_trials or fits)
 
 
-def run_trials(tasks: list[TrialTask], settings: TuneSettings, cluster: Cluster) -> dict[str, str]:
+def run_trials(
+    tasks: list[TrialTask], settings: TuneSettings, cluster: Cluster, actor: Any
+) -> dict[str, str]:
     """Run the trials under Ray Tune. Returns the errors that Tune has of them: trial name -> sentence.
 
-    Raises RayLost where the Ray of this process dies.
+    `actor` is the sweep's progress actor.
+
+    Raises RayLost where the Ray of this process dies, JobError where no machine comes for a trial, and Stopped where the sweep was
+    asked to stop and none runs.
     """
     from ray import tune
+
+    from soflow_platform.tuning.trial_actor import TrialActor
 
     # Failures are printed in a sentence each; Tune's tracebacks are in its files.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     experiment = settings.experiment
 
-    def name(trial: Any) -> str:
-        return str(trial.config["task"]["job"]["trial"])
-
     tuner = tune.Tuner(
-        tune.with_resources(run_trial, {"CPU": DRIVER_CPUS}),
+        TrialActor,
         param_space={"task": tune.grid_search([task.as_config() for task in tasks])},
         tune_config=tune.TuneConfig(
             metric=experiment.search.metric,
             mode=experiment.mode,
             max_concurrent_trials=settings.concurrent,
             scheduler=_scheduler(experiment),
-            trial_name_creator=name,
-            trial_dirname_creator=name,
+            trial_name_creator=trial_name,
+            trial_dirname_creator=trial_name,
+            # A trial that is ended early leaves its Ray Train run to die with its process.
+            reuse_actors=experiment.resources.in_process,
         ),
         run_config=tune.RunConfig(
             name=f"tune-{settings.attempt}",
             storage_path=str(settings.folder),
             # The function that drives a trial may be on the node that is lost.
             failure_config=tune.FailureConfig(max_failures=experiment.resources.max_failures),
+            # Trials save themselves; Tune need not.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             verbose=0,
-            callbacks=[_health_check(cluster)],
+            callbacks=[_sweep_watch(tasks, settings, cluster, actor)],
         ),
     )
     results = tuner.fit()
     cluster.require_alive()
     errors = {task.job.trial: results[index].error for index, task in enumerate(tasks)}
-    return {trial: _last_line(error) for trial, error in errors.items() if error is not None}
+    return {
+        trial: _last_line(str(error)) if str(error).strip() else summarize(error)
+        for trial, error in errors.items()
+        if error is not None
+    }
+
+
+def trial_name(trial: Any) -> str:
+    """The sweep's name of one of Tune's trials."""
+    return str(trial.config["task"]["job"]["trial"])
 
 
 def reported_failures(tasks: list[TrialTask], storage: ProjectFolder, actor: Any) -> dict[str, str]:
@@ -102,24 +124,64 @@ def reported_failures(tasks: list[TrialTask], storage: ProjectFolder, actor: Any
     return failures | {name: status.failure for name, status in statuses.items() if status.failure}
 
 
-def _last_line(error: BaseException) -> str:
+def _last_line(traceback: str) -> str:
     """The line of a traceback that names the error."""
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else summarize(error)
+    return traceback.strip().splitlines()[-1]
 
 
-def _health_check(cluster: Cluster) -> Any:
-    """A callback that ends Tune's loop with RayLost where the Ray under it has died."""
+def _last_error(trial: Any) -> str:
+    """The line that names the error by which one of Tune's trials ended last. Raises OSError where it cannot be read."""
+    text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace") if trial.error_file else ""
+    return _last_line(text) if text.strip() else "its process was lost"
+
+
+def _sweep_watch(tasks: list[TrialTask], settings: TuneSettings, cluster: Cluster, actor: Any) -> Any:
+    """A callback that publishes what Tune alone knows of its trials, and ends Tune's loop where no trial can run."""
+    import ray
     from ray.tune import Callback
 
     check_ray = cluster.health_check()
+    jobs = {task.job.trial: task.job for task in tasks}
+    resources = settings.experiment.resources
 
-    class HealthCheck(Callback):
+    class SweepWatch(Callback):
+        def __init__(self) -> None:
+            self.idle_since: float | None = None
+            """Since when trials wait and none runs."""
+
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-            del iteration, trials, info
+            del iteration, info
             check_ray()
+            states = {trial.status for trial in trials}
+            if "RUNNING" in states or "PENDING" not in states:
+                self.idle_since = None
+                return
+            now = time.monotonic()
+            self.idle_since = now if self.idle_since is None else self.idle_since
+            job = tasks[0].job
+            if stop_requested(job.project, job.sweep):
+                raise Stopped(
+                    "the sweep was asked to stop while its trials waited: run the same command to go on."
+                )
+            if now - self.idle_since > 60 * resources.wait_minutes:
+                raise JobError(
+                    f"no machine for a trial came within {resources.wait_minutes:g} min (resources.wait_minutes): add a node, or lower "
+                    "what resources asks for; the same command goes on."
+                )
 
-    return HealthCheck()
+        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            del iteration, trials, info
+            name = trial_name(trial)
+            progress = ray.get(actor.progress.remote(name), timeout=PROGRESS_ACTOR_SECONDS)
+            if progress.failure:
+                # It is started again to end in a process that later trials can use.
+                return
+            actor.update.remote(name, {"state": TrialState.RESTARTING, "lost": "its process"})
+            with contextlib.suppress(OSError):
+                log = TrialLog(jobs[name].folder / LOG)
+                log.write(f"it ended unexpectedly and is started again: {_last_error(trial)}")
+
+    return SweepWatch()
 
 
 def _scheduler(experiment: Experiment) -> Any:

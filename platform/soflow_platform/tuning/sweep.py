@@ -19,7 +19,7 @@ from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.evaluation.evaluator import Evaluator
 from soflow_platform.evaluation.runner import RayStatisticsRunner
 from soflow_platform.registry.versions import register
-from soflow_platform.storage.checkpoints import EMA
+from soflow_platform.storage.checkpoints import EMA, CheckpointState
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.storage.retry import retry
 from soflow_platform.tracking.environment import host_tags
@@ -32,7 +32,12 @@ from soflow_platform.training.stop_request import clear_stops, stop_requested
 from soflow_platform.training.trial_status import TrialState, TrialStatus
 from soflow_platform.tuning.display import Display, TrialOutcome
 from soflow_platform.tuning.progress import start_progress_actor
-from soflow_platform.tuning.ray_tune import TuneSettings, concurrent_trials, reported_failures, run_trials
+from soflow_platform.tuning.ray_tune import (
+    TuneSettings,
+    concurrent_trials,
+    reported_failures,
+    run_trials,
+)
 from soflow_platform.tuning.record import BestTrial, ScoredStep, SweepRecord
 from soflow_platform.tuning.search_space import Trial
 from soflow_platform.tuning.trial import TrialTask
@@ -53,6 +58,16 @@ class SweepContext:
     @property
     def tracking_uri(self) -> str:
         return self.experiment.tracking.uri or self.project.tracking_uri
+
+    def patiently(self, action: Callable[[], T], description: str) -> T:
+        """What `action` returns, tried again through an outage. Raises JobError where that lasts."""
+        return retry(
+            action,
+            description=description,
+            timeout=60 * self.experiment.training.patience_minutes,
+            log=self.display.say,
+            is_transient=is_away,
+        )
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,10 @@ def run_sweep(context: SweepContext, address: str | None) -> list[TrialOutcome]:
     """
     # Before anything that takes time: a stop that is requested from here on is meant for this attempt.
     clear_stops(context.project, context.record.id)
-    with connected(address) as cluster:
+    finished = finished_trials(context)
+    if len(finished) == len(context.trials):
+        return conclude_trained(context)
+    with connected(address, dashboard=not context.experiment.resources.in_process) as cluster:
         concurrent = concurrent_trials(context.experiment, cluster)
         if cluster.machines > 1 and context.tracking_uri.startswith("sqlite:"):
             raise UserError(
@@ -95,11 +113,9 @@ def run_sweep(context: SweepContext, address: str | None) -> list[TrialOutcome]:
             start_autoscaling_coordinator()
         context.display.say("preparing data and reference statistics")
         prepared = prepare(context, cluster)
-        name = context.experiment.tracking.experiment or context.experiment.name
-        tracking = Tracking.open(context.tracking_uri, name, context.project)
-        runner = SweepRunner(context, tracking)
+        runner = SweepRunner(context, open_tracking(context))
         with runner.tracked_run(prepared.tags(context.experiment)):
-            failures = runner.train(cluster, prepared, concurrent)
+            failures = runner.train(cluster, prepared, concurrent, finished)
             if stop_requested(context.project, context.record.id):
                 raise Stopped(
                     "the sweep was asked to stop and its trials are saved: run the same command to go on."
@@ -107,23 +123,54 @@ def run_sweep(context: SweepContext, address: str | None) -> list[TrialOutcome]:
             return runner.conclude(failures)
 
 
-def prepare(context: SweepContext, cluster: Cluster) -> PreparedData:
-    """Open the data and compute the reference statistics. Raises UserError where the data do not fit a trial's network."""
+def finished_trials(context: SweepContext) -> dict[str, CheckpointState]:
+    """The trials with a sound checkpoint of their last step, and its state. Raises JobError where an outage lasts."""
+    if not context.record.attempts:
+        return {}
+
+    def look() -> dict[str, CheckpointState]:
+        finished = {}
+        for trial in context.trials:
+            newest, _ = context.record.checkpoints(context.project, trial.name).newest([EMA])
+            if newest is not None and newest.state.step == trial.experiment.training.steps:
+                finished[trial.name] = newest.state
+        return finished
+
+    return context.patiently(look, "reading the trials' checkpoints")
+
+
+def conclude_trained(context: SweepContext) -> list[TrialOutcome]:
+    """Choose and register the best trial of a sweep whose trials have all finished; no Ray is needed for it."""
+    context.display.say("every trial has finished: choosing the best one")
+    prepared = prepare(context)
+    runner = SweepRunner(context, open_tracking(context))
+    with runner.tracked_run(prepared.tags(context.experiment)):
+        return runner.conclude({})
+
+
+def open_tracking(context: SweepContext) -> Tracking:
+    """The sweep's MLflow experiment."""
+    name = context.experiment.tracking.experiment or context.experiment.name
+    return Tracking.open(context.tracking_uri, name, context.project)
+
+
+def prepare(context: SweepContext, cluster: Cluster | None = None) -> PreparedData:
+    """Open the data, and compute the reference statistics where they are missing, on the cluster if there is one.
+
+    Raises UserError where the data do not fit a trial's network.
+    """
     experiment = context.experiment
     location, info = open_data(experiment, context.project)
     for trial in context.trials:
         network_config(trial.experiment, info)
-    with (
-        context.display.describing() as report,
-        RayStatisticsRunner(context.project, report=report, cluster=cluster) as statistics,
-    ):
+    with contextlib.ExitStack() as stack:
+        compute = None
+        if cluster is not None:
+            report = stack.enter_context(context.display.describing())
+            runner = RayStatisticsRunner(context.project, report=report, cluster=cluster)
+            compute = stack.enter_context(runner).one
         evaluator = Evaluator.open(
-            experiment.evaluation,
-            info,
-            location,
-            experiment.data.conditional,
-            context.project,
-            statistics.one,
+            experiment.evaluation, info, location, experiment.data.conditional, context.project, compute
         )
     return PreparedData(location, info, evaluator.tags())
 
@@ -170,22 +217,41 @@ class SweepRunner:
                 f"the sweep's runs could not be marked {state} and stay RUNNING until it is started again: {summarize(failure)}"
             )
 
-    def train(self, cluster: Cluster, prepared: PreparedData, concurrent: int) -> dict[str, str]:
-        """Train the trials. Returns what failed: trial name -> sentence."""
+    def train(
+        self,
+        cluster: Cluster,
+        prepared: PreparedData,
+        concurrent: int,
+        finished: Mapping[str, CheckpointState],
+    ) -> dict[str, str]:
+        """Train the trials that have not finished. Returns what failed: trial name -> sentence."""
         record, project = self.context.record, self.context.project
         record.attempts += 1
         record.save(project)
-        tasks = [self._task(trial, prepared) for trial in self.context.trials]
+        tasks = [self._task(trial, prepared) for trial in self._scheduled(finished)]
         settings = TuneSettings(
             self.context.experiment, concurrent, record.attempts, project.sweep(record.id)
         )
         actor = start_progress_actor(record.id)
+        for name, state in finished.items():
+            for evaluation in state.evaluations:
+                scored = ScoredStep.of(evaluation)
+                actor.add_evaluation.remote(name, scored.step, scored.metrics)
+            actor.update.remote(name, {"step": state.step, "state": TrialState.FINISHED})
         self.context.display.start(record, cluster, actor)
         try:
-            errors = run_trials(tasks, settings, cluster)
+            errors = run_trials(tasks, settings, cluster, actor)
             return errors | reported_failures(tasks, project, actor)
         finally:
             self.context.display.stop()
+
+    def _scheduled(self, finished: Mapping[str, CheckpointState]) -> list[Trial]:
+        """The trials for Tune: the unfinished ones, and before them those whose evaluations its scheduler compares theirs with."""
+        trials = self.context.trials
+        unfinished = [trial for trial in trials if trial.name not in finished]
+        if self.context.experiment.search.asha is None:
+            return unfinished
+        return [*(trial for trial in trials if trial.name in finished), *unfinished]
 
     def _task(self, trial: Trial, prepared: PreparedData) -> TrialTask:
         record = self.context.record
@@ -209,9 +275,9 @@ class SweepRunner:
 
     def conclude(self, failures: Mapping[str, str]) -> list[TrialOutcome]:
         """Collect how the trials ended, close their runs, choose and register the best. Raises JobError where an outage lasts."""
-        outcomes = self._retry(lambda: self.collect(failures), "reading the trials' checkpoints")
-        self._retry(lambda: self.close_runs(outcomes), "closing the trials' runs")
-        self._retry(lambda: self.register_best(outcomes), "concluding the sweep")
+        outcomes = self.context.patiently(lambda: self.collect(failures), "reading the trials' checkpoints")
+        self.context.patiently(lambda: self.close_runs(outcomes), "closing the trials' runs")
+        self.context.patiently(lambda: self.register_best(outcomes), "concluding the sweep")
         return outcomes
 
     def collect(self, failures: Mapping[str, str]) -> list[TrialOutcome]:
@@ -263,15 +329,6 @@ class SweepRunner:
         run = record.run or ""
         self.tracking.log_result(run, record.best.as_json())
         self.tracking.finish(run, "FAILED" if failed else "FINISHED")
-
-    def _retry(self, action: Callable[[], T], description: str) -> T:
-        return retry(
-            action,
-            description=description,
-            timeout=60 * self.context.experiment.training.patience_minutes,
-            log=self.context.display.say,
-            is_transient=is_away,
-        )
 
 
 def trial_outcome(context: SweepContext, trial: Trial, failure: str | None) -> TrialOutcome:

@@ -1,4 +1,4 @@
-"""Tune's trial function: drives one trial's Ray Train run and reports its evaluations to the scheduler.
+"""One trial under Tune: trained in this process, or by a Ray Train run that is watched here; its evaluations go to the scheduler.
 
 A trial that was interrupted first reports the evaluations in its newest checkpoint again, so that a scheduler and a search algorithm
 that start anew have all of them.
@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from typing import Any, TypeVar
 
-from soflow_core.failures import summarize
+from soflow_core.failures import InputError, summarize
 from soflow_platform.cluster.placement import release_placement_group
 from soflow_platform.config.experiment import Experiment, trial_params
+from soflow_platform.errors import JobError
 from soflow_platform.storage.checkpoints import EMA, CheckpointState, CheckpointStore
 from soflow_platform.storage.retry import is_storage_outage, retry
 from soflow_platform.tracking.outages import is_outage
 from soflow_platform.tracking.store import Tracking, TrackingStore, tracked_dataset
 from soflow_platform.training.job import TrialJob
-from soflow_platform.training.launch import ray_trainer
+from soflow_platform.training.launch import ray_trainer, release_memory, train_here
 from soflow_platform.training.stop_request import stop_requested
 from soflow_platform.training.trial_status import (
     TrialState,
     TrialStatus,
     TrialStatusWriter,
     progress_actor,
+    read_status,
 )
 from soflow_platform.tuning.record import ScoredStep
 
@@ -79,47 +82,69 @@ class TrialEnd:
     """The error of Ray Train's controller, where it died."""
 
 
-def run_trial(config: dict[str, Any]) -> None:
-    """Tune's entry point. A trial that cannot reach its last step sends the reason to the progress actor and returns.
-
-    Raises Ray's error where Ray Train's controller died: Tune then starts the trial again.
-    """
-    TrialDriver(TrialTask.of(config["task"])).run()
-
-
 class TrialDriver:
-    """Runs one trial from its newest checkpoint, in a process of its own."""
+    """Runs one trial from its newest checkpoint."""
 
     def __init__(self, task: TrialTask) -> None:
         self.task, self.job = task, task.job
         self.project, self.folder = self.job.project, self.job.folder
         self.experiment = Experiment(**self.job.experiment)
+        self.steps = self.experiment.training.steps
         self.actor = progress_actor(self.job.sweep)
-        self.status = TrialStatusWriter(
-            self.folder, self.job.trial, self.experiment.training.steps, self.job.attempt, self.actor
-        )
+        self.status = TrialStatusWriter(self.folder, self.job.trial, self.steps, self.job.attempt, self.actor)
         self.tracking = Tracking(TrackingStore(self.job.tracking_uri), task.tracking_experiment_id)
         self.reported = 0
         """The step of the last evaluation that Tune has."""
 
-    def run(self) -> None:
-        """Train to the last step, or until the trial is stopped, pruned or fails."""
+    def run(self) -> Generator[dict[str, Any], None, None]:
+        """Train to the last step, or until the trial is stopped or fails; yields its evaluations in order, each once.
+
+        That of the last step is yielded when everything is saved and closed. Closing the iterator ends the trial as pruned. Raises
+        JobError or InputError where the trial cannot reach its last step; the progress actor and the status file then have the reason.
+        Raises what else ends the training: Tune starts the trial again, which helps against lost machines and processes.
+        """
+        if self._has_failed():
+            # Tune has started it again, in a new process, for trials that follow.
+            return
+        with closing(self._train()) as evaluations:
+            for evaluation in evaluations:
+                if evaluation["step"] > self.reported:
+                    self.reported = evaluation["step"]
+                    yield evaluation
+
+    def _train(self) -> Generator[dict[str, Any], None, None]:
         state = self.restore()
         step = state.step if state else 0
-        if step == self.experiment.training.steps:
+        finished = step == self.steps
+        if finished:
             self.actor.update.remote(self.job.trial, {"step": step, "state": TrialState.FINISHED})
+        yield from state.evaluations if state else []
+        if finished:
             return
         if self._stop_requested():
             self.status.set_state(TrialState.STOPPED, step=step)
             return
         self.status.set_state(TrialState.STARTING, step=step)
-        if release_placement_group(self.folder):
-            self.status.log("released the machines that workers of its last start still held")
         run = self._retry(self._open_run, "opening the run", is_outage)
-        self.close(run, self.supervise(TrainThread(self.experiment, replace(self.job, run=run))))
+        job = replace(self.job, run=run)
+        if self.experiment.resources.in_process:
+            yield from self.train_in_process(job)
+        else:
+            yield from self.train_in_group(job)
+
+    def _has_failed(self) -> bool:
+        """Whether the trial has failed in this attempt of its sweep, for a reason that another start would not change."""
+        import ray
+
+        if ray.get(self.actor.progress.remote(self.job.trial)).failure:
+            return True
+        with suppress(OSError, InputError):
+            status = read_status(self.folder)
+            return status is not None and status.attempt == self.job.attempt and status.failure is not None
+        return False
 
     def restore(self) -> CheckpointState | None:
-        """The state of the newest checkpoint with sound weights; its evaluations are reported to Tune."""
+        """The state of the newest checkpoint with sound weights."""
         store = CheckpointStore.of_trial(
             self.project, self.job.sweep, self.job.trial, self.experiment.training.checkpoints
         )
@@ -130,11 +155,39 @@ class TrialDriver:
         for evaluation in checkpoint.state.evaluations:
             scored = ScoredStep.of(evaluation)
             self.actor.add_evaluation.remote(self.job.trial, scored.step, scored.metrics)
-            self._report(evaluation)
         return checkpoint.state
 
-    def supervise(self, train: TrainThread) -> TrialEnd:
-        """Report evaluations while the Ray Train run lasts; returns how it ended."""
+    def train_in_process(self, job: TrialJob) -> Iterator[dict[str, Any]]:
+        """Train in this process."""
+        last: list[dict[str, Any]] = []
+        try:
+            with closing(train_here(job, self.experiment, self.actor)) as evaluations:
+                for evaluation in evaluations:
+                    if evaluation["step"] == self.steps:
+                        last = [evaluation]
+                    else:
+                        yield evaluation
+        except (JobError, InputError):
+            if self._has_failed():
+                self._close_run(job.run, "FAILED")
+            raise
+        finally:
+            release_memory()
+        self._close_run(job.run, "FINISHED" if last else "KILLED")
+        yield from last
+
+    def train_in_group(self, job: TrialJob) -> Iterator[dict[str, Any]]:
+        """Train in a group of Ray Train workers."""
+        import ray
+
+        if release_placement_group(self.folder):
+            self.status.log("released the machines that workers of its last start still held")
+        end = yield from self.supervise(TrainThread(self.experiment, job))
+        self.close(job.run, end)
+        yield from ray.get(self.actor.evaluations.remote(self.job.trial, self.reported))
+
+    def supervise(self, train: TrainThread) -> Generator[dict[str, Any], None, TrialEnd]:
+        """Yield evaluations, but that of the last step, while the Ray Train run lasts; returns how it ended."""
         import ray
 
         train.start()
@@ -142,7 +195,8 @@ class TrialDriver:
             # Before the last look at the progress actor, which then has all that the workers sent.
             running = train.is_alive()
             for evaluation in ray.get(self.actor.evaluations.remote(self.job.trial, self.reported)):
-                self._report(evaluation)
+                if evaluation["step"] < self.steps:
+                    yield evaluation
             status = ray.get(self.actor.progress.remote(self.job.trial))
             if train.lost is not None:
                 return TrialEnd(EndKind.CONTROLLER_LOST, status, error=train.lost)
@@ -170,13 +224,10 @@ class TrialDriver:
         stopped = end.kind is EndKind.STOPPED or end.status.state is TrialState.STOPPED
         state = "FAILED" if end.failure else "KILLED" if stopped else "FINISHED"
         # A failure is not raised: Tune would start the trial again, which helps against lost machines alone.
+        self._close_run(run, state)
+
+    def _close_run(self, run: str, state: str) -> None:
         self._retry(lambda: self.tracking.finish(run, state), "closing the run", is_outage)
-
-    def _report(self, evaluation: dict[str, Any]) -> None:
-        from ray import tune
-
-        self.reported = evaluation["step"]
-        tune.report(evaluation)
 
     def _stop_requested(self) -> bool:
         return stop_requested(self.project, self.job.sweep, self.job.trial)
@@ -212,7 +263,7 @@ class TrialDriver:
 
 
 class TrainThread(threading.Thread):
-    """Runs `TorchTrainer.fit`, which blocks, while the trial function reports."""
+    """Runs `TorchTrainer.fit`, which blocks, while its evaluations are reported."""
 
     def __init__(self, experiment: Experiment, job: TrialJob) -> None:
         super().__init__(daemon=True)

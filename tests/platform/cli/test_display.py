@@ -1,17 +1,24 @@
-"""What a finished sweep prints: names as they are, and the commands for the tracking store that was used."""
+"""What a sweep prints without a terminal, and at its end: names as they are, and commands for the tracking store that was used."""
 
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from soflow_platform.cli.display import show_result
+from soflow_platform.cli.display import SweepDisplay, show_result
 from soflow_platform.cli.terminal import console, styled
+from soflow_platform.config.validation import read_experiment
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.training.trial_status import TrialState, TrialStatus
 from soflow_platform.tuning.record import BestTrial, SweepRecord
+from soflow_platform.tuning.search_space import trials
+
+DIGITS = Path(__file__).parents[3] / "sweeps" / "digits.yaml"
+RUNNING = TrialStatus(TrialState.RUNNING, 1200, 6000, None, 310.4, 0.4123, 720.0)
 
 
 def printed(record: SweepRecord, storage: ProjectFolder) -> str:
@@ -62,3 +69,57 @@ def test_text_is_shown_as_it_is(name: str, capsys: pytest.CaptureFixture[str]) -
     shown = capsys.readouterr().out
     assert shown.strip().isprintable()
     assert shown.count(name.encode("unicode_escape").decode()) == 2
+
+
+class Screen:
+    """A display that writes to a file, at a time that the test sets."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.now, self.file = 0.0, io.StringIO()
+        experiment, document = read_experiment(DIGITS, ("training.steps=6000",))
+        self.trials = trials(document, experiment)
+        console = Console(file=self.file, width=200)
+        self.display = SweepDisplay(console, experiment, self.trials, quiet, clock=lambda: self.now)
+
+    def lines(self) -> list[str]:
+        """What was printed since the last call, without the time before it."""
+        printed = self.file.getvalue().splitlines()
+        self.file.seek(0)
+        self.file.truncate()
+        return [line.split(" s  ", 1)[1] for line in printed]
+
+
+def test_each_trial_under_way_has_a_line_a_minute() -> None:
+    screen = Screen()
+    first, second, third, fourth = (trial.name for trial in screen.trials)
+    statuses = {
+        first: RUNNING,
+        second: replace(RUNNING, state=TrialState.EVALUATING),
+        third: TrialStatus(TrialState.FINISHED, 6000),
+        fourth: TrialStatus(),
+    }
+    screen.now = 59
+    screen.display.report_progress(statuses)
+    assert screen.lines() == []
+    screen.now = 61
+    screen.display.report_progress(statuses)
+    assert screen.lines() == [
+        f"{first} step 1,200 of 6,000, 310 images/s, loss 0.412, 12 min left",
+        f"{second} evaluating, step 1,200 of 6,000, loss 0.412",
+    ]
+    screen.now = 119
+    screen.display.report_progress(statuses)
+    assert screen.lines() == []
+    screen.now = 122
+    screen.display.report_progress({first: replace(RUNNING, step=2400)})
+    assert len(screen.lines()) == 1
+
+
+def test_a_quiet_sweep_prints_no_progress() -> None:
+    screen = Screen(quiet=True)
+    screen.now = 61
+    screen.display.report_progress({screen.trials[0].name: RUNNING})
+    screen.display.say("preparing data")
+    with screen.display.describing():
+        pass
+    assert screen.lines() == []

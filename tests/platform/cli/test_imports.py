@@ -15,16 +15,36 @@ DIGITS = Path(__file__).parents[3] / "sweeps" / "digits.yaml"
 HEAVY = {"torch", "torchvision", "timm", "ray", "mlflow", "numpy", "pyarrow", "pandas"}
 PLANNING = {
     "torchvision",
-    "timm.models",
+    "timm",
+    "diffusers",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
     "ray",
     "mlflow",
     "soflow_platform.evaluation",
     "soflow_platform.jobs",
 }
 COMMANDS = ["--help", "status", "logs", "stop", "runs", "promote --help", "ui --help"]
+DRIVER = {
+    "torchvision",
+    "timm",
+    "diffusers",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "mlflow",
+    "soflow_platform.training.worker",
+}
 MODULES = {
-    "soflow_platform.config.validation": {"torchvision", "timm", "ray", "mlflow"},
-    "soflow_platform.tuning.trial": {"torchvision", "timm", "mlflow", "soflow_platform.training.worker"},
+    "soflow_platform.config.validation": {
+        "torchvision",
+        "timm",
+        "diffusers",
+        "torch._dynamo",
+        "ray",
+        "mlflow",
+    },
+    "soflow_platform.tuning.sweep": DRIVER | {"ray"},
+    "soflow_platform.tuning.trial_actor": DRIVER,
     "soflow_platform.tuning.display": {"torch", "ray", "mlflow", "soflow_platform.evaluation"},
 }
 

@@ -1,0 +1,24 @@
+"""What a plan says of a network agrees with the network that is built."""
+
+from __future__ import annotations
+
+import pytest
+
+from soflow_core.networks import DiT, DiTConfig
+from soflow_core.networks.dit import FREQUENCIES
+from soflow_platform.training.flops import TIME_FREQUENCIES, count_parameters
+
+NETWORKS = [
+    DiTConfig(1, 8, 8, patch=2, hidden=96, depth=4, heads=4, classes=10, null_label=True),
+    DiTConfig(1, 8, 8, patch=2, hidden=32, depth=1, heads=2, classes=10),
+    DiTConfig(4, 32, 16, patch=4, hidden=48, depth=3, heads=3, mlp_ratio=2.7),
+]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_parameters_are_counted_without_building_the_network(network: DiTConfig) -> None:
+    assert count_parameters(network) == sum(p.numel() for p in DiT(network).parameters())
+
+
+def test_the_width_of_time_embeddings_is_that_of_the_network() -> None:
+    assert TIME_FREQUENCIES == FREQUENCIES
