@@ -77,6 +77,7 @@ class PreparedData:
     location: str
     info: DatasetInfo
     evaluator_tags: Mapping[str, str]
+    host_tags: Mapping[str, str]
 
     def tags(self, experiment: Experiment) -> dict[str, str]:
         """Tags of the run of a sweep or of a trial with these settings."""
@@ -87,7 +88,7 @@ class PreparedData:
             "network": size,
             "data.source": str(experiment.data.source),
             "data.digest": self.info.digest,
-            **host_tags(),
+            **self.host_tags,
             **self.evaluator_tags,
         }
 
@@ -172,7 +173,7 @@ def prepare(context: SweepContext, cluster: Cluster | None = None) -> PreparedDa
         evaluator = Evaluator.open(
             experiment.evaluation, info, location, experiment.data.conditional, context.project, compute
         )
-    return PreparedData(location, info, evaluator.tags())
+    return PreparedData(location, info, evaluator.tags(), host_tags())
 
 
 @dataclass(frozen=True)
