@@ -57,10 +57,11 @@ def weights_digest(tensors: dict[str, Tensor]) -> str:
     return checksum.hexdigest()[:16]
 
 
-def load_autoencoder(name: str, device: str | torch.device = "cpu") -> KlAutoencoder:
+def load_autoencoder(name: str, device: str | torch.device = "cpu", download: bool = True) -> KlAutoencoder:
     """Loads an autoencoder from a local folder in diffusers' format, or by a hub id such as `stabilityai/sd-vae-ft-mse`.
 
-    Weights are read from safetensors only. Raises AutoencoderError where it cannot be loaded.
+    Weights are read from safetensors only. Without `download` the hub is not asked: of an id, what its cache on this machine holds.
+    Raises AutoencoderError where it cannot be loaded.
     """
     folder = Path(name).expanduser()
     local = folder.is_dir()
@@ -72,7 +73,10 @@ def load_autoencoder(name: str, device: str | torch.device = "cpu") -> KlAutoenc
 
     try:
         network = AutoencoderKL.from_pretrained(
-            folder if local else name, use_safetensors=True, local_files_only=local, low_cpu_mem_usage=False
+            folder if local else name,
+            use_safetensors=True,
+            local_files_only=local or not download,
+            low_cpu_mem_usage=False,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if local:

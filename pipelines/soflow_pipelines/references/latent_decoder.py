@@ -9,17 +9,20 @@ from soflow_pipelines.shards.info import DatasetInfo
 
 
 def open_decoder(
-    info: DatasetInfo | None, autoencoder: str | None, device: str | torch.device
+    info: DatasetInfo | None,
+    autoencoder: str | None,
+    device: str | torch.device,
+    download: bool = True,
 ) -> KlAutoencoder | None:
     """The autoencoder that the latents described by `info` were made with; None for pixels and for unknown data.
 
-    `autoencoder` is a folder or an id to load in place of the id in `info`. Raises AutoencoderError where it cannot be loaded or is
-    not the one that made the latents.
+    `autoencoder` is a folder or an id to load in place of the id in `info`; `download` as in `load_autoencoder`. Raises
+    AutoencoderError where it cannot be loaded or is not the one that made the latents.
     """
     if info is None or info.kind != "latents":
         return None
     try:
-        decoder = load_autoencoder(autoencoder or str(info.autoencoder), device)
+        decoder = load_autoencoder(autoencoder or str(info.autoencoder), device, download)
     except AutoencoderError as error:
         raise AutoencoderError(f"{error} Name its folder as the autoencoder.") from error
     if decoder.facts.digest != info.autoencoder_digest:

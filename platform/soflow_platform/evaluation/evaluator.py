@@ -6,6 +6,7 @@ and every evaluation of a sweep sees the same noise.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from soflow_core.nfe import steps_for
 from soflow_core.objectives import Objective
 from soflow_core.samplers.noise import sample_labels
 from soflow_pipelines.features.network import FeatureNetwork
-from soflow_pipelines.images.autoencoder import KlAutoencoder
+from soflow_pipelines.images.autoencoder import AutoencoderError, KlAutoencoder
 from soflow_pipelines.images.encode import image_grid
 from soflow_pipelines.metrics import EVALUATOR, Reference, ScoreError, ScoreStatistics, scores
 from soflow_pipelines.references.latent_decoder import open_decoder
@@ -53,7 +54,7 @@ class Evaluation:
     metrics: dict[str, float]
     grids: dict[str, np.ndarray[Any, Any]]
     flags: list[str] = field(default_factory=list)
-    """Sentences on why a metric is refused (and nan), or not comparable with others of its name."""
+    """Sentences on why a metric is refused (and nan), or not comparable with others of its name, and why grids show latents."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,11 @@ class Evaluator:
             flags += sentences if values else [f"{sentence} (nfe {nfe})" for sentence in sentences]
             for name, kind in self._metric_kinds().items():
                 metrics[f"eval/{name}_nfe{nfe}"] = values.get(kind, math.nan)
-        grids = self.grids(network, objective, device) if ranks.rank == 0 else {}
+        grids = {}
+        if ranks.rank == 0:
+            grids = self.grids(network, objective, device)
+            _, undecoded = self._grid_decoder
+            flags += [undecoded] if undecoded else []
         return Evaluation(metrics, grids, list(dict.fromkeys(flags)))
 
     def _part(
@@ -179,7 +184,26 @@ class Evaluator:
             labels = (torch.arange(side) * self.classes // side).repeat_interleave(side)
         steps = steps_for(objective, nfe, self.classes is not None)
         samples = generate(network, objective, self.config.seed, indices, labels, steps, device)
-        return grid_image(viewable(decode_samples(samples, self.decoder)), columns=side)
+        decoder, _ = self._grid_decoder
+        return grid_image(viewable(decode_samples(samples, decoder)), columns=side)
+
+    @functools.cached_property
+    def _grid_decoder(self) -> tuple[KlAutoencoder | None, str | None]:
+        """What decodes sample grids, and a sentence where it is needed and not here.
+
+        Loaded with the first grid: other ranks make none. The hub is not asked, because a machine without network would wait for it.
+        """
+        if self.decoder is not None or self.info.kind != "latents":
+            return self.decoder, None
+        try:
+            decoder = open_decoder(self.info, self.config.autoencoder, best_device(), download=False)
+        except AutoencoderError:
+            sentence = (
+                f"sample grids show three channels of the latents: the autoencoder {self.info.autoencoder} (weights "
+                f"{self.info.autoencoder_digest}) is not on this machine; name its folder as evaluation.autoencoder."
+            )
+            return None, sentence
+        return decoder, None
 
     def tags(self) -> dict[str, str]:
         """Every setting besides the weights that can change the scores, as tags."""

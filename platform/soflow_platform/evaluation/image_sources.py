@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from soflow_core.samplers.noise import sample_labels
-from soflow_pipelines.images.autoencoder import AutoencoderError
 from soflow_platform.generation.generator import Generator
 
 LabelMode = Literal["balanced", "uniform"]
@@ -49,8 +48,6 @@ class GeneratedImages:
         """Load the network, and the decoder of its latents. Raises InputError where one cannot be had."""
         del device
         generator = Generator.open(self.weights, self.sampling, self.autoencoder, self.decode_latents)
-        if self.decode_latents and generator.undecoded is not None:
-            raise AutoencoderError(generator.undecoded)
         return OpenedGenerator(self, generator)
 
 

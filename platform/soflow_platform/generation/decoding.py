@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from soflow_pipelines.images.autoencoder import AutoencoderFacts
-from soflow_pipelines.images.codec import Decoder
+from soflow_core.networks import DiTConfig
+from soflow_pipelines.images.autoencoder import AutoencoderError, KlAutoencoder, load_autoencoder
+from soflow_pipelines.images.codec import AutoencoderFacts, Decoder
 from soflow_pipelines.images.convert import to_uint8
+from soflow_pipelines.references.latent_decoder import open_decoder
+from soflow_pipelines.shards.info import DatasetInfo
 
 DECODED_AT_ONCE = 8
 """Latents decoded in one call: the activations of a decoder are large."""
+IMAGE_CHANNELS = (1, 3)
 
 
 def autoencoder_tag(facts: AutoencoderFacts) -> str:
@@ -18,15 +22,63 @@ def autoencoder_tag(facts: AutoencoderFacts) -> str:
     return f"{facts.id} ({facts.digest})"
 
 
+def open_sample_decoder(
+    config: DiTConfig, info: DatasetInfo | None, autoencoder: str | None, device: str | torch.device
+) -> KlAutoencoder | None:
+    """The autoencoder that decodes the samples of a network; None for a network of pixels.
+
+    `info` describes the training data; `autoencoder` is a folder or an id to load in place of the one that it names. Raises
+    AutoencoderError where there is none, or another one than made the latents.
+    """
+    if info is None:
+        return _decoder_of_unknown_data(config, autoencoder, device)
+    try:
+        return open_decoder(info, autoencoder, device)
+    except AutoencoderError as error:
+        if autoencoder is not None:
+            raise
+        raise AutoencoderError(
+            f"this network makes latents of the autoencoder {info.autoencoder} (weights {info.autoencoder_digest}), which is not on "
+            "this machine and cannot be fetched: name its folder with --autoencoder FOLDER, or take raw latents where the command "
+            "has --latents."
+        ) from error
+
+
+def _decoder_of_unknown_data(
+    config: DiTConfig, autoencoder: str | None, device: str | torch.device
+) -> KlAutoencoder | None:
+    if config.channels in IMAGE_CHANNELS and autoencoder is None:
+        return None
+    if autoencoder is None:
+        raise AutoencoderError(
+            f"this network makes samples of {config.channels} channels and its weights do not say which autoencoder decodes them: name "
+            "its folder with --autoencoder FOLDER, or take raw latents where the command has --latents."
+        )
+    decoder = load_autoencoder(autoencoder, device)
+    if decoder.facts.channels != config.channels:
+        raise AutoencoderError(
+            f"the autoencoder {decoder.facts.id} decodes latents of {decoder.facts.channels} channels, this network makes samples of "
+            f"{config.channels}: name the one that made its training data."
+        )
+    return decoder
+
+
 def decode_samples(samples: Tensor, decoder: Decoder | None) -> Tensor:
-    """Samples (B, C, H, W) of a network -> images (B, C', H', W') in [-1, 1]; as they are without a decoder."""
-    if decoder is None:
+    """Samples (B, C, H, W) of a network -> images (B, C', H', W') in [-1, 1]; as they are without a decoder.
+
+    Every call of the decoder has the same batch size, the last one filled up, so that an image does not depend on its neighbours.
+    """
+    if decoder is None or not len(samples):
         return samples
-    return torch.cat([decoder.decode(part) for part in samples.split(DECODED_AT_ONCE)])
+    images = []
+    for part in samples.split(DECODED_AT_ONCE):
+        fill = part[-1:].expand(DECODED_AT_ONCE - len(part), -1, -1, -1)
+        images.append(decoder.decode(torch.cat([part, fill]))[: len(part)])
+    return torch.cat(images)
 
 
 def viewable(samples: Tensor) -> Tensor:
     """(B, C, H, W) in [-1, 1], or latents -> uint8 images; of latents, their first three channels."""
-    if samples.shape[1] not in (1, 3):
+    if samples.shape[1] not in IMAGE_CHANNELS:
         samples = (samples[:, :3] / 3).clamp(-1, 1)
     return to_uint8(samples)

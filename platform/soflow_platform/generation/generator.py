@@ -1,7 +1,7 @@
 """Generates samples and images from a weights file: network, sampler and decoder in one object.
 
-Sample i is a function of (weights, seed, i, label i, sampler, steps): the noise comes from (seed, i), and every forward pass has the
-same batch size, the last one filled up, so that neighbours cannot change the rounding.
+Sample i is a function of (weights, seed, i, label i, sampler, steps): the noise comes from (seed, i), and every pass of the network
+and of the decoder has the same batch size, the last one filled up, so that neighbours cannot change the rounding.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from soflow_core.networks import DiT
 from soflow_core.objectives import Objective
 from soflow_core.weights import Weights, WeightsError, build_network, load_weights
-from soflow_pipelines.images.autoencoder import AutoencoderError, KlAutoencoder
+from soflow_pipelines.images.autoencoder import KlAutoencoder
+from soflow_pipelines.images.convert import to_uint8
 from soflow_pipelines.images.encode import encode_png
-from soflow_pipelines.references.latent_decoder import open_decoder
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_platform.errors import UserError
-from soflow_platform.generation.decoding import decode_samples, viewable
+from soflow_platform.generation.decoding import decode_samples, open_sample_decoder
 from soflow_platform.generation.sampling import generate, with_sampling
 
 BATCH = 64
@@ -49,9 +49,7 @@ class Generator:
     info: DatasetInfo | None
     """Description of the training data; None where the weights name none."""
     decoder: KlAutoencoder | None = None
-    """Decodes samples to images; None for a network of pixels, and where latents are not decoded."""
-    undecoded: str | None = None
-    """Why the samples are latents that are not decoded: the autoencoder cannot be loaded, and none was named."""
+    """Decodes samples to images; None for a network of pixels, and where latents are not to be decoded."""
 
     @classmethod
     def open(
@@ -64,8 +62,8 @@ class Generator:
         """Read weights that this platform saved, and with `decode` the autoencoder of the latents that they were trained on.
 
         `sampling` replaces sampler settings of the training, `autoencoder` (a folder or an id) the autoencoder that the weights
-        name. Raises InputError for a file that is not such weights, settings that the method does not have, and an autoencoder that
-        did not make the latents.
+        name. Raises InputError for a file that is not such weights, settings that the method does not have, and AutoencoderError for
+        latents whose autoencoder cannot be loaded, or an autoencoder that did not make them.
         """
         weights, objective = read_weights(path)
         objective = with_sampling(objective, sampling or {})
@@ -75,15 +73,8 @@ class Generator:
             raise UserError(f"{path} does not hold a generator: {error}.") from None
         device = "cuda" if torch.cuda.is_available() else "cpu"
         info = DatasetInfo.from_facts(weights.data)
-        decoder, undecoded = None, None
-        if decode:
-            try:
-                decoder = open_decoder(info, autoencoder, device)
-            except AutoencoderError as error:
-                if autoencoder is not None:
-                    raise
-                undecoded = str(error)
-        return cls(network.to(device), objective, info, decoder, undecoded)
+        decoder = open_sample_decoder(network.config, info, autoencoder, device) if decode else None
+        return cls(network.to(device), objective, info, decoder)
 
     @property
     def classes(self) -> int | None:
@@ -125,9 +116,9 @@ class Generator:
     def images(
         self, indices: Sequence[int] | Tensor, labels: Sequence[int] | Tensor | None, seed: int, steps: int
     ) -> Iterator[Tensor]:
-        """Images (B, C, H, W) uint8, at most BATCH at a time, in order; of latents without a decoder, their first three channels."""
+        """Images (B, C, H, W) uint8, at most BATCH at a time, in order."""
         for decoded in self.decoded(indices, labels, seed, steps):
-            yield viewable(decoded)
+            yield to_uint8(decoded)
 
     def png(self, labels: Sequence[int], seed: int, steps: int) -> list[bytes]:
         """One PNG for each label; image i has the i-th noise of the seed."""

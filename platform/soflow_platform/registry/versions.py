@@ -67,6 +67,8 @@ def _log_model(tracking: Tracking, name: str, checkpoint: Checkpoint, run: str |
             name=name,
             python_model=str(PYFUNC_FILE),
             artifacts={"weights": str(weights)},
+            # MLflow takes a setting at loading only where it was declared here.
+            model_config={"autoencoder": None},
             signature=signature,
             pip_requirements=[f"soflow=={soflow_platform.version()}"],
             step=step,

@@ -18,6 +18,7 @@ from soflow_core.failures import InputError
 from soflow_core.networks import DiT, DiTConfig
 from soflow_core.objectives import Objective, SoFlow
 from soflow_pipelines.images.autoencoder import load_autoencoder
+from soflow_pipelines.images.convert import to_uint8
 from soflow_pipelines.preparation.build import prepare_locally
 from soflow_pipelines.preparation.shard_plan import PrepareSettings, ShardPlan
 from soflow_pipelines.references.reference_store import DECODED_LATENTS
@@ -25,8 +26,10 @@ from soflow_pipelines.shards.tables import read_info
 from soflow_pipelines.sources.opening import open_source
 from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.config.evaluation import EvaluationConfig
-from soflow_platform.evaluation.evaluator import Evaluation, Evaluator, Interrupted
+from soflow_platform.evaluation.evaluator import Evaluation, Evaluator, Interrupted, grid_image
 from soflow_platform.evaluation.ranks import SingleProcess
+from soflow_platform.generation.decoding import decode_samples, viewable
+from soflow_platform.generation.sampling import generate
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.metric_logger import MetricLogger
 from soflow_platform.tracking.store import Tracking
@@ -237,6 +240,29 @@ def test_latents_are_decoded_before_features_of_images(
     # The program refuses images of another size than 16 x 16.
     assert math.isfinite(result.metrics["eval/fd_nfe1"])
     assert result.grids["samples/nfe1"].shape[0] > 2 * 16
+
+
+@pytest.mark.parametrize("decoded", [True, False])
+def test_sample_grids_of_latents_are_decoded_whatever_the_features_see(
+    latents: tuple[Path, Path], storage: ProjectFolder, decoded: bool
+) -> None:
+    autoencoder, data = latents
+    info = read_info(data)
+    config = EvaluationConfig(
+        every=1, samples=32, nfe=(1,), autoencoder=str(autoencoder) if decoded else None, grid=2
+    )
+    evaluator = Evaluator.open(config, info, str(data), True, storage)
+    assert evaluator.decoder is None
+    network = DiT(DiTConfig(*info.shape, 2, 16, 1, 2, classes=info.classes, null_label=True))
+    result = evaluator.evaluate(network, SoFlow(), torch.device("cpu"))
+    samples = generate(
+        network, SoFlow(), 0, torch.arange(4) + (1 << 40), torch.tensor([0, 0, 2, 2]), 1, torch.device("cpu")
+    )
+    decoder = load_autoencoder(str(autoencoder))
+    images = to_uint8(decode_samples(samples, decoder)) if decoded else viewable(samples)
+    assert np.array_equal(result.grids["samples/nfe1"], grid_image(images, columns=2))
+    said = [flag for flag in result.flags if "sample grids show three channels of the latents" in flag]
+    assert bool(said) == (not decoded)
 
 
 def test_the_autoencoder_must_be_the_one_that_made_the_latents(

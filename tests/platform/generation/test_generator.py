@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from soflow_core.failures import InputError
 from soflow_core.networks import DiT, DiTConfig
 from soflow_core.objectives import SoFlow
-from soflow_core.weights import save_weights
+from soflow_core.weights import load_weights, save_weights
+from soflow_pipelines.images.autoencoder import AutoencoderError, load_autoencoder
 from soflow_pipelines.images.convert import to_uint8
+from soflow_pipelines.shards.info import DatasetInfo
 from soflow_pipelines.shards.tables import read_info
+from soflow_platform.generation.decoding import decode_samples
 from soflow_platform.generation.generator import Generator
 from tests.support.small_networks import latent_set
+
+SHARED = Path(os.environ.get("SOFLOW_TEST_DATA") or Path(__file__).parents[4] / "shared")
+AUTOENCODER = SHARED / "models" / "kl-f8-mini"
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +49,50 @@ def test_latents_are_decoded_by_the_autoencoder_named(latent_model: tuple[Path, 
     assert torch.equal(images, to_uint8(generator.decoder.decode(samples)))
 
 
-def test_without_the_autoencoder_three_channels_are_shown_and_why(latent_model: tuple[Path, Path]) -> None:
-    weights, _ = latent_model
-    generator = Generator.open(weights)
-    (images,) = generator.images([0], [0], seed=0, steps=1)
-    assert images.shape == (1, 3, 8, 8)
-    assert generator.undecoded is not None
-    assert "Name its folder as the autoencoder" in generator.undecoded
+def test_without_its_autoencoder_a_latent_model_is_refused(latent_model: tuple[Path, Path]) -> None:
+    with pytest.raises(AutoencoderError) as caught:
+        Generator.open(latent_model[0])
+    (sentence,) = str(caught.value).splitlines()
+    assert sentence.startswith("this network makes latents of the autoencoder autoencoder (weights ")
+    assert "--autoencoder FOLDER" in sentence
+    assert "--latents" in sentence
+
+
+def test_the_wrong_autoencoder_is_refused_with_both_names(
+    latent_model: tuple[Path, Path], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(latent_model[1], other)
+    tensors = load_file(other / "diffusion_pytorch_model.safetensors")
+    next(iter(tensors.values())).add_(1)
+    save_file(tensors, other / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        AutoencoderError, match=r"the latents are of autoencoder \(.*\), the autoencoder named is other"
+    ):
+        Generator.open(latent_model[0], autoencoder=str(other))
+
+
+def test_a_decoded_image_does_not_depend_on_how_many_are_decoded(latent_model: tuple[Path, Path]) -> None:
+    generator = Generator.open(latent_model[0], autoencoder=str(latent_model[1]))
+    (samples,) = generator.samples(range(19), [0] * 19, seed=0, steps=1)
+    together = decode_samples(samples, generator.decoder)
+    for size in (1, 3, 8, 11):
+        apart = torch.cat([decode_samples(part, generator.decoder) for part in samples.split(size)])
+        assert torch.equal(apart, together)
+
+
+def test_weights_that_do_not_name_their_data_are_decoded_by_the_one_named(
+    latent_model: tuple[Path, Path], tmp_path: Path
+) -> None:
+    weights, autoencoder = latent_model
+    known = load_weights(weights)
+    assert known.objective is not None
+    save_weights(tmp_path / "ema.safetensors", known.tensors, known.network_config, known.objective, {})
+    with pytest.raises(AutoencoderError, match=r"samples of 4 channels .* --autoencoder FOLDER"):
+        Generator.open(tmp_path / "ema.safetensors")
+    (expected,) = Generator.open(weights, autoencoder=str(autoencoder)).images([3], [1], seed=0, steps=1)
+    named = Generator.open(tmp_path / "ema.safetensors", autoencoder=str(autoencoder))
+    assert torch.equal(next(named.images([3], [1], seed=0, steps=1)), expected)
 
 
 def test_an_autoencoder_that_is_named_must_be_one(latent_model: tuple[Path, Path], tmp_path: Path) -> None:
@@ -60,7 +106,7 @@ def test_samples_stay_in_the_training_space_without_a_decoder(
     generator = Generator.open(latent_model[0], decode=False)
     (decoded,) = generator.decoded([0], [0], seed=0, steps=1)
     (samples,) = generator.samples([0], [0], seed=0, steps=1)
-    assert generator.undecoded is None
+    assert generator.decoder is None
     assert torch.equal(decoded, samples)
 
 
@@ -78,3 +124,27 @@ def test_a_path_that_holds_no_weights_file_is_refused(tmp_path: Path, missing: s
     path = tmp_path if missing == "folder" else tmp_path / "nothing.safetensors"
     with pytest.raises(InputError, match="does not hold a generator"):
         Generator.open(path)
+
+
+@pytest.mark.skipif(not AUTOENCODER.is_dir(), reason=f"no {AUTOENCODER} (set SOFLOW_TEST_DATA)")
+def test_a_real_autoencoder_gives_images_eight_times_as_large(tmp_path: Path) -> None:
+    decoder = load_autoencoder(str(AUTOENCODER))
+    facts = decoder.facts
+    info = DatasetInfo(
+        kind="latents",
+        shape=(4, 8, 8),
+        dtype="float16",
+        classes=3,
+        autoencoder=facts.id,
+        autoencoder_digest=facts.digest,
+        scaling=facts.scaling,
+        shift=facts.shift,
+    )
+    config = DiTConfig(4, 8, 8, 2, 16, 1, 2, classes=3, null_label=True)
+    weights = tmp_path / "ema.safetensors"
+    save_weights(weights, DiT(config).state_dict(), config, SoFlow(), asdict(info))
+    generator = Generator.open(weights, autoencoder=str(AUTOENCODER))
+    (samples,) = generator.samples([7, 8], [0, 2], seed=1, steps=1)
+    (images,) = generator.images([7, 8], [0, 2], seed=1, steps=1)
+    assert images.shape == (2, 3, 64, 64)
+    assert int((images.int() - to_uint8(decoder.decode(samples)).int()).abs().max()) <= 1
