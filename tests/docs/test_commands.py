@@ -241,7 +241,16 @@ def test_the_first_hour_of_the_readme_runs(block: Block, workplace: Path) -> Non
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "block",
-    of(["docs/data.md", "docs/scoring.md", "docs/evaluation.md", "docs/operations.md", "docs/sweeps.md"]),
+    of(
+        [
+            "docs/data.md",
+            "docs/generation.md",
+            "docs/scoring.md",
+            "docs/evaluation.md",
+            "docs/operations.md",
+            "docs/sweeps.md",
+        ]
+    ),
     ids=lambda block: block.name,
 )
 def test_the_other_pages_run(block: Block, workplace: Path) -> None:

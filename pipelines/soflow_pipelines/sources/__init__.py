@@ -7,6 +7,7 @@ files       image folders and zip files, with ImageNet's class order
 parquet     Parquet files with a column of encoded images
 webdataset  tar files in WebDataset's format, also shard sets of pixels
 cifar10     the binary archive of CIFAR-10
+generated   image sets that `soflowctl generate` wrote
 digits      scikit-learn's handwritten digits
 opening     open_source: the source behind a name or path
 """

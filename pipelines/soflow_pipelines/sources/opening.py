@@ -10,6 +10,7 @@ from soflow_pipelines.images.limits import DEFAULT_LIMITS, ImageLimits
 from soflow_pipelines.sources.cifar10 import CIFAR10, CIFAR10_CLASSES, Cifar10Archive
 from soflow_pipelines.sources.digits import load_digits
 from soflow_pipelines.sources.files import FolderSource, ZipSource, open_zip
+from soflow_pipelines.sources.generated import open_generated
 from soflow_pipelines.sources.listing import is_leftover, refuse_foreign_files, refuse_foreign_folder
 from soflow_pipelines.sources.parquet import ParquetSource
 from soflow_pipelines.sources.source import ArraySource, Source, SourceError
@@ -105,6 +106,9 @@ def _open_folder(path: Path, name: str, cifar10: bool, options: SourceOptions) -
         names = os.listdir(path)
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
+    generated = open_generated(path, name, options.unlabelled, options.limits)
+    if generated is not None:
+        return generated
     tars = sorted(path / tar for tar in names if tar.endswith(".tar") and not is_leftover(tar))
     if tars:
         return _open_tars(tars, name, options)

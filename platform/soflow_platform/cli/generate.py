@@ -1,21 +1,186 @@
-"""soflowctl generate."""
+"""`soflowctl generate`: makes images with a trained network, and checks sets of them."""
 
 from __future__ import annotations
 
-from soflow_platform.cli.terminal import progress_bar
+import json
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from soflow_platform.cli.options import AddressOption, Places, StorageOption, TrackingOption
+from soflow_platform.cli.terminal import image_progress, quiet_libraries, stdout_to_stderr
+from soflow_platform.errors import JobError, UserError
 from soflow_platform.jobs.requests import GenerateRequest
 from soflow_platform.storage.project import ProjectFolder, find_project, require_writable
 
+if TYPE_CHECKING:
+    from soflow_platform.jobs.generate import Generated
 
-def generate_command(request: GenerateRequest, storage: str | None, tracking: str | None) -> None:
-    """Make the images that are missing from the output folder, and print where they are."""
-    require_writable(ProjectFolder(request.out.absolute()))
-    project = find_project(storage)
+NAMED_DAMAGES = 50
+
+
+class OutputFormat(str, Enum):
+    """How generated images are stored."""
+
+    png = "png"
+    webdataset = "webdataset"
+    parquet = "parquet"
+    npz = "npz"
+    latents = "latents"
+
+
+def generate(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="models:/NAME@ALIAS, a sweep, SWEEP/TRIAL or MLflow run, a checkpoint folder or .safetensors file.",
+        ),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="URI", help="Where the images go: a folder or s3://bucket/prefix.")
+    ] = None,
+    num: Annotated[int | None, typer.Option(min=1, help="How many images; default 100.")] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="balanced: every class in turn, the default; uniform: drawn for each image; or classes in turn, such as 0,1,2."
+        ),
+    ] = None,
+    label: Annotated[int | None, typer.Option(min=0, help="One class for all images.")] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Parquet file with a column `label`: a row for each image."),
+    ] = None,
+    skip_bad: Annotated[
+        bool,
+        typer.Option("--skip-bad", help="Leave out rows of --table that cannot be used: rejected.parquet."),
+    ] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps for each image.")] = 1,
+    seed: Annotated[int, typer.Option(help="Image i is a function of the seed, i and its label.")] = 0,
+    sampler: Annotated[
+        str | None, typer.Option(help="Sampler, for methods that have several: euler, heun, ddim, ddpm.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale at sampling, for methods that have one.")
+    ] = None,
+    file_format: Annotated[
+        OutputFormat | None, typer.Option("--format", help="How images are stored; default png.")
+    ] = None,
+    latents: Annotated[
+        bool, typer.Option("--latents", help="Store samples as the network makes them, not decoded.")
+    ] = False,
+    autoencoder: Annotated[
+        str | None,
+        typer.Option(metavar="ID|PATH", help="Decodes latents; default is the one they were made with."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images decoded and encoded at a time; it does not change them.")
+    ] = 64,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; default one for each GPU, or each core.")
+    ] = None,
+    verify: Annotated[
+        str | None, typer.Option(metavar="URI", help="Check a finished set, and make nothing.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    address: AddressOption = None,
+    storage: StorageOption = None,
+    tracking: TrackingOption = None,
+) -> None:
+    """Make images with a trained network, in one of several formats, with a manifest and checksums.
+
+    The same command makes the images that an interrupted one left out.
+    """
+    if verify is not None:
+        verify_command(verify, as_json)
+        return
+    if model is None or out is None:
+        raise typer.BadParameter("--model and --out are needed, or --verify.")
+    sampling = {"sampler": sampler, "sampling_scale": guidance}
+    request = GenerateRequest(
+        model=model,
+        out=out,
+        num=num,
+        labels=choose_labels(labels, label),
+        table=table,
+        skip_bad=skip_bad,
+        steps=steps,
+        seed=seed,
+        format=choose_format(file_format.value if file_format else None, latents),
+        sampling={name: value for name, value in sampling.items() if value is not None},
+        autoencoder=autoencoder,
+        batch=batch_size,
+        workers=workers,
+        address=address,
+    )
+    generate_command(request, Places(address, storage, tracking), as_json)
+
+
+def choose_format(name: str | None, latents: bool) -> str:
+    """The output format of --format and --latents. Raises UserError where they contradict each other."""
+    if latents and name not in (None, "latents"):
+        raise UserError(f"--latents writes raw latents, --format {name} images: leave one of them out.")
+    return "latents" if latents else name or "png"
+
+
+def choose_labels(labels: str | None, label: int | None) -> str | None:
+    """The labels of --labels and --label. Raises UserError where both are given."""
+    if labels is not None and label is not None:
+        raise UserError("--label is one class for all images, --labels several: leave one of them out.")
+    return str(label) if label is not None else labels
+
+
+def generate_command(request: GenerateRequest, places: Places, as_json: bool) -> None:
+    """Make the images that are missing, and print where they are."""
+    if "://" not in request.out:
+        require_writable(ProjectFolder(Path(request.out).expanduser().absolute()))
+    project = find_project(places.storage)
+    from soflow_platform.cluster.connection import require_answer
     from soflow_platform.jobs.generate import generate
     from soflow_platform.tracking.store import TrackingStore
 
-    store = TrackingStore(tracking or project.tracking_uri)
-    with progress_bar("images") as report:
+    require_answer(places.address)
+    quiet_libraries()
+    store = TrackingStore(places.tracking or project.tracking_uri)
+    with image_progress("images") as report, stdout_to_stderr():
         result = generate(request, project, store, report)
-    print(f"{result.made} images made, {result.kept} were there: {request.out}")
-    print(f"grid: {result.grid}")
+    if as_json:
+        print(json.dumps({**asdict(result), "images_per_second": result.images_per_second}, indent=1))
+        return
+    _print(result, request.out)
+
+
+def _print(result: Generated, out: str) -> None:
+    print(f"{result.made} images made, {result.kept} were there: {out}")
+    if result.made:
+        print(f"{result.images_per_second:.1f} images/s, {result.seconds:.1f} s, {result.parts} parts")
+    if result.rejected:
+        print(f"{result.rejected} rows left out: {out}/rejected.parquet")
+    if result.grid is not None:
+        print(f"grid: {out}/{result.grid}")
+
+
+def verify_command(uri: str, as_json: bool) -> None:
+    """Check a finished set, and list every damage. Raises JobError where there is one."""
+    from soflow_platform.cluster.actor_pool import Progress
+    from soflow_platform.generation.finished_set import verify
+
+    with image_progress("verifying") as report:
+        images, damages = verify(uri, lambda done, total: report(Progress(done, total)))
+    if as_json:
+        print(json.dumps({"uri": uri, "images": images, "damages": damages}, indent=1))
+    else:
+        for damage in damages[:NAMED_DAMAGES]:
+            print(damage)
+        if len(damages) > NAMED_DAMAGES:
+            print(f"and {len(damages) - NAMED_DAMAGES} more")
+    if damages:
+        raise JobError(
+            f"{uri}: {len(damages)} damages; the same `soflowctl generate` makes files that are missing."
+        )
+    if not as_json:
+        print(f"{uri}: {images} images are as they were written, each index once.")

@@ -8,7 +8,6 @@ import signal
 import sys
 import warnings
 from enum import Enum
-from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -16,6 +15,7 @@ import typer
 
 from soflow_core.failures import InputError, printable
 from soflow_platform.cli import data
+from soflow_platform.cli.generate import generate
 from soflow_platform.cli.options import (
     AddressOption,
     NameArgument,
@@ -176,33 +176,7 @@ def promote(
     promote_command(model, force, rollback, storage, tracking)
 
 
-@app.command()
-def generate(
-    model: Annotated[
-        str,
-        typer.Option(
-            metavar="MODEL",
-            help="models:/NAME@ALIAS, a sweep, SWEEP/TRIAL or MLflow run, a checkpoint folder or .safetensors file.",
-        ),
-    ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the images.")],
-    num: Annotated[int, typer.Option(min=1, help="How many images.")] = 100,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps for each image.")] = 1,
-    seed: Annotated[int, typer.Option(help="Image i is a function of the seed, i and its label.")] = 0,
-    label: Annotated[
-        int | None, typer.Option(help="One class for all images; default: every class in turn.")
-    ] = None,
-    storage: StorageOption = None,
-    tracking: TrackingOption = None,
-) -> None:
-    """Make images with a trained network: PNG files and one grid.
-
-    The same command makes the images that an interrupted one left out.
-    """
-    from soflow_platform.cli.generate import generate_command
-    from soflow_platform.jobs.requests import GenerateRequest
-
-    generate_command(GenerateRequest(model, out, num, steps, seed, label), storage, tracking)
+app.command()(generate)
 
 
 @app.command()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +19,8 @@ from soflow_platform.storage.project import ProjectFolder, find_project
 if TYPE_CHECKING:
     from soflow_platform.cluster.actor_pool import Progress, Report
 
+LINE_SECONDS = 60.0
+"""Between two lines of progress where there is no terminal."""
 FILE_WIDTH = 200
 """Columns of output that goes to a file or a pipe, so that names are not cut."""
 
@@ -52,8 +55,14 @@ def plain_table(name: str, *columns: str) -> Table:
     return table
 
 
+class DescribedReport(Protocol):
+    """Moves a bar, whose description may be given anew."""
+
+    def __call__(self, progress: Progress, text: str = ...) -> None: ...
+
+
 @contextlib.contextmanager
-def progress_bar(description: str, waiting: str = "opening") -> Iterator[Report]:
+def progress_bar(description: str, waiting: str = "opening") -> Iterator[DescribedReport]:
     """A bar on stderr for the length of a block. Yields the report that moves it; `waiting` is shown until its first call."""
     from rich.progress import (
         BarColumn,
@@ -68,10 +77,38 @@ def progress_bar(description: str, waiting: str = "opening") -> Iterator[Report]
     bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
     task = bar.add_task(waiting, total=None)
 
-    def report(progress: Progress) -> None:
-        bar.update(task, description=description, completed=progress.done, total=progress.total)
+    def report(progress: Progress, text: str = description) -> None:
+        bar.update(task, description=text, completed=progress.done, total=progress.total)
 
     with bar:
+        yield report
+
+
+@contextlib.contextmanager
+def image_progress(description: str) -> Iterator[Report]:
+    """As `progress_bar`, with images per second; where stderr is no terminal, a line a minute."""
+    begun = time.monotonic()
+    first: Progress | None = None
+    printed = begun
+    with progress_bar(description) as bar:
+        terminal = Console(stderr=True).is_terminal
+
+        def report(progress: Progress) -> None:
+            nonlocal first, printed
+            first = first or progress
+            now = time.monotonic()
+            done, left = progress.done - first.done, progress.total - progress.done
+            rate = done / (now - begun) if now > begun else 0.0
+            bar(progress, f"{description}, {rate:.1f}/s" if done else description)
+            if not terminal and now - printed >= LINE_SECONDS and rate:
+                printed = now
+                remaining = duration(left / rate)
+                print(
+                    f"{description}: {progress.done} of {progress.total}, {rate:.1f}/s, {remaining} left",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
         yield report
 
 

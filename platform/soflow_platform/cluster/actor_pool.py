@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -45,12 +46,20 @@ class Share:
     threads: int
 
 
-def share_cluster(cluster: Cluster, tasks: int, uses_gpu: bool) -> Share:
-    """A GPU for each actor where it is of use and GPUs are there; else a CPU."""
+def share_cluster(cluster: Cluster, tasks: int, uses_gpu: bool, workers: int | None = None) -> Share:
+    """A GPU for each actor where it is of use and GPUs are there; else a CPU. More `workers` than these share them."""
     if uses_gpu and cluster.gpus >= 1:
-        threads = int(max(1, min(THREADS_PER_GPU, cluster.cpus // cluster.gpus)))
-        return Share(min(tasks, int(cluster.gpus)), threads, 1, threads)
-    return Share(max(1, min(tasks, int(cluster.cpus))), 1, 0, 1)
+        actors = min(tasks, workers or int(cluster.gpus))
+        gpus = _share(cluster.gpus, actors)
+        threads = int(max(1, min(THREADS_PER_GPU, cluster.cpus // max(cluster.gpus, actors))))
+        return Share(actors, _share(cluster.cpus, actors, threads), gpus, threads)
+    actors = max(1, min(tasks, workers or int(cluster.cpus)))
+    return Share(actors, _share(cluster.cpus, actors), 0, 1)
+
+
+def _share(resources: float, actors: int, wanted: float = 1.0) -> float:
+    """What each actor gets, at most `wanted`; rounded down, so that all of them find a place."""
+    return wanted if actors * wanted <= resources else math.floor(1000 * resources / actors) / 1000
 
 
 def deterministic_torch(threads: int) -> str:
@@ -126,6 +135,8 @@ class ActorPool(Generic[TaskT]):
     resume_hint: str
     """Beginning of a sentence that says which results are kept after a failure."""
     uses_gpu: bool = True
+    workers: int | None = None
+    """Number of actors; None: one for each GPU or CPU."""
 
     def imap_unordered(
         self, tasks: Sequence[TaskT], start: Progress, report: Report
@@ -137,7 +148,7 @@ class ActorPool(Generic[TaskT]):
         """
         import ray
 
-        share = share_cluster(self.cluster, len(tasks), self.uses_gpu)
+        share = share_cluster(self.cluster, len(tasks), self.uses_gpu, self.workers)
         counter, images = new_counter(), 0
         arguments = [ray.put(argument) for argument in self.arguments]
         remote_class = ray.remote(_with_counter(self.actor_class))

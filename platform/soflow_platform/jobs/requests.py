@@ -66,10 +66,27 @@ class GenerateRequest:
 
     model: str
     """Name of the weights, as `jobs.targets` resolves it."""
-    out: Path
-    """Folder for the images."""
-    num: int = 100
+    out: str
+    """Folder or URI for the images."""
+    num: int | None = None
+    """Images; None: 100, or as many as the table has rows."""
+    labels: str | None = None
+    """`balanced`, `uniform`, or labels such as `0,1,2` in turn. None: balanced, or the table's."""
+    table: Path | None = None
+    """Parquet file whose row i has the label of image i."""
+    skip_bad: bool = False
+    """Leave out rows of the table that cannot be used."""
     steps: int = 1
     seed: int = 0
-    label: int | None = None
-    """Class of all images. None: every class in turn."""
+    format: str = "png"
+    """Name of an output format, as `generation.output_formats` lists them."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """Sampler settings that differ from those of training."""
+    autoencoder: str | None = None
+    """Decodes latents. None: the autoencoder that made them."""
+    batch: int = 64
+    """Images decoded and encoded at a time."""
+    workers: int | None = None
+    """Actors; None: one for each GPU or CPU, and none for few images."""
+    address: str | None = None
+    """A running Ray cluster; None: this machine."""

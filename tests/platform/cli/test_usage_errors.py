@@ -111,6 +111,22 @@ MISTAKES = {
         ["generate", "--model", str(ROOT), "--out", "images"],
         "holds no weights: name models:/NAME@ALIAS, a run, SWEEP/TRIAL, a checkpoint folder, or a .safetensors file.",
     ),
+    "nothing to generate with": (
+        ["generate", "--out", "images"],
+        "--model and --out are needed, or --verify.",
+    ),
+    "latents in a format of images": (
+        ["generate", "--model", "x", "--out", "images", "--latents", "--format", "npz"],
+        "--latents writes raw latents, --format npz images: leave one of them out.",
+    ),
+    "one class and several": (
+        ["generate", "--model", "x", "--out", "images", "--label", "1", "--labels", "uniform"],
+        "--label is one class for all images, --labels several: leave one of them out.",
+    ),
+    "a set to verify that is not there": (
+        ["generate", "--verify", "images"],
+        "images holds no set that `soflowctl generate` made: it has no generation.json.",
+    ),
     "a model to generate with that is not registered": (
         ["generate", "--model", "models:/digits@champion", "--out", "images"],
         "there is no model registry under",

@@ -1,10 +1,11 @@
-"""A folder of images is a function of its settings, is completed after an interruption, and holds images of one setting alone."""
+"""Every name of one checkpoint makes the same images, which can be scored and trained on as they are."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,21 @@ import pytest
 from PIL import Image
 
 from soflow_core.failures import InputError
+from soflow_pipelines.preparation.build import prepare_locally
+from soflow_pipelines.shards.reader import SampleReader
+from soflow_pipelines.sources.opening import open_source
+from soflow_pipelines.storage.files import sha256
+from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.generation.generator import Generator
-from soflow_platform.jobs import generate as job
-from soflow_platform.jobs.generate import GeneratedFolder, choose_labels, generate, image_paths
+from soflow_platform.jobs.generate import Generated, generate
+from soflow_platform.jobs.prepare import PrepareRequest, make_plan
 from soflow_platform.jobs.requests import GenerateRequest
 from soflow_platform.registry.versions import register
 from soflow_platform.storage.checkpoints import EMA, CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.record import BestTrial, load_record
-from tests.support.scored_sweep import SWEEP
+from tests.support.scored_sweep import SWEEP, scores_of
 
 TRIAL = "trial-00-soflow"
 
@@ -32,13 +38,17 @@ def checkpoint(project: ProjectFolder, step: int = 6) -> Path:
     return project.trial(SWEEP, TRIAL) / "checkpoints" / f"step-{step:08d}"
 
 
-def make(project: ProjectFolder, model: str | Path, out: Path, **settings: Any) -> GeneratedFolder:
-    request = GenerateRequest(str(model), out, **{"num": 5, **settings})
+def make(project: ProjectFolder, model: str | Path, out: Path, **settings: Any) -> Generated:
+    request = GenerateRequest(str(model), str(out), **{"num": 5, **settings})
     return generate(request, project, TrackingStore(project.tracking_uri))
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.is_file()
+    }
 
 
 def register_newest(project: ProjectFolder) -> str:
@@ -55,7 +65,7 @@ def test_each_image_is_that_of_its_seed_number_and_label(scored_once: ProjectFol
     done = make(scored_once, checkpoint(scored_once), tmp_path / "out", seed=3, steps=2, num=12)
     assert (done.made, done.kept) == (12, 0)
     names = [f"{i:06d}-label-{i % 10}.png" for i in range(12)]
-    assert sorted(digests(tmp_path / "out")) == [*names, "generation.json", "grid.png"]
+    assert sorted(digests(tmp_path / "out")) == [*names, "generation.json", "grid.png", "manifest.parquet"]
     images = Generator.open(checkpoint(scored_once) / EMA).png([i % 10 for i in range(12)], seed=3, steps=2)
     for name, image in zip(names, images, strict=True):
         expected = np.asarray(Image.open(io.BytesIO(image)))
@@ -87,42 +97,8 @@ def test_every_name_of_one_checkpoint_gives_the_same_images(scored: ProjectFolde
         del made[kind]["generation.json"]
     assert all(images == made["file"] for images in made.values())
     recorded = json.loads((tmp_path / "alias" / "generation.json").read_text())
-    assert recorded == {"weights": f"models:/digits/{version}", "steps": 1, "seed": 0, "label": None}
-
-
-def test_an_interrupted_folder_is_completed_with_the_same_bytes(
-    scored_once: ProjectFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, out = checkpoint(scored_once), tmp_path / "out"
-    make(scored_once, model, tmp_path / "whole")
-    encode, encoded = job.encode_png, []
-
-    def interrupted(image: Any) -> bytes:
-        encoded.append(image)
-        if len(encoded) == 4:
-            raise KeyboardInterrupt
-        return encode(image)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(job, "encode_png", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            make(scored_once, model, out)
-    assert len(digests(out)) == 3 + 1
-    done = make(scored_once, model, out)
-    assert (done.made, done.kept) == (2, 3)
-    assert digests(out) == digests(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"steps": 2}, {"label": 3}])
-def test_a_folder_of_other_settings_is_refused_and_left_alone(
-    scored_once: ProjectFolder, tmp_path: Path, changed: dict[str, int]
-) -> None:
-    make(scored_once, checkpoint(scored_once), tmp_path / "out")
-    before = digests(tmp_path / "out")
-    (setting,) = changed
-    with pytest.raises(InputError, match=rf"made with other settings \({setting}\): choose another --out"):
-        make(scored_once, checkpoint(scored_once), tmp_path / "out", **changed)
-    assert digests(tmp_path / "out") == before
+    assert recorded["model"] == f"models:/digits/{version}"
+    assert recorded["weights"] == sha256(checkpoint(scored) / EMA)
 
 
 def test_damaged_weights_make_no_images(scored: ProjectFolder, tmp_path: Path) -> None:
@@ -145,14 +121,70 @@ def test_a_registered_model_leaves_no_download_behind(
     assert sorted(scored.root.rglob("*.safetensors")) == before
 
 
-def test_labels_and_names_follow_the_classes() -> None:
-    assert choose_labels(3, None, 5) == [0, 1, 2, 0, 1]
-    assert choose_labels(3, 2, 2) == [2, 2]
-    assert choose_labels(None, None, 2) is None
-    with pytest.raises(InputError, match="this network is unconditional: leave --label out"):
-        choose_labels(None, 1, 2)
-    assert [path.name for path in image_paths(Path("out"), 2, [7, 8])] == [
-        "000000-label-7.png",
-        "000001-label-8.png",
-    ]
-    assert [path.name for path in image_paths(Path("out"), 2, None)] == ["000000.png", "000001.png"]
+def test_what_was_generated_is_scored_as_it_is(scored_once: ProjectFolder, tmp_path: Path) -> None:
+    """Labels and class names come with it, and a set is scored as the network that made it."""
+    project = ProjectFolder(tmp_path / "runs")
+    shutil.copytree(scored_once.root, project.root)
+    settings = {"features": "digits-classifier", "metrics": ("fd", "label_agreement"), "reference": "digits"}
+    model = str(checkpoint(project))
+    (of_network,) = scores_of(project, model, num=70, labels="balanced", **settings)
+    for kind in ("png", "webdataset", "parquet", "npz"):
+        make(project, model, tmp_path / kind, num=70, format=kind)
+        place = tmp_path / kind / "samples.npz" if kind == "npz" else tmp_path / kind
+        (score,) = scores_of(project, str(place), num=None, **settings)
+        assert score.values["label_agreement"] == of_network.values["label_agreement"], kind
+        # A network's own samples are not rounded to 8 bits.
+        assert score.values["fd"] == pytest.approx(of_network.values["fd"], rel=0.02), kind
+
+
+def test_what_was_generated_becomes_training_data(scored_once: ProjectFolder, tmp_path: Path) -> None:
+    pixels = {}
+    for kind in ("png", "webdataset", "parquet"):
+        make(scored_once, checkpoint(scored_once), tmp_path / kind, num=70, format=kind)
+        out = tmp_path / f"{kind}-shards"
+        plan = make_plan(PrepareRequest(str(tmp_path / kind), str(out)))
+        info = prepare_locally(plan, open_storage(out), None)
+        assert (info.samples, info.classes, info.shape) == (70, 10, (1, 8, 8))
+        assert info.class_names == tuple(str(label) for label in range(10))
+        pixels[kind] = sorted(sample.tobytes() for sample in SampleReader(out, info).read(np.arange(70))[0])
+    images = Generator.open(checkpoint(scored_once) / EMA).images(
+        range(70), [i % 10 for i in range(70)], 0, 1
+    )
+    expected = sorted(image.numpy().tobytes() for batch in images for image in batch)
+    assert pixels["png"] == pixels["webdataset"] == pixels["parquet"] == expected
+
+
+def test_sets_that_hold_no_images_say_where_they_are(scored_once: ProjectFolder, tmp_path: Path) -> None:
+    for kind, said in (("npz", r"name that file"), ("latents", r"holds latents and no images")):
+        make(scored_once, checkpoint(scored_once), tmp_path / kind, format=kind)
+        with pytest.raises(InputError, match=said):
+            open_source(str(tmp_path / kind))
+    make(scored_once, checkpoint(scored_once), tmp_path / "png")
+    (tmp_path / "png" / "manifest.parquet").unlink()
+    with pytest.raises(InputError, match="is not finished: run its `soflowctl generate` again"):
+        open_source(str(tmp_path / "png"))
+
+
+def test_sampler_settings_decide_the_images(scored_once: ProjectFolder, tmp_path: Path) -> None:
+    flow = scored_once.trial(SWEEP, "trial-01-flow_matching") / "checkpoints" / "step-00000006"
+    make(scored_once, flow, tmp_path / "euler", steps=2)
+    make(scored_once, flow, tmp_path / "heun", steps=2, sampling={"sampler": "heun"})
+    assert digests(tmp_path / "euler") != digests(tmp_path / "heun")
+    with pytest.raises(InputError, match="has no sampling setting `sampler`"):
+        make(scored_once, checkpoint(scored_once), tmp_path / "other", sampling={"sampler": "heun"})
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_one_and_four_workers_make_the_bytes_of_one_process(
+    scored_once: ProjectFolder, tmp_path: Path
+) -> None:
+    model = checkpoint(scored_once)
+    for name, settings in (
+        ("here", {"workers": 1}),
+        ("two", {"workers": 2, "batch": 7}),
+        ("four", {"workers": 4}),
+    ):
+        done = make(scored_once, model, tmp_path / name, num=700, format="webdataset", **settings)
+        assert done.made == 700
+    assert digests(tmp_path / "here") == digests(tmp_path / "two") == digests(tmp_path / "four")

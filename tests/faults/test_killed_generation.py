@@ -1,0 +1,94 @@
+"""A generation whose driver or worker is killed is finished by the same command: no image twice, none missing, the same bytes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from soflow_platform.generation.finished_set import verify
+from tests.support.generators import digests, make_set, save_digits_generator
+
+pytestmark = pytest.mark.faults
+SECONDS = 240
+IMAGES, STEPS = 4096, 60
+PARTS = 8
+
+
+def start(model: Path, out: Path, log: Path) -> subprocess.Popen[str]:
+    command = [
+        *(sys.executable, "-m", "soflow_platform.cli.main", "generate", "--model", str(model)),
+        *("--out", str(out), "--num", str(IMAGES), "--steps", str(STEPS), "--format", "webdataset"),
+        *("--workers", "2", "--json"),
+    ]
+    with log.open("w") as file:
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=file, text=True, cwd=model.parent, start_new_session=True
+        )
+
+
+def finished(process: subprocess.Popen[str], log: Path) -> Any:
+    printed, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, log.read_text()[-2000:]
+    return json.loads(printed)
+
+
+def records(out: Path) -> list[Path]:
+    return sorted((out / "_parts").glob("part-*.parquet"))
+
+
+def until_parts(out: Path, process: subprocess.Popen[str], log: Path, count: int = 2) -> None:
+    end = time.monotonic() + SECONDS
+    while len(records(out)) < count:
+        assert process.poll() is None, log.read_text()[-2000:]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def assert_whole(model: Path, out: Path, tmp_path: Path) -> None:
+    assert verify(str(out)) == (IMAGES, [])
+    assert pq.read_table(out / "manifest.parquet")["index"].to_pylist() == list(range(IMAGES))
+    make_set(model, tmp_path / "uncut", num=IMAGES, steps=STEPS, format="webdataset")
+    assert digests(out) == digests(tmp_path / "uncut")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_digits_generator(tmp_path / "ema.safetensors", heavy=True)
+
+
+def test_a_killed_driver_is_finished_by_the_same_command(model: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    cut = start(model, out, log)
+    until_parts(out, cut, log)
+    everyone = psutil.Process(cut.pid).children(recursive=True)
+    cut.kill()
+    psutil.wait_procs(everyone, timeout=60)
+    cut.communicate()
+    made = {path: path.stat().st_mtime_ns for path in records(out)}
+    assert 2 <= len(made) < PARTS
+    done = finished(start(model, out, log), log)
+    assert done["kept"] == len(made) * IMAGES // PARTS
+    assert done["made"] + done["kept"] == IMAGES
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert list((out / "_parts").glob(".*.part")) == []
+    assert_whole(model, out, tmp_path)
+
+
+def test_a_killed_worker_costs_its_part_alone(model: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    driver = start(model, out, log)
+    until_parts(out, driver, log, 1)
+    everyone = psutil.Process(driver.pid).children(recursive=True)
+    workers = [child for child in everyone if "PoolActor" in " ".join(child.cmdline())]
+    assert len(workers) == 2
+    workers[0].kill()
+    assert finished(driver, log)["made"] == IMAGES
+    assert_whole(model, out, tmp_path)
