@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +28,6 @@ from soflow_core.samplers.noise import sample_noise
 from soflow_core.weights import save_weights
 from soflow_pipelines.images.autoencoder import load_autoencoder
 from soflow_pipelines.shards.info import DatasetInfo
-from soflow_platform.cluster.actor_pool import Progress
 from soflow_platform.generation.decoding import decode_samples
 from soflow_platform.generation.generator import Generator
 from soflow_platform.jobs.generate import generate
@@ -55,19 +54,27 @@ def save_network(path: Path, info: DatasetInfo, size: str) -> Path:
     return path
 
 
-def loop(weights: Path, autoencoder: str | None, num: int) -> float:
-    """Images per second of the bare sampler."""
+@dataclass(frozen=True)
+class Cost:
+    """What images took, with the opening of the network."""
+
+    seconds: float
+    cpu: float
+    """Seconds of processor time of this process, all its threads together."""
+
+
+def loop(weights: Path, autoencoder: str | None, num: int) -> Cost:
+    """The bare sampler."""
+    started, cpu = time.perf_counter(), time.process_time()
     generator = Generator.open(weights, autoencoder=autoencoder)
     labels = [i % 10 for i in range(num)]
-    started = time.perf_counter()
     for samples in generator.samples(range(num), labels, seed=0, steps=1):
         decode_samples(samples, generator.decoder)
-    return num / (time.perf_counter() - started)
+    return Cost(time.perf_counter() - started, time.process_time() - cpu)
 
 
-def job(weights: Path, autoencoder: str | None, num: int, workers: int, folder: Path) -> float:
-    """Images per second of the job, once its workers are up: timed from the first images to the last."""
-    marks: list[tuple[float, int]] = []
+def job(weights: Path, autoencoder: str | None, num: int, workers: int, folder: Path) -> Cost:
+    """The job, from the first part to the last one's end, with the start of its workers."""
     request = GenerateRequest(
         str(weights),
         str(folder),
@@ -77,32 +84,31 @@ def job(weights: Path, autoencoder: str | None, num: int, workers: int, folder: 
         workers=workers,
     )
     project = ProjectFolder(folder.parent / "runs")
-
-    def note(progress: Progress) -> None:
-        marks.append((time.perf_counter(), progress.done))
-
-    generate(request, project, TrackingStore(project.tracking_uri), note)
-    first = next(mark for mark in marks if mark[1])
-    return (marks[-1][1] - first[1]) / (marks[-1][0] - first[0])
+    cpu = time.process_time()
+    seconds = generate(request, project, TrackingStore(project.tracking_uri)).seconds
+    return Cost(seconds, time.process_time() - cpu)
 
 
-def compare(name: str, weights: Path, autoencoder: str | None, options: argparse.Namespace) -> None:
-    """Prints the job over the loop, in turn."""
-    loops, jobs, ratios = [], [], []
+def compare(name: str, weights: Path, autoencoder: str | None, num: int, options: argparse.Namespace) -> None:
+    """Prints the loop over the job, in turn: 1 where the job is as fast."""
+    loops, jobs = [], []
     for _ in range(options.repeat):
         with tempfile.TemporaryDirectory() as folder:
-            loops.append(loop(weights, autoencoder, options.num))
-            jobs.append(job(weights, autoencoder, options.num, 1, Path(folder) / "out"))
-            ratios.append(jobs[-1] / loops[-1])
+            loops.append(loop(weights, autoencoder, num))
+            jobs.append(job(weights, autoencoder, num, 1, Path(folder) / "out"))
+    by_clock = statistics.median(a.seconds / b.seconds for a, b in zip(loops, jobs, strict=True))
+    by_cpu = statistics.median(a.cpu / b.cpu for a, b in zip(loops, jobs, strict=True))
+    rates = [num / statistics.median(cost.seconds for cost in costs) for costs in (loops, jobs)]
     print(
-        f"{name}: loop {statistics.median(loops):.1f} images/s, job {statistics.median(jobs):.1f} images/s, "
-        f"job over loop {statistics.median(ratios):.3f}",
+        f"{name}, {num} images: loop {rates[0]:.1f} images/s, job {rates[1]:.1f} images/s; "
+        f"job over loop {by_clock:.3f} by the clock, {by_cpu:.3f} by processor time",
         flush=True,
     )
     if options.workers > 1:
         with tempfile.TemporaryDirectory() as folder:
-            rate = job(weights, autoencoder, options.num, options.workers, Path(folder) / "out")
-        print(f"{name}: {options.workers} workers over one {rate / statistics.median(jobs):.2f}", flush=True)
+            shared = job(weights, autoencoder, num, options.workers, Path(folder) / "out")
+        ratio = statistics.median(cost.seconds for cost in jobs) / shared.seconds
+        print(f"{name}: {options.workers} workers over one {ratio:.2f}", flush=True)
 
 
 def command(weights: Path, num: int, folder: Path) -> tuple[float, float, float]:
@@ -159,7 +165,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         weights = save_network(root / "digits.safetensors", digits, "S/2")
-        compare("digits, S/2", weights, None, options)
+        compare("digits, S/2", weights, None, options.num, options)
         if options.latents and options.autoencoder.is_dir():
             facts = load_autoencoder(str(options.autoencoder)).facts
             latents = DatasetInfo(
@@ -173,8 +179,8 @@ def main() -> None:
                 shift=facts.shift,
             )
             latent = save_network(root / "latents.safetensors", latents, "S/4")
-            options.num = options.latents
-            compare("latents, S/4, decoded to 256 x 256", latent, str(options.autoencoder), options)
+            name = "latents, S/4, decoded to 256 x 256"
+            compare(name, latent, str(options.autoencoder), options.latents, options)
         for num in [1000, options.large] if options.large else [100]:
             first, whole, peak = command(weights, num, root / f"command-{num}")
             print(

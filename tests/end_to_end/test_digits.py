@@ -196,7 +196,7 @@ def test_promotion_then_images_from_the_champion(
     assert files[13] == "000013-label-3.png"
     assert (out / "grid.png").is_file()
     manifest = json.loads((out / "generation.json").read_text())
-    assert manifest["weights"] == "models:/digits/1"
+    assert manifest["model"] == "models:/digits/1"
 
     before = {path.name: path.read_bytes() for path in out.glob("*-label-*.png")}
     for name in files[:30]:
@@ -207,7 +207,7 @@ def test_promotion_then_images_from_the_champion(
 
     other = soflowctl("generate", "--num", "70", *settings[:2], "--steps", "1", *settings[4:])
     assert other.returncode == 2
-    assert "holds images made with other settings (steps)" in other.stderr
+    assert "holds images made with other settings (steps 2, now 1)" in other.stderr
 
 
 def test_images_differ_by_label_and_by_sample(

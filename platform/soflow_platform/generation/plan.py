@@ -138,6 +138,10 @@ def claim(plan: GenerationPlan, store: ObjectStore, names: Sequence[str]) -> Non
         store.write(SETTINGS_NAME, json.dumps(wanted, indent=1).encode())
         return
     present = read_settings(store)
+    if "per_part" not in present:
+        raise UserError(
+            f"{store.uri} holds images of an earlier version of soflow, which kept no checksums: choose another --out."
+        )
     compared = [name for name in wanted if name not in INFORMATION]
     differing = [name for name in compared if present.get(name) != wanted[name]]
     if differing:

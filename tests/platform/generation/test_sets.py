@@ -198,6 +198,13 @@ def test_a_folder_of_another_command_is_refused_with_what_differs(
     with pytest.raises(UserError, match=r"holds 000000-label-0\.png, which this command did not make"):
         make_set(model, tmp_path, num=10)
     assert digests(sets["webdataset"]) == before
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "generation.json").write_text(
+        '{"weights": "models:/digits/1", "steps": 1, "seed": 0, "label": null}'
+    )
+    with pytest.raises(UserError, match="holds images of an earlier version of soflow"):
+        make_set(model, old, num=10)
 
 
 def test_damage_is_found_in_every_format(sets: dict[str, Path], tmp_path: Path) -> None:
