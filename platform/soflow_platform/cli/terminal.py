@@ -87,27 +87,24 @@ def progress_bar(description: str, waiting: str = "opening") -> Iterator[Describ
 @contextlib.contextmanager
 def image_progress(description: str) -> Iterator[Report]:
     """As `progress_bar`, with images per second; where stderr is no terminal, a line a minute."""
-    begun = time.monotonic()
-    first: Progress | None = None
-    printed = begun
+    printed = time.monotonic()
+    # What was there before, and the start of the workers, do not belong to the rate.
+    first: tuple[float, int] | None = None
     with progress_bar(description) as bar:
         terminal = Console(stderr=True).is_terminal
 
         def report(progress: Progress) -> None:
             nonlocal first, printed
-            first = first or progress
             now = time.monotonic()
-            done, left = progress.done - first.done, progress.total - progress.done
-            rate = done / (now - begun) if now > begun else 0.0
-            bar(progress, f"{description}, {rate:.1f}/s" if done else description)
-            if not terminal and now - printed >= LINE_SECONDS and rate:
+            first = first or (now, progress.done)
+            done, seconds = progress.done - first[1], now - first[0]
+            rate = done / seconds if seconds > 0 else 0.0
+            bar(progress, f"{description}, {rate:.1f}/s" if rate else description)
+            if not terminal and rate and now - printed >= LINE_SECONDS:
                 printed = now
-                remaining = duration(left / rate)
-                print(
-                    f"{description}: {progress.done} of {progress.total}, {rate:.1f}/s, {remaining} left",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                remaining = duration((progress.total - progress.done) / rate)
+                line = f"{description}: {progress.done} of {progress.total}, {rate:.1f}/s, {remaining} left"
+                print(line, file=sys.stderr, flush=True)
 
         yield report
 
