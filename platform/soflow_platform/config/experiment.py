@@ -34,6 +34,9 @@ DECIDING_SECTIONS = ("seed", "data", "network", "objective", "optimizer", "evalu
 DECIDING_TRAINING = ("steps", "batch", "ema", "precision", "clip_norm")
 """Settings that decide a sweep's numbers and what they are compared by. The others (machines, pace of logs and checkpoints, places,
 descriptions) may differ each time that the sweep is started."""
+LATER_OBJECTIVE_SETTINGS = {"derivative": "jvp", "difference": 0.005}
+"""Settings that methods of 0.1.0 have got since, with the values at which nothing changes. With these they are no part of the digest,
+so that sweeps keep it."""
 
 
 class Experiment(Section):
@@ -132,6 +135,11 @@ class Experiment(Section):
         """Eight characters that change with what decides the numbers: a sweep is the same sweep when its digest is."""
         resolved = self.resolved()
         settings = {section: resolved[section] for section in DECIDING_SECTIONS}
+        settings["objective"] = {
+            key: value
+            for key, value in resolved["objective"].items()
+            if key not in LATER_OBJECTIVE_SETTINGS or value != LATER_OBJECTIVE_SETTINGS[key]
+        }
         settings["training"] = {key: resolved["training"][key] for key in DECIDING_TRAINING}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -305,6 +305,23 @@ def test_what_only_runs_a_sweep_may_change_while_it_stays_the_same(override: str
     assert read_experiment(DIGITS, overrides)[0].digest() == read_experiment(DIGITS)[0].digest()
 
 
+@pytest.mark.parametrize(
+    ("method", "digest"),
+    [("soflow", "64f4af04"), ("meanflow", "becaa66d"), ("alphaflow", "8cdcb10a")],
+)
+def test_settings_that_methods_got_later_leave_the_ids_of_older_sweeps(method: str, digest: str) -> None:
+    """The digests are those that version 0.1.0 computes."""
+    override = f"objective={{method: {method}}}"
+    older = Path(__file__).parents[2] / "compatibility" / "version_0_1" / "stopped.yaml"
+    assert read_experiment(older, (override,))[0].digest() == digest
+
+
+def test_a_setting_that_a_method_got_later_makes_another_sweep_where_it_acts() -> None:
+    overrides = [(f"objective={{method: meanflow, difference: {value}}}",) for value in (0.005, 0.01)]
+    digests = {read_experiment(DIGITS, override)[0].digest() for override in overrides}
+    assert len(digests) == 2
+
+
 def test_a_sweep_started_again_keeps_its_runs_and_takes_new_settings(
     tmp_path: Path,
 ) -> None:
