@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,13 +18,65 @@ DECAY_RATE = 0.025
 
 
 @dataclass(frozen=True)
+class ScaleRange:
+    """Guidance scales that one network is trained on, log-uniform; the network takes the scale as a condition."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if not 1 <= self.low < self.high:
+            raise ValueError(f"guidance scales from {self.low} to {self.high}; give 1 <= low < high")
+
+    @property
+    def middle(self) -> float:
+        """The geometric mean of both ends."""
+        return math.sqrt(self.low * self.high)
+
+    def sample(self, generator: torch.Generator | None, count: int) -> Tensor:
+        """-> (count,) scales."""
+        return self.low * (self.high / self.low) ** torch.rand(count, generator=generator)
+
+
+def draw_scale(
+    scale: float | ScaleRange, generator: torch.Generator | None, dropped: Tensor
+) -> Tensor | None:
+    """(B,) bool -> (B,): scales of the rows, 1 where the label is dropped; None where the setting is one scale."""
+    if not isinstance(scale, ScaleRange):
+        return None
+    return torch.where(dropped, 1.0, scale.sample(generator, len(dropped)))
+
+
+def sampled_scale(trained: float | ScaleRange, chosen: float | None) -> float:
+    """The guidance scale that a network is sampled at: `chosen`, or the one it was trained on, or a range's middle.
+
+    Raises ValueError where it was not trained on the chosen one.
+    """
+    if isinstance(trained, ScaleRange):
+        if chosen is not None and not trained.low <= chosen <= trained.high:
+            raise ValueError(
+                f"sampling_scale is {chosen}; the network is trained on scales from {trained.low} to {trained.high}"
+            )
+        return trained.middle if chosen is None else chosen
+    if chosen is not None and chosen != trained:
+        raise ValueError(
+            f"sampling_scale is {chosen}; guidance.scale is {trained}, and a range there (low, high) trains a network"
+            " for any scale of it"
+        )
+    return trained
+
+
+@dataclass(frozen=True)
 class Guidance:
     """Guidance of SoFlow's target. At a scale of 1 there is none: no label is dropped, no velocity mixed in."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    scale: float = 3.0
-    """w: 1 is no guidance."""
+    scale: float | ScaleRange = 3.0
+    """w: 1 is no guidance. A range is drawn from, row by row, and is a condition of the network."""
     mix: float = 0.25
     """m: share of the guided sample velocity in the target; the rest is the network's own velocity."""
     drop: float = 0.1
@@ -33,7 +86,7 @@ class Guidance:
 
     def __post_init__(self) -> None:
         check_values(self)
-        if self.scale < 1:
+        if not isinstance(self.scale, ScaleRange) and self.scale < 1:
             raise ValueError(f"guidance.scale is {self.scale}; give 1 for no guidance or more for guidance")
         if not 0 < self.mix <= 1:
             raise ValueError(
@@ -48,10 +101,13 @@ class Guidance:
     @property
     def active(self) -> bool:
         """Whether the target is guided."""
-        return self.scale > 1
+        return isinstance(self.scale, ScaleRange) or self.scale > 1
 
-    def strength(self, t: Tensor) -> Tensor:
-        """(B,) -> (B,): d(t) (w - 1)."""
+    def strength(self, t: Tensor, scale: Tensor | None = None) -> Tensor:
+        """(B,) -> (B,): d(t) (w - 1). `scale` (B,) is w of each row where the setting is a range."""
+        if isinstance(self.scale, ScaleRange):
+            assert scale is not None
+            return decay(t, self.decay_from) * (scale - 1)
         return decay(t, self.decay_from) * (self.scale - 1)
 
 
@@ -146,8 +202,8 @@ class IntervalGuidance:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    scale: float = 1.0
-    """w: 1 is no guidance."""
+    scale: float | ScaleRange = 1.0
+    """w: 1 is no guidance. A range is drawn from, row by row, and is a condition of the network."""
     start: float = 0.0
     """First time of the interval."""
     end: float = 1.0
@@ -157,7 +213,7 @@ class IntervalGuidance:
 
     def __post_init__(self) -> None:
         check_values(self)
-        if self.scale < 1:
+        if not isinstance(self.scale, ScaleRange) and self.scale < 1:
             raise ValueError(f"guidance.scale is {self.scale}; give 1 for no guidance or more for guidance")
         if not 0 <= self.start <= self.end <= 1:
             raise ValueError(
@@ -168,14 +224,19 @@ class IntervalGuidance:
     @property
     def active(self) -> bool:
         """Whether the target is guided."""
-        return self.scale > 1
+        return isinstance(self.scale, ScaleRange) or self.scale > 1
 
     def inside(self, t: Tensor) -> Tensor:
         """(B,) -> (B,) bool: whether these times are guided."""
         return (t >= self.start) & (t <= self.end)
 
-    def velocity(self, sample: Tensor, unconditional: Tensor, predicted: Tensor) -> Tensor:
-        """(B, C, H, W) x 3 -> (B, C, H, W): v_g of v_c, v_u and v_p."""
+    def velocity(
+        self, sample: Tensor, unconditional: Tensor, predicted: Tensor, scale: Tensor | None = None
+    ) -> Tensor:
+        """(B, C, H, W) x 3 -> (B, C, H, W): v_g of v_c, v_u and v_p; `scale` (B,) where the setting is a range."""
+        if isinstance(self.scale, ScaleRange):
+            assert scale is not None
+            return sample + per_row(1 - 1 / scale, sample) * (predicted - unconditional)
         return sample + (1 - 1 / self.scale) * (predicted - unconditional)
 
 

@@ -33,8 +33,10 @@ class _Counter:
         self.passes = 0
         self._scale = torch.zeros((), requires_grad=True)
 
-    def __call__(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        del t, s, labels
+    def __call__(
+        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, scale: Tensor | None = None
+    ) -> Tensor:
+        del t, s, labels, scale
         self.rows += len(x)
         self.passes += len(x) * ((3 if torch.is_grad_enabled() else 1) + _has_tangent(x))
         return x * self._scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -15,8 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from soflow_core.rows import per_row
 from soflow_core.settings import check_values
 
-Network = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""F(x, t, s, labels): (B, C, H, W), (B,), (B,), (B,) int64 or None -> (B, C, H, W)."""
+Network = Callable[..., Tensor]
+"""F(x, t, s, labels): (B, C, H, W), (B,), (B,), (B,) int64 or None -> (B, C, H, W).
+
+A network with the guidance scale as a condition takes it, (B,), as fifth argument. The others are never given one.
+"""
+
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""x, t, s and labels."""
 
 Precision = Literal["float32", "mixed", "bfloat16"]
 """`mixed` runs low-precision passes in bfloat16 and high-precision ones in float32. Losses are always float32."""
@@ -51,37 +58,47 @@ class Passes:
     network: Network
     policy: PassPolicy
 
-    def low_precision(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+    def low_precision(
+        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, scale: Tensor | None = None
+    ) -> Tensor:
         """A pass whose rounding error is not amplified (guidance, Flow Matching): bfloat16 under `mixed`."""
-        return self._run(self.network, x, t, s, labels, self.policy.precision != "float32")
+        return self._run(self.network, (x, t, s, labels), scale, self.policy.precision != "float32")
 
-    def high_precision(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+    def high_precision(
+        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, scale: Tensor | None = None
+    ) -> Tensor:
         """A pass that enters a difference quotient, which divides its rounding error by r: float32 under `mixed`.
 
         On a GPU its matrix products are TF32 under `mixed`, and float32 under `float32`.
         """
-        return self._run(self.network, x, t, s, labels, self.policy.precision == "bfloat16")
+        return self._run(self.network, (x, t, s, labels), scale, self.policy.precision == "bfloat16")
 
     @torch.no_grad()
     def teacher(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """A pass of the teacher network, without gradient, in low precision."""
-        return self._run(
-            self.policy.teacher or self.network, x, t, s, labels, self.policy.precision != "float32"
-        )
+        network = self.policy.teacher or self.network
+        return self._run(network, (x, t, s, labels), None, self.policy.precision != "float32")
 
     @torch.no_grad()
     def forward_where(
-        self, run: Network, use: Tensor, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None
+        self,
+        run: Network,
+        use: Tensor,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        labels: Tensor | None,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """The pass `run`, without gradient, in the rows where `use` (B,) bool holds; the other rows may be 0."""
-        if not self.policy.skip_unused:
-            return run(x, t, s, labels)
-        rows = torch.nonzero(use).squeeze(1)
-        if len(rows) == len(x):
-            return run(x, t, s, labels)
+        rows = torch.nonzero(use).squeeze(1) if self.policy.skip_unused else None
+        if rows is None or len(rows) == len(x):
+            return _call(run, (x, t, s, labels), scale)
         result = torch.zeros_like(x)
         if len(rows) or self.policy.uniform:
-            result[rows] = run(x[rows], t[rows], s[rows], None if labels is None else labels[rows])
+            chosen = None if labels is None else labels[rows]
+            scales = None if scale is None else scale[rows]
+            result[rows] = _call(run, (x[rows], t[rows], s[rows], chosen), scales)
         return result
 
     @torch.no_grad()
@@ -93,23 +110,25 @@ class Passes:
         labels: Tensor | None,
         velocity: Tensor,
         difference: float | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """-> dF/dt = v . dF/dx + dF/dt at fixed s, without gradient.
 
         A Jacobian-vector product where `difference` is None, else a quotient of F over a time of twice `difference`.
         """
         if difference is None:
-            return self._jacobian_vector_product(x, t, s, labels, velocity)
-        return self._difference_quotient(x, t, s, labels, velocity, difference)
+            return self._jacobian_vector_product((x, t, s, labels), scale, velocity)
+        return self._difference_quotient((x, t, s, labels), scale, velocity, difference)
 
     def _jacobian_vector_product(
-        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, velocity: Tensor
+        self, arguments: Arguments, scale: Tensor | None, velocity: Tensor
     ) -> Tensor:
         """One Jacobian-vector product along (v, 1, 0), without autocast.
 
         Only the math attention kernel has a forward-mode derivative, so it is selected here; compiled networks run
         uncompiled. Raises ValueError where the network loses the derivative.
         """
+        x, t, s, labels = arguments
         try:
             with (
                 sdpa_kernel(SDPBackend.MATH),
@@ -117,7 +136,8 @@ class Passes:
                 forward_ad.dual_level(),
             ):
                 moving = forward_ad.make_dual(x, velocity), forward_ad.make_dual(t, torch.ones_like(t))
-                tangent: Tensor | None = forward_ad.unpack_dual(self.network(*moving, s, labels)).tangent
+                result = _call(self.network, (*moving, s, labels), scale)
+                tangent: Tensor | None = forward_ad.unpack_dual(result).tangent
                 if tangent is None:
                     raise ValueError(
                         "the network's result does not depend on x and t, or was detached from them"
@@ -129,27 +149,39 @@ class Passes:
             ) from error
 
     def _difference_quotient(
-        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, velocity: Tensor, difference: float
+        self, arguments: Arguments, scale: Tensor | None, velocity: Tensor, difference: float
     ) -> Tensor:
         """(F(x + (t2 - t) v, t2, s) - F(x + (t1 - t) v, t1, s)) / (t2 - t1), t1 = max(t - h, s), t2 = min(t + h, 1).
 
         Its error is of second order in h, of first where one of the times is cut off. t2 - t1 is at least h (but at
         s = t = 1), so that rounding is not divided by less.
         """
+        x, t, s, labels = arguments
         earlier, later = torch.maximum(t - difference, s), (t + difference).clamp(max=1)
         points = [x + per_row(time - t, x) * velocity for time in (later, earlier)]
         both = None if labels is None else labels.repeat(2)
-        values = self.high_precision(torch.cat(points), torch.cat([later, earlier]), s.repeat(2), both)
+        scales = None if scale is None else scale.repeat(2)
+        times = torch.cat([later, earlier])
+        values = self.high_precision(torch.cat(points), times, s.repeat(2), both, scales)
         ahead, behind = values.chunk(2)
         return (ahead - behind) / per_row(later - earlier, x)
 
-    def _run(
-        self, network: Network, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, bfloat16: bool
-    ) -> Tensor:
+    def _run(self, network: Network, arguments: Arguments, scale: Tensor | None, bfloat16: bool) -> Tensor:
         if not torch.is_grad_enabled() and isinstance(network, DistributedDataParallel):
             # Ranks may differ in how many rows they need, so DDP must not communicate.
             network = cast(Network, network.module)
         if not bfloat16:
-            return network(x, t, s, labels)
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            return network(x, t, s, labels).float()
+            return _call(network, arguments, scale)
+        with torch.autocast(arguments[0].device.type, dtype=torch.bfloat16):
+            return _call(network, arguments, scale).float()
+
+
+def at_scale(network: Network, scale: float | None, noise: Tensor) -> Network:
+    """The network with this guidance scale as its condition, for rows like those of `noise`; None is without one."""
+    if scale is None:
+        return network
+    return partial(network, scale=noise.new_full((len(noise),), scale))
+
+
+def _call(network: Network, arguments: Arguments, scale: Tensor | None) -> Tensor:
+    return network(*arguments) if scale is None else network(*arguments, scale)

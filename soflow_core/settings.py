@@ -8,7 +8,7 @@ import math
 import types
 from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 SettingsT = TypeVar("SettingsT")
 
@@ -138,4 +138,8 @@ def _needed(hint: Any) -> str:
         members = [member for member in get_args(hint) if member is not type(None)]
         if len(members) == 1:
             return f"{_needed(members[0])}, or none"
+        sections = [cast(type, member) for member in members if dataclasses.is_dataclass(member)]
+        if len(sections) == 1:
+            section = sections[0]
+            return f"{_needed(members[0])}, or {section.__name__}({', '.join(_hints(section))})"
     return names.get(hint) or f"{getattr(hint, '__name__', hint)} is needed"

@@ -104,7 +104,7 @@ class TrainStep:
     ) -> None:
         self.sync = sync or Local()
         _check_combination(objective, network, self.sync)
-        _check_labels(objective, network)
+        _check_conditions(objective, network)
         self.objective = objective
         self.config = config
         self.module = network
@@ -379,11 +379,16 @@ def _check_shapes(state: Mapping[str, Tensor], current: Mapping[str, Tensor]) ->
             )
 
 
-def _check_labels(objective: Objective, module: nn.Module) -> None:
-    """Raises ValueError where the objective drops labels and the network has no row for the null label."""
-    if not isinstance(module, DiT) or module.config.classes is None or module.config.null_label:
+def _check_conditions(objective: Objective, module: nn.Module) -> None:
+    """Raises ValueError where the network lacks a condition of the objective: the null label or the guidance scale."""
+    if not isinstance(module, DiT) or module.config.classes is None:
         return
-    if objective.needs_null_label:
+    if objective.conditions_on_scale != module.config.guidance_scale:
+        needed = objective.conditions_on_scale
+        raise ValueError(
+            f"{objective.method} with these settings needs a network with guidance_scale={needed} in its DiTConfig"
+        )
+    if objective.needs_null_label and not module.config.null_label:
         raise ValueError(
             f"{objective.method} drops labels or guides, and this network has no null label; build it with null_label=True"
         )

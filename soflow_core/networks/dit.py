@@ -58,6 +58,8 @@ class DiTConfig:
     """Number of classes; None is an unconditional network."""
     null_label: bool = False
     """Whether the label table has a row, index `classes`, for a dropped label."""
+    guidance_scale: bool = False
+    """Whether the guidance scale is a condition beside times and label, as an embedding of 1 - 1/w."""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -78,6 +80,8 @@ class DiTConfig:
             raise ValueError(f"a width of {self.hidden} has no 2-D sin-cos positions; choose a multiple of 4")
         if self.null_label and self.classes is None:
             raise ValueError("null_label needs classes; give their number or set null_label to false")
+        if self.guidance_scale and self.classes is None:
+            raise ValueError("guidance_scale needs classes; give their number or set guidance_scale to false")
 
 
 class TimeEmbedder(nn.Module):
@@ -151,10 +155,11 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Network F(x, t, s, labels): (B, C, H, W), (B,), (B,), (B,) int64 or None -> (B, C, H, W).
+    """Network F(x, t, s, labels, scale): (B, C, H, W), (B,), (B,), (B,) int64 or None -> (B, C, H, W).
 
-    None labels are the null label in every row. Times are embedded unscaled. `checkpoint_blocks` recomputes each
-    block in the backward pass, for less memory.
+    None labels are the null label in every row. `scale` (B,) is the guidance scale, where it is a condition; None is 1,
+    no guidance. Times are embedded unscaled. `checkpoint_blocks` recomputes each block in the backward pass, for less
+    memory.
     """
 
     def __init__(self, config: DiTConfig, checkpoint_blocks: bool = False) -> None:
@@ -164,6 +169,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(config.channels, config.patch, config.hidden)
         self.t_embedder = TimeEmbedder(config.hidden)
         self.s_embedder = TimeEmbedder(config.hidden)
+        self.w_embedder = TimeEmbedder(config.hidden) if config.guidance_scale else None
         self.y_embedder = (
             None
             if config.classes is None
@@ -181,7 +187,7 @@ class DiT(nn.Module):
 
     def initialize(self) -> None:
         """Initial weights: Xavier linear layers and s embedding, N(0, 0.02) label and t embeddings, zero modulation
-        and output layers, so that F = 0.
+        and output layers, so that F = 0. The embedding of the guidance scale is 0, too.
         """
 
         def xavier(module: nn.Module) -> None:
@@ -198,13 +204,22 @@ class DiT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.startswith("t_embedder.") and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
+            if name.startswith("w_embedder.mlp.2"):
+                nn.init.zeros_(parameter)
             if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        labels: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
         self._check_shape(x)
         tokens = self.x_embedder(x) + self.pos_embed
-        condition = self.condition(t, s, labels)
+        condition = self.condition(t, s, labels, scale)
         for block in self.blocks:
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, condition, use_reentrant=False)
@@ -212,13 +227,21 @@ class DiT(nn.Module):
                 tokens = block(tokens, condition)
         return self.unpatchify(self.final_layer(tokens, condition))
 
-    def condition(self, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        """(B,), (B,), (B,) or None -> (B, hidden), in the precision of the weights even under autocast.
+    def condition(self, t: Tensor, s: Tensor, labels: Tensor | None, scale: Tensor | None = None) -> Tensor:
+        """(B,), (B,), (B,) or None, (B,) or None -> (B, hidden), in the precision of the weights even under autocast.
 
         Difference quotients over times need it, and it costs next to nothing.
         """
         with torch.autocast(t.device.type, enabled=False):
             condition: Tensor = self.t_embedder(t) + self.s_embedder(t - s)
+            if self.w_embedder is not None:
+                condition = condition + self.w_embedder(
+                    torch.zeros_like(t) if scale is None else 1 - 1 / scale
+                )
+            elif scale is not None:
+                raise ValueError(
+                    "this network takes no guidance scale; build it with guidance_scale=True, or give none"
+                )
             if self.y_embedder is None:
                 return condition
             if labels is None:

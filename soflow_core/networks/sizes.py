@@ -23,6 +23,7 @@ def dit_config(
     width: int,
     classes: int | None = None,
     null_label: bool = False,
+    guidance_scale: bool = False,
 ) -> DiTConfig:
     """Architecture of a named size, for example "XL/2" (size / patch). Raises ValueError for an unknown name."""
     name, _, patch = size.partition("/")
@@ -42,4 +43,5 @@ def dit_config(
         heads=heads,
         classes=classes,
         null_label=null_label,
+        guidance_scale=guidance_scale,
     )

@@ -29,6 +29,8 @@ class Start:
     labels: Tensor | None
     first: int
     """Number of leading rows with s = t."""
+    scale: Tensor | None = None
+    """(B,): guidance scale of each row, where it is a condition of the network."""
 
 
 def draw_pairs(
@@ -92,7 +94,8 @@ def differential_target(
     t, s = start.t[first:], start.s[first:]
     labels = None if start.labels is None else start.labels[first:]
     along = (velocity if tangent is None else tangent)[first:]
-    derivative = passes.total_derivative(start.x[first:], t, s, labels, along, difference)
+    scale = None if start.scale is None else start.scale[first:]
+    derivative = passes.total_derivative(start.x[first:], t, s, labels, along, difference, scale)
     gap = per_row((t - s).clamp(0, 1), derivative)
     return torch.cat([velocity[:first], velocity[first:] - gap * derivative])
 

@@ -54,6 +54,8 @@ class Draws:
     dropped: Tensor | None
     """(B,) bool: rows whose label is dropped; None where no label is dropped."""
     velocity_rows: int
+    scale: Tensor | None = None
+    """(B,): guidance scale of each row, 1 where the label is dropped; None where one scale is trained."""
 
     def rows(self: DrawsT, rank: int, world: int) -> DrawsT:
         """Rows rank, rank + world, rank + 2 world, ... of the global batch."""
@@ -90,13 +92,21 @@ class Objective(ABC):
         return False
 
     @property
+    def conditions_on_scale(self) -> bool:
+        """Whether a conditional network needs the guidance scale as a condition."""
+        return False
+
+    @property
     def uses_jvp(self) -> bool:
         """Whether the loss takes a forward-mode derivative of the network, which DDP and flash attention lack."""
         return False
 
     @property
     def trained_guidance(self) -> float | None:
-        """Guidance scale of the training target, 1 without guidance; None for a method that has no such setting."""
+        """Guidance scale of the training target, 1 without guidance; None for a method that has no such setting.
+
+        Of a network that is trained on a range of scales it is the one that is sampled.
+        """
         return None
 
     @property

@@ -7,13 +7,21 @@ along the network's velocity u(x_t, t, t).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from soflow_core.guidance import IntervalGuidance, drop_labels, null_labels
+from soflow_core.guidance import (
+    IntervalGuidance,
+    ScaleRange,
+    draw_scale,
+    drop_labels,
+    null_labels,
+    sampled_scale,
+)
 from soflow_core.objectives.average_velocity import (
     DifferentialModel,
     Start,
@@ -30,7 +38,7 @@ from soflow_core.objectives.base import (
     draw_noise,
     dropped_rows,
 )
-from soflow_core.passes import Network, Passes, PassPolicy
+from soflow_core.passes import Network, Passes, PassPolicy, at_scale
 from soflow_core.paths import linear
 from soflow_core.rows import choose_rows, row_mean, row_sum
 from soflow_core.settings import STRICT, check_share, check_weight_eps
@@ -53,19 +61,27 @@ class ImprovedMeanFlow(DifferentialModel):
     time: LogitNormal = field(default_factory=lambda: LogitNormal(-0.4, 1.0))
     """Distribution of both times; t is the larger."""
     guidance: IntervalGuidance = field(default_factory=IntervalGuidance)
+    sampling_scale: float | None = None
+    """Guidance scale at sampling, of a network trained on a range of scales; None is the middle of that range."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share("flow_matching_share", self.flow_matching_share)
         check_weight_eps(self.weight_eps)
+        # Refuses a scale that is not trained.
+        sampled_scale(self.guidance.scale, self.sampling_scale)
 
     @property
     def needs_null_label(self) -> bool:
         return self.guidance.drop > 0 or self.guidance.active
 
     @property
+    def conditions_on_scale(self) -> bool:
+        return isinstance(self.guidance.scale, ScaleRange)
+
+    @property
     def trained_guidance(self) -> float | None:
-        return self.guidance.scale
+        return sampled_scale(self.guidance.scale, self.sampling_scale)
 
     @property
     def uses_jvp(self) -> bool:
@@ -82,7 +98,10 @@ class ImprovedMeanFlow(DifferentialModel):
         noise = draw_noise(generator, batch_size, sample_shape)
         t, s = draw_pairs(generator, batch_size, self.time, velocity_rows)
         dropped = leading_rows(generator, batch_size, self.guidance.drop)
-        return Draws(noise, t, s, dropped if conditional else None, velocity_rows)
+        scale = draw_scale(self.guidance.scale, generator, dropped)
+        if not conditional:
+            return Draws(noise, t, s, None, velocity_rows)
+        return Draws(noise, t, s, dropped, velocity_rows, scale)
 
     def loss(
         self,
@@ -101,8 +120,8 @@ class ImprovedMeanFlow(DifferentialModel):
             dropped = dropped_rows(draws)
             labels = drop_labels(labels, dropped)
         x_t, v_c = path.state(batch.x0, draws.noise), path.velocity(batch.x0, draws.noise)
-        start = Start(x_t, v_c, draws.t, draws.s, labels, draws.velocity_rows)
-        prediction = passes.low_precision(x_t, draws.t, draws.s, labels)
+        start = Start(x_t, v_c, draws.t, draws.s, labels, draws.velocity_rows, draws.scale)
+        prediction = passes.low_precision(x_t, draws.t, draws.s, labels, draws.scale)
         with torch.no_grad():
             velocity, own = self._velocities(passes, start, dropped, prediction)
             # |u - target|^2 = |V - v_g|^2 with V = u + (t - s) sg(du/dt).
@@ -111,6 +130,17 @@ class ImprovedMeanFlow(DifferentialModel):
         total = row_sum(squares)
         loss = (total / (total.detach() + self.weight_eps) ** self.weight_power).mean()
         return Loss(loss, branch_means(draws, row_mean(squares)))
+
+    def sample(
+        self,
+        network: Network,
+        noise: Tensor,
+        labels: Tensor | None,
+        steps: int,
+        renoise: Sequence[Tensor] = (),
+    ) -> Tensor:
+        scale = self.trained_guidance if self.conditions_on_scale and labels is not None else None
+        return super().sample(at_scale(network, scale, noise), noise, labels, steps, renoise)
 
     def _velocities(
         self, passes: Passes, start: Start, dropped: Tensor, prediction: Tensor
@@ -124,17 +154,20 @@ class ImprovedMeanFlow(DifferentialModel):
         # Rows whose label is dropped have v_p = v_u, and so v_g = v_c.
         use = self.guidance.inside(start.t) & ~dropped
         x, t = start.x[first:], start.t[first:]
-        rows, labels = torch.ones_like(use[first:]), None
-        if start.labels is not None:
-            labels = start.labels[first:]
+        rows = torch.ones_like(use[first:])
+        labels = None if start.labels is None else start.labels[first:]
+        scale = None if start.scale is None else start.scale[first:]
         if guided:
             assert labels is not None
             x, t = torch.cat([start.x, x]), torch.cat([start.t, t])
             rows, labels = torch.cat([use, rows]), torch.cat([null_labels(count, x.device), labels])
+            if start.scale is not None:
+                # The unconditional velocity is that of a scale of 1, as dropped rows train it.
+                scale = torch.cat([torch.ones_like(start.scale), start.scale[first:]])
         needed = len(x) > 0 or passes.policy.uniform
-        velocities = passes.forward_where(passes.low_precision, rows, x, t, t, labels) if needed else x
+        velocities = passes.forward_where(passes.low_precision, rows, x, t, t, labels, scale) if needed else x
         own = torch.cat([prediction[:first].detach(), velocities[count:] if guided else velocities])
         if not guided:
             return start.velocity, own
-        target = self.guidance.velocity(start.velocity, velocities[:count], own)
+        target = self.guidance.velocity(start.velocity, velocities[:count], own, start.scale)
         return choose_rows(use, target, start.velocity), own

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from soflow_core.guidance import (
     Guidance,
+    ScaleRange,
     draw_dropped,
+    draw_scale,
     drop_labels,
     guided_velocity,
     mix_velocity,
     null_labels,
+    sampled_scale,
 )
 from soflow_core.objectives.base import (
     DEFAULT_POLICY,
@@ -32,7 +35,7 @@ from soflow_core.objectives.base import (
     dropped_rows,
 )
 from soflow_core.parameterization import PARAMETERIZATIONS, Coefficients, ParameterizationName
-from soflow_core.passes import Network, Passes, PassPolicy
+from soflow_core.passes import Arguments, Network, Passes, PassPolicy, at_scale
 from soflow_core.paths import PATHS, PathName
 from soflow_core.rows import choose_rows, per_row, row_mean
 from soflow_core.samplers.solution import sample_with_renoising
@@ -85,6 +88,8 @@ class SoFlow(Objective):
     guidance: Guidance = field(default_factory=Guidance)
     schedule: RatioSchedule = field(default_factory=RatioSchedule)
     """The middle-time ratio r(k, K)."""
+    sampling_scale: float | None = None
+    """Guidance scale at sampling, of a network trained on a range of scales; None is the middle of that range."""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -94,14 +99,20 @@ class SoFlow(Objective):
                 f"weight_power is {self.weight_power}; give 0 for the plain squared error, or more"
             )
         check_weight_eps(self.weight_eps)
+        # Refuses a scale that is not trained.
+        sampled_scale(self.guidance.scale, self.sampling_scale)
 
     @property
     def needs_null_label(self) -> bool:
         return self.guidance.active
 
     @property
+    def conditions_on_scale(self) -> bool:
+        return isinstance(self.guidance.scale, ScaleRange)
+
+    @property
     def trained_guidance(self) -> float | None:
-        return self.guidance.scale
+        return sampled_scale(self.guidance.scale, self.sampling_scale)
 
     def coefficients(self, t: Tensor, s: Tensor) -> Coefficients:
         """a(t, s) and b(t, s) of f = a x + b F."""
@@ -130,12 +141,14 @@ class SoFlow(Objective):
         t, s = consistency_times(start, end)
         in_velocity_branch = torch.arange(batch_size) < velocity_rows
         dropped = draw_dropped(generator, batch_size, self.guidance.drop)
+        scale = draw_scale(self.guidance.scale, generator, dropped)
         return Draws(
             noise=noise,
             t=torch.where(in_velocity_branch, velocity_time, t),
             s=torch.where(in_velocity_branch, velocity_time, s),
             dropped=dropped if conditional and self.guidance.active else None,
             velocity_rows=velocity_rows,
+            scale=scale if conditional else None,
         )
 
     def loss(
@@ -159,7 +172,8 @@ class SoFlow(Objective):
             target = self._guide(passes, x_t, target, labels, draws, dropped)
             labels = drop_labels(labels, dropped)
             mixed_rows = ~dropped[:first]
-        prediction = self._predict(passes, x_t, t, s, labels, first)
+        scale = draws.scale
+        prediction = self._predict(passes, (x_t, t, s, labels), scale, first)
 
         velocity = self._velocity_branch(
             prediction[:first], x_t[:first], t[:first], target[:first], mixed_rows
@@ -171,7 +185,7 @@ class SoFlow(Objective):
             x_t[first:],
             (t[first:], s[first:]),
             target[first:],
-            None if labels is None else labels[first:],
+            (None if labels is None else labels[first:], None if scale is None else scale[first:]),
             ratio,
         )
         terms = {"middle_ratio": torch.full((), ratio, device=t.device)}
@@ -191,8 +205,11 @@ class SoFlow(Objective):
         steps: int,
         renoise: Sequence[Tensor] = (),
     ) -> Tensor:
+        scale = self.trained_guidance if self.conditions_on_scale and labels is not None else None
+        guided = at_scale(network, scale, noise)
+
         def solve(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            return self.solution(network, x, t, s, labels)
+            return self.solution(guided, x, t, s, labels)
 
         return sample_with_renoising(solve, noise, steps, renoise, PATHS[self.path])
 
@@ -208,26 +225,33 @@ class SoFlow(Objective):
         t = torch.cat([draws.t, draws.t[first:]])
         y = torch.cat([null_labels(len(x_t), x.device), labels[first:]])
         use = ~torch.cat([dropped, dropped[first:]])
-        v = self.coefficients(t, t).velocity(x, passes.forward_where(passes.low_precision, use, x, t, t, y))
-        guided = guided_velocity(v_c, v[: len(x_t)], self.guidance.strength(draws.t))
+        scale = None
+        if draws.scale is not None:
+            # The unconditional velocity is that of a scale of 1, as dropped rows train it.
+            scale = torch.cat([torch.ones_like(draws.scale), draws.scale[first:]])
+        predicted = passes.forward_where(passes.low_precision, use, x, t, t, y, scale)
+        v = self.coefficients(t, t).velocity(x, predicted)
+        strength = self.guidance.strength(draws.t, draws.scale)
+        guided = guided_velocity(v_c, v[: len(x_t)], strength)
         if first < len(x_t):
             guided = torch.cat(
                 [guided[:first], mix_velocity(guided[first:], v[len(x_t) :], self.guidance.mix)]
             )
         return choose_rows(dropped, v_c, guided)
 
-    def _predict(
-        self, passes: Passes, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, first: int
-    ) -> Tensor:
+    def _predict(self, passes: Passes, inputs: Arguments, scale: Tensor | None, first: int) -> Tensor:
         """-> (B, C, H, W): F with gradient, in one pass, or in two where the branches differ in precision."""
+        x, t, s, labels = inputs
         uniform = passes.policy.uniform
         if first == len(x) and not uniform:
-            return passes.low_precision(x, t, s, labels)
+            return passes.low_precision(x, t, s, labels, scale)
         if passes.policy.precision != "mixed" or (first == 0 and not uniform):
-            return passes.high_precision(x, t, s, labels)
+            return passes.high_precision(x, t, s, labels, scale)
         head, tail = (None, None) if labels is None else (labels[:first], labels[first:])
-        velocity = passes.low_precision(x[:first], t[:first], s[:first], head)
-        return torch.cat([velocity, passes.high_precision(x[first:], t[first:], s[first:], tail)])
+        head_scale, tail_scale = (None, None) if scale is None else (scale[:first], scale[first:])
+        velocity = passes.low_precision(x[:first], t[:first], s[:first], head, head_scale)
+        rest = passes.high_precision(x[first:], t[first:], s[first:], tail, tail_scale)
+        return torch.cat([velocity, rest])
 
     def _velocity_branch(
         self, prediction: Tensor, x_t: Tensor, t: Tensor, target: Tensor, mixed_rows: Tensor | None
@@ -252,20 +276,22 @@ class SoFlow(Objective):
         x_t: Tensor,
         times: tuple[Tensor, Tensor],
         velocity: Tensor,
-        labels: Tensor | None,
+        condition: tuple[Tensor | None, Tensor | None],
         ratio: float,
     ) -> BranchLoss:
         """sgn(b) <F_t, q> W / D with q = (f_t - f_l) / (t - l), l = t_mid.
 
-        Its gradient is that of W |f_t - sg f_l|^2 / (2 D |b| (t - l)).
+        Its gradient is that of W |f_t - sg f_l|^2 / (2 D |b| (t - l)). `condition` is the labels and guidance scales.
         """
-        t, s = times
+        (t, s), (labels, scale) = times, condition
         t_mid = middle_time(t, s, ratio)
         start, middle = self.coefficients(t, s), self.coefficients(t_mid, s)
         with torch.no_grad():
             x_mid = x_t + per_row(t_mid - t, x_t) * velocity
             # Where s = t_mid, b(t_mid, s) = 0 and the prediction there does not matter.
-            mid_prediction = passes.forward_where(passes.high_precision, t_mid > s, x_mid, t_mid, s, labels)
+            mid_prediction = passes.forward_where(
+                passes.high_precision, t_mid > s, x_mid, t_mid, s, labels, scale
+            )
             f_mid = middle.solution(x_mid, mid_prediction)
             f_t = start.solution(x_t, prediction)
             quotient = (f_t - f_mid) / per_row(t - t_mid, x_t)

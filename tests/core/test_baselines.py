@@ -232,9 +232,10 @@ def test_only_rows_with_two_times_pay_for_a_derivative() -> None:
             labels: Tensor | None,
             velocity: Tensor,
             difference: float | None = None,
+            scale: Tensor | None = None,
         ) -> Tensor:
             rows.append(len(x))
-            return super().total_derivative(x, t, s, labels, velocity, difference)
+            return super().total_derivative(x, t, s, labels, velocity, difference, scale)
 
     objective = MeanFlow()
     batch, draws = random_inputs(objective, size=16)

@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from soflow_core.guidance import Guidance, VelocityGuidance
+from soflow_core.guidance import Guidance, IntervalGuidance, ScaleRange, VelocityGuidance
 from soflow_core.objectives import (
     OBJECTIVES,
     AlphaFlow,
@@ -64,6 +64,8 @@ NUMBERS = [
         OptimizerConfig,
         Guidance,
         VelocityGuidance,
+        IntervalGuidance,
+        ScaleRange,
         RatioSchedule,
         AlphaSchedule,
         LogitNormal,
@@ -78,10 +80,11 @@ NUMBERS = [
 def test_a_number_that_is_not_finite_is_refused_in_every_setting(
     kind: type[Any], name: str, value: object
 ) -> None:
+    others = {"low": 1.0, "high": 2.0} if kind is ScaleRange else {}
     with pytest.raises(
         ValueError, match=rf"{kind.__name__}\.{name} is .*; a (finite|whole) number is needed"
     ):
-        kind(**{name: value})
+        kind(**{**others, name: value})
 
 
 def test_a_nested_setting_of_another_type_is_refused() -> None:
@@ -89,3 +92,11 @@ def test_a_nested_setting_of_another_type_is_refused() -> None:
         SoFlow(guidance="x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"OptimizerConfig\.betas"):
         OptimizerConfig(betas=(0.9, math.nan))
+
+
+@pytest.mark.parametrize("kind", [Guidance, IntervalGuidance])
+@pytest.mark.parametrize("value", [math.nan, True, "1", None])
+def test_a_scale_that_is_no_number_and_no_range_is_refused(kind: type[Any], value: object) -> None:
+    sentence = rf"{kind.__name__}\.scale is {value!r}; a finite number is needed, or ScaleRange\(low, high\)"
+    with pytest.raises(ValueError, match=sentence):
+        kind(scale=value)

@@ -39,15 +39,19 @@ def validate(document: Document) -> Experiment:
 
 def _sentence(document: Document, error: ValidationError) -> str:
     errors = error.errors()
-    # A mapping where a list or a mapping may stand: what is wrong inside the mapping.
-    inside = (each for each in errors if each["type"] != "list_type" or not isinstance(each["input"], dict))
+    # A mapping where a list or a number may stand, or a mapping: what is wrong inside the mapping.
+    inside = (
+        each
+        for each in errors
+        if each["type"] not in ("list_type", "float_type") or not isinstance(each["input"], dict)
+    )
     first = next(inside, errors[0])
     path = _document_path(document, first["loc"])
     key = ".".join(str(part) for part in path)
     where = document.origin(path) if path else document.origin(("name",))
     source = where if path else where.source
     if first["type"] == "missing":
-        return f"{source}: `{'.'.join(str(part) for part in first['loc'])}` is missing."
+        return f"{source}: `{'.'.join(map(str, (*path, first['loc'][-1])))}` is missing."
     if first["type"] == "union_tag_invalid":
         expected = first["ctx"]["expected_tags"].replace("'", "")
         return (
@@ -119,7 +123,12 @@ def _known_fields(annotation: Any, value: dict[str, Any]) -> dict[str, Any] | No
     if typing.get_origin(annotation) in (Union, types.UnionType):
         members = [m for m in typing.get_args(annotation) if m is not type(None)]
         if len(members) > 1:
-            members = [OBJECTIVES[m] for m in [value.get("method")] if isinstance(m, str) and m in OBJECTIVES]
+            sections = [m for m in members if dataclasses.is_dataclass(m)]
+            if len(sections) == 1:
+                members = sections
+            else:
+                methods = [value.get("method")]
+                members = [OBJECTIVES[m] for m in methods if isinstance(m, str) and m in OBJECTIVES]
         return _known_fields(members[0], value) if members else None
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         if annotation is Experiment:

@@ -20,13 +20,15 @@ SAMPLING_SETTINGS = ("sampler", "sampling_scale")
 
 
 class SamplingNetwork(Protocol):
-    """Interface of a network that can be sampled: its config, and F(x, t, s, labels)."""
+    """Interface of a network that can be sampled: its config, and F(x, t, s, labels, scale)."""
 
     @property
     def config(self) -> DiTConfig:
         """Shape and classes of the samples."""
 
-    def __call__(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, scale: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class SampleNoises(Sequence[Tensor]):
@@ -98,4 +100,7 @@ def with_sampling(objective: Objective, settings: Mapping[str, Any]) -> Objectiv
 
 def sampling_facts(objective: Objective) -> dict[str, str]:
     """The settings by which this method is sampled, as tags."""
-    return {name: str(getattr(objective, name)) for name in SAMPLING_SETTINGS if hasattr(objective, name)}
+    facts = {name: getattr(objective, name, None) for name in SAMPLING_SETTINGS}
+    if objective.conditions_on_scale:
+        facts["sampling_scale"] = objective.trained_guidance
+    return {name: str(value) for name, value in facts.items() if value is not None}

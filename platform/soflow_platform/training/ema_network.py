@@ -86,9 +86,11 @@ class LockstepNetwork:
         self.network, self.device = network, device
         self.config = network.config
 
-    def __call__(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, scale: Tensor | None = None
+    ) -> Tensor:
         distributed.all_reduce_max(1, self.device)
-        return self._pass(x, t, s, labels)
+        return self._pass(x, t, s, labels, scale)
 
     def drain(self) -> None:
         """Run dummy passes until all ranks have run theirs."""
@@ -99,7 +101,9 @@ class LockstepNetwork:
         while distributed.all_reduce_max(0, self.device):
             self._pass(x, t, t, labels)
 
-    def _pass(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+    def _pass(
+        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, scale: Tensor | None = None
+    ) -> Tensor:
         # FSDP keeps the buffers that it gathers parameters into; made in inference mode they could not be trained with afterwards.
         with torch.inference_mode(False), torch.no_grad():
-            return cast(Tensor, self.network(x, t, s, labels))
+            return cast(Tensor, self.network(x, t, s, labels, scale))

@@ -49,10 +49,10 @@ def count_parameters(network: DiTConfig) -> int:
     pixels = network.channels * network.patch**2
     tokens = (network.height // network.patch) * (network.width // network.patch)
     labels = 0 if network.classes is None else (network.classes + int(network.null_label)) * d
-    time = linear(TIME_FREQUENCIES, d) + linear(d, d)
+    conditions = (2 + network.guidance_scale) * (linear(TIME_FREQUENCIES, d) + linear(d, d))
     block = linear(d, 3 * d) + linear(d, d) + linear(d, mlp) + linear(mlp, d) + linear(d, 6 * d)
     output = linear(d, pixels) + linear(d, 2 * d)
-    return linear(pixels, d) + 2 * time + labels + tokens * d + network.depth * block + output
+    return linear(pixels, d) + conditions + labels + tokens * d + network.depth * block + output
 
 
 def forward_gmac(network: DiTConfig) -> float:
@@ -61,7 +61,8 @@ def forward_gmac(network: DiTConfig) -> float:
     d = network.hidden
     per_block = (4 + 2 * network.mlp_ratio) * tokens * d * d + 2 * tokens * tokens * d + 6 * d * d
     patch = network.channels * network.patch**2 * d * tokens
-    embeddings = 2 * (TIME_FREQUENCIES * d + d * d) + 2 * d * d
+    # Times, the guidance scale where it is a condition, and the output layer's modulation.
+    embeddings = (2 + network.guidance_scale) * (TIME_FREQUENCIES * d + d * d) + 2 * d * d
     return (network.depth * per_block + 2 * patch + embeddings) / 1e9
 
 

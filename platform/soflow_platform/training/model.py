@@ -34,10 +34,11 @@ def describe_network(experiment: Experiment, data: Expected) -> DiTConfig:
     classes = data.classes if conditional else None
     # Where the file leaves the number of classes to the data, the label embedding is decided when they are read.
     null_label = classes is not None and experiment.objective.needs_null_label
+    guidance_scale = classes is not None and experiment.objective.conditions_on_scale
     network = experiment.network
     try:
         if network.size is not None:
-            return dit_config(network.size, channels, height, width, classes=classes, null_label=null_label)
+            return dit_config(network.size, channels, height, width, classes, null_label, guidance_scale)
         return DiTConfig(
             channels=channels,
             height=height,
@@ -48,6 +49,7 @@ def describe_network(experiment: Experiment, data: Expected) -> DiTConfig:
             heads=network.heads or 0,
             classes=classes,
             null_label=null_label,
+            guidance_scale=guidance_scale,
         )
     except ValueError as error:
         raise UserError(f"network: {error}.") from None

@@ -149,7 +149,7 @@ MISTAKES = {
     ),
     "a way of sampling that a method does not have": (
         ["validate", "methods-digits", "--set", "comparison=[{steps: [1], sampler: ddim}]"],
-        "--set comparison: `comparison`: soflow has no sampling setting `sampler`: it has one way of sampling.",
+        "--set comparison: `comparison`: soflow has no sampling setting `sampler`: it has sampling_scale.",
     ),
     "a number of evaluations that cannot be had": (
         [

@@ -194,9 +194,7 @@ def test_what_cannot_be_scored_is_refused_in_one_sentence(
 
 
 def test_a_sampler_setting_of_another_method_is_refused(scored: ProjectFolder) -> None:
-    with pytest.raises(
-        InputError, match="soflow has no sampling setting `sampler`: it has one way of sampling"
-    ):
+    with pytest.raises(InputError, match="soflow has no sampling setting `sampler`: it has sampling_scale"):
         scores_of(scored, f"{SWEEP}/trial-00", settings={"sampler": "ddim"})
 
 

@@ -11,6 +11,7 @@ from soflow_platform.training.flops import TIME_FREQUENCIES, count_parameters
 NETWORKS = [
     DiTConfig(1, 8, 8, patch=2, hidden=96, depth=4, heads=4, classes=10, null_label=True),
     DiTConfig(1, 8, 8, patch=2, hidden=32, depth=1, heads=2, classes=10),
+    DiTConfig(1, 8, 8, patch=2, hidden=32, depth=1, heads=2, classes=10, guidance_scale=True),
     DiTConfig(4, 32, 16, patch=4, hidden=48, depth=3, heads=3, mlp_ratio=2.7),
 ]
 
