@@ -9,6 +9,8 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+# Tests run in so many processes, a file's tests in one of them; `make test JOBS=0` runs them in one.
+JOBS ?= 2
 
 .PHONY: run test test-slow test-faults test-all lint format wheel clean help
 
@@ -18,7 +20,7 @@ run: .venv/.installed
 
 test: .venv/.installed
 	@echo "test: everything but what is marked slow or faults"
-	@$(PYTEST) -m "not slow and not faults"
+	@$(PYTEST) -n $(JOBS) --dist loadfile -m "not slow and not faults"
 
 test-slow: .venv/.installed
 	@echo "test-slow: the longer checks"

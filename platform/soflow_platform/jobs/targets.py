@@ -196,7 +196,7 @@ class TargetResolver:
         require_registry(self.project, self.store)
         version = find_version(self.store, name)
         uri = f"models:/{version.name}/{version.version}"
-        mlflow.set_tracking_uri(self.store.uri)
+        self.store.select()
         with tempfile.TemporaryDirectory(prefix="soflow-model-") as folder:
             fetched = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder)) / "artifacts" / EMA
             if not fetched.is_file():

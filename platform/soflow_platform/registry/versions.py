@@ -58,8 +58,7 @@ def _log_model(tracking: Tracking, name: str, checkpoint: Checkpoint, run: str |
             [ParamSpec("seed", DataType.long, default=0), ParamSpec("steps", DataType.long, default=1)]
         ),
     )
-    mlflow.set_tracking_uri(tracking.store.uri)
-    mlflow.set_registry_uri(tracking.store.uri)
+    tracking.store.select()
     with mlflow.start_run(run_id=run), warnings.catch_warnings(), checkpoint.opened(EMA) as weights:
         # The signature above is exact; MLflow would rather infer one from an example.
         warnings.filterwarnings("ignore", message=".*input example.*")

@@ -74,6 +74,13 @@ class TrackingStore:
                 f"the tracking store {self.uri} needs the Python package {error.name}: install it beside soflow."
             ) from None
 
+    def select(self) -> None:
+        """Make this store the one of MLflow's global functions, whatever MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI say."""
+        import mlflow
+
+        mlflow.set_tracking_uri(self.uri)
+        mlflow.set_registry_uri(self.uri)
+
     @property
     def database(self) -> Path | None:
         """The SQLite file of an embedded store; None for a server."""

@@ -136,9 +136,8 @@ def test_a_checkpoint_taken_elsewhere_is_scored_without_a_run(
     assert not empty.root.exists()
 
 
-def test_a_registered_version_is_a_copy_in_the_project_folder(
-    scored: ProjectFolder,
-) -> None:
+def test_a_registered_version_is_a_copy_in_the_project_folder(scored: ProjectFolder, tmp_path: Path) -> None:
+    """Whatever store MLflow's global functions, or its variables in the environment, name."""
     record = load_record(scored, SWEEP)
     assert record is not None
     tracking = Tracking(TrackingStore(scored.tracking_uri), record.experiment_id or "")
@@ -147,6 +146,7 @@ def test_a_registered_version_is_a_copy_in_the_project_folder(
     record.best = BestTrial("trial-00-soflow", 6, {"eval/fd_nfe1": 1.0})
     version = register(tracking, record.candidate("digits"), newest)
     for name in ("models:/digits@candidate", f"models:/digits/{version}"):
+        TrackingStore(f"sqlite:///{tmp_path}/another.db").select()
         found = find(name, scored)
         assert found.weights is not None
         assert found.weights.is_relative_to(scored.root)
