@@ -294,8 +294,9 @@ def version() -> None:
     typer.echo(f"soflow {installed()}")
 
 
+TERMINATING = (signal.SIGTERM, signal.SIGHUP)
 _terminated: list[int] = []
-"""The SIGTERM that ended the command, where one did."""
+"""The signal that ended the command, where one did."""
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -303,7 +304,8 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     del frame
     _terminated.append(number)
     # What is being closed is not interrupted by another one.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for each in TERMINATING:
+        signal.signal(each, signal.SIG_IGN)
     with contextlib.suppress(OSError, RuntimeError):
         # The terminal may be gone, and the signal may have come in the middle of another print.
         print("terminated: run the same command to go on.", file=sys.stderr)
@@ -318,7 +320,10 @@ def main() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # Torch's own forward-mode derivatives use torch.jit.script, which warns when the first derivative is taken.
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in TERMINATING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            # Under nohup a hang-up stays ignored.
+            signal.signal(number, _terminate)
     try:
         code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

@@ -3,5 +3,6 @@
 connection      connects to a cluster or starts a local Ray; checks that it is alive
 actor_pool      runs a job's tasks on actors, with progress and restarts
 placement       releases the placement group of a killed Ray Train controller
+session_folder  the private folder of a local Ray's sockets and logs
 ray_internals   everything taken from Ray's private modules
 """

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from soflow_core.failures import summarize
-from soflow_platform.cluster.ray_internals import ray_in_own_session
+from soflow_platform.cluster.ray_internals import keep_keys_out_of_logs, own_processes
+from soflow_platform.cluster.session_folder import session_root
 from soflow_platform.errors import JobError, UserError
 
 PROBE_SECONDS = 5.0
@@ -89,8 +90,9 @@ class Cluster:
 def connected(address: str | None, dashboard: bool = False) -> Iterator[Cluster]:
     """Connect for the length of a block. None starts a local Ray on this machine, with all its cores, in a session of its own.
 
-    `dashboard` says whether the local Ray starts its dashboard as well, without which Ray Train does not release the machines of a
-    trial that is ended early. Raises UserError where no Ray answers at `address`, within seconds.
+    A local Ray has its sockets and logs in a folder that is private to the user; its processes listen on the loopback address.
+    `dashboard` says whether it starts its dashboard as well, without which Ray Train does not release the machines of a trial that
+    is ended early. Raises UserError where no Ray answers at `address`, within seconds.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -101,9 +103,12 @@ def connected(address: str | None, dashboard: bool = False) -> Iterator[Cluster]
     local: dict[str, Any] = {"num_cpus": (os.cpu_count() or 1) + 1, "include_dashboard": dashboard}
     if dashboard:
         local["dashboard_host"] = "127.0.0.1"
+    if address is None:
+        local["_temp_dir"] = str(session_root())
+    keep_keys_out_of_logs()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with ray_in_own_session() if address is None else contextlib.nullcontext():
+        with own_processes() if address is None else contextlib.nullcontext():
             ray.init(
                 address="local" if address is None else address,
                 log_to_driver=False,

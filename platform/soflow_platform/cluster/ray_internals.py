@@ -10,6 +10,8 @@ import contextlib
 import functools
 import importlib
 import logging
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,10 +24,14 @@ PRIVATE_NAMES = {
         "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
         "_AutoscalingCoordinatorActor",
     ),
-    "start_process": ("ray._private.services", "ConsolePopen"),
+    "reachable": ("ray._private.ray_constants", "ENABLE_RAY_CLUSTER"),
+    "processes": ("ray._private.services", "ConsolePopen"),
+    "passed_variables": ("ray.tune.execution.class_cache", "ENV_VARS_TO_PROPAGATE"),
     "train_context": ("ray.train.v2._internal.execution.context", "get_train_context"),
 }
 """Module and name of each."""
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
+"""Variables that Tune passes to its actors, and that Ray writes to its logs on the way."""
 
 
 def private(key: str) -> Any:
@@ -35,28 +41,60 @@ def private(key: str) -> Any:
 
 
 @contextlib.contextmanager
-def ray_in_own_session() -> Iterator[None]:
-    """Processes that Ray starts in the block get a session of their own, so that a signal to this command's group passes them by.
+def own_processes() -> Iterator[None]:
+    """Ray's processes that are started in the block listen on the loopback address, and get a session of their own.
 
-    They still end when this process does. Where this version of Ray starts them in another way, a warning says so.
+    A signal to the command's process group (`timeout`, a terminal that closes) then reaches the command alone, which still
+    needs Ray to save and to close its runs. They die with the command all the same: the kernel sees to that on Linux.
+    Without effect where this version of Ray keeps what starts them elsewhere.
     """
-    module, name = PRIVATE_NAMES["start_process"]
+    with contextlib.ExitStack() as changes:
+        # Ray takes no command from another machine, for it would take them from anybody. Its variable is for other systems,
+        # where that is the default.
+        changes.enter_context(_environment("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"))
+        changes.enter_context(_replaced("reachable", False))
+        if sys.platform.startswith("linux"):
+            with contextlib.suppress(ImportError, AttributeError):
+                popen = functools.partial(private("processes"), start_new_session=True)
+                changes.enter_context(_replaced("processes", popen))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(key: str, value: Any) -> Iterator[None]:
+    """A private object of Ray is another for the length of a block; without effect where it is kept elsewhere."""
+    module, name = PRIVATE_NAMES[key]
     try:
-        start = private("start_process")
+        before = private(key)
     except (ImportError, AttributeError):
-        logging.getLogger(__name__).warning(
-            "Ray %s starts its processes elsewhere than %s: a signal to the process group may end Ray before trials are saved",
-            importlib.import_module("ray").__version__,
-            " and ".join(TRIED_WITH),
-        )
         yield
         return
-    services = importlib.import_module(module)
-    setattr(services, name, functools.partial(start, start_new_session=True))
+    setattr(importlib.import_module(module), name, value)
     try:
         yield
     finally:
-        setattr(services, name, start)
+        setattr(importlib.import_module(module), name, before)
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def keep_keys_out_of_logs() -> None:
+    """Take keys off the variables that Tune passes on; processes on this machine have them from the command.
+
+    Those on other machines have their own. Without effect where this version of Ray keeps the names elsewhere.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        private("passed_variables").difference_update(KEYS)
 
 
 def start_autoscaling_coordinator() -> None:

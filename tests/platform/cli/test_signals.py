@@ -29,6 +29,8 @@ NUMBERS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 def training() -> Iterator[SweepDisplay]:
     """The display of a sweep whose trials are under way; signals mean afterwards what they meant before."""
     before = {number: signal.getsignal(number) for number in (*NUMBERS, signal.SIGALRM)}
+    # Under nohup SIGHUP is ignored.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     display = SweepDisplay(Console(), read_experiment(DIGITS)[0], [])
     display.training = True
     yield display
@@ -117,7 +119,11 @@ main.main()
 
 @pytest.mark.parametrize(
     ("number", "code", "sentence"),
-    [(signal.SIGINT, 130, "interrupted: run the same"), (signal.SIGTERM, 143, "terminated: run the same")],
+    [
+        (signal.SIGINT, 130, "interrupted: run the same"),
+        (signal.SIGTERM, 143, "terminated: run the same"),
+        (signal.SIGHUP, 143, "terminated: run the same"),
+    ],
 )
 def test_a_signal_closes_what_is_open_and_says_how_to_go_on(
     number: signal.Signals, code: int, sentence: str

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from soflow_platform.cluster.ray_internals import PRIVATE_NAMES, TRIED_WITH, private
+from soflow_platform.cluster.ray_internals import (
+    KEYS,
+    PRIVATE_NAMES,
+    TRIED_WITH,
+    keep_keys_out_of_logs,
+    private,
+)
 
 ROOT = Path(__file__).parents[3]
 
@@ -18,11 +24,27 @@ def test_this_ray_is_one_that_its_private_names_were_tried_with() -> None:
 
 @pytest.mark.parametrize("key", PRIVATE_NAMES)
 def test_a_private_name_of_ray_is_where_it_is_looked_for(key: str) -> None:
-    assert callable(private(key))
+    assert private(key) is not None
 
 
 def test_the_coordinator_takes_a_request_back() -> None:
     assert callable(private("coordinator").cancel_request)
+
+
+def test_tune_passes_no_keys_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.tune.execution.class_cache import _ActorClassCache
+
+    passed = private("passed_variables")
+    before = set(passed)
+    for name in KEYS:
+        monkeypatch.setenv(name, "a-secret")
+    keep_keys_out_of_logs()
+    try:
+        trainable = _ActorClassCache().get(type("Trainable", (), {}))
+    finally:
+        passed.update(before)
+    assert set(KEYS) <= before
+    assert "a-secret" not in str(trainable._default_options["runtime_env"])
 
 
 def test_no_other_module_imports_a_private_module_of_ray() -> None:
