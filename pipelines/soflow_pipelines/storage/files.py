@@ -1,7 +1,7 @@
 """Atomic file operations on a local file system, JSON files, and checksums.
 
-Everything that this project publishes as a file goes through `atomic` or `move`, so that there is one guarantee: a reader sees
-the old content or the new one, never a part, whichever processes, containers and machines write to the folder.
+Everything that this project publishes as a file goes through `atomic`, `move` or `move_if_absent`, so that there is one guarantee: a
+reader sees the old content or the new one, never a part, whichever processes, containers and machines write to the folder.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 BLOCK_BYTES = 1 << 20
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What file systems without hard links answer."""
 
 
 @contextlib.contextmanager
@@ -62,6 +64,29 @@ def move(source: Path, path: Path) -> None:
         source.unlink()
     else:
         sync_folder(path.parent)
+
+
+def move_if_absent(source: Path, path: Path) -> bool:
+    """Moves a finished file to a path of the same file system; where a file is there already, both stay and the result is False.
+
+    Without hard links, a file that appears in the same moment is replaced. Raises OSError.
+    """
+    with source.open("rb") as file:
+        os.fsync(file.fileno())
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if os.path.lexists(path):
+            return False
+        os.replace(source, path)
+    else:
+        source.unlink()
+    sync_folder(path.parent)
+    return True
 
 
 @contextlib.contextmanager

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import errno
+import sqlite3
 import sys
 
 from soflow_core.failures import summarize
 from soflow_pipelines.storage.object_store import StorageError
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+SQLITE = (
+    "database or disk is full",
+    "disk I/O error",
+    "attempt to write a readonly database",
+    "unable to open database file",
+)
+"""What SQLite says where the disk, and not the database, is at fault."""
 CLIENTS = ("mlflow", "requests", "boto3", "botocore")
 
 
@@ -18,9 +26,18 @@ def describe_outage(error: Exception) -> str | None:
         return summarize(error)
     if isinstance(error, OSError) and error.errno in DISK:
         return f"{error.filename or 'the disk'} cannot be written or read: {error.strerror}"
+    reason = sqlite_reason(error)
+    if reason in SQLITE:
+        return f"the tracking database cannot be written: {reason}"
     if "mlflow" in sys.modules and type(error).__module__.split(".")[0] in CLIENTS:
         return f"the tracking server does not answer: {summarize(error)}" if is_outage(error) else None
     return None
+
+
+def sqlite_reason(error: BaseException) -> str | None:
+    """What SQLite says, where the error is one of its own or SQLAlchemy's of it."""
+    inner = getattr(error, "orig", error)
+    return summarize(inner) if isinstance(inner, sqlite3.Error) else None
 
 
 AWAY = (

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soflow_core.failures import summarize
-from soflow_pipelines.storage.files import short_digest
+from soflow_pipelines.storage.files import move_if_absent, short_digest, temporary_folder
 from soflow_platform.config.locations import require_no_secret
 from soflow_platform.errors import UserError
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.outages import describe_outage, sqlite_reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -91,16 +92,14 @@ class TrackingStore:
         return self.database is None or self.database.is_file()
 
     def prepare(self) -> None:
-        """Create or migrate the store, before several processes open it together.
+        """Create the store, before several processes open it together.
 
-        Raises UserError where no tracking server answers.
+        Raises UserError where no tracking server answers, or where the database of an embedded store cannot be used.
         """
         if self.database is not None:
-            self.database.parent.mkdir(parents=True, exist_ok=True)
-            self.client.search_experiments(max_results=1)
-            with contextlib.closing(sqlite3.connect(self.database)) as database:
-                # Write-ahead logging lets readers and writers work at once; the setting stays in the file.
-                database.execute("pragma journal_mode=WAL")
+            if not self.database.exists():
+                _create(self.database)
+            self._open(self.database)
             return
         try:
             self.client.search_experiments(max_results=1)
@@ -109,6 +108,21 @@ class TrackingStore:
         except Exception as error:
             raise UserError(
                 f"the tracking server {self.uri} does not answer: {summarize(error)[:200]}"
+            ) from None
+
+    def _open(self, path: Path) -> None:
+        try:
+            self.client.search_experiments(max_results=1)
+            with contextlib.closing(sqlite3.connect(path)) as database:
+                # Write-ahead logging lets readers and writers work at once; the setting stays in the file.
+                database.execute("pragma journal_mode=WAL")
+        except Exception as error:
+            if describe_outage(error) is not None or isinstance(error, UserError):
+                raise
+            reason = sqlite_reason(error) or summarize(error)[:200]
+            raise UserError(
+                f"the tracking database {path} cannot be used ({reason}): put a copy of it in its place, or, if it holds no "
+                "runs, move it away."
             ) from None
 
     def run_tags(self, run: str | None) -> dict[str, str] | None:
@@ -123,6 +137,15 @@ class TrackingStore:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
             raise
+
+
+def _create(path: Path) -> None:
+    """Create the database of an embedded store: whole or not at all, for MLflow cannot complete one whose creation was cut."""
+    with temporary_folder(path) as folder:
+        new = folder / path.name
+        TrackingStore(f"sqlite:///{new}").client.search_experiments(max_results=1)
+        # Another command may have created it meanwhile.
+        move_if_absent(new, path)
 
 
 @dataclass(frozen=True)
