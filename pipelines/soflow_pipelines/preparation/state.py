@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from soflow_pipelines.preparation.shard_plan import ShardPlan
@@ -50,13 +50,13 @@ def record_built(store: ObjectStore, shard: int, built: BuiltShard) -> None:
     index = built.record.index
     assert index is not None
     fields = {**asdict(replace(built.record, index=None)), "left_out": list(built.left_out)}
-    buffer = io.BytesIO()
+    buffer = pa.BufferOutputStream()
     pq.write_table(index.replace_schema_metadata({"record": json.dumps(fields)}), buffer)
-    store.write(_built_name(shard), buffer.getvalue())
+    store.write(_built_name(shard), buffer.getvalue().to_pybytes())
 
 
 def _read_built(store: ObjectStore, shard: int) -> BuiltShard:
-    table = pq.read_table(io.BytesIO(store.read(_built_name(shard))))
+    table = pq.read_table(pa.BufferReader(store.read(_built_name(shard))))
     fields = json.loads(table.schema.metadata[b"record"])
     left_out = fields.pop("left_out")
     fields["label_counts"] = {int(label): count for label, count in fields["label_counts"].items()}

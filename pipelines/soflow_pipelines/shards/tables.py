@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -123,9 +122,9 @@ def content_digest(info: DatasetInfo, checksums: Sequence[str]) -> str:
 
 
 def _parquet_bytes(table: pa.Table) -> bytes:
-    buffer = io.BytesIO()
+    buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()
+    return buffer.getvalue().to_pybytes()
 
 
 def read_info(uri: str | Path) -> DatasetInfo:
@@ -177,11 +176,15 @@ def read_table(
     try:
         content = read_at_most(store, name, MOST_BYTES[name])
         texts = [column.name for column in chosen if pa.types.is_string(column.type)]
+        # Arrow's threads would call a Python file, and end the process with SIGABRT where they do so while Python ends.
+        source = pa.BufferReader(content)
         # Texts stay dictionaries until their lengths are known: a few bytes of a file can repeat a long one very often.
-        file = pq.ParquetFile(io.BytesIO(content), read_dictionary=texts)
+        file = pq.ParquetFile(source, read_dictionary=texts)
         _check_extent(file.metadata, len(content))
         _check_columns(file.schema_arrow, chosen)
         table = file.read(columns=chosen.names)
+        # Offsets within bounds, and texts in UTF-8, which reading does not look at.
+        table.validate(full=True)
         for text in texts:
             _check_texts(table[text])
         table = table.cast(chosen)
@@ -189,7 +192,9 @@ def read_table(
             if table[column.name].null_count:
                 raise ValueError(f"{column.name} is missing in {table[column.name].null_count} rows")
     except (ValueError, OSError, OverflowError, pa.ArrowException) as error:
-        raise ShardError(f"{store.uri}/{name} cannot be understood: {summarize(error)}.") from error
+        raise ShardError(
+            f"{store.uri}/{name} cannot be understood: {printable(summarize(error))}."
+        ) from error
     return table
 
 
