@@ -13,11 +13,11 @@ import typer
 from soflow_platform.cli.options import AddressOption, Places, StorageOption, TrackingOption
 from soflow_platform.cli.terminal import image_progress, quiet_libraries, stdout_to_stderr
 from soflow_platform.errors import JobError, UserError
-from soflow_platform.jobs.requests import GenerateRequest
 from soflow_platform.storage.project import ProjectFolder, find_project, require_writable
 
 if TYPE_CHECKING:
     from soflow_platform.jobs.generate import Generated
+    from soflow_platform.jobs.requests import GenerateRequest
 
 NAMED_DAMAGES = 50
 
@@ -101,6 +101,8 @@ def generate(
     if model is None or out is None:
         raise typer.BadParameter("--model and --out are needed, or --verify.")
     sampling = {"sampler": sampler, "sampling_scale": guidance}
+    from soflow_platform.jobs.requests import GenerateRequest
+
     request = GenerateRequest(
         model=model,
         out=out,
