@@ -142,4 +142,6 @@ def _needed(hint: Any) -> str:
         if len(sections) == 1:
             section = sections[0]
             return f"{_needed(members[0])}, or {section.__name__}({', '.join(_hints(section))})"
+    if get_origin(hint) is tuple and set(get_args(hint)) <= {float, Ellipsis}:
+        return "a list of finite numbers is needed"
     return names.get(hint) or f"{getattr(hint, '__name__', hint)} is needed"

@@ -1,6 +1,7 @@
 """Training methods, one file each; a method is a frozen dataclass of its settings.
 
 base                 interface of a method; batch, draws and loss of a step
+solution_model       how methods that learn the solution are sampled
 soflow               Solution Flow Models
 flow_matching        Flow Matching
 diffusion            DDPM and DDIM

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from soflow_core.guidance import VelocityGuidance, null_labels
-from soflow_core.objectives.base import Draws, Objective
+from soflow_core.objectives.base import Draws
+from soflow_core.objectives.solution_model import FlowMapModel, SolutionSampler
 from soflow_core.passes import Network, Passes
 from soflow_core.rows import choose_rows, per_row
-from soflow_core.samplers.solution import sample_by_steps
-from soflow_core.settings import check_values
 from soflow_core.times import LogitNormal
 
 
@@ -100,28 +98,14 @@ def differential_target(
     return torch.cat([velocity[:first], velocity[first:] - gap * derivative])
 
 
-def solution(network: Network, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-    """f(x, t, s) = x - (t - s) u(x, t, s)."""
-    return x - per_row(t - s, x) * network(x, t, s, labels)
+class AverageVelocityModel(FlowMapModel):
+    """The solution and the sampler that they have in common."""
 
+    own_sampler: ClassVar[SolutionSampler] = "ode"
 
-class AverageVelocityModel(Objective):
-    """The sampler that they have in common."""
-
-    def sample(
-        self,
-        network: Network,
-        noise: Tensor,
-        labels: Tensor | None,
-        steps: int,
-        renoise: Sequence[Tensor] = (),
-    ) -> Tensor:
-        del renoise
-
-        def solve(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            return solution(network, x, t, s, labels)
-
-        return sample_by_steps(solve, noise, steps)
+    def solution(self, network: Network, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        """f(x, t, s) = x - (t - s) u(x, t, s)."""
+        return x - per_row(t - s, x) * network(x, t, s, labels)
 
 
 @dataclass(frozen=True)
@@ -134,7 +118,7 @@ class DifferentialModel(AverageVelocityModel):
     """Half the time between those passes."""
 
     def __post_init__(self) -> None:
-        check_values(self)
+        super().__post_init__()
         if not 0 < self.difference <= 0.5:
             raise ValueError(
                 f"difference is {self.difference}; it must be above 0 and at most 0.5, half of all time"

@@ -8,19 +8,18 @@ has guidance in training.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from soflow_core.objectives.base import DEFAULT_POLICY, Batch, Draws, Loss, Objective, draw_noise
+from soflow_core.objectives.base import DEFAULT_POLICY, Batch, Draws, Loss, draw_noise
+from soflow_core.objectives.solution_model import SolutionModel
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
 from soflow_core.rows import per_row, row_mean, row_sum
-from soflow_core.samplers.solution import sample_with_renoising
-from soflow_core.settings import STRICT, check_values
+from soflow_core.settings import STRICT
 from soflow_core.times import LogitNormal
 
 
@@ -29,7 +28,7 @@ def consistency_function(network: Network, x: Tensor, t: Tensor, labels: Tensor 
     return x - per_row(t, x) * network(x, t, torch.zeros_like(t), labels)
 
 
-class ConsistencyModel(Objective):
+class ConsistencyModel(SolutionModel):
     """Base class of the three methods: draws without dropped labels and velocity rows, and the sampler."""
 
     time: LogitNormal
@@ -50,19 +49,9 @@ class ConsistencyModel(Objective):
         """-> (count,) times."""
         return self.time.sample(generator, count)
 
-    def sample(
-        self,
-        network: Network,
-        noise: Tensor,
-        labels: Tensor | None,
-        steps: int,
-        renoise: Sequence[Tensor] = (),
-    ) -> Tensor:
-        def solve(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            del s
-            return consistency_function(network, x, t, labels)
-
-        return sample_with_renoising(solve, noise, steps, renoise, linear)
+    def solution(self, network: Network, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        del s
+        return consistency_function(network, x, t, labels)
 
 
 def discrete_loss(
@@ -111,7 +100,7 @@ class ImprovedConsistency(ConsistencyModel):
     """c of the pseudo-Huber distance, times the square root of the number of elements of a sample."""
 
     def __post_init__(self) -> None:
-        check_values(self)
+        super().__post_init__()
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(
                 f"noise levels {self.sigma_min} to {self.sigma_max}; give 0 < sigma_min < sigma_max"
@@ -181,7 +170,7 @@ class EasyConsistency(ConsistencyModel):
     """c of the distance sqrt(|d|^2 + c^2) - c; 0 is the plain norm."""
 
     def __post_init__(self) -> None:
-        check_values(self)
+        super().__post_init__()
         if self.quotient <= 1:
             raise ValueError(f"quotient is {self.quotient}; the gap shrinks by it, so it must be above 1")
         if self.stages < 1:
@@ -226,7 +215,7 @@ class ContinuousConsistency(ConsistencyModel):
     """c of the normalization g / (rms(g) + c)."""
 
     def __post_init__(self) -> None:
-        check_values(self)
+        super().__post_init__()
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; give 0 or more")
         if self.tangent_eps <= 0:

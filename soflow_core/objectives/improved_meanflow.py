@@ -7,7 +7,6 @@ along the network's velocity u(x_t, t, t).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -38,7 +37,7 @@ from soflow_core.objectives.base import (
     draw_noise,
     dropped_rows,
 )
-from soflow_core.passes import Network, Passes, PassPolicy, at_scale
+from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
 from soflow_core.rows import choose_rows, row_mean, row_sum
 from soflow_core.settings import STRICT, check_share, check_weight_eps
@@ -130,17 +129,6 @@ class ImprovedMeanFlow(DifferentialModel):
         total = row_sum(squares)
         loss = (total / (total.detach() + self.weight_eps) ** self.weight_power).mean()
         return Loss(loss, branch_means(draws, row_mean(squares)))
-
-    def sample(
-        self,
-        network: Network,
-        noise: Tensor,
-        labels: Tensor | None,
-        steps: int,
-        renoise: Sequence[Tensor] = (),
-    ) -> Tensor:
-        scale = self.trained_guidance if self.conditions_on_scale and labels is not None else None
-        return super().sample(at_scale(network, scale, noise), noise, labels, steps, renoise)
 
     def _velocities(
         self, passes: Passes, start: Start, dropped: Tensor, prediction: Tensor

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,7 +28,7 @@ from soflow_core.objectives.base import (
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
 from soflow_core.rows import choose_rows, per_row, row_mean
-from soflow_core.settings import STRICT, check_values
+from soflow_core.settings import STRICT
 
 CLIP = 4.0
 """Bound of the elements of states between half steps, and of targets (the official code)."""
@@ -52,7 +53,7 @@ class Shortcut(AverageVelocityModel):
     """Guidance scale inside the target made of the two finest steps; 1 is none."""
 
     def __post_init__(self) -> None:
-        check_values(self)
+        super().__post_init__()
         if self.base_steps < 2 or self.base_steps & (self.base_steps - 1):
             raise ValueError(f"base_steps is {self.base_steps}; a power of 2, at least 2, is needed")
         if not 0 <= self.bootstrap_share <= 1:
@@ -123,11 +124,22 @@ class Shortcut(AverageVelocityModel):
         steps: int,
         renoise: Sequence[Tensor] = (),
     ) -> Tensor:
-        if steps < 1 or self.base_steps % steps:
+        if steps < 1 or (self.sampling_times is None and self.base_steps % steps):
             raise ValueError(
                 f"{steps} steps are not on the grid of {self.base_steps}; give a power of 2 up to it"
             )
+        self._check_steps(self.step_times(steps))
         return super().sample(network, noise, labels, steps, renoise)
+
+    def _check_steps(self, times: Sequence[float]) -> None:
+        """Raises ValueError where a step is none that is trained: of a size 1, 1/2, 1/4, ..., from a multiple of it."""
+        sizes = [2.0**-level for level in range(int(math.log2(self.base_steps)) + 1)]
+        for start, following in pairwise(times):
+            end = 0.0 if self.solution_sampler == "consistency" else following
+            if start - end not in sizes or start % (start - end):
+                raise ValueError(
+                    f"the step from {start:g} to {end:g} is not trained; give steps of 1, 1/2, 1/4, ... from a multiple of them"
+                )
 
     def _two_half_steps(
         self, passes: Passes, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None

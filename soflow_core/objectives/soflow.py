@@ -7,7 +7,7 @@ code, lies between s and t. There is no Jacobian-vector product, and no teacher 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -30,15 +30,14 @@ from soflow_core.objectives.base import (
     Batch,
     Draws,
     Loss,
-    Objective,
     draw_noise,
     dropped_rows,
 )
+from soflow_core.objectives.solution_model import FlowMapModel
 from soflow_core.parameterization import PARAMETERIZATIONS, Coefficients, ParameterizationName
-from soflow_core.passes import Arguments, Network, Passes, PassPolicy, at_scale
-from soflow_core.paths import PATHS, PathName
+from soflow_core.passes import Arguments, Network, Passes, PassPolicy
+from soflow_core.paths import PATHS, PathName, PathPoint
 from soflow_core.rows import choose_rows, per_row, row_mean
-from soflow_core.samplers.solution import sample_with_renoising
 from soflow_core.settings import STRICT, check_share, check_values, check_weight_eps
 from soflow_core.times import LogitNormal, RatioSchedule, consistency_times, middle_time
 
@@ -70,7 +69,7 @@ class BranchLoss:
 
 
 @dataclass(frozen=True)
-class SoFlow(Objective):
+class SoFlow(FlowMapModel):
     """Settings of SoFlow; the defaults are the paper's ImageNet 256 recipe."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -92,7 +91,7 @@ class SoFlow(Objective):
     """Guidance scale at sampling, of a network trained on a range of scales; None is the middle of that range."""
 
     def __post_init__(self) -> None:
-        check_values(self)
+        super().__post_init__()
         check_share("flow_matching_share", self.flow_matching_share)
         if self.weight_power < 0:
             raise ValueError(
@@ -121,6 +120,10 @@ class SoFlow(Objective):
     def solution(self, network: Network, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """f(x, t, s): (B, C, H, W), (B,), (B,), (B,) -> (B, C, H, W)."""
         return self.coefficients(t, s).solution(x, network(x, t, s, labels))
+
+    @property
+    def noising_path(self) -> Callable[[Tensor], PathPoint]:
+        return PATHS[self.path]
 
     def velocity(self, network: Network, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """v(x, t): (B, C, H, W), (B,), (B,) -> (B, C, H, W)."""
@@ -196,22 +199,6 @@ class SoFlow(Objective):
                 terms[f"{name}_weight"] = branch.weight.mean()
         # Branches are weighted by their rows: L = L_v B_v / B + L_c (B - B_v) / B.
         return Loss(torch.cat([velocity.loss, consistency.loss]).mean(), terms)
-
-    def sample(
-        self,
-        network: Network,
-        noise: Tensor,
-        labels: Tensor | None,
-        steps: int,
-        renoise: Sequence[Tensor] = (),
-    ) -> Tensor:
-        scale = self.trained_guidance if self.conditions_on_scale and labels is not None else None
-        guided = at_scale(network, scale, noise)
-
-        def solve(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            return self.solution(guided, x, t, s, labels)
-
-        return sample_with_renoising(solve, noise, steps, renoise, PATHS[self.path])
 
     def _guide(
         self, passes: Passes, x_t: Tensor, v_c: Tensor, labels: Tensor, draws: Draws, dropped: Tensor

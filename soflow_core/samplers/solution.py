@@ -21,21 +21,31 @@ def uniform_times(steps: int) -> list[float]:
     return [1 - i / steps for i in range(steps)] + [0.0]
 
 
+def check_times(between: Sequence[float]) -> None:
+    """Raises ValueError where times between 1 and 0 do not fall from one to the next."""
+    if any(end >= start for start, end in pairwise([1.0, *between, 0.0])):
+        given = ", ".join(f"{time:g}" for time in between)
+        raise ValueError(
+            f"the sampling times are {given}; give times between 1 and 0, each below the one before"
+        )
+
+
 @torch.no_grad()
 def sample_with_renoising(
     solve: Solve,
     noise: Tensor,
-    steps: int,
+    times: Sequence[float],
     renoise: Sequence[Tensor],
     path: Callable[[Tensor], PathPoint],
 ) -> Tensor:
     """(B, C, H, W) -> (B, C, H, W): x0 = f(x, t, 0), then repeatedly add noise up to the next time and solve again.
 
-    `steps` evaluations; renoise[i] is the noise added after evaluation i. Raises ValueError for too few.
+    `times` go from 1 to 0, with an evaluation at each but the last; renoise[i] is the noise added after evaluation i.
+    Raises ValueError for too few.
     """
+    steps = len(times) - 1
     if len(renoise) < steps - 1:
         raise ValueError(f"{steps} steps need {steps - 1} noises in renoise; {len(renoise)} were given")
-    times = uniform_times(steps)
     zero = torch.zeros(len(noise), device=noise.device)
     x0 = solve(noise, zero + times[0], zero)
     for time, fresh in zip(times[1:-1], renoise, strict=False):
@@ -45,10 +55,10 @@ def sample_with_renoising(
 
 
 @torch.no_grad()
-def sample_by_steps(solve: Solve, noise: Tensor, steps: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, H, W): `steps` steps f(x, t_i, t_{i+1}) along one trajectory, without new noise."""
+def sample_by_steps(solve: Solve, noise: Tensor, times: Sequence[float]) -> Tensor:
+    """(B, C, H, W) -> (B, C, H, W): steps f(x, t_i, t_{i+1}) from 1 to 0 along one trajectory, without new noise."""
     zero = torch.zeros(len(noise), device=noise.device)
-    x, times = noise, uniform_times(steps)
+    x = noise
     for start, end in pairwise(times):
         x = solve(x, zero + start, zero + end)
     return x

@@ -16,7 +16,7 @@ from soflow_core.paths import linear
 from soflow_core.samplers.diffusion import ddim, ddpm, linear_alpha_bar, respaced
 from soflow_core.samplers.noise import MASK, philox, sample_labels, sample_noise
 from soflow_core.samplers.ode import euler, heun
-from soflow_core.samplers.solution import sample_by_steps, sample_with_renoising
+from soflow_core.samplers.solution import sample_by_steps, sample_with_renoising, uniform_times
 from tests.support.gaussian import Gaussian
 from tests.support.random_networks import SHAPE, random_network
 
@@ -37,14 +37,14 @@ def affine_response(sampler: Callable[[Tensor, Sequence[Tensor]], Tensor], steps
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
 def test_renoising_with_the_exact_solution_keeps_the_distribution(steps: int) -> None:
     def sampler(noise: Tensor, renoise: Sequence[Tensor]) -> Tensor:
-        return sample_with_renoising(DATA.solution, noise, steps, renoise, linear)
+        return sample_with_renoising(DATA.solution, noise, uniform_times(steps), renoise, linear)
 
     assert affine_response(sampler, steps) == pytest.approx((0.7, 0.25), abs=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
 def test_steps_of_the_exact_solution_end_where_one_step_does(steps: int) -> None:
-    assert_close(sample_by_steps(DATA.solution, X, steps), 0.7 + 0.5 * X)
+    assert_close(sample_by_steps(DATA.solution, X, uniform_times(steps)), 0.7 + 0.5 * X)
 
 
 @pytest.mark.parametrize("objective", [SoFlow(), MeanFlow(), Shortcut()], ids=lambda o: o.method)

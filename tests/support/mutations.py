@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 SOFLOW = "soflow_core/objectives/soflow.py"
 AVERAGE = "soflow_core/objectives/average_velocity.py"
 MEANFLOW = "soflow_core/objectives/meanflow.py"
+SAMPLING = "soflow_core/objectives/solution_model.py"
 IMPROVED = "soflow_core/objectives/improved_meanflow.py"
 GUIDANCE = "soflow_core/guidance.py"
 TIMES = "soflow_core/times.py"
@@ -36,6 +37,7 @@ TESTS = [
     "test_guidance.py",
     "test_guidance_scale.py",
     "test_samplers.py",
+    "test_solution_sampling.py",
     "test_soflow.py",
     "test_baselines.py",
     "test_exact_solutions.py",
@@ -188,7 +190,13 @@ MUTATIONS = [
     Mutation("precision: improved MeanFlow", IMPROVED, "passes.low_precision(x_t", "passes.high_precision(x_t"),
     Mutation("scale: improved MeanFlow's v_u at w", IMPROVED, "torch.ones_like(start.scale), start", "start.scale, start"),
     Mutation("scale: improved MeanFlow's derivative at 1", AVERAGE, "along, difference, scale)", "along, difference, None)"),
-    Mutation("scale: improved MeanFlow sampled without", IMPROVED, "at_scale(network, scale, noise), noise", "network, noise"),
+    Mutation("scale: sampled without", SAMPLING, "= at_scale(network, scale, noise)", "= network"),
+    Mutation("sampling: times of another number of steps", SAMPLING, "steps == len(self.sampling_times) + 1", "steps > 1"),
+    Mutation("sampling: own sampler only", SAMPLING, "self.sampler or self.own_sampler", "self.own_sampler"),
+    Mutation("sampling: consistency on the linear path", SOFLOW, "return PATHS[self.path]\n", "return PATHS['linear']\n"),
+    Mutation("sampling: MeanFlow by consistency", AVERAGE, 'SolutionSampler] = "ode"', 'SolutionSampler] = "consistency"'),
+    Mutation("sampling: rising times", "soflow_core/samplers/solution.py", "if any(end >= start", "if any(end == start"),
+    Mutation("sampling: Shortcut off its grid", SHORTCUT, "not in sizes or start % (start - end)", "not in sizes"),
     Mutation("scale: uniform", GUIDANCE, "self.low * (self.high / self.low) ** torch", "self.low + (self.high - self.low) * torch"),
     Mutation("scale: dropped rows have one", GUIDANCE, "torch.where(dropped, 1.0, scale", "torch.where(dropped & False, 1.0, scale"),
     Mutation("scale: unconditional velocity at w", SOFLOW, "torch.ones_like(draws.scale), draws", "draws.scale, draws"),

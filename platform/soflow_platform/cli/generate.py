@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from soflow_platform.cli.options import AddressOption, Places, StorageOption, TrackingOption
+from soflow_platform.cli.options import (
+    AddressOption,
+    GuidanceOption,
+    Places,
+    SamplerOption,
+    StorageOption,
+    TimesOption,
+    TrackingOption,
+    parse_sampling,
+)
 from soflow_platform.cli.terminal import image_progress, quiet_libraries, stdout_to_stderr
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage.project import ProjectFolder, find_project, require_writable
@@ -59,14 +68,13 @@ def generate(
         bool,
         typer.Option("--skip-bad", help="Leave out rows of --table that cannot be used: rejected.parquet."),
     ] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps for each image.")] = 1,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps for each image; default 1, or those of --times.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Image i is a function of the seed, i and its label.")] = 0,
-    sampler: Annotated[
-        str | None, typer.Option(help="Sampler, for methods that have several: euler, heun, ddim, ddpm.")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale at sampling, for methods that have one.")
-    ] = None,
+    sampler: SamplerOption = None,
+    guidance: GuidanceOption = None,
+    times: TimesOption = None,
     file_format: Annotated[
         OutputFormat | None, typer.Option("--format", help="How images are stored; default png.")
     ] = None,
@@ -100,9 +108,9 @@ def generate(
         return
     if model is None or out is None:
         raise typer.BadParameter("--model and --out are needed, or --verify.")
-    sampling = {"sampler": sampler, "sampling_scale": guidance}
     from soflow_platform.jobs.requests import GenerateRequest
 
+    sampling, (number,) = parse_sampling(sampler, guidance, times, None if steps is None else (steps,))
     request = GenerateRequest(
         model=model,
         out=out,
@@ -110,10 +118,10 @@ def generate(
         labels=choose_labels(labels, label),
         table=table,
         skip_bad=skip_bad,
-        steps=steps,
+        steps=number,
         seed=seed,
         format=choose_format(file_format.value if file_format else None, latents),
-        sampling={name: value for name, value in sampling.items() if value is not None},
+        sampling=sampling,
         autoencoder=autoencoder,
         batch=batch_size,
         workers=workers,

@@ -18,12 +18,16 @@ from soflow_platform.cli import data
 from soflow_platform.cli.generate import generate
 from soflow_platform.cli.options import (
     AddressOption,
+    GuidanceOption,
     NameArgument,
     Places,
+    SamplerOption,
     SetOption,
     StorageOption,
     SweepArgument,
+    TimesOption,
     TrackingOption,
+    parse_sampling,
 )
 from soflow_platform.errors import JobError, Stopped
 from soflow_platform.tracking.outages import describe_outage
@@ -199,7 +203,12 @@ def evaluate(
             min=2, help="Number of images; default 50,000 of a network, or all of a folder or file."
         ),
     ] = None,
-    steps: Annotated[str, typer.Option(help="Numbers of sampling steps, each scored, such as 1,2,4.")] = "1",
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of sampling steps, each scored, such as 1,2,4; default 1, or those of --times."
+        ),
+    ] = None,
     labels: Annotated[
         LabelMode, typer.Option(help="Labels drawn for each image, or every class in turn.")
     ] = LabelMode.uniform,
@@ -222,12 +231,9 @@ def evaluate(
         str | None,
         typer.Option(metavar="ID|PATH", help="Decodes latents; default is the one they were made with."),
     ] = None,
-    sampler: Annotated[
-        str | None, typer.Option(help="Sampler, for methods that have several: euler, heun, ddim, ddpm.")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale at sampling, for methods that have one.")
-    ] = None,
+    sampler: SamplerOption = None,
+    guidance: GuidanceOption = None,
+    times: TimesOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
     address: AddressOption = None,
     storage: StorageOption = None,
@@ -240,15 +246,17 @@ def evaluate(
     from soflow_platform.cli.evaluate import evaluate_command, parse_list, parse_steps
     from soflow_platform.jobs.requests import EvaluateRequest, ProtocolRequest, SamplingRequest
 
-    settings = {"sampler": sampler, "sampling_scale": guidance}
+    settings, numbers = parse_sampling(
+        sampler, guidance, times, None if steps is None else parse_steps(steps)
+    )
     request = EvaluateRequest(
         target=target,
         num=num,
         sampling=SamplingRequest(
-            steps=parse_steps(steps),
+            steps=numbers,
             labels=labels.value,
             seed=seed,
-            settings={name: value for name, value in settings.items() if value is not None},
+            settings=settings,
         ),
         protocol=ProtocolRequest(
             metrics=parse_list("--metrics", metrics) if metrics is not None else (),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from soflow_platform.errors import UserError
 
 StorageOption = Annotated[
     str | None,
@@ -36,6 +38,28 @@ SweepArgument = Annotated[
         help="A sweep file, or the name of one that comes with soflow: digits, methods-digits, methods-cifar10, xl2.",
     ),
 ]
+SamplerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--sampler",
+        help="Sampler, for methods that have several: consistency, ode, euler, heun, ddim, ddpm.",
+    ),
+]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance",
+        help="Guidance scale at sampling, for methods that have one or are trained on a range of scales.",
+    ),
+]
+TimesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--times",
+        metavar="TIMES",
+        help="Times between 1 (noise) and 0 at which the steps end, such as 0.55 for two steps; default: even steps.",
+    ),
+]
 NameArgument = typer.Argument(
     metavar="SWEEP|TRIAL",
     help="Id of a sweep or its beginning, name of a trial of the newest sweep, or SWEEP/TRIAL.",
@@ -49,3 +73,24 @@ class Places:
     address: str | None = None
     storage: str | None = None
     tracking: str | None = None
+
+
+def parse_sampling(
+    sampler: str | None, guidance: float | None, times: str | None, steps: tuple[int, ...] | None
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Values of --sampler, --guidance, --times and --steps -> sampler settings, and numbers of steps: 1, or those of the times.
+
+    Raises UserError where a time is no number, and where the times do not make the steps.
+    """
+    settings: dict[str, Any] = {"sampler": sampler, "sampling_scale": guidance}
+    if times is not None:
+        try:
+            parsed = [float(time) for time in times.split(",")]
+        except ValueError:
+            raise UserError(f"--times {times!r} names no times; give numbers such as 0.6,0.3.") from None
+        settings["sampling_times"] = parsed
+        needed = (len(parsed) + 1,)
+        if steps not in (None, needed):
+            raise UserError(f"--times {times} makes {needed[0]} steps: leave --steps out.")
+        steps = needed
+    return {name: value for name, value in settings.items() if value is not None}, steps or (1,)

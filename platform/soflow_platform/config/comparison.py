@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from soflow_core.objectives import OBJECTIVES
 from soflow_platform.config.sections import Positive, Section, Steps
@@ -21,6 +21,8 @@ class SamplingConfig(Section):
     """Of methods that have several; None: the trial's own."""
     sampling_scale: float | None = None
     """Guidance at sampling, of methods that have it; None: the trial's own."""
+    sampling_times: tuple[float, ...] | None = None
+    """Times at which the steps end, one fewer than `steps`, of methods that have them; None: the trial's own."""
     samples: Positive | None = None
     """Images that are scored; None: `evaluation.samples`."""
 
@@ -32,10 +34,21 @@ class SamplingConfig(Section):
             raise ValueError(f"there is no method {unknown[0]!r}; known are {', '.join(OBJECTIVES)}")
         return methods
 
+    @model_validator(mode="after")
+    def _times_fit_the_steps(self) -> SamplingConfig:
+        if self.sampling_times is not None and self.steps != (len(self.sampling_times) + 1,):
+            times, steps = list(self.sampling_times), len(self.sampling_times) + 1
+            raise ValueError(f"sampling_times {times} make {steps} steps: give steps: [{steps}]")
+        return self
+
     @property
     def settings(self) -> dict[str, Any]:
         """The sampling settings that replace the trial's own."""
-        given = {"sampler": self.sampler, "sampling_scale": self.sampling_scale}
+        given = {
+            "sampler": self.sampler,
+            "sampling_scale": self.sampling_scale,
+            "sampling_times": self.sampling_times,
+        }
         return {name: value for name, value in given.items() if value is not None}
 
     def covers(self, method: str) -> bool:

@@ -34,7 +34,13 @@ DECIDING_SECTIONS = ("seed", "data", "network", "objective", "optimizer", "evalu
 DECIDING_TRAINING = ("steps", "batch", "ema", "precision", "clip_norm")
 """Settings that decide a sweep's numbers and what they are compared by. The others (machines, pace of logs and checkpoints, places,
 descriptions) may differ each time that the sweep is started."""
-LATER_OBJECTIVE_SETTINGS = {"derivative": "jvp", "difference": 0.005, "sampling_scale": None}
+LATER_OBJECTIVE_SETTINGS = {
+    "derivative": "jvp",
+    "difference": 0.005,
+    "sampler": None,
+    "sampling_scale": None,
+    "sampling_times": None,
+}
 """Settings that methods of 0.1.0 have got since, with the values at which nothing changes. With these they are no part of the digest,
 so that sweeps keep it."""
 

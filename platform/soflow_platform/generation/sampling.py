@@ -15,7 +15,7 @@ from soflow_core.objectives import Objective
 from soflow_core.samplers.noise import sample_noise
 from soflow_platform.errors import UserError
 
-SAMPLING_SETTINGS = ("sampler", "sampling_scale")
+SAMPLING_SETTINGS = ("sampler", "sampling_scale", "sampling_times")
 """Settings of a method that act at sampling alone, so that a trained network can be sampled with others."""
 
 
@@ -103,4 +103,8 @@ def sampling_facts(objective: Objective) -> dict[str, str]:
     facts = {name: getattr(objective, name, None) for name in SAMPLING_SETTINGS}
     if objective.conditions_on_scale:
         facts["sampling_scale"] = objective.trained_guidance
-    return {name: str(value) for name, value in facts.items() if value is not None}
+    return {name: _as_tag(value) for name, value in facts.items() if value is not None}
+
+
+def _as_tag(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -51,7 +51,7 @@ class Row:
     uses_jvp: bool
     trained_steps: int
     sampling: str
-    """Sampler and guidance, as `ddim` or `euler, guidance 3`; empty where the method has one way of sampling."""
+    """Sampler, guidance and times, as `ddim` or `euler, guidance 3`; empty where none of them is set."""
     steps: int
     nfe: int
     samples: int
@@ -326,7 +326,9 @@ def _flags(entry: Entry, score: Score) -> list[str]:
 
 
 def _sampling(tags: dict[str, str]) -> str:
-    """Sampler and guidance: `euler, guidance 3`."""
+    """Sampler, guidance and times: `euler, guidance 3`, `consistency, times 0.55`."""
     scale = float(tags.get("sampling_scale", "1"))
-    sampler = [tags["sampler"]] if "sampler" in tags else []
-    return ", ".join(sampler + ([f"guidance {scale:g}"] if scale != 1 else []))
+    parts = [tags["sampler"]] if "sampler" in tags else []
+    parts += [f"guidance {scale:g}"] if scale != 1 else []
+    parts += [f"times {tags['sampling_times']}"] if "sampling_times" in tags else []
+    return ", ".join(parts)

@@ -139,6 +139,22 @@ MISTAKES = {
         ["evaluate", "digits", "--steps", "1,two"],
         "--steps '1,two': 'two' is no number of steps; give numbers such as 1,2,4.",
     ),
+    "times that are none": (
+        ["evaluate", "digits", "--times", "0.5;0.2"],
+        "--times '0.5;0.2' names no times; give numbers such as 0.6,0.3.",
+    ),
+    "times that do not make the steps": (
+        ["generate", "--model", "digits", "--out", "images", "--times", "0.6,0.3", "--steps", "2"],
+        "--times 0.6,0.3 makes 3 steps: leave --steps out.",
+    ),
+    "times of a comparison that do not make its steps": (
+        ["validate", DIGITS, "--set", "comparison=[{steps: [2, 4], sampling_times: [0.6]}]"],
+        "sampling_times [0.6] make 2 steps: give steps: [2].",
+    ),
+    "times that do not fall": (
+        ["validate", DIGITS, "--set", "objective.sampling_times=[0.3, 0.6]"],
+        "the sampling times are 0.3, 0.6; give times between 1 and 0, each below the one before.",
+    ),
     "a model to score that is not registered": (
         ["evaluate", "models:/digits@champion"],
         "there is no model registry under",
@@ -148,8 +164,8 @@ MISTAKES = {
         "there is no sweep 'methods-digits' under",
     ),
     "a way of sampling that a method does not have": (
-        ["validate", "methods-digits", "--set", "comparison=[{steps: [1], sampler: ddim}]"],
-        "--set comparison: `comparison`: soflow has no sampling setting `sampler`: it has sampling_scale.",
+        ["validate", "methods-digits", "--set", "comparison=[{steps: [1], methods: [ict], sampler: ode}]"],
+        "--set comparison: `comparison`: ict has no sampling setting `sampler`: it has sampling_times.",
     ),
     "a number of evaluations that cannot be had": (
         [

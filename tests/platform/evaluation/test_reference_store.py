@@ -189,6 +189,7 @@ UNUSED: list[tuple[dict[str, Any], str]] = [
     ({"seed": 7}, "--seed"),
     ({"settings": {"sampler": "heun"}}, "--sampler"),
     ({"settings": {"sampling_scale": 2.0}}, "--guidance"),
+    ({"settings": {"sampling_times": [0.5]}}, "--times"),
     ({"autoencoder": "/nowhere"}, "--autoencoder"),
 ]
 

@@ -82,6 +82,16 @@ def test_every_method_is_sampled_in_every_way_that_covers_it(
     assert "is scored on 80 samples, where 100 are usual" in flag
 
 
+def test_times_and_samplers_are_compared_on_one_trial(scored: ProjectFolder, record: SweepRecord) -> None:
+    ways = [
+        SamplingConfig(methods=("soflow",), steps=(2,), sampler=sampler, sampling_times=times)
+        for sampler, times in ((None, (0.5,)), ("ode", None), ("ode", (0.25,)))
+    ]
+    rows = [row for row in compared(scored, record, *ways).rows if row.method == "soflow"]
+    assert [row.sampling for row in rows] == ["times 0.5", "ode", "ode, times 0.25"]
+    assert len({row.distance for row in rows}) == 3
+
+
 def test_a_row_has_the_score_that_evaluate_gives(scored: ProjectFolder, record: SweepRecord) -> None:
     newest = scored.trial(SWEEP, "trial-01-flow_matching") / "checkpoints" / "step-00000006"
     row = compared(scored, record).rows[-1]

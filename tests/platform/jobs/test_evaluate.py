@@ -194,8 +194,33 @@ def test_what_cannot_be_scored_is_refused_in_one_sentence(
 
 
 def test_a_sampler_setting_of_another_method_is_refused(scored: ProjectFolder) -> None:
-    with pytest.raises(InputError, match="soflow has no sampling setting `sampler`: it has sampling_scale"):
+    with pytest.raises(
+        InputError, match="flow_matching has no sampling setting `sampling_times`: it has samp"
+    ):
+        scores_of(scored, TRIAL, settings={"sampling_times": [0.5]})
+    with pytest.raises(
+        InputError, match="soflow: `sampler` is 'ddim': input should be 'consistency' or 'ode'"
+    ):
         scores_of(scored, f"{SWEEP}/trial-00", settings={"sampler": "ddim"})
+
+
+def test_one_network_is_scored_with_each_sampler_at_any_times(scored: ProjectFolder) -> None:
+    ways: list[dict[str, Any]] = [
+        {},
+        {"sampling_times": [0.5]},
+        {"sampling_times": [0.3]},
+        {"sampler": "ode"},
+        {"sampler": "ode", "sampling_times": [0.3]},
+    ]
+    usual, even, *others = (
+        scores_of(scored, f"{SWEEP}/trial-00", steps=(2,), settings=way)[0] for way in ways
+    )
+    assert "sampler" not in usual.tags
+    assert "sampling_times" not in usual.tags
+    assert (others[2].tags["sampler"], others[2].tags["sampling_times"]) == ("ode", "0.3")
+    assert {score.tags["nfe"] for score in (usual, even, *others)} == {"2"}
+    assert usual.values == even.values
+    assert len({score.values["fd"] for score in (usual, *others)}) == 4
 
 
 def test_images_need_a_reference_and_the_requested_number(scored: ProjectFolder, tmp_path: Path) -> None:

@@ -170,7 +170,16 @@ def test_sampler_settings_decide_the_images(scored_once: ProjectFolder, tmp_path
     make(scored_once, flow, tmp_path / "euler", steps=2)
     make(scored_once, flow, tmp_path / "heun", steps=2, sampling={"sampler": "heun"})
     assert digests(tmp_path / "euler") != digests(tmp_path / "heun")
-    with pytest.raises(InputError, match="has no sampling setting `sampler`"):
+    for name, times in {"even": [0.5], "late": [0.25]}.items():
+        make(
+            scored_once, checkpoint(scored_once), tmp_path / name, steps=2, sampling={"sampling_times": times}
+        )
+    make(scored_once, checkpoint(scored_once), tmp_path / "usual", steps=2)
+    images = {name: digests(tmp_path / name)["000000-label-0.png"] for name in ("usual", "even", "late")}
+    assert images["usual"] == images["even"] != images["late"]
+    with pytest.raises(InputError, match="sampling"):
+        make(scored_once, checkpoint(scored_once), tmp_path / "late", steps=2)
+    with pytest.raises(InputError, match="`sampler` is 'heun': input should be 'consistency' or 'ode'"):
         make(scored_once, checkpoint(scored_once), tmp_path / "other", sampling={"sampler": "heun"})
     assert not (tmp_path / "other").exists()
 
