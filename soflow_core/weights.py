@@ -7,10 +7,10 @@ import math
 import os
 import pickle
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,11 @@ from soflow_core.networks import SIZES, DiT, DiTConfig
 from soflow_core.objectives import OBJECTIVES, Objective
 from soflow_core.settings import from_dict, to_dict
 
+T = TypeVar("T")
+
 HEADER = "soflow"
+WRAPPERS = ("module.", "network.", "_orig_mod.")
+"""Prefixes of DDP, of the official code's model and of torch.compile."""
 FORMAT = 1
 
 
@@ -70,20 +74,37 @@ def save_weights(
 
 def load_weights(path: str | Path) -> Weights:
     """Reads a file written by save_weights. Raises WeightsError for any other file, and where a weight is not finite."""
-    path = Path(path)
+    header, tensors = _read_file(
+        Path(path),
+        lambda file: {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
+    )
+    require_finite(tensors, path)
+    return Weights(*header, tensors)
+
+
+def read_header(path: str | Path) -> tuple[Weights, int]:
+    """The header of a file written by save_weights, without its tensors, and the number of its parameters.
+
+    Raises WeightsError for any other file.
+    """
+    header, parameters = _read_file(
+        Path(path),
+        lambda file: sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys()),  # noqa: SIM118
+    )
+    return Weights(*header), parameters
+
+
+def _read_file(path: Path, read: Callable[[Any], T]) -> tuple[tuple[DiTConfig, Objective, dict[str, Any]], T]:
+    """The header of a weights file, and what `read` takes of the open file."""
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(HEADER)
-            config, objective, data = _read_header(text)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return _read_header((file.metadata() or {}).get(HEADER)), read(file)
     except SafetensorError as error:
         raise WeightsError(f"{path} is not a complete safetensors file ({error})") from error
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise WeightsError(f"the {HEADER} header of {path} cannot be used: {error}") from error
-    require_finite(tensors, path)
-    return Weights(config, objective, data, tensors)
 
 
 def _read_header(text: str | None) -> tuple[DiTConfig, Objective, dict[str, Any]]:
@@ -206,8 +227,9 @@ def read_official(
 
 
 def _plain_name(name: str) -> str:
-    for prefix in ("module.", "network."):
-        name = name.removeprefix(prefix)
+    """The name without the prefixes of what a network was wrapped in, in whatever order it was."""
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
     return name
 
 

@@ -36,7 +36,7 @@ def ddim(predict: PredictNoise, noise: Tensor, alpha_bar: Tensor, steps: int) ->
     """(B, C, H, W) -> (B, C, H, W): x' = sqrt(abar') x0 + sqrt(1 - abar') eps (DDIM, Eq. 12, sigma = 0)."""
     x, numbers = noise, respaced(len(alpha_bar), steps)
     for now, following in zip(numbers, [*numbers[1:], None], strict=True):
-        eps = predict(x, torch.full((len(x),), float(now), device=x.device))
+        eps = predict(x, torch.full((x.shape[0],), float(now), device=x.device))
         x0 = predicted_data(x, eps, float(alpha_bar[now]))
         abar_next = 1.0 if following is None else float(alpha_bar[following])
         x = abar_next**0.5 * x0 + (1 - abar_next) ** 0.5 * eps
@@ -55,7 +55,7 @@ def ddpm(
         raise ValueError(f"{steps} steps need {steps - 1} noises in renoise; {len(renoise)} were given")
     x, numbers = noise, respaced(len(alpha_bar), steps)
     for i, now in enumerate(numbers):
-        eps = predict(x, torch.full((len(x),), float(now), device=x.device))
+        eps = predict(x, torch.full((x.shape[0],), float(now), device=x.device))
         abar = float(alpha_bar[now])
         x0 = predicted_data(x, eps, abar)
         if i == steps - 1:

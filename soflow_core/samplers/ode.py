@@ -19,7 +19,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 @torch.no_grad()
 def euler(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
     """(B, C, H, W) -> (B, C, H, W): x <- x - h v(x, t); first order, one evaluation a step."""
-    zero = torch.zeros(len(noise), device=noise.device)
+    zero = torch.zeros(noise.shape[0], device=noise.device)
     x = noise
     for start, end in pairwise(uniform_times(steps)):
         x = x - (start - end) * velocity(x, zero + start)
@@ -29,7 +29,7 @@ def euler(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
 @torch.no_grad()
 def heun(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
     """(B, C, H, W) -> (B, C, H, W): the trapezoid of an Euler step; second order, two evaluations a step."""
-    zero = torch.zeros(len(noise), device=noise.device)
+    zero = torch.zeros(noise.shape[0], device=noise.device)
     x = noise
     for start, end in pairwise(uniform_times(steps)):
         h = start - end
@@ -43,7 +43,7 @@ def guided_prediction(network: Network, x: Tensor, t: Tensor, labels: Tensor | N
     """(B, C, H, W), (B,), (B,) -> (B, C, H, W): F(x, t, t, y); where scale is not 1 guided, in a pass of 2 B rows."""
     if labels is None or scale == 1:
         return network(x, t, t, labels)
-    both = torch.cat([labels, null_labels(len(x), x.device)])
+    both = torch.cat([labels, null_labels(x.shape[0], x.device)])
     twice = torch.cat([t, t])
     conditional, unconditional = network(torch.cat([x, x]), twice, twice, both).chunk(2)
     return guide_prediction(conditional, unconditional, scale)

@@ -46,7 +46,7 @@ def sample_with_renoising(
     steps = len(times) - 1
     if len(renoise) < steps - 1:
         raise ValueError(f"{steps} steps need {steps - 1} noises in renoise; {len(renoise)} were given")
-    zero = torch.zeros(len(noise), device=noise.device)
+    zero = torch.zeros(noise.shape[0], device=noise.device)
     x0 = solve(noise, zero + times[0], zero)
     for time, fresh in zip(times[1:-1], renoise, strict=False):
         t = zero + time
@@ -57,7 +57,7 @@ def sample_with_renoising(
 @torch.no_grad()
 def sample_by_steps(solve: Solve, noise: Tensor, times: Sequence[float]) -> Tensor:
     """(B, C, H, W) -> (B, C, H, W): steps f(x, t_i, t_{i+1}) from 1 to 0 along one trajectory, without new noise."""
-    zero = torch.zeros(len(noise), device=noise.device)
+    zero = torch.zeros(noise.shape[0], device=noise.device)
     x = noise
     for start, end in pairwise(times):
         x = solve(x, zero + start, zero + end)
