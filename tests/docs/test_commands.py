@@ -29,6 +29,7 @@ NEEDS = {
     "a GPU",
     "a quiet machine",
     "a running sweep",
+    "a better candidate",
     "a model hub and S3",
     "published weights",
 }
@@ -249,6 +250,7 @@ def test_the_first_hour_of_the_readme_runs(block: Block, workplace: Path) -> Non
             "docs/evaluation.md",
             "docs/operations.md",
             "docs/sweeps.md",
+            "docs/registry.md",
         ]
     ),
     ids=lambda block: block.name,

@@ -16,6 +16,7 @@ from soflow_core.optimizer import OptimizerConfig
 from soflow_core.times import LogitNormal
 from soflow_platform.config.comparison import SamplingConfig
 from soflow_platform.config.experiment import Experiment
+from soflow_platform.config.gate import GateConfig, GuardConfig
 from soflow_platform.config.search import AshaConfig, Range
 
 PAGE = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text(encoding="utf-8")
@@ -30,6 +31,8 @@ SECTIONS: dict[str, type] = {
     "comparison": SamplingConfig,
     "search.space": Range,
     "search.asha": AshaConfig,
+    "registry.gate": GateConfig,
+    "registry.gate.guards": GuardConfig,
 }
 
 

@@ -210,6 +210,26 @@ def test_promotion_then_images_from_the_champion(
     assert "holds images made with other settings (steps 2, now 1)" in other.stderr
 
 
+def test_another_trial_is_scored_against_the_champion_on_ray(
+    swept: tuple[ProjectFolder, str], record: SweepRecord, soflowctl: Run
+) -> None:
+    """Both under the same seeds; the exit code says what the gate decided, and a dry run changes nothing."""
+    place = ("--storage", str(swept[0].root))
+    client = TrackingStore(swept[0].tracking_uri).client
+    if "champion" not in client.get_registered_model("digits").aliases:
+        assert soflowctl("promote", "digits", *place).returncode == 0
+    assert record.best is not None
+    other = next(trial.name for trial in record.trials if trial.name != record.best.trial)
+    done = soflowctl("promote", f"{record.id}/{other}", "--dry-run", "--json", *place)
+    decision = json.loads(done.stdout)
+    assert done.returncode == {"promoted": 0, "refused": 1}[decision["decision"]], done.stderr
+    assert ("is refused: " in done.stderr) == (decision["decision"] == "refused")
+    assert [each["metric"] for each in decision["scores"]] == ["fd", "precision", "recall", "label_agreement"]
+    assert all(len(each["candidate"]) == len(each["champion"]) == 5 for each in decision["scores"])
+    assert (decision["samples"], decision["against"], decision["changed"]) == (64, "1", False)
+    assert len(client.search_model_versions("name = 'digits'")) == 1
+
+
 def test_images_differ_by_label_and_by_sample(
     swept: tuple[ProjectFolder, str], soflowctl: Run, tmp_path: Path
 ) -> None:

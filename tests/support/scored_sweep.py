@@ -89,3 +89,11 @@ def scores_of(project: ProjectFolder, target: str, num: int | None = 100, **sett
     }
     request = EvaluateRequest(target, num, SamplingRequest(**sampling), ProtocolRequest(**settings))
     return evaluate(request, local_services(project))[1]
+
+
+def artifacts_of(project: ProjectFolder, version: str) -> Path:
+    """The folder with the files of a registered version of the model digits; it may be that of another copy of the project."""
+    client = TrackingStore(project.tracking_uri).client
+    source = client.get_model_version("digits", version).source
+    location = client.get_logged_model(source.removeprefix("models:/")).artifact_location
+    return Path(location.removeprefix("file://")) / "artifacts"

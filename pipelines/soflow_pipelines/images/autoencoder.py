@@ -34,6 +34,11 @@ class KlAutoencoder:
             shift=float(getattr(config, "shift_factor", None) or 0.0),
         )
 
+    @property
+    def network(self) -> Any:
+        """diffusers' module."""
+        return self._network
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """[-1, 1] (B, 3, H, W) -> (B, 2C, h, w) float32 on the CPU: posterior mean, then standard deviation, unscaled."""

@@ -15,7 +15,9 @@ import typer
 
 from soflow_core.failures import InputError, printable
 from soflow_platform.cli import data
+from soflow_platform.cli.export import export, import_checkpoint
 from soflow_platform.cli.generate import generate
+from soflow_platform.cli.models import models
 from soflow_platform.cli.options import (
     AddressOption,
     GuidanceOption,
@@ -29,6 +31,7 @@ from soflow_platform.cli.options import (
     TrackingOption,
     parse_sampling,
 )
+from soflow_platform.cli.promote import promote
 from soflow_platform.errors import JobError, Stopped
 from soflow_platform.tracking.outages import describe_outage
 
@@ -160,26 +163,10 @@ def ui(
     ui_command(storage, port, browser)
 
 
-@app.command()
-def promote(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="models:/NAME@candidate, models:/NAME/3, or NAME.")
-    ],
-    force: Annotated[
-        str | None, typer.Option(metavar="REASON", help="Promote although the gate refuses.")
-    ] = None,
-    rollback: Annotated[
-        bool, typer.Option("--rollback", help="Restore the champion before this one.")
-    ] = False,
-    storage: StorageOption = None,
-    tracking: TrackingOption = None,
-) -> None:
-    """Make a version the champion, if it is better than the present one on the same metric."""
-    from soflow_platform.cli.promote import promote_command
-
-    promote_command(model, force, rollback, storage, tracking)
-
-
+app.command()(promote)
+app.command()(models)
+app.command()(export)
+app.command("import")(import_checkpoint)
 app.command()(generate)
 
 

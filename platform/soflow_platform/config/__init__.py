@@ -3,9 +3,10 @@
 document     YAML with `extends`, overrides and the line of every key
 validation   a document checked against the schema; errors in one sentence
 experiment   the whole schema, checks across sections, digests
-sections     base class, data, network, tracking, registry
+sections     base class, data, network, tracking
 training     training loop and resources
 evaluation   scores during training
+gate         registry: the registered model and the gate before its champion
 comparison   ways of sampling that `compare` scores
 search       search space, budgets, scheduler
 locations    paths and URIs made absolute

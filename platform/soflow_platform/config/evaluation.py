@@ -14,6 +14,13 @@ DIGITS = "digits-classifier"
 NAMED_FEATURES = ("inception", "dinov2", "clip", DIGITS, POOLED)
 
 
+def known_features(name: str) -> str:
+    """The name of a feature network, a file's path made absolute. Raises ValueError for an unknown name."""
+    if name not in NAMED_FEATURES and not (name.startswith(FILE) and name != FILE):
+        raise ValueError(f"known are {', '.join(NAMED_FEATURES)} and {FILE}PATH")
+    return absolute_features(name)
+
+
 class EvaluationConfig(Section):
     """The numbers that trials are compared by: Fréchet distance on EMA samples against the training data."""
 
@@ -37,9 +44,7 @@ class EvaluationConfig(Section):
     @field_validator("features")
     @classmethod
     def _known_features(cls, name: str) -> str:
-        if name not in NAMED_FEATURES and not (name.startswith(FILE) and name != FILE):
-            raise ValueError(f"known are {', '.join(NAMED_FEATURES)} and {FILE}PATH")
-        return absolute_features(name)
+        return known_features(name)
 
     @field_validator("autoencoder")
     @classmethod

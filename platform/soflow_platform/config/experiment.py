@@ -13,11 +13,11 @@ from soflow_core.objectives import OBJECTIVES
 from soflow_core.optimizer import OptimizerConfig
 from soflow_platform.config.comparison import USUAL_COMPARISON, SamplingConfig
 from soflow_platform.config.evaluation import EvaluationConfig
+from soflow_platform.config.gate import RegistryConfig
 from soflow_platform.config.search import SearchConfig
 from soflow_platform.config.sections import (
     DataConfig,
     NetworkConfig,
-    RegistryConfig,
     Section,
     Seed,
     TrackingConfig,

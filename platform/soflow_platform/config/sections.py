@@ -1,20 +1,16 @@
-"""Base class of all sections of a sweep file, and the sections `data`, `network`, `tracking` and `registry`.
+"""Base class of all sections of a sweep file, and the sections `data`, `network` and `tracking`.
 
 Every section refuses unknown keys. Defaults are the paper's ImageNet recipe where the paper has one.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from soflow_core.networks.dit import LARGEST
 from soflow_platform.config.locations import absolute_tracking
-
-MODEL_NAME = re.compile(r"\w[\w. -]{0,198}\w|\w")
-"""MLflow refuses / and : and what reads as a path; names with other signs do not go through its URIs and filters."""
 
 Positive = Annotated[int, Field(gt=0, le=10**15)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -81,21 +77,3 @@ class TrackingConfig(Section):
     @classmethod
     def _same_from_everywhere(cls, uri: str | None) -> str | None:
         return uri if uri is None else absolute_tracking(uri)
-
-
-class RegistryConfig(Section):
-    """Where the best trial's EMA weights are registered."""
-
-    model: str | None = None
-    """Registered model; None: the sweep's name. """
-    enabled: bool = True
-
-    @field_validator("model")
-    @classmethod
-    def _as_mlflow_names_models(cls, name: str | None) -> str | None:
-        if name is not None and not MODEL_NAME.fullmatch(name):
-            raise ValueError(
-                "a registered model's name has letters, digits, spaces and . _ - (not / or :), begins with a letter or digit, "
-                "and has at most 200 characters"
-            )
-        return name

@@ -51,6 +51,26 @@ class EvaluateRequest:
 
 
 @dataclass(frozen=True)
+class PromoteRequest:
+    """Request of `soflowctl promote`."""
+
+    model: str
+    """Registered model with its alias or version, or SWEEP/TRIAL."""
+    samples: int | None = None
+    """Samples for each seed. None: those of the gate or of the sweeps."""
+    reference: str | None = None
+    """Real images. None: those of the gate, or the candidate's training data."""
+    autoencoder: str | None = None
+    """Decodes latents. None: the autoencoder that made them."""
+    force: str | None = None
+    """Reason to promote without scoring."""
+    reuse_scores: bool = False
+    """Compare the scores that were stored when each version was trained."""
+    dry_run: bool = False
+    """Decide, and change nothing."""
+
+
+@dataclass(frozen=True)
 class CompareRequest:
     """Request of `soflowctl compare`."""
 

@@ -2,49 +2,137 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soflow_core.weights import read_header
 from soflow_platform import generation
 from soflow_platform.errors import UserError
 from soflow_platform.registry.candidate import Candidate
+from soflow_platform.registry.card import describe, model_card, short_card
+from soflow_platform.registry.tags import (
+    IMAGES_TAG,
+    METHOD_TAG,
+    NETWORK_TAG,
+    PARAMETERS_TAG,
+    RECIPE_TAG,
+    TRIALS_TAG,
+)
 from soflow_platform.storage.checkpoints import EMA, Checkpoint
 from soflow_platform.tracking.store import STEP_TAG, SWEEP_TAG, TRIAL_TAG, Tracking, TrackingStore
 
 CANDIDATE = "candidate"
 CHAMPION = "champion"
+DESCRIPTION_FILE = "model.json"
+CARD_FILE = "README.md"
+GRID_FILE = "samples.png"
 PYFUNC_FILE = Path(generation.__file__).with_name("pyfunc_model.py")
 """Copied into every registered version: what MLflow runs to load it."""
+
+
+@dataclass(frozen=True)
+class NewVersion:
+    """Weights to be registered, with what is kept beside them."""
+
+    name: str
+    """Name of the registered model."""
+    weights: Path
+    """Weights file, `ema.safetensors`."""
+    description: Mapping[str, Any]
+    """What `model.json` holds; see `card.describe`."""
+    tags: Mapping[str, str]
+    run: str | None = None
+    """MLflow run that the weights are of."""
+    step: int = 0
+    grids: Sequence[Path] = ()
+    """Sample grids; the first is kept."""
 
 
 def register(tracking: Tracking, candidate: Candidate, checkpoint: Checkpoint) -> str:
     """Register a checkpoint's EMA weights and set alias `candidate`. Returns the version; the same weights are registered once."""
     client = tracking.client
     name = candidate.model
-    for version in _versions(tracking.store, name):
-        if version.tags.get(SWEEP_TAG) == candidate.sweep:
+    origin = {SWEEP_TAG: candidate.sweep, TRIAL_TAG: candidate.trial, STEP_TAG: str(candidate.step)}
+    for version in versions_of(tracking.store, name):
+        if origin.items() <= version.tags.items():
             client.set_registered_model_alias(name, CANDIDATE, version.version)
             return str(version.version)
     child = tracking.find(candidate.sweep, candidate.trial)
-    version = _log_model(tracking, name, checkpoint, child.info.run_id if child else None, candidate.step)
-    inherited = child.data.tags.items() if child else ()
+    inherited = child.data.tags if child else {}
     tags = {
-        SWEEP_TAG: candidate.sweep,
-        TRIAL_TAG: candidate.trial,
-        STEP_TAG: str(candidate.step),
+        **origin,
         "metric": candidate.metric,
         "mode": candidate.mode,
+        IMAGES_TAG: str(checkpoint.state.images),
+        RECIPE_TAG: json.dumps(candidate.recipe),
+        TRIALS_TAG: str(candidate.trials),
         **{key: repr(value) for key, value in candidate.metrics.items()},
-        **{key: value for key, value in inherited if key.startswith(("eval.", "data."))},
+        **{key: value for key, value in inherited.items() if key.startswith(("eval.", "data."))},
     }
-    for key, value in tags.items():
+    evaluation = {
+        "metric": candidate.metric,
+        "mode": candidate.mode,
+        "metrics": dict(candidate.metrics),
+        "settings": {key: value for key, value in inherited.items() if key.startswith("eval.")},
+    }
+    facts = {
+        "sweep": candidate.sweep,
+        "trial": candidate.trial,
+        "step": candidate.step,
+        "images": checkpoint.state.images,
+        "commit": inherited.get("mlflow.source.git.commit"),
+        "recipe": dict(candidate.recipe),
+    }
+    with checkpoint.opened(EMA) as weights:
+        new = NewVersion(
+            name=name,
+            weights=weights,
+            description=describe_weights(weights, facts, evaluation),
+            tags=tags,
+            run=child.info.run_id if child else None,
+            step=candidate.step,
+            grids=[Path(grid) for grid in candidate.grids],
+        )
+        return register_weights(tracking, new)
+
+
+def describe_weights(
+    weights: Path, origin: Mapping[str, Any], evaluation: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The description of a weights file; see `card.describe`."""
+    header, parameters = read_header(weights)
+    return describe(header, origin, parameters, evaluation)
+
+
+def register_weights(tracking: Tracking, new: NewVersion) -> str:
+    """Register a version with its description and card, and set alias `candidate`. Returns the version."""
+    client, name = tracking.client, new.name
+    source, model_id = _log_model(tracking, new)
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name)
+    created = client.create_model_version(name, source=source, run_id=new.run, model_id=model_id)
+    version = str(created.version)
+    facts = {
+        METHOD_TAG: new.description["method"],
+        NETWORK_TAG: _network_name(new.description["network"]),
+        PARAMETERS_TAG: str(new.description["parameters"]),
+    }
+    for key, value in {**new.tags, **facts}.items():
         client.set_model_version_tag(name, version, key, value)
+    card = short_card(model_card(f"{name}/{version}", new.description))
+    client.update_model_version(name, version, card)
     client.set_registered_model_alias(name, CANDIDATE, version)
     return version
 
 
-def _log_model(tracking: Tracking, name: str, checkpoint: Checkpoint, run: str | None, step: int) -> str:
+def _log_model(tracking: Tracking, new: NewVersion) -> tuple[str, str]:
+    """Log the weights with everything beside them as an MLflow model. Returns its URI and id."""
     import mlflow
     from mlflow.models.signature import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -59,31 +147,47 @@ def _log_model(tracking: Tracking, name: str, checkpoint: Checkpoint, run: str |
         ),
     )
     tracking.store.select()
-    with mlflow.start_run(run_id=run), warnings.catch_warnings(), checkpoint.opened(EMA) as weights:
+    with (
+        mlflow.start_run(run_id=new.run, experiment_id=None if new.run else tracking.experiment_id),
+        warnings.catch_warnings(),
+        tempfile.TemporaryDirectory(prefix="soflow-version-") as folder,
+    ):
         # The signature above is exact; MLflow would rather infer one from an example.
         warnings.filterwarnings("ignore", message=".*input example.*")
         info = mlflow.pyfunc.log_model(
-            name=name,
+            name=new.name,
             python_model=str(PYFUNC_FILE),
-            artifacts={"weights": str(weights)},
             # MLflow takes a setting at loading only where it was declared here.
             model_config={"autoencoder": None},
+            artifacts={"weights": str(new.weights), **_files_beside(new, Path(folder))},
             signature=signature,
             pip_requirements=[f"soflow=={soflow_platform.version()}"],
-            step=step,
+            step=new.step,
         )
-    client = tracking.client
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)
-    version = client.create_model_version(name, source=info.model_uri, run_id=run, model_id=info.model_id)
-    return str(version.version)
+    return info.model_uri, info.model_id
 
 
-def _versions(store: TrackingStore, name: str) -> list[Any]:
+def _files_beside(new: NewVersion, folder: Path) -> dict[str, str]:
+    """The files that are kept beside the weights, written to a folder: artifact name -> path."""
+    description, card = folder / DESCRIPTION_FILE, folder / CARD_FILE
+    description.write_text(json.dumps(new.description, indent=1, ensure_ascii=False), encoding="utf-8")
+    card.write_text(model_card(f"{new.name}/VERSION", new.description), encoding="utf-8")
+    files = {"description": str(description), "card": str(card)}
+    for grid in [path for path in new.grids if path.is_file()][:1]:
+        files["grid"] = shutil.copy(str(grid), str(folder / GRID_FILE))
+    return files
+
+
+def _network_name(network: Mapping[str, Any]) -> str:
+    return f"DiT-{network['hidden']}x{network['depth']}/{network['patch']}"
+
+
+def versions_of(store: TrackingStore, name: str) -> list[Any]:
+    """All versions of a registered model."""
     return list(store.client.search_model_versions(f"name = '{name}'"))
 
 
-def _aliased(store: TrackingStore, name: str, alias: str) -> Any | None:
+def aliased(store: TrackingStore, name: str, alias: str) -> Any | None:
     """The version an alias names, or None."""
     from mlflow.exceptions import MlflowException
 
@@ -101,7 +205,7 @@ def find_version(store: TrackingStore, model: str) -> Any:
     Raises UserError where there is none.
     """
     name, alias, number = parse_model(model)
-    known = {str(v.version): v for v in _versions(store, name)}
+    known = {str(v.version): v for v in versions_of(store, name)}
     if not known:
         names = ", ".join(m.name for m in store.client.search_registered_models()) or "none"
         raise UserError(f"there is no registered model {name!r} in {store.uri}; known are: {names}.")
@@ -111,7 +215,7 @@ def find_version(store: TrackingStore, model: str) -> Any:
                 f"model {name!r} has no version {number}; it has {', '.join(sorted(known, key=int))}."
             )
         return known[number]
-    version = _aliased(store, name, alias or CANDIDATE)
+    version = aliased(store, name, alias or CANDIDATE)
     if version is None:
         hint = f"; promote one with `soflowctl promote {name}`" if alias == CHAMPION else ""
         raise UserError(f"model {name!r} has no version with alias {alias or CANDIDATE!r}{hint}.")

@@ -20,11 +20,11 @@ def host_tags() -> dict[str, str]:
     }
     if torch.cuda.is_available():
         tags["host.gpu"] = torch.cuda.get_device_name()
-    commit = _git_commit()
+    commit = git_commit()
     return tags | ({"mlflow.source.git.commit": commit} if commit else {})
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Commit of the working folder, with `-dirty` appended where files differ from it; None outside a repository."""
     try:
         commit = subprocess.run(

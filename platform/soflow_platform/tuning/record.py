@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -103,7 +104,25 @@ class SweepRecord:
             metric=self.metric,
             mode=self.mode,
             metrics=self.best.metrics,
+            recipe=self.recipe(self.best.trial),
+            trials=len(self.trials),
+            grids=tuple(self.best.grids),
         )
+
+    def recipe(self, trial: str) -> dict[str, Any]:
+        """The settings of one of its trials: those of the sweep, with what varies in it."""
+        recipe: dict[str, Any] = copy.deepcopy(self.experiment)
+        entry = next((each for each in self.trials if each.name == trial), None)
+        settings = {key: value for key, value in (entry.settings if entry else {}).items() if key != "budget"}
+        if entry is not None and entry.steps is not None:
+            settings["training.steps"] = entry.steps
+        for key, value in settings.items():
+            *sections, last = key.split(".")
+            at = recipe
+            for section in sections:
+                at = at.setdefault(section, {})
+            at[last] = value
+        return recipe
 
     def checkpoints(self, project: ProjectFolder, trial: str) -> CheckpointStore:
         """The checkpoints of one of its trials."""
