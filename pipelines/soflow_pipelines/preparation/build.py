@@ -34,8 +34,8 @@ from soflow_pipelines.storage.opening import staging_folder
 LOOKAHEAD = 2
 """Batches that are decoded while one is encoded."""
 
-Decoded: TypeAlias = NDArray[np.uint8] | ImageError
-"""The pixels of a sample, or why they cannot be read."""
+Decoded: TypeAlias = NDArray[Any] | ImageError
+"""The pixels of a sample, or its moments where the source holds latents, or why they cannot be read."""
 
 
 class DamagedImages(InputError):
@@ -54,7 +54,7 @@ class ShardBuilder:
     plan: ShardPlan
     store: ObjectStore
     encoder: Encoder | None = None
-    """None for pixels."""
+    """None for pixels, and for a source of latents."""
     threads: int = 1
     """Threads that decode while a batch is encoded."""
     on_images: Callable[[int], None] | None = None
@@ -97,7 +97,9 @@ class ShardBuilder:
         if not usable:
             return
         arrays: NDArray[Any] = np.stack([pixels for _, pixels in usable])
-        if self.encoder is not None:
+        if self.plan.encoded is not None:
+            arrays = arrays.astype(self.plan.info.dtype)
+        elif self.encoder is not None:
             moments = self.encoder.encode(to_unit_range(torch.from_numpy(arrays)))
             arrays = moments.numpy().astype(self.plan.info.dtype)
         for (number, _), array in zip(usable, arrays, strict=True):
@@ -119,11 +121,11 @@ class ShardBuilder:
                 yield ready, future.result()
 
     def _decode(self, batch: range) -> list[Decoded]:
-        return [self._pixels(number) for number in batch]
+        return [self._array(number) for number in batch]
 
-    def _pixels(self, number: int) -> Decoded:
+    def _array(self, number: int) -> Decoded:
         try:
-            return self.plan.pixels(number)
+            return self.plan.array(number)
         except ImageError as error:
             return error
 

@@ -19,6 +19,7 @@ from soflow_pipelines.images.decode import centre_crop, to_array
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_pipelines.shards.order import philox_permutation
 from soflow_pipelines.shards.writer import SHARD_BYTES, Sample, samples_per_shard
+from soflow_pipelines.sources.hdf5 import EncodedSource
 from soflow_pipelines.sources.source import Source
 
 
@@ -57,8 +58,12 @@ class ShardPlan:
         self.source = source
         self.settings = settings
         self.autoencoder = autoencoder
+        self.encoded = source if isinstance(source, EncodedSource) else None
+        """The source, where it holds latents already; they are stored as they are."""
         size = settings.resolution
-        if autoencoder is None:
+        if self.encoded is not None:
+            shape, size = _shape_of_latents(self.encoded, source.name, settings, autoencoder)
+        elif autoencoder is None:
             shape = (source.channels, size, size)
         else:
             if source.channels != 3:
@@ -77,7 +82,7 @@ class ShardPlan:
             classes=None if source.labels is None else len(source.class_names),
             class_names=source.class_names,
             resolution=size,
-            crop="adm-centre",
+            crop="adm-centre" if self.encoded is None else None,
             flips=settings.flips,
             autoencoder=autoencoder.id if autoencoder else None,
             autoencoder_digest=autoencoder.digest if autoencoder else None,
@@ -135,8 +140,33 @@ class ShardPlan:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_array(image)
 
+    def array(self, sample: int) -> NDArray[Any]:
+        """The pixels of a sample, or its moments (2C, h, w) float32 where the source holds latents. Raises ImageError."""
+        if self.encoded is None:
+            return self.pixels(sample)
+        return self.encoded.moments(self.place(sample)[0])
+
     def sample(self, sample: int, array: NDArray[Any]) -> Sample:
         """A sample as it is stored: key, array and label."""
         item, mirrored = self.place(sample)
         label = None if self.source.labels is None else int(self.source.labels[item])
         return Sample(f"{item:08d}-flip" if mirrored else f"{item:08d}", array, label)
+
+
+def _shape_of_latents(
+    source: EncodedSource, name: str, settings: PrepareSettings, autoencoder: AutoencoderFacts | None
+) -> tuple[tuple[int, int, int], int]:
+    """(C, h, w) of stored latents, and the side of their images. Raises PreparationError."""
+    twice, height, width = source.moments_shape
+    if autoencoder is None:
+        raise PreparationError(
+            f"{name} holds latents: name the autoencoder that made them with --autoencoder."
+        )
+    if twice != 2 * autoencoder.channels:
+        raise PreparationError(
+            f"{name} holds latents of {twice // 2} channels, {autoencoder.id} makes {autoencoder.channels}: name the autoencoder "
+            "that made them."
+        )
+    if settings.flips:
+        raise PreparationError(f"{name} holds latents, which cannot be mirrored: leave --flips out.")
+    return (twice // 2, height, width), height * autoencoder.factor

@@ -8,6 +8,7 @@ parquet     Parquet files with a column of encoded images
 webdataset  tar files in WebDataset's format, also shard sets of pixels
 cifar10     the binary archive of CIFAR-10
 generated   image sets that `soflowctl generate` wrote
+hdf5        HDF5 files of latents, as the official SoFlow code prepares them
 digits      scikit-learn's handwritten digits
 opening     open_source: the source behind a name or path
 """

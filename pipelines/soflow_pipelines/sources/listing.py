@@ -133,8 +133,8 @@ def refuse_foreign_folder(folder: Path, names: Iterable[str]) -> None:
     refuse_foreign_files(folder, present)
 
 
+HDF5_SUFFIXES = (".h5", ".hdf5")
 FOREIGN = {
-    (".h5", ".hdf5"): "HDF5",
     (".arrow", ".feather"): "Arrow",
     (".lmdb", ".mdb"): "LMDB",
     (".tfrecord", ".tfrecords"): "TFRecord",
@@ -149,6 +149,11 @@ FOREIGN = {
 def refuse_foreign_files(place: Path, names: Iterable[str]) -> None:
     """Raises SourceError, which says what to do, where a file is in a format that is known and not read."""
     for name in sorted(names):
+        if name.lower().endswith(HDF5_SUFFIXES):
+            raise SourceError(
+                f"{place} holds HDF5 ({name}): a file of latents is read where it is named itself; write images to class folders, a "
+                "zip file, Parquet or WebDataset tars."
+            )
         for endings, kind in FOREIGN.items():
             if name.lower().endswith(endings):
                 raise SourceError(

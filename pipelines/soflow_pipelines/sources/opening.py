@@ -11,7 +11,13 @@ from soflow_pipelines.sources.cifar10 import CIFAR10, CIFAR10_CLASSES, Cifar10Ar
 from soflow_pipelines.sources.digits import load_digits
 from soflow_pipelines.sources.files import FolderSource, ZipSource, open_zip
 from soflow_pipelines.sources.generated import open_generated
-from soflow_pipelines.sources.listing import is_leftover, refuse_foreign_files, refuse_foreign_folder
+from soflow_pipelines.sources.hdf5 import Hdf5Latents
+from soflow_pipelines.sources.listing import (
+    HDF5_SUFFIXES,
+    is_leftover,
+    refuse_foreign_files,
+    refuse_foreign_folder,
+)
 from soflow_pipelines.sources.parquet import ParquetSource
 from soflow_pipelines.sources.source import ArraySource, Source, SourceError
 from soflow_pipelines.sources.webdataset import TarKeys, TarSource
@@ -73,7 +79,8 @@ class SourceOptions:
 
 
 def open_source(text: str, options: SourceOptions | None = None) -> Source:
-    """The source named `digits` or `cifar10:PATH`, or at a path: an image folder, ImageNet's tree, a zip, Parquet, WebDataset shards.
+    """The source named `digits` or `cifar10:PATH`, or at a path: an image folder, ImageNet's tree, a zip, Parquet, WebDataset shards,
+    HDF5 latents.
 
     Raises SourceError.
     """
@@ -135,8 +142,10 @@ def _open_file(path: Path, name: str, cifar10: bool, options: SourceOptions) -> 
         return Cifar10Archive(path, name, options.split)
     if path.suffix == ".tar":
         return _open_tars([path], name, options)
+    if path.suffix.lower() in HDF5_SUFFIXES:
+        return Hdf5Latents(path, name, options.unlabelled)
     refuse_foreign_files(path, [path.name])
-    raise SourceError(f"{path} is no folder, .zip, .parquet or .tar.")
+    raise SourceError(f"{path} is no folder, .zip, .parquet, .tar or .h5.")
 
 
 def _open_tars(files: list[Path], name: str, options: SourceOptions) -> Source:

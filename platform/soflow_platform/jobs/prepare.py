@@ -103,7 +103,8 @@ class BuilderActor:
     ) -> None:
         # One thread for torch also where several decode: a shard that is built again has the same bytes.
         device = deterministic_torch(1)
-        encoder = load_autoencoder(request.autoencoder, device) if request.autoencoder else None
+        encodes = request.autoencoder is not None and plan.encoded is None
+        encoder = load_autoencoder(str(request.autoencoder), device) if encodes else None
         self._builder = ShardBuilder(plan, open_storage(request.out), encoder, threads, count)
 
     def run(self, shard: int) -> list[str]:
@@ -125,7 +126,7 @@ def _build(
         (plan, request),
         describe=lambda shard: f"shard {shard}",
         resume_hint="Finished shards are kept",
-        uses_gpu=plan.autoencoder is not None,
+        uses_gpu=plan.autoencoder is not None and plan.encoded is None,
     )
     start = Progress(plan.samples - sum(len(plan.shard_samples(shard)) for shard in pending), plan.samples)
     damaged = [image for _, images in pool.imap_unordered(pending, start, report) for image in images]
