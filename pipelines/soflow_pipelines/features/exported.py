@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from soflow_pipelines.features.network import DISTANCES, FeatureError, Features, as_rgb, full_float32, reason
+from soflow_pipelines.storage.files import parse_json
 
 RESIZINGS = ("bilinear", "bicubic", "none")
 LOGITS = ("none", "classes", "labels")
@@ -137,7 +137,7 @@ def _tensors_alone() -> Iterator[None]:
 
 def _read_input(path: Path) -> ProgramInput:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise FeatureError(
             f'{path} is missing: beside the program it says what it takes, such as {{"name": "resnet", "size": [224, 224], '

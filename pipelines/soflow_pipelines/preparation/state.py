@@ -21,8 +21,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from soflow_core.failures import printable, summarize
 from soflow_pipelines.preparation.shard_plan import ShardPlan
 from soflow_pipelines.shards.info import INFO_NAME, DatasetInfo, ShardError
+from soflow_pipelines.shards.schema import parse_object
 from soflow_pipelines.shards.tables import ShardRecord, publish_set, read_info
 from soflow_pipelines.shards.writer import shard_name
 from soflow_pipelines.storage.local import LocalFolder
@@ -56,12 +58,18 @@ def record_built(store: ObjectStore, shard: int, built: BuiltShard) -> None:
 
 
 def _read_built(store: ObjectStore, shard: int) -> BuiltShard:
-    table = pq.read_table(pa.BufferReader(store.read(_built_name(shard))))
-    fields = json.loads(table.schema.metadata[b"record"])
-    left_out = fields.pop("left_out")
-    fields["label_counts"] = {int(label): count for label, count in fields["label_counts"].items()}
-    fields["index"] = table.replace_schema_metadata(None)
-    return BuiltShard(ShardRecord(**fields), tuple(left_out))
+    name = _built_name(shard)
+    try:
+        table = pq.read_table(pa.BufferReader(store.read(name)))
+        fields = parse_object(table.schema.metadata[b"record"].decode())
+        left_out = fields.pop("left_out")
+        fields["label_counts"] = {int(label): count for label, count in fields["label_counts"].items()}
+        fields["index"] = table.replace_schema_metadata(None)
+        return BuiltShard(ShardRecord(**fields), tuple(left_out))
+    except (pa.ArrowException, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ShardError(
+            f"{store.uri}/{name} is damaged ({printable(summarize(error))}): remove it and run the same command again."
+        ) from error
 
 
 def begin(plan: ShardPlan, store: ObjectStore) -> list[int] | None:
@@ -75,7 +83,7 @@ def begin(plan: ShardPlan, store: ObjectStore) -> list[int] | None:
         return None
     names = store.names()
     if RECIPE_NAME in names:
-        _check_recipe(plan, json.loads(store.read(RECIPE_NAME)), f"{store.uri} holds an unfinished set")
+        _check_recipe(plan, _read_recipe(store), f"{store.uri} holds an unfinished set")
     elif foreign := [name for name in names if not name.startswith(f"{STATE_FOLDER}/")]:
         raise ShardError(f"{store.uri} is not empty: it holds {foreign[0]}; name another folder.")
     else:
@@ -83,6 +91,15 @@ def begin(plan: ShardPlan, store: ObjectStore) -> list[int] | None:
     present = set(names)
     # Someone may have removed a shard whose record is still there.
     return [s for s in range(plan.shards) if _built_name(s) not in present or shard_name(s) not in present]
+
+
+def _read_recipe(store: ObjectStore) -> dict[str, Any]:
+    try:
+        return parse_object(store.read(RECIPE_NAME).decode())
+    except ValueError as error:
+        raise ShardError(
+            f"{store.uri}/{RECIPE_NAME} is damaged ({error}): remove what is in the folder, or name another one."
+        ) from error
 
 
 def _check_recipe(plan: ShardPlan, recorded: dict[str, Any], state: str) -> None:

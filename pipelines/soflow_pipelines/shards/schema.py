@@ -57,7 +57,10 @@ def check_description(content: Mapping[str, Any]) -> None:
 
 
 def _shortened(value: object) -> str:
-    shown = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
+    plain = isinstance(value, str | int | float | None)
+    if isinstance(value, list) and len(value) <= 8:
+        plain = all(isinstance(each, str | int | float | None) for each in value)
+    shown = repr(value) if plain else f"a {type(value).__name__}"
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 

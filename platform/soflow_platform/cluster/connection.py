@@ -120,6 +120,14 @@ def connected(address: str | None, dashboard: bool = False) -> Iterator[Cluster]
         raise UserError(
             f"Ray at {address or 'this machine'} refused the connection: {summarize(error)}."
         ) from None
+    except Exception as error:
+        # Ray raises a plain Exception where one of its processes has not started in time, with that one's log as its text.
+        if address is not None or type(error) is not Exception:
+            raise
+        raise JobError(
+            f"Ray did not start on this machine, which may be too busy; its logs are below {local['_temp_dir']}. "
+            "The same command tries again."
+        ) from error
     if threading.current_thread() is threading.main_thread():
         # Ray aborts the process on SIGTERM; the caller's handler closes its runs first.
         for number, handler in before.items():

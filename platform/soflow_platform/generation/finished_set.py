@@ -87,7 +87,7 @@ def _write(store: ObjectStore, name: str, content: bytes) -> None:
 def _read_table(store: ObjectStore, name: str) -> pa.Table:
     content = through_outages(store, f"reading {name}", lambda: store.read(name))
     try:
-        return pq.read_table(io.BytesIO(content))
+        return pq.read_table(pa.BufferReader(content))
     except pa.ArrowException as error:
         raise JobError(
             f"{store.uri}/{name} is damaged ({summarize(error)}): remove it and run the command again."
@@ -157,10 +157,11 @@ def verify(uri: str, count: Callable[[int, int], None] = no_count) -> tuple[int,
             f"{uri} is not finished: run its `soflowctl generate` again, which makes what is missing."
         )
     try:
-        manifest = pq.read_table(io.BytesIO(store.read(MANIFEST_NAME)))
+        manifest = pq.read_table(pa.BufferReader(store.read(MANIFEST_NAME)))
         if not manifest.schema.equals(MANIFEST_SCHEMA):
             raise pa.ArrowInvalid(f"its columns are {', '.join(manifest.column_names)}")
-    except pa.ArrowException as error:
+        files_of(manifest)
+    except (pa.ArrowException, ValueError) as error:
         return 0, [f"{MANIFEST_NAME} is damaged: {summarize(error)}"]
     damages = [*_index_damages(settings, manifest, store, names), *_unlisted(settings, manifest, names)]
     damages += _content_damages(settings, manifest, store, set(names), count)

@@ -23,7 +23,7 @@ from torch import Tensor
 from soflow_pipelines.images.convert import to_uint8
 from soflow_pipelines.images.decode import ImageError, decode_image
 from soflow_pipelines.sources.generated import MANIFEST_SCHEMA
-from soflow_pipelines.storage.files import sha256, write_bytes
+from soflow_pipelines.storage.files import parse_json, sha256, write_bytes
 from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import ObjectStore
 from soflow_pipelines.storage.opening import open_storage, staging_folder
@@ -224,6 +224,11 @@ def record_bytes(table: pa.Table, files: Sequence[PartFile]) -> bytes:
 
 
 def files_of(table: pa.Table) -> dict[str, PartFile]:
-    """The files that a record or a manifest lists."""
-    listed = json.loads((table.schema.metadata or {}).get(FILES_KEY.encode(), b"{}"))
-    return {name: PartFile(name, entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
+    """The files that a record or a manifest lists. Raises ValueError where the list is damaged."""
+    listed = parse_json((table.schema.metadata or {}).get(FILES_KEY.encode(), b"{}"))
+    try:
+        return {
+            name: PartFile(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()
+        }
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError("the list of its files is damaged") from None

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from soflow_pipelines.sources.generated import MANIFEST_NAME, SETTINGS_NAME
+from soflow_pipelines.storage.files import parse_json
 from soflow_pipelines.storage.object_store import ObjectStore
 from soflow_platform.errors import UserError
 from soflow_platform.generation.chosen_labels import ChosenLabels
@@ -161,7 +162,7 @@ def _shown(value: Any) -> str:
 def read_settings(store: ObjectStore) -> dict[str, Any]:
     """The settings of a set. Raises UserError where the file is damaged, StorageError where it cannot be read."""
     try:
-        settings = json.loads(store.read(SETTINGS_NAME))
+        settings = parse_json(store.read(SETTINGS_NAME))
     except ValueError:
         settings = None
     if not isinstance(settings, dict):

@@ -207,10 +207,14 @@ class ScoreStore:
 
     def read(self, name: str, tags: dict[str, str]) -> Score | None:
         """The score of these settings, under the name given; None where there is none."""
-        content = read_json(self._path(tags))
-        if content is None:
+        try:
+            content = read_json(self._path(tags))
+            if content is None:
+                return None
+            return Score(name, content["values"], content["spread"], content["flags"], content["tags"])
+        except (ValueError, KeyError, TypeError):
+            # A damaged file is written again with the score.
             return None
-        return Score(name, content["values"], content["spread"], content["flags"], content["tags"])
 
     def add(self, score: Score) -> None:
         content = {

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from soflow_pipelines.storage.files import sha256_of
+from soflow_pipelines.storage.files import parse_json, sha256_of
 from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import ObjectStore, StorageError
 from soflow_pipelines.storage.opening import open_storage
@@ -273,7 +273,7 @@ def read_record(storage: ObjectStore, name: str) -> Checkpoint | None:
     """
     content = storage.read(f"{name}/{RECORD}")
     try:
-        record = json.loads(content)
+        record = parse_json(content)
     except ValueError:
         return None
     if isinstance(record, dict):

@@ -6,7 +6,6 @@ this version does not know are ignored. A higher number means that the record ca
 
 from __future__ import annotations
 
-import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ def read_record(path: Path, record_class: type[T], optional: Sequence[str] = ())
     """
     try:
         content = read_json(path)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except ValueError:
         raise InputError(f"{path} is damaged: it is no JSON file.") from None
     return None if content is None else record_of(content, record_class, str(path), optional)
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from soflow_pipelines.storage.files import parse_json
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -25,9 +27,9 @@ class ScoreLog:
             self._version_tags = dict(client.get_model_version(*version).tags)
 
     def settings(self, name: str) -> list[dict[str, Any]]:
-        """The settings of the score of this name on the run, on the version, or on both."""
+        """The settings of the score of this name on the run, on the version, or on both; empty where a tag holds none."""
         tag = _settings_tag(name)
-        return [json.loads(tags[tag]) for tags in (self._run_tags, self._version_tags) if tag in tags]
+        return [_parsed(tags[tag]) for tags in (self._run_tags, self._version_tags) if tag in tags]
 
     def add(self, name: str, value: float, settings: Mapping[str, Any], step: int) -> None:
         """Log a score on the run and on the version, unless it is there already."""
@@ -40,6 +42,15 @@ class ScoreLog:
             self._client.set_model_version_tag(*self._version, name, repr(value))
             self._client.set_model_version_tag(*self._version, tag, text)
             self._version_tags[tag] = text
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """The settings in a tag, which anybody with access to the server can write."""
+    try:
+        settings = parse_json(text)
+    except ValueError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _settings_tag(name: str) -> str:
