@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -106,6 +106,14 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+
+
+def sync_files(folder: Path, names: Iterable[str]) -> None:
+    """Has files of a folder and their names reach the disk, as `durable` does for each of them. Raises OSError."""
+    for name in names:
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,7 @@ from torch import Tensor
 from soflow_pipelines.images.convert import to_uint8
 from soflow_pipelines.images.decode import ImageError, decode_image
 from soflow_pipelines.sources.generated import MANIFEST_SCHEMA
-from soflow_pipelines.storage.files import parse_json, sha256, write_bytes
+from soflow_pipelines.storage.files import parse_json, sha256, sync_files, write_bytes
 from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import ObjectStore
 from soflow_pipelines.storage.opening import open_storage, staging_folder
@@ -118,7 +117,7 @@ class PartMaker:
             self._publish_image(names[row.index], row.content)
             digests[row.index] = hashlib.sha256(row.content).hexdigest()
         if isinstance(self._store, LocalFolder):
-            os.sync()
+            sync_files(self._store.folder, names.values())
         return [digests[index] for index in indices.tolist()], int(absent.sum())
 
     def _publish_image(self, name: str, content: bytes) -> None:

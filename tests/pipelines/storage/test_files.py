@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -10,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from soflow_pipelines.preparation.builtin import ensure_builtin
-from soflow_pipelines.storage.files import atomic, move, sha256, short_digest, temporary_folder, write_bytes
+from soflow_pipelines.storage.files import (
+    atomic,
+    move,
+    sha256,
+    short_digest,
+    sync_files,
+    temporary_folder,
+    write_bytes,
+)
 from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import StorageError
 from tests.support.small_disks import mounted
@@ -178,3 +187,16 @@ def test_digests(tmp_path: Path) -> None:
     assert digest == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert short_digest(f"sha256:{digest}") == short_digest(digest) == "ba7816bf8f01cfea"
     assert short_digest(digest, 4) == "ba78"
+
+
+def test_every_file_named_and_their_folder_reach_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "other"):
+        (tmp_path / name).write_bytes(b"x")
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    sync_files(tmp_path, ["a", "b"])
+    assert synced == [(tmp_path / name).stat().st_ino for name in ("a", "b", "")]
+    with pytest.raises(FileNotFoundError):
+        sync_files(tmp_path, ["missing"])
