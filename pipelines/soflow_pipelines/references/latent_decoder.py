@@ -24,7 +24,9 @@ def open_decoder(
     try:
         decoder = load_autoencoder(autoencoder or str(info.autoencoder), device, download)
     except AutoencoderError as error:
-        raise AutoencoderError(f"{error} Name its folder as the autoencoder.") from error
+        raise AutoencoderError(
+            f"{error} Name its folder with --autoencoder, or as evaluation.autoencoder in a sweep file."
+        ) from error
     if decoder.facts.digest != info.autoencoder_digest:
         raise AutoencoderError(
             f"the latents are of {info.autoencoder} ({info.autoencoder_digest}), the autoencoder named is "
