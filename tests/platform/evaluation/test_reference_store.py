@@ -219,7 +219,7 @@ def test_a_set_of_latents_is_scored_as_the_images_they_decode_to(
     itself = run(scored, str(latents), reference=str(latents), autoencoder="autoencoder", **settings)
     assert itself.values["fd"] == pytest.approx(0, abs=1e-6)
     monkeypatch.chdir("/")
-    with pytest.raises(InputError, match="Name its folder as the autoencoder"):
+    with pytest.raises(InputError, match="Name its folder with --autoencoder"):
         run(scored, str(latents), reference=str(images), **settings)
 
 
