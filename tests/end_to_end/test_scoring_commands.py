@@ -51,7 +51,7 @@ def test_the_methods_of_a_sweep_are_compared_in_a_table_that_is_kept(
     assert done.returncode == 0, done.stderr
     assert "Equal training steps" in done.stdout
     assert done.stdout.count("flow_matching") >= 3
-    assert "equal steps, 1 NFE: the best is" in done.stdout
+    assert "equal steps, 1 NFE, no guidance: the best is" in done.stdout
     folder = swept.sweep(SWEEP) / "comparison"
     assert {path.name for path in folder.iterdir()} == {
         f"comparison.{kind}" for kind in ("md", "csv", "json", "png")

@@ -178,10 +178,11 @@ def read_table(
         texts = [column.name for column in chosen if pa.types.is_string(column.type)]
         # Arrow's threads would call a Python file, and end the process with SIGABRT where they do so while Python ends.
         source = pa.BufferReader(content)
+        opened = pq.ParquetFile(source)
+        _check_extent(opened.metadata, len(content))
+        _check_columns(opened.schema_arrow, chosen)
         # Texts stay dictionaries until their lengths are known: a few bytes of a file can repeat a long one very often.
-        file = pq.ParquetFile(source, read_dictionary=texts)
-        _check_extent(file.metadata, len(content))
-        _check_columns(file.schema_arrow, chosen)
+        file = pq.ParquetFile(source, metadata=opened.metadata, read_dictionary=texts)
         table = file.read(columns=chosen.names)
         # Offsets within bounds, and texts in UTF-8, which reading does not look at.
         table.validate(full=True)

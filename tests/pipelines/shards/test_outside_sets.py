@@ -246,6 +246,17 @@ def test_a_column_of_another_type_is_refused(folder: Path, name: str, kind: pa.D
         assert "index.parquet cannot be understood" in str(refused.value)
 
 
+@pytest.mark.parametrize(("table", "name"), [("manifest.parquet", "sha256"), ("index.parquet", "key")])
+def test_a_column_of_another_name_is_refused(folder: Path, table: str, name: str) -> None:
+    content = pq.read_table(folder / table)
+    renamed = ["other" if column == name else column for column in content.column_names]
+    pq.write_table(content.rename_columns(renamed), folder / table)
+    with pytest.raises(
+        ShardError, match=rf"{table} cannot be understood: it has the columns .*, and not one {name}"
+    ):
+        verify(folder)
+
+
 def test_rows_of_the_index_in_another_order_are_found(folder: Path) -> None:
     change_rows(folder / "index.parquet", lambda rows: rows[::-1], INDEX_SCHEMA)
     assert any("not in the order of the shards" in str(damage) for damage in verify(folder))
