@@ -74,6 +74,12 @@ def test_twenty_steps_of_the_recipe_on_latents_reach_the_registry(
     assert (config.hidden, config.depth, config.heads, config.patch) == (384, 12, 6, 4)
     assert (config.channels, config.height, config.width, config.classes) == (4, 32, 32, 10)
     assert weights.data["scaling"] == 0.18215
+    # The latents are of an autoencoder that does not exist: said once, kept as a tag, and nothing else is shown for an image.
+    assert done.stdout.count("no sample grids: the autoencoder test") == 1
+    for run in client.search_runs([str(record.experiment_id)]):
+        assert "no sample grids: the autoencoder test" in run.data.tags["eval.flags"]
+        assert client.list_artifacts(run.info.run_id, "images") == []
+    assert list(storage.root.rglob("samples/*.png")) == []
 
 
 def test_latents_of_other_classes_are_refused_with_both_numbers(

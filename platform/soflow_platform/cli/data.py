@@ -139,7 +139,7 @@ def prepare(
     )
     quiet_libraries()
     done = _with_progress(request, address)
-    _print_prepared(done, out)
+    _print_prepared(done, out, request.autoencoder)
 
 
 def _with_progress(request: PrepareRequest, address: str | None) -> Prepared:
@@ -150,7 +150,7 @@ def _with_progress(request: PrepareRequest, address: str | None) -> Prepared:
         return prepare(request, address, report)
 
 
-def _print_prepared(done: Prepared, out: str) -> None:
+def _print_prepared(done: Prepared, out: str, autoencoder: str | None) -> None:
     info = done.info
     what = f"{done.built} shards written" if done.built else "complete already, nothing was done"
     _echo(f"{out}: {what}.")
@@ -166,7 +166,11 @@ def _print_prepared(done: Prepared, out: str) -> None:
         _echo(f"{done.passed_over} files passed over: no images, hidden, or leftovers of another system")
     for name in info.left_out:
         _echo(f"left out: {name}")
-    _echo(f"Train on it with --set data.source={out}, look at it with: soflowctl data inspect {out}")
+    # A folder's name alone does not say where it is, and sample grids are decoded by what is in it.
+    decoder = (
+        f" --set evaluation.autoencoder={autoencoder}" if autoencoder and Path(autoencoder).is_dir() else ""
+    )
+    _echo(f"Train on it with --set data.source={out}{decoder}, look at it with: soflowctl data inspect {out}")
 
 
 @app.command()

@@ -21,6 +21,7 @@ from soflow_core.objectives import Objective
 from soflow_core.samplers.noise import sample_labels
 from soflow_pipelines.features.network import FeatureNetwork
 from soflow_pipelines.images.autoencoder import AutoencoderError, KlAutoencoder
+from soflow_pipelines.images.convert import to_uint8
 from soflow_pipelines.images.encode import image_grid
 from soflow_pipelines.metrics import EVALUATOR, Reference, ScoreError, ScoreStatistics, scores
 from soflow_pipelines.references.latent_decoder import open_decoder
@@ -31,7 +32,7 @@ from soflow_platform.config.evaluation import DIGITS, POOLED, EvaluationConfig
 from soflow_platform.errors import UserError
 from soflow_platform.evaluation.feature_networks import best_device, feature_network
 from soflow_platform.evaluation.ranks import Ranks, SingleProcess
-from soflow_platform.generation.decoding import autoencoder_tag, decode_samples, viewable
+from soflow_platform.generation.decoding import autoencoder_tag, decode_samples
 from soflow_platform.generation.sampling import SamplingNetwork, generate
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import FLAGS_TAG
@@ -54,7 +55,7 @@ class Evaluation:
     metrics: dict[str, float]
     grids: dict[str, np.ndarray[Any, Any]]
     flags: list[str] = field(default_factory=list)
-    """Sentences on why a metric is refused (and nan), or not comparable with others of its name, and why grids show latents."""
+    """Sentences on why a metric is refused (and nan), or not comparable with others of its name, and why there are no grids."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,7 @@ class Evaluator:
         grids = {}
         if ranks.rank == 0:
             grids = self.grids(network, objective, device)
-            _, undecoded = self._grid_decoder
-            flags += [undecoded] if undecoded else []
+            flags += [] if self.without_grids is None else [self.without_grids]
         return Evaluation(metrics, grids, list(dict.fromkeys(flags)))
 
     def _part(
@@ -170,7 +170,9 @@ class Evaluator:
     def grids(
         self, network: SamplingNetwork, objective: Objective, device: torch.device
     ) -> dict[str, np.ndarray[Any, Any]]:
-        """One sample grid for each number of evaluations, by the name it is logged under."""
+        """One sample grid for each number of evaluations, by the name it is logged under; none of latents that cannot be decoded."""
+        if self.without_grids is not None:
+            return {}
         return {f"samples/nfe{nfe}": self.grid(network, objective, nfe, device) for nfe in self.config.nfe}
 
     def grid(
@@ -185,25 +187,31 @@ class Evaluator:
         steps = steps_for(objective, nfe, self.classes is not None)
         samples = generate(network, objective, self.config.seed, indices, labels, steps, device)
         decoder, _ = self._grid_decoder
-        return grid_image(viewable(decode_samples(samples, decoder)), columns=side)
+        return grid_image(to_uint8(decode_samples(samples, decoder)), columns=side)
+
+    @property
+    def without_grids(self) -> str | None:
+        """Why there are no sample grids, as a sentence; None where there are."""
+        return self._grid_decoder[1]
 
     @functools.cached_property
     def _grid_decoder(self) -> tuple[KlAutoencoder | None, str | None]:
-        """What decodes sample grids, and a sentence where it is needed and not here.
+        """What decodes sample grids, and a sentence where it is needed and cannot be had.
 
-        Loaded with the first grid: other ranks make none. The hub is not asked, because a machine without network would wait for it.
+        The hub is not asked, because a machine without network would wait for it.
         """
         if self.decoder is not None or self.info.kind != "latents":
             return self.decoder, None
         try:
-            decoder = open_decoder(self.info, self.config.autoencoder, best_device(), download=False)
-        except AutoencoderError:
-            sentence = (
-                f"sample grids show three channels of the latents: the autoencoder {self.info.autoencoder} (weights "
-                f"{self.info.autoencoder_digest}) is not on this machine; name its folder as evaluation.autoencoder."
-            )
-            return None, sentence
-        return decoder, None
+            return open_decoder(self.info, self.config.autoencoder, best_device(), download=False), None
+        except AutoencoderError as error:
+            reason = str(error)
+            if self.config.autoencoder is None:
+                reason = (
+                    f"the autoencoder {self.info.autoencoder} (weights {self.info.autoencoder_digest}) that made the latents is not "
+                    "on this machine; name its folder with --set evaluation.autoencoder=FOLDER."
+                )
+            return None, f"no sample grids: {reason}"
 
     def tags(self) -> dict[str, str]:
         """Every setting besides the weights that can change the scores, as tags."""
@@ -218,7 +226,7 @@ class Evaluator:
         }
         if self.decoder is not None:
             tags["eval.autoencoder"] = autoencoder_tag(self.decoder.facts)
-        flags = self.flags()
+        flags = [*self.flags(), *([] if self.without_grids is None else [self.without_grids])]
         return tags | ({FLAGS_TAG: " ".join(flags)} if flags else {})
 
     def flags(self) -> list[str]:

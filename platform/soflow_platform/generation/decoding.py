@@ -8,7 +8,6 @@ from torch import Tensor
 from soflow_core.networks import DiTConfig
 from soflow_pipelines.images.autoencoder import AutoencoderError, KlAutoencoder, load_autoencoder
 from soflow_pipelines.images.codec import AutoencoderFacts, Decoder
-from soflow_pipelines.images.convert import to_uint8
 from soflow_pipelines.references.latent_decoder import open_decoder
 from soflow_pipelines.shards.info import DatasetInfo
 
@@ -75,10 +74,3 @@ def decode_samples(samples: Tensor, decoder: Decoder | None) -> Tensor:
         fill = part[-1:].expand(DECODED_AT_ONCE - len(part), -1, -1, -1)
         images.append(decoder.decode(torch.cat([part, fill]))[: len(part)])
     return torch.cat(images)
-
-
-def viewable(samples: Tensor) -> Tensor:
-    """(B, C, H, W) in [-1, 1], or latents -> uint8 images; of latents, their first three channels."""
-    if samples.shape[1] not in IMAGE_CHANNELS:
-        samples = (samples[:, :3] / 3).clamp(-1, 1)
-    return to_uint8(samples)

@@ -122,8 +122,12 @@ def _score_network(request: EvaluateRequest, target: EvaluationTarget, services:
 def network_protocol(
     request: ProtocolRequest, target: EvaluationTarget, model: ModelUnderTest, services: Services
 ) -> ScoringProtocol:
-    """The scoring protocol for a network: by default its training data are the reference."""
-    decoder = open_decoder(model.data, request.autoencoder, "cpu")
+    """The scoring protocol for a network: by default its training data are the reference.
+
+    An autoencoder is opened only for features of images.
+    """
+    features = request.features or default_features(model.data)
+    decoder = None if features == POOLED else open_decoder(model.data, request.autoencoder, "cpu")
     reference = _named_reference(request, services.project)
     if reference is None and (place := training_data_location(target.data, model.data, services.project)):
         reference = ReferenceLocation(
@@ -132,7 +136,6 @@ def network_protocol(
     factor = decoder.facts.factor if decoder else 1
     size = model.shape[1] * factor, model.shape[2] * factor
     images = ImageSpec(model.shape, size, model.conditional, decoder.facts if decoder else None)
-    features = request.features or default_features(model.data)
     settings = ProtocolSettings(features, request.metrics, images, reference)
     return open_protocol(settings, services.project, services.runner.one)
 

@@ -173,6 +173,8 @@ def prepare(context: SweepContext, cluster: Cluster | None = None) -> PreparedDa
         evaluator = Evaluator.open(
             experiment.evaluation, info, location, experiment.data.conditional, context.project, compute
         )
+    if evaluator.without_grids is not None:
+        context.display.say(evaluator.without_grids)
     return PreparedData(location, info, evaluator.tags(), host_tags())
 
 

@@ -28,7 +28,7 @@ from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.config.evaluation import EvaluationConfig
 from soflow_platform.evaluation.evaluator import Evaluation, Evaluator, Interrupted, grid_image
 from soflow_platform.evaluation.ranks import SingleProcess
-from soflow_platform.generation.decoding import decode_samples, viewable
+from soflow_platform.generation.decoding import decode_samples
 from soflow_platform.generation.sampling import generate
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.metric_logger import MetricLogger
@@ -242,42 +242,66 @@ def test_latents_are_decoded_before_features_of_images(
     assert result.grids["samples/nfe1"].shape[0] > 2 * 16
 
 
-@pytest.mark.parametrize("decoded", [True, False])
-def test_sample_grids_of_latents_are_decoded_whatever_the_features_see(
-    latents: tuple[Path, Path], storage: ProjectFolder, decoded: bool
-) -> None:
-    autoencoder, data = latents
+def latent_evaluator(
+    data: Path, autoencoder: str | None, storage: ProjectFolder
+) -> tuple[Evaluator, Evaluation, DiT]:
+    """An evaluator whose features need no decoder, the result of a network with it, and that network."""
     info = read_info(data)
-    config = EvaluationConfig(
-        every=1, samples=32, nfe=(1,), autoencoder=str(autoencoder) if decoded else None, grid=2
-    )
+    config = EvaluationConfig(every=1, samples=32, nfe=(1,), autoencoder=autoencoder, grid=2)
     evaluator = Evaluator.open(config, info, str(data), True, storage)
     assert evaluator.decoder is None
     network = DiT(DiTConfig(*info.shape, 2, 16, 1, 2, classes=info.classes, null_label=True))
-    result = evaluator.evaluate(network, SoFlow(), torch.device("cpu"))
+    return evaluator, evaluator.evaluate(network, SoFlow(), torch.device("cpu")), network
+
+
+def test_sample_grids_of_latents_are_decoded_whatever_the_features_see(
+    latents: tuple[Path, Path], storage: ProjectFolder
+) -> None:
+    autoencoder, data = latents
+    evaluator, result, network = latent_evaluator(data, str(autoencoder), storage)
     samples = generate(
         network, SoFlow(), 0, torch.arange(4) + (1 << 40), torch.tensor([0, 0, 2, 2]), 1, torch.device("cpu")
     )
-    decoder = load_autoencoder(str(autoencoder))
-    images = to_uint8(decode_samples(samples, decoder)) if decoded else viewable(samples)
+    images = to_uint8(decode_samples(samples, load_autoencoder(str(autoencoder))))
     assert np.array_equal(result.grids["samples/nfe1"], grid_image(images, columns=2))
-    said = [flag for flag in result.flags if "sample grids show three channels of the latents" in flag]
-    assert bool(said) == (not decoded)
+    assert not any("no sample grids" in text for text in (*result.flags, *evaluator.tags().values()))
+
+
+@pytest.mark.parametrize("named", ["nothing", "another"])
+def test_latents_that_cannot_be_decoded_have_no_grids_and_a_reason(
+    latents: tuple[Path, Path], storage: ProjectFolder, tmp_path: Path, named: str
+) -> None:
+    """Neither in the first grids of a training nor in an evaluation; the tag has the reason before anything is trained."""
+    reason = "no sample grids: the autoencoder autoencoder (weights"
+    other = None
+    if named == "another":
+        reason, other = "no sample grids: the latents are of autoencoder", str(changed(latents[0], tmp_path))
+    evaluator, result, network = latent_evaluator(latents[1], other, storage)
+    assert result.grids == evaluator.grids(network, SoFlow(), torch.device("cpu")) == {}
+    assert [flag for flag in result.flags if reason in flag]
+    assert reason in evaluator.tags()["eval.flags"]
+    assert math.isfinite(result.metrics["eval/fd_nfe1"])
+
+
+def changed(autoencoder: Path, folder: Path) -> Path:
+    """The same autoencoder with other weights."""
+    from diffusers import AutoencoderKL
+
+    other = AutoencoderKL.from_pretrained(autoencoder)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    other.save_pretrained(folder / "other")
+    return folder / "other"
 
 
 def test_the_autoencoder_must_be_the_one_that_made_the_latents(
     latents: tuple[Path, Path], tmp_path: Path, storage: ProjectFolder
 ) -> None:
-    from diffusers import AutoencoderKL
-
     autoencoder, data = latents
-    other = AutoencoderKL.from_pretrained(autoencoder)
-    with torch.no_grad():
-        next(other.parameters()).add_(1)
-    other.save_pretrained(tmp_path / "other")
+    other = changed(autoencoder, tmp_path)
     features = exported(tmp_path / "net", 3, 16)
     for named, message in (
-        (str(tmp_path / "other"), "the latents are of autoencoder"),
+        (str(other), "the latents are of autoencoder"),
         (None, "Name its folder"),
     ):
         config = EvaluationConfig(every=1, samples=32, features=features, autoencoder=named)

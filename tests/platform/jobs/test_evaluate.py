@@ -14,6 +14,7 @@ from PIL import Image
 
 from soflow_core.failures import InputError
 from soflow_pipelines.metrics import EVALUATOR, FeatureStatistics, frechet_distance
+from soflow_pipelines.shards.tables import read_info
 from soflow_pipelines.sources.digits import load_digits
 from soflow_platform.errors import JobError
 from soflow_platform.evaluation.feature_networks import feature_network
@@ -25,7 +26,9 @@ from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.record import BestTrial, load_record
+from tests.support.generators import save_generator
 from tests.support.scored_sweep import SWEEP, scores_of
+from tests.support.small_networks import latent_set
 
 TRIAL = f"{SWEEP}/trial-01-flow_matching"
 
@@ -191,6 +194,19 @@ def test_what_cannot_be_scored_is_refused_in_one_sentence(
         scores_of(scored, TRIAL, **settings)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_features_of_the_training_space_need_no_autoencoder(tmp_path: Path) -> None:
+    """The autoencoder of the latents is known by its folder's name alone, which is nowhere to be found."""
+    _, data, _ = latent_set(tmp_path)
+    model = save_generator(tmp_path / "ema.safetensors", read_info(data))
+    project = ProjectFolder(tmp_path / "runs")
+    settings = {"num": 64, "reference": str(data)}
+    (score,) = scores_of(project, str(model), features="pooled", **settings)
+    assert np.isfinite(score.values["fd"])
+    assert "autoencoder" not in score.tags
+    with pytest.raises(InputError, match="Name its folder with --autoencoder"):
+        scores_of(project, str(model), features="inception", **settings)
 
 
 def test_a_sampler_setting_of_another_method_is_refused(scored: ProjectFolder) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +13,20 @@ import torch
 from safetensors.torch import load_file
 
 from soflow_core.weights import load_weights, save_weights
+from soflow_pipelines.shards.tables import read_info
+from soflow_platform.config.gate import GateConfig
 from soflow_platform.errors import JobError, UserError
+from soflow_platform.jobs.gate_scores import Contender, GateProtocol, GateScorer
 from soflow_platform.jobs.promote import Outcome, promote
 from soflow_platform.jobs.requests import PromoteRequest
+from soflow_platform.jobs.targets import EvaluationTarget
 from soflow_platform.registry.versions import NewVersion, describe_weights, find_version, register_weights
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.record import load_record
+from tests.support.generators import save_generator
 from tests.support.scored_sweep import SWEEP, artifacts_of, local_services
+from tests.support.small_networks import latent_set
 
 FIRST, SECOND = f"{SWEEP}/trial-00-soflow", f"{SWEEP}/trial-01-flow_matching"
 GUARDS = ("precision", "recall", "label_agreement")
@@ -218,3 +226,18 @@ def test_a_version_without_recipe_or_sweep_is_refused_with_a_way_out(promoted: P
         client.delete_model_version_tag("digits", number, tag)
     with pytest.raises(UserError, match=r"the recipe of version \d+ .* pass --reuse-scores, or --force"):
         decide(promoted, f"digits/{number}")
+
+
+def test_the_gate_asks_for_no_autoencoder_that_its_features_do_not_need(tmp_path: Path) -> None:
+    _, data, _ = latent_set(tmp_path)
+    model = save_generator(tmp_path / "ema.safetensors", read_info(data))
+    contender = Contender(
+        "a model of latents", EvaluationTarget("latents", weights=model, data=str(data)), {}
+    )
+    protocol = GateProtocol(
+        GateConfig(seeds=2), "fd", "pooled", nfe=1, samples=64, labels="uniform", guards=None
+    )
+    services = local_services(ProjectFolder(tmp_path / "runs"))
+    scored = GateScorer(PromoteRequest("latents"), protocol, services).scores(contender, None)
+    assert [each.metric for each in scored.comparisons] == ["fd", "precision", "recall"]
+    assert all(math.isfinite(value) for each in scored.comparisons for value in each.candidate)
