@@ -20,7 +20,7 @@ import pytest
 import typer
 
 from tests.docs.workplace import make_workplace, reduced
-from tests.support.commands import command, environment
+from tests.support.commands import REDUCED, command, environment
 from tests.support.documents import BLOCKS, COMMANDS, ROOT, Block, Command
 
 NEEDS = {
@@ -295,7 +295,7 @@ def running_sweep(workplace: Path) -> Iterator[subprocess.Popen[str]]:
     """A digits sweep in a project folder of its own that would train for long."""
     shutil.rmtree(workplace / "running", ignore_errors=True)
     (workplace / "running").mkdir()
-    line = reduced(["soflowctl", "run", "digits"])[1:]
+    line = ["run", "digits", *REDUCED]
     with subprocess.Popen(
         command(*line, "--set", "training.steps=100_000", "--set", "evaluation.every=50_000"),
         cwd=workplace / "running",

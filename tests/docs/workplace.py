@@ -21,6 +21,7 @@ CIFAR_ON_TWO_CORES = tuple(
     if command.block.page.stem == "methods-cifar10" and "network.size=S/8" in command.arguments
     for word in command.arguments[5:]
 )
+ONE_TRIAL = ("--set", "search.space={objective.weight_power: [0.5]}")
 TWO_METHODS = ("--set", "search.space={objective: [{method: soflow}, {method: flow_matching}]}")
 
 
@@ -47,10 +48,10 @@ def reduced(arguments: list[str]) -> list[str]:
         return arguments
     sweep = Path(rest[1]).stem
     if sweep == "digits" and rest[0] == "run":
-        return [*arguments, *REDUCED]
+        return [*arguments, *REDUCED, *ONE_TRIAL]
     if sweep == "my-sweep":
         steps = ("--set", "training.batch=32", "--set", "training.steps=20", "--set", "evaluation.every=20")
-        return [*arguments, *SMALL_NETWORK, *SMALL_SAMPLES, *steps]
+        return [*arguments, *SMALL_NETWORK, *SMALL_SAMPLES, *steps, *ONE_TRIAL]
     if sweep in ("methods-digits", "samples"):
         steps = ("--set", "training.steps=20", "--set", "evaluation.every=20", "--set", "training.batch=32")
         steps = (*steps, *TWO_METHODS) if sweep == "methods-digits" else steps

@@ -210,6 +210,7 @@ def test_promotion_then_images_from_the_champion(
     assert "holds images made with other settings (steps 2, now 1)" in other.stderr
 
 
+@pytest.mark.slow
 def test_another_trial_is_scored_against_the_champion_on_ray(
     swept: tuple[ProjectFolder, str], record: SweepRecord, soflowctl: Run
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import socket
@@ -21,9 +22,17 @@ CHUNK = 16 * 1024
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    (port,) = free_ports(1)
+    return port
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports of this machine that nothing listens on."""
+    with contextlib.ExitStack() as held:
+        listeners = [held.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [int(listener.getsockname()[1]) for listener in listeners]
 
 
 def find_weed() -> str | None:
@@ -35,7 +44,14 @@ class S3Server:
     """SeaweedFS on loopback, with one user whose secret it checks."""
 
     def __init__(self, weed: str, folder: Path) -> None:
-        self.port = free_port()
+        parts = ("master", "volume", "filer", "s3")
+        # Each of its parts listens on another port for gRPC too: 10,000 above unless told.
+        ports = free_ports(2 * len(parts))
+        self.port = ports[parts.index("s3")]
+        numbers = [f"-{part}.port={port}" for part, port in zip(parts, ports, strict=False)]
+        numbers += [
+            f"-{part}.port.grpc={port}" for part, port in zip(parts, ports[len(parts) :], strict=True)
+        ]
         folder.mkdir(parents=True)
         identity = {
             "name": "tester",
@@ -43,14 +59,11 @@ class S3Server:
             "actions": ["Admin", "Read", "Write", "List"],
         }
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-        ports = {"master": free_port(), "volume": free_port(), "filer": free_port()}
-        # Each of its parts listens on another port for gRPC too: 10,000 above unless told.
-        grpc = [f"-{part}.port.grpc={free_port()}" for part in (*ports, "s3")]
         command = [
             weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
             "-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=200",
-            "-s3.port.iceberg=0", "-s3.port.lance=0", "-filer", "-s3", f"-s3.port={self.port}", f"-s3.config={folder / 's3.json'}",
-            *(f"-{part}.port={port}" for part, port in ports.items()), *grpc,
+            "-s3.port.iceberg=0", "-s3.port.lance=0", "-filer", "-s3", f"-s3.config={folder / 's3.json'}",
+            *numbers,
         ]  # fmt: skip
         with (folder / "log").open("wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
