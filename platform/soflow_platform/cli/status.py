@@ -14,7 +14,7 @@ from soflow_platform.cli.terminal import console, duration, plain_table, storage
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage.project import ProjectFolder, find_project
 from soflow_platform.training.stop_request import request_stop
-from soflow_platform.training.trial_log import LOG, TrialLogReader, read_tail
+from soflow_platform.training.trial_log import LOG, TrialLogReader, read_tail, start_of_last
 from soflow_platform.tuning.lookup import SweepRef, resolve
 from soflow_platform.tuning.record import all_records
 from soflow_platform.tuning.status import TrialReport, sweep_runs, sweep_state, trial_reports
@@ -48,7 +48,7 @@ def _print_last(logs: dict[str, list[str]], lines: int) -> int:
     merged = sorted(
         ((line, trial) for trial, log in logs.items() for line in log), key=lambda item: item[0][:20]
     )
-    last = merged[-lines:] if lines else []
+    last = merged[start_of_last([line for line, _ in merged], lines) :]
     for line, trial in last:
         _print_line(line, trial, len(logs))
     return len(last)

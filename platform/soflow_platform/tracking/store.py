@@ -34,6 +34,12 @@ STEP_TAG = "soflow.step"
 PARENT_TAG = "mlflow.parentRunId"
 FLAGS_TAG = "eval.flags"
 """Tag with the flags of a run's metrics: sentences on why a value is refused or not comparable with others."""
+FAILURE_TAG = "failure"
+"""Tag with the sentence on why a trial failed."""
+FAILURE_ARTIFACT = "failure.txt"
+"""Artifact with the traceback of the trial's last failure."""
+TAG_LIMIT = 5000
+"""Most characters in a tag's value, a limit of MLflow."""
 PARAM_LIMIT = 100
 """Largest number of params in one request, a limit of MLflow."""
 
@@ -229,6 +235,8 @@ class Tracking:
         if existing is not None:
             run = existing.info.run_id
             client.update_run(run, status="RUNNING")
+            if FAILURE_TAG in existing.data.tags:
+                client.delete_tag(run, FAILURE_TAG)
             return str(run)
         identity = {
             SWEEP_TAG: sweep,
@@ -242,6 +250,11 @@ class Tracking:
         if dataset is not None:
             client.log_inputs(run, datasets=[dataset.as_input()])
         return str(run)
+
+    def log_failure(self, run: str, sentence: str, traceback: str) -> None:
+        """Keep with a run why it failed: a tag, and the whole traceback as an artifact."""
+        self.client.set_tag(run, FAILURE_TAG, sentence[:TAG_LIMIT])
+        self.client.log_text(run, traceback, FAILURE_ARTIFACT)
 
     def finish(self, run: str, status: str) -> None:
         """Close a run as FINISHED, FAILED or KILLED."""

@@ -24,4 +24,5 @@ trial_io       status, log, metrics, sample grids and checkpoints behind one int
 trial_status   status.json: its schema and its writer
 trial_log      log.txt: its writer and its readers
 checkpointer   writes checkpoints in a background thread
+failure        what is kept of an exception, and whether another start may help
 """

@@ -19,7 +19,7 @@ from soflow_core.failures import InputError, printable
 from soflow_platform.cluster.placement import record_placement_group
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import JobError
-from soflow_platform.storage.retry import is_storage_outage
+from soflow_platform.training.failure import Failure, another_start_may_help
 from soflow_platform.training.job import TrialJob
 from soflow_platform.training.trial_log import LOG, TrialLog
 from soflow_platform.training.trial_status import (
@@ -46,7 +46,7 @@ def train_here(job: TrialJob, experiment: Experiment, actor: Any) -> Generator[d
     """Train a trial of one worker in this process; yields its evaluations as `Trainer.train` does.
 
     Other trials may have been trained in the process before: nothing that they leave behind decides a number. `actor` is the sweep's
-    progress actor. Raises JobError or InputError where the trial cannot go on; unless a storage is away, the reason is published.
+    progress actor. Raises what ends the trial; where another start would not help, the reason and its traceback are published.
     """
     import torch
 
@@ -59,19 +59,20 @@ def train_here(job: TrialJob, experiment: Experiment, actor: Any) -> Generator[d
     try:
         trainer = Trainer.of_job(job, device, actor=actor)
         yield from trainer.train()
-    except (JobError, InputError) as error:
-        if not is_storage_outage(error):
+    except Exception as error:
+        if not another_start_may_help(error):
             _publish_failure(error, job, trainer, actor)
         raise
 
 
 def _publish_failure(error: Exception, job: TrialJob, trainer: Trainer | None, actor: Any) -> None:
-    """Publish from rank 0 why a trial cannot go on: training again from the checkpoint would only meet the same."""
-    logging.getLogger(__name__).error("%s", error)
+    """Publish why a trial cannot go on: training again from the checkpoint would only meet the same."""
+    failure = Failure.of(error)
+    logging.getLogger(__name__).error("%s", failure.sentence)
     if trainer is not None:
-        trainer.io.fail(printable(error))
+        trainer.io.fail(failure)
     else:
-        fail_trial(job, actor, printable(error))
+        fail_trial(job, actor, failure)
 
 
 def release_memory() -> None:
@@ -188,24 +189,24 @@ def train_worker(settings: dict[str, Any]) -> None:
     try:
         trainer = Trainer.of_job(job, ray.train.torch.get_device(), rank, world, actor)
         trainer.run()
-    except (JobError, InputError) as error:
-        if is_storage_outage(error):
+    except Exception as error:
+        if another_start_may_help(error):
             raise
         # Training again from the checkpoint would only meet the same: report it, and do not ask for a restart.
-        logging.getLogger(__name__).error("%s", error)
-        if rank == 0 and trainer is not None:
-            trainer.io.fail(printable(error))
-        elif isinstance(error, InputError):
-            fail_trial(job, actor, printable(error))
-        if isinstance(error, InputError) and world > 1:
-            # The other ranks wait for this one; a JobError is raised on all of them.
+        on_all_ranks = isinstance(error, JobError)
+        if rank == 0:
+            _publish_failure(error, job, trainer, actor)
+        elif not on_all_ranks and not ray.get(actor.progress.remote(job.trial)).failure:
+            _publish_failure(error, job, None, actor)
+        if not on_all_ranks and world > 1:
+            # The other ranks wait for this one.
             raise
 
 
-def fail_trial(job: TrialJob, actor: Any, sentence: str) -> None:
-    """Publishes, from any worker, why a trial cannot go on."""
+def fail_trial(job: TrialJob, actor: Any, failure: Failure) -> None:
+    """Publishes, from any process, why a trial cannot go on."""
     before = TrialStatus()
     with contextlib.suppress(OSError, InputError):
         before = read_status(job.folder) or before
     writer = TrialStatusWriter(job.folder, job.trial, before.steps or 0, job.attempt, actor)
-    writer.fail(sentence, step=before.step)
+    writer.fail(failure.sentence, step=before.step, traceback=failure.traceback)

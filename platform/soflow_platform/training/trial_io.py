@@ -17,6 +17,7 @@ from soflow_platform.storage.checkpoints import Checkpoint, CheckpointState, ran
 from soflow_platform.tracking.metric_logger import MetricLogger
 from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.training.checkpointer import AsyncCheckpointer
+from soflow_platform.training.failure import Failure
 from soflow_platform.training.resume import find_resume_point
 from soflow_platform.training.setup import TrialSetup
 from soflow_platform.training.stop_request import stop_requested
@@ -79,7 +80,7 @@ class TrialIO(Protocol):
     def stop_requested(self, step: int) -> bool:
         """Whether the trial was asked to stop."""
 
-    def fail(self, sentence: str) -> None:
+    def fail(self, failure: Failure) -> None:
         """Publish why the trial failed."""
 
     def close(self) -> None:
@@ -133,7 +134,7 @@ class NullIO:
         del step
         return False
 
-    def fail(self, sentence: str) -> None:
+    def fail(self, failure: Failure) -> None:
         pass
 
     def close(self) -> None:
@@ -233,8 +234,8 @@ class RankZeroIO:
             self.status.log("asked to stop", step)
         return requested
 
-    def fail(self, sentence: str) -> None:
-        self.status.fail(sentence)
+    def fail(self, failure: Failure) -> None:
+        self.status.fail(failure.sentence, traceback=failure.traceback)
 
     def close(self) -> None:
         self.checkpointer.close()

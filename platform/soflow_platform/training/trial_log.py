@@ -10,16 +10,21 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+
+from soflow_core.failures import printable
 
 LOG = "log.txt"
 """Name of the log file in a trial's folder."""
 POLL_SECONDS = 0.5
 """Interval at which `follow` checks for new lines."""
 BLOCK = 1 << 16
+MOMENT = len("2026-11-23T22:59:01Z")
+BAR = "  | "
+"""What stands before each line of a text of several lines."""
 
 
 class TrialLog:
@@ -33,9 +38,20 @@ class TrialLog:
 
         The operating system has the line when this returns. Raises OSError where it cannot be written.
         """
-        now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        parts = [now, *([] if step is None else [f"step {step}"])]
-        line = "  ".join([*parts, " / ".join(text.splitlines())]) + "\n"
+        parts = [_now(), *([] if step is None else [f"step {step}"])]
+        self._append("  ".join([*parts, " / ".join(text.splitlines())]) + "\n")
+
+    def write_block(self, text: str) -> None:
+        """Append a text of several lines together, each after the time and a bar.
+
+            2026-11-23T22:59:01Z  |   File "soflow_core/objectives/soflow.py", line 120, in loss
+
+        Raises OSError where it cannot be written.
+        """
+        start = _now() + BAR
+        self._append("".join(f"{start}{printable(line)}\n" for line in text.splitlines()))
+
+    def _append(self, line: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b", buffering=0) as file:
             # Appending is one operation on a local disk; over NFS only the lock makes it so.
@@ -74,13 +90,31 @@ class TrialLogReader:
 
 
 def read_tail(path: Path, lines: int) -> list[str]:
-    """The last `lines` lines, oldest first; none where there is no file. Reads only the end of a long file."""
+    """The last `lines` lines, oldest first; none where there is no file. Reads only the end of a long file.
+
+    Where they would begin within a text of several lines, such as a traceback, the lines before them in it are returned as well.
+    """
     try:
         file = path.open("rb")
     except FileNotFoundError:
         return []
     with file:
-        return _tail(file.fileno(), file.seek(0, os.SEEK_END), lines)
+        descriptor, end = file.fileno(), file.seek(0, os.SEEK_END)
+        found = _tail(descriptor, end, lines)
+        while found and found[0].find(BAR) == MOMENT:
+            more = _tail(descriptor, end, 2 * len(found))
+            if len(more) == len(found):
+                break
+            found = more[start_of_last(more, len(found)) :]
+        return found
+
+
+def start_of_last(lines: Sequence[str], count: int) -> int:
+    """Index of the first of the last `count` lines, or of the text of several lines that it stands in."""
+    start = max(0, len(lines) - count)
+    while 0 < start < len(lines) and lines[start].find(BAR) == MOMENT:
+        start -= 1
+    return start
 
 
 def follow(path: Path, stop: Callable[[], bool], lines: int = 0) -> Iterator[str]:
@@ -94,6 +128,10 @@ def follow(path: Path, stop: Callable[[], bool], lines: int = 0) -> Iterator[str
         if stopping:
             return
         time.sleep(POLL_SECONDS)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _tail(descriptor: int, end: int, lines: int) -> list[str]:

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from soflow_core.failures import InputError
-from soflow_pipelines.storage.files import write_json
+from soflow_pipelines.storage.files import write_bytes, write_json
 from soflow_platform.storage.records import read_record
 from soflow_platform.training.trial_log import LOG, TrialLog
 
 STATUS = "status.json"
+FAILURE = "failure.txt"
+"""Name of the file in a trial's folder with the traceback of its last failure."""
 ACTOR_SECONDS = 0.5
 """Interval at which progress is sent to the progress actor."""
 STATUS_SECONDS = 2.0
@@ -205,8 +207,9 @@ class TrialStatusWriter:
         if self.actor is not None:
             self.actor.add_evaluation.remote(self.trial, step, metrics)
 
-    def fail(self, sentence: str, step: int | None = None) -> None:
+    def fail(self, sentence: str, step: int | None = None, traceback: str | None = None) -> None:
         """Publish why the trial cannot go on, where starting it again would not help."""
+        self._keep_traceback(sentence, traceback)
         self.log(sentence)
         self.set_state(TrialState.FAILED, step, sentence)
         if self.actor is not None:
@@ -214,6 +217,16 @@ class TrialStatusWriter:
 
             # Wait until the actor has it: the process may end next, and a message that was not received would be lost.
             ray.get(self.actor.update.remote(self.trial, {"failure": sentence}))
+
+    def _keep_traceback(self, sentence: str, traceback: str | None) -> None:
+        try:
+            if traceback is not None:
+                self._log.write_block(traceback)
+            write_bytes(self.folder / FAILURE, (traceback or f"{sentence}\n").encode())
+        except OSError as error:
+            logging.getLogger(__name__).warning(
+                "%s: %s (its log cannot be written: %s)", self.trial, traceback or sentence, error
+            )
 
     def _send(self, changes: dict[str, Any]) -> None:
         if self.actor is not None:

@@ -14,6 +14,7 @@ from soflow_platform.cluster.connection import DRIVER_CPUS, Cluster
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.training.failure import Failure
 from soflow_platform.training.stop_request import stop_requested
 from soflow_platform.training.trial_log import LOG, TrialLog
 from soflow_platform.training.trial_status import TrialState, read_status
@@ -56,8 +57,8 @@ def concurrent_trials(experiment: Experiment, cluster: Cluster) -> int:
 
 def run_trials(
     tasks: list[TrialTask], settings: TuneSettings, cluster: Cluster, actor: Any
-) -> dict[str, str]:
-    """Run the trials under Ray Tune. Returns the errors that Tune has of them: trial name -> sentence.
+) -> dict[str, Failure]:
+    """Run the trials under Ray Tune. Returns, by trial name, the errors that Tune has of them.
 
     `actor` is the sweep's progress actor.
 
@@ -93,17 +94,13 @@ def run_trials(
             # Trials save themselves; Tune need not.
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             verbose=0,
-            callbacks=[_sweep_watch(tasks, settings, cluster, actor)],
+            callbacks=[_sweep_watch(tasks, settings, cluster, actor), _silent_progress()],
         ),
     )
     results = tuner.fit()
     cluster.require_alive()
     errors = {task.job.trial: results[index].error for index, task in enumerate(tasks)}
-    return {
-        trial: _last_line(str(error)) if str(error).strip() else summarize(error)
-        for trial, error in errors.items()
-        if error is not None
-    }
+    return {trial: _failure(error) for trial, error in errors.items() if error is not None}
 
 
 def trial_name(trial: Any) -> str:
@@ -122,6 +119,12 @@ def reported_failures(tasks: list[TrialTask], storage: ProjectFolder, actor: Any
             failures[job.trial] = status.failure
     statuses = ray.get(actor.snapshot.remote(), timeout=PROGRESS_ACTOR_SECONDS)
     return failures | {name: status.failure for name, status in statuses.items() if status.failure}
+
+
+def _failure(error: BaseException) -> Failure:
+    """Tune's error of a trial, whose text is the traceback."""
+    text = str(error)
+    return Failure(_last_line(text) if text.strip() else summarize(error), text)
 
 
 def _last_line(traceback: str) -> str:
@@ -182,6 +185,23 @@ def _sweep_watch(tasks: list[TrialTask], settings: TuneSettings, cluster: Cluste
                 log.write(f"it ended unexpectedly and is started again: {_last_error(trial)}")
 
     return SweepWatch()
+
+
+def _silent_progress() -> Any:
+    """A callback in the place of Tune's own, which prints a line for a trial that ends without a result, however quiet it is set."""
+    from ray.tune.progress_reporter import TrialProgressCallback
+
+    class SilentProgress(TrialProgressCallback):
+        def on_trial_result(self, *args: Any, **info: Any) -> None:
+            pass
+
+        def on_trial_error(self, *args: Any, **info: Any) -> None:
+            pass
+
+        def on_trial_complete(self, *args: Any, **info: Any) -> None:
+            pass
+
+    return SilentProgress()
 
 
 def _scheduler(experiment: Experiment) -> Any:

@@ -95,13 +95,20 @@ def trial_reports(storage: ProjectFolder, record: SweepRecord, trials: list[str]
 
 
 def sweep_state(storage: ProjectFolder, record: SweepRecord) -> TrialState:
-    """State of a sweep: RUNNING, STOPPING, FINISHED, STOPPED (after a request) or CUT."""
+    """State of a sweep: RUNNING, STOPPING, FINISHED, STOPPED (after a request), FAILED (a trial failed) or CUT."""
     asked = stop_requested(storage, record.id)
     if sweep_runs(storage, record):
         return TrialState.STOPPING if asked else TrialState.RUNNING
     if record.finished:
         return TrialState.FINISHED
-    return TrialState.STOPPED if asked else TrialState.CUT
+    if asked:
+        return TrialState.STOPPED
+    return TrialState.FAILED if _has_failed_trial(storage, record) else TrialState.CUT
+
+
+def _has_failed_trial(storage: ProjectFolder, record: SweepRecord) -> bool:
+    statuses = (read_status(storage.trial(record.id, trial)) for trial in trial_names(record))
+    return any(status is not None and status.state is TrialState.FAILED for status in statuses)
 
 
 def sweep_runs(storage: ProjectFolder, record: SweepRecord) -> bool:

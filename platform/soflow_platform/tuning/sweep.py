@@ -27,6 +27,7 @@ from soflow_platform.tracking.outages import is_away
 from soflow_platform.tracking.store import TRIAL_TAG, Tracking, tracked_dataset
 from soflow_platform.training.dataset import open_data
 from soflow_platform.training.job import TrialJob
+from soflow_platform.training.launch import fail_trial
 from soflow_platform.training.model import network_config
 from soflow_platform.training.stop_request import clear_stops, stop_requested
 from soflow_platform.training.trial_status import TrialState, TrialStatus
@@ -244,7 +245,14 @@ class SweepRunner:
         self.context.display.start(record, cluster, actor)
         try:
             errors = run_trials(tasks, settings, cluster, actor)
-            return errors | reported_failures(tasks, project, actor)
+            reported = reported_failures(tasks, project, actor)
+            for task in tasks:
+                trial = task.job.trial
+                if trial in errors and trial not in reported:
+                    # Its process was lost too often to say so itself.
+                    fail_trial(task.job, actor, errors[trial])
+                    reported[trial] = errors[trial].sentence
+            return reported
         finally:
             self.context.display.stop()
 

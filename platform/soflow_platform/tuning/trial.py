@@ -14,18 +14,19 @@ from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from typing import Any, TypeVar
 
-from soflow_core.failures import InputError, summarize
+from soflow_core.failures import InputError, printable, summarize
 from soflow_platform.cluster.placement import release_placement_group
 from soflow_platform.config.experiment import Experiment, trial_params
-from soflow_platform.errors import JobError
 from soflow_platform.storage.checkpoints import EMA, CheckpointState, CheckpointStore
 from soflow_platform.storage.retry import is_storage_outage, retry
 from soflow_platform.tracking.outages import is_outage
 from soflow_platform.tracking.store import Tracking, TrackingStore, tracked_dataset
+from soflow_platform.training.failure import Failure
 from soflow_platform.training.job import TrialJob
 from soflow_platform.training.launch import ray_trainer, release_memory, train_here
 from soflow_platform.training.stop_request import stop_requested
 from soflow_platform.training.trial_status import (
+    FAILURE,
     TrialState,
     TrialStatus,
     TrialStatusWriter,
@@ -78,6 +79,8 @@ class TrialEnd:
     """The last status in the progress actor."""
     failure: str | None = None
     """A sentence, where it failed."""
+    traceback: str | None = None
+    """That of Ray Train's error, where it has one."""
     error: Exception | None = None
     """The error of Ray Train's controller, where it died."""
 
@@ -100,8 +103,8 @@ class TrialDriver:
         """Train to the last step, or until the trial is stopped or fails; yields its evaluations in order, each once.
 
         That of the last step is yielded when everything is saved and closed. Closing the iterator ends the trial as pruned. Raises
-        JobError or InputError where the trial cannot reach its last step; the progress actor and the status file then have the reason.
-        Raises what else ends the training: Tune starts the trial again, which helps against lost machines and processes.
+        what ends the training. Where another start would not help, the progress actor, the status file and the trial's run have the
+        reason; else Tune starts the trial again, which helps against lost machines and processes.
         """
         if self._has_failed():
             # Tune has started it again, in a new process, for trials that follow.
@@ -167,7 +170,7 @@ class TrialDriver:
                         last = [evaluation]
                     else:
                         yield evaluation
-        except (JobError, InputError):
+        except Exception:
             if self._has_failed():
                 self._close_run(job.run, "FAILED")
             raise
@@ -200,14 +203,15 @@ class TrialDriver:
             status = ray.get(self.actor.progress.remote(self.job.trial))
             if train.lost is not None:
                 return TrialEnd(EndKind.CONTROLLER_LOST, status, error=train.lost)
-            failure = status.failure or train.failure
+            failure = status.failure or (train.failure.sentence if train.failure else None)
             if status.state.without_workers and self._stop_requested():
                 return TrialEnd(EndKind.STOPPED, status, failure)
             waited = time.time() - (status.since or 0.0)
             if status.state.without_workers and waited > 60 * self.experiment.resources.wait_minutes:
                 return TrialEnd(EndKind.NO_MACHINES, status, status.failure or self._no_machines())
             if not running:
-                return TrialEnd(EndKind.FAILED if failure else EndKind.COMPLETED, status, failure)
+                trace = train.failure.traceback if train.failure else None
+                return TrialEnd(EndKind.FAILED if failure else EndKind.COMPLETED, status, failure, trace)
             time.sleep(POLL_SECONDS)
 
     def close(self, run: str, end: TrialEnd) -> None:
@@ -220,14 +224,26 @@ class TrialDriver:
             self.status.log("asked to stop while it waited for machines")
             self.status.set_state(TrialState.STOPPED)
         if end.failure and not end.status.failure:
-            self.status.fail(end.failure, step=end.status.step)
+            self.status.fail(end.failure, step=end.status.step, traceback=end.traceback)
         stopped = end.kind is EndKind.STOPPED or end.status.state is TrialState.STOPPED
         state = "FAILED" if end.failure else "KILLED" if stopped else "FINISHED"
         # A failure is not raised: Tune would start the trial again, which helps against lost machines alone.
         self._close_run(run, state)
 
     def _close_run(self, run: str, state: str) -> None:
-        self._retry(lambda: self.tracking.finish(run, state), "closing the run", is_outage)
+        def close() -> None:
+            if state == "FAILED":
+                self._log_failure(run)
+            self.tracking.finish(run, state)
+
+        self._retry(close, "closing the run", is_outage)
+
+    def _log_failure(self, run: str) -> None:
+        with suppress(FileNotFoundError, InputError):
+            status = read_status(self.folder)
+            if status is not None and status.failure:
+                text = (self.folder / FAILURE).read_text(encoding="utf-8")
+                self.tracking.log_failure(run, status.failure, text)
 
     def _stop_requested(self) -> bool:
         return stop_requested(self.project, self.job.sweep, self.job.trial)
@@ -268,7 +284,7 @@ class TrainThread(threading.Thread):
     def __init__(self, experiment: Experiment, job: TrialJob) -> None:
         super().__init__(daemon=True)
         self.experiment, self.job = experiment, job
-        self.failure: str | None = None
+        self.failure: Failure | None = None
         self.lost: Exception | None = None
         """Set where Ray Train's controller died; its workers died with it."""
 
@@ -282,4 +298,4 @@ class TrainThread(threading.Thread):
         except Exception as error:
             # Ray wraps a worker's exception in its own; the last line of the text names the cause.
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            self.failure = lines[-1] if lines else type(error).__name__
+            self.failure = Failure(printable(lines[-1]) if lines else type(error).__name__, str(error))

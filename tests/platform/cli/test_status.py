@@ -457,3 +457,16 @@ def test_reading_a_lock_neither_holds_it_nor_keeps_it_from_being_taken(
         ended.set()
         for looker in lookers:
             looker.join()
+
+
+def test_a_sweep_with_a_failed_trial_is_failed_in_runs_and_status(
+    storage: ProjectFolder, soflowctl: Command
+) -> None:
+    record = sweep(storage, "digits", "aa11")
+    write_status(storage, record, TRIALS[0], state="finished", step=400)
+    write_status(storage, record, TRIALS[1], state="failed", failure="the loss is not finite.")
+    assert "sweep digits-aa11: failed" in soflowctl("status")[1]
+    (row,) = (line for line in soflowctl("runs")[1].splitlines() if line.startswith("digits-aa11"))
+    assert "  failed  " in row
+    with lock_sweep(storage, record.id):
+        assert "sweep digits-aa11: running" in soflowctl("status")[1]

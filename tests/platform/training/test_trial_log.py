@@ -121,3 +121,14 @@ def test_a_line_is_read_once_it_is_complete(
     assert reader.new_lines() == ["second"]
     path.write_text("new\n")
     assert reader.new_lines() == ["new"]
+
+
+def test_a_tail_that_begins_within_a_traceback_has_all_of_it(tmp_path: Path) -> None:
+    log = TrialLog(tmp_path / "log.txt")
+    log.write("starting")
+    log.write_block("\n".join(f"frame {number}" for number in range(50)))
+    log.write("failed")
+    texts = [line[len("2026-11-23T22:59:01Z") :] for line in read_tail(log.path, 3)]
+    # The line before a text of several lines says what it belongs to.
+    assert texts == ["  starting", *(f"  | frame {number}" for number in range(50)), "  failed"]
+    assert read_tail(log.path, 1) == read_tail(log.path, 60)[-1:]
