@@ -32,6 +32,7 @@ NEEDS = {
     "a better candidate",
     "a model hub and S3",
     "published weights",
+    "a server",
 }
 """What a block may be marked with as needing. The commands of such a block are parsed; those for a running sweep have a test."""
 

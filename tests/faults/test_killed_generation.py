@@ -1,4 +1,6 @@
-"""A generation whose driver or worker is killed is finished by the same command: no image twice, none missing, the same bytes."""
+"""A generation whose driver or worker is killed, or whose disk is full, is finished by the same command: no image twice, none missing,
+the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ import pytest
 
 from soflow_platform.generation.finished_set import verify
 from tests.support.generators import digests, make_set, save_digits_generator
+from tests.support.small_disks import mounted
 
 pytestmark = pytest.mark.faults
 SECONDS = 240
@@ -22,11 +25,13 @@ IMAGES, STEPS = 4096, 60
 PARTS = 8
 
 
-def start(model: Path, out: Path, log: Path) -> subprocess.Popen[str]:
+def start(
+    model: Path, out: Path, log: Path, steps: int = STEPS, kind: str = "webdataset", workers: int = 2
+) -> subprocess.Popen[str]:
     command = [
         *(sys.executable, "-m", "soflow_platform.cli.main", "generate", "--model", str(model)),
-        *("--out", str(out), "--num", str(IMAGES), "--steps", str(STEPS), "--format", "webdataset"),
-        *("--workers", "2", "--json"),
+        *("--out", str(out), "--num", str(IMAGES), "--steps", str(steps), "--format", kind),
+        *("--workers", str(workers), "--json"),
     ]
     with log.open("w") as file:
         return subprocess.Popen(
@@ -52,10 +57,12 @@ def until_parts(out: Path, process: subprocess.Popen[str], log: Path, count: int
         time.sleep(0.05)
 
 
-def assert_whole(model: Path, out: Path, tmp_path: Path) -> None:
+def assert_whole(
+    model: Path, out: Path, tmp_path: Path, steps: int = STEPS, kind: str = "webdataset"
+) -> None:
     assert verify(str(out)) == (IMAGES, [])
     assert pq.read_table(out / "manifest.parquet")["index"].to_pylist() == list(range(IMAGES))
-    make_set(model, tmp_path / "uncut", num=IMAGES, steps=STEPS, format="webdataset")
+    make_set(model, tmp_path / "uncut", num=IMAGES, steps=steps, format=kind)
     assert digests(out) == digests(tmp_path / "uncut")
 
 
@@ -92,3 +99,28 @@ def test_a_killed_worker_costs_its_part_alone(model: Path, tmp_path: Path) -> No
     workers[0].kill()
     assert finished(driver, log)["made"] == IMAGES
     assert_whole(model, out, tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("webdataset", 1), ("webdataset", 2), ("png", 1), ("npz", 1)])
+def test_a_full_disk_is_said_and_the_same_command_goes_on(
+    model: Path, tmp_path: Path, kind: str, workers: int
+) -> None:
+    log = tmp_path / "log"
+    with mounted(tmp_path / "disk", mebibytes=64) as disk:
+        out, ballast = disk / "out", disk / "ballast"
+        # Half of what samples.npz takes, and less than the other sets.
+        ballast.write_bytes(bytes(64 * 2**20 - IMAGES * 192 // 2))
+        cut = start(model, out, log, 1, kind, workers)
+        printed, _ = cut.communicate(timeout=SECONDS)
+        assert (cut.returncode, printed) == (1, "")
+        last = log.read_text().splitlines()[-1]
+        assert last.startswith(f"soflowctl: failed: {out}")
+        assert last.endswith(
+            "cannot be written: No space left on device; the same command goes on once that is mended."
+        )
+        assert not (out / "manifest.parquet").exists()
+        ballast.unlink()
+        done = finished(start(model, out, log, 1, kind, workers), log)
+        assert done["made"] + done["kept"] == IMAGES
+        assert_whole(model, out, tmp_path, 1, kind)
+        assert list((out / "_parts").glob(".*.part")) == []

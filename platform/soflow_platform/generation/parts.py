@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import logging
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,13 +26,14 @@ from soflow_pipelines.images.decode import ImageError, decode_image
 from soflow_pipelines.sources.generated import MANIFEST_SCHEMA
 from soflow_pipelines.storage.files import parse_json, sha256, sync_files, write_bytes
 from soflow_pipelines.storage.local import LocalFolder
-from soflow_pipelines.storage.object_store import ObjectStore
+from soflow_pipelines.storage.object_store import ObjectStore, StorageError
 from soflow_pipelines.storage.opening import open_storage, staging_folder
 from soflow_platform.generation.decoding import decode_samples
 from soflow_platform.generation.generator import Generator
 from soflow_platform.generation.output_formats import NpzFormat, PngFormat, Row, sample_key
 from soflow_platform.generation.plan import NPZ_NAME, PARTS_FOLDER, GenerationPlan, PartTask
 from soflow_platform.storage.retry import retry
+from soflow_platform.tracking.outages import DISK
 
 T = TypeVar("T")
 
@@ -48,6 +51,18 @@ def through_outages(store: ObjectStore, description: str, action: Callable[[], T
         return action()
     log = logging.getLogger(__name__).warning
     return retry(action, description=description, timeout=OUTAGE_SECONDS, log=log)
+
+
+@contextlib.contextmanager
+def naming_the_place(store: ObjectStore) -> Iterator[None]:
+    """Raises StorageError with the place of the set, or of its staging folder, where a full or broken disk names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK or error.filename is not None:
+            raise
+        place = store.uri if isinstance(store, LocalFolder) else tempfile.gettempdir()
+        raise StorageError(f"{place} cannot be written: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,14 @@ class PartMaker:
         self._encoders.shutdown()
 
     def make(self, task: PartTask) -> int:
-        """Makes and publishes a part, then its record. Returns how many images were made. Raises InputError, JobError."""
+        """Makes and publishes a part, then its record. Returns how many images were made.
+
+        Raises InputError, JobError, and StorageError where the disk is full.
+        """
+        with naming_the_place(self._store):
+            return self._make(task)
+
+    def _make(self, task: PartTask) -> int:
         indices, labels = self._plan.rows(task.number)
         if isinstance(self._plan.format, PngFormat):
             digests, made = self._make_files(task, indices, labels)

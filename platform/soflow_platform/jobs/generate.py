@@ -27,7 +27,7 @@ from soflow_platform.generation.chosen_labels import ChosenLabels, labels_by_rul
 from soflow_platform.generation.decoding import autoencoder_tag, open_sample_decoder
 from soflow_platform.generation.finished_set import finish, remove_leftovers
 from soflow_platform.generation.output_formats import FORMATS, PngFormat
-from soflow_platform.generation.parts import PartMaker
+from soflow_platform.generation.parts import PartMaker, naming_the_place
 from soflow_platform.generation.plan import (
     GRID_NAME,
     PARTS_FOLDER,
@@ -103,7 +103,8 @@ def generate(
         started = time.perf_counter()
         made = sum(_made(plan, tasks, request, report))
         seconds = time.perf_counter() - started
-        finish(plan, out)
+        with naming_the_place(out):
+            finish(plan, out)
         return _result(plan, made, seconds)
 
 
