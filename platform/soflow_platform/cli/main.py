@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Mapping
 from enum import Enum
 from types import FrameType
 from typing import Annotated
@@ -32,7 +33,7 @@ from soflow_platform.cli.options import (
     parse_sampling,
 )
 from soflow_platform.cli.promote import promote
-from soflow_platform.errors import JobError, Stopped
+from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.tracking.outages import describe_outage
 
 UsageError: type[BaseException] = typer.BadParameter.__mro__[1]
@@ -81,14 +82,42 @@ def run(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print the result alone, no progress.")
     ] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Start without trying a step of each trial on the CPU first.")
+    ] = False,
+    local: Annotated[
+        bool,
+        typer.Option(
+            "--local", help="Train one trial in this process, without Ray, for a debugger; nothing is kept."
+        ),
+    ] = False,
+    trial: Annotated[
+        str | None,
+        typer.Option("--trial", metavar="NAME", help="With --local: the trial to train, not the first."),
+    ] = None,
 ) -> None:
     """Run a sweep: every trial trained and scored, the best one registered.
 
     The same command goes on where an interrupted sweep stopped.
     """
-    from soflow_platform.cli.run import run_command
+    from soflow_platform.cli.run import RunOptions, run_command
+    from soflow_platform.cli.run_local import run_local_command
 
-    run_command(sweep, tuple(overrides or ()), address, storage, dry_run, again, quiet)
+    if local:
+        _refuse({"--dry-run": dry_run, "--again": again, "--address": address, "--quiet": quiet}, "--local")
+        run_local_command(sweep, tuple(overrides or ()), trial, storage)
+        return
+    if trial is not None:
+        raise UserError("--trial chooses the trial of --local: pass both, or leave it out.")
+    options = RunOptions(dry_run, again, quiet, not no_check)
+    run_command(sweep, tuple(overrides or ()), address, storage, options)
+
+
+def _refuse(given: Mapping[str, object], option: str) -> None:
+    """Raises UserError where an option was given that another one leaves without a meaning."""
+    for name, value in given.items():
+        if value:
+            raise UserError(f"{name} has no meaning with {option}: leave one of them out.")
 
 
 @app.command()

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -36,6 +37,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What `soflowctl run` is to do beside running the sweep."""
+
+    dry_run: bool = False
+    """Print the plan alone."""
+    again: bool = False
+    """Run a finished sweep anew."""
+    quiet: bool = False
+    """Print nothing before the result."""
+    check: bool = True
+    """Try a step of each trial first."""
+
+
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes."""
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -65,7 +81,7 @@ def read(name: str, overrides: tuple[str, ...]) -> tuple[Path, Experiment, list[
 def validate_command(name: str, overrides: tuple[str, ...]) -> None:
     """Print that a file is sound, and what it stands for."""
     path, experiment, planned = read(name, overrides)
-    _check_networks(planned)
+    check_networks(planned)
     print(
         f"{path} is valid: {len(planned)} trial(s) of {_methods(planned)}, {_steps(planned)} steps "
         f"of {experiment.training.batch} samples, compared by {experiment.search.metric} ({experiment.mode})."
@@ -82,7 +98,7 @@ def _steps(planned: list[Trial]) -> str:
     return f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
 
 
-def _check_networks(planned: list[Trial]) -> None:
+def check_networks(planned: list[Trial]) -> None:
     """Raises UserError where a trial's network cannot take the shape that the file names."""
     from soflow_platform.training.dataset import expected
     from soflow_platform.training.model import describe_network
@@ -98,16 +114,14 @@ def run_command(
     overrides: tuple[str, ...],
     address: str | None,
     storage_option: str | None,
-    dry_run: bool,
-    again: bool,
-    quiet: bool,
+    options: RunOptions,
 ) -> None:
-    """Run a sweep, or print its plan. With `quiet` nothing is printed before the result."""
+    """Run a sweep, or print its plan."""
     path, experiment, planned = read(name, overrides)
-    _check_networks(planned)
+    check_networks(planned)
     storage = find_project(storage_option)
     screen = console()
-    if dry_run:
+    if options.dry_run:
         _print_plan(screen, experiment, planned, storage.root)
         return
     from soflow_platform.cli.display import SweepDisplay, show_result
@@ -115,12 +129,14 @@ def run_command(
 
     check_data(experiment)
     require_writable(storage)
-    sweep = sweep_id(storage, experiment, again)
+    sweep = sweep_id(storage, experiment, options.again)
     existing = load_record(storage, sweep)
     if existing is not None and existing.finished:
         screen.print(f"sweep {sweep} is finished; --again runs it anew.")
         show_result(screen, existing, storage)
         return
+    if options.check:
+        _check_first_steps(experiment, planned)
     from soflow_platform.cluster.connection import require_answer
     from soflow_platform.tuning.sweep import SweepContext, run_sweep
 
@@ -128,7 +144,7 @@ def run_command(
     if existing is not None:
         _require_checkpoints(storage, existing, experiment)
     record = new_or_resumed_record(existing, sweep, str(path), experiment, planned)
-    display = SweepDisplay(screen, experiment, planned, quiet)
+    display = SweepDisplay(screen, experiment, planned, options.quiet)
     context = SweepContext(record, experiment, planned, storage, display)
     shutdown = GracefulShutdown(storage, sweep, display, experiment.training.grace_seconds)
     with shutdown, lock_sweep(storage, sweep):
@@ -144,6 +160,18 @@ def run_command(
             f"{len(failed)} of {len(outcomes)} trials failed ({failed[0].name}: {failed[0].status.failure}); "
             "the same command tries them again."
         )
+
+
+def _check_first_steps(experiment: Experiment, planned: list[Trial]) -> None:
+    """Raises StepCheckError, after its traceback is printed, where a trial's code raises; UserError where its settings do not fit."""
+    from soflow_platform.training.dataset import sample_kind
+    from soflow_platform.training.step_check import StepCheckError, check_first_steps
+
+    try:
+        check_first_steps(((trial.name, trial.experiment) for trial in planned), sample_kind(experiment))
+    except StepCheckError as error:
+        print(error.traceback, end="", file=sys.stderr)
+        raise
 
 
 def restart_lost_ray(run: Callable[[], T], restarts: int, say: Callable[[str], None]) -> T:

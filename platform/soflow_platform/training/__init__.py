@@ -10,6 +10,8 @@ setup          TrialSetup: data loader, network, training step and evaluator of 
 
 How it runs:
 launch         starts a trial's workers with Ray Train
+in_process     trains a trial without Ray and keeps nothing
+step_check     one step of a trial with a small network, before it is started
 worker         Trainer: the training loop of one rank
 step_noise     times and noise of each step, drawn one step ahead
 distributed    collective operations on Python objects and numbers

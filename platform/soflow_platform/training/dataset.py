@@ -55,6 +55,15 @@ def check_data(experiment: Experiment) -> str:
     return source
 
 
+def sample_kind(experiment: Experiment) -> Expected:
+    """Sample shape and classes of the data; those of a shard set are read. Raises UserError as `check_data` does."""
+    source = check_data(experiment)
+    if source in BUILTIN:
+        return BUILTIN[source]
+    info = _read(experiment, _location(source))
+    return Expected(tuple(info.shape), info.classes)
+
+
 def open_data(experiment: Experiment, storage: ProjectFolder) -> tuple[str, DatasetInfo]:
     """Location and description of the shard set; built-in data is written on first use.
 

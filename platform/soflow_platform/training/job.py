@@ -23,7 +23,7 @@ class TrialJob:
     """The project folder."""
     tracking_uri: str
     run: str
-    """MLflow run id."""
+    """MLflow run id; empty where nothing of the trial is kept."""
     attempt: int = 1
     """Number of the sweep's present start, from 1."""
 

@@ -52,7 +52,7 @@ def train_here(job: TrialJob, experiment: Experiment, actor: Any) -> Generator[d
 
     from soflow_platform.training.worker import Trainer
 
-    _configure_torch(experiment.resources.cpus_per_worker)
+    configure_torch(experiment.resources.cpus_per_worker)
     _reset_peak_memory()
     device = torch.device("cuda" if experiment.resources.gpus_per_worker else "cpu")
     trainer: Trainer | None = None
@@ -88,7 +88,8 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _configure_torch(cpus: float) -> None:
+def configure_torch(cpus: float) -> None:
+    """Set this process's threads to the CPUs that a worker was granted, and cuBLAS to deterministic algorithms."""
     import torch
 
     # Ray gives a worker one OpenMP thread; the CPUs it was granted are the threads it may use.
@@ -176,7 +177,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     from soflow_platform.training.worker import Trainer
 
     context = ray.train.get_context()
-    _configure_torch(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))
+    configure_torch(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))
     job = TrialJob(**settings)
     rank, world = context.get_world_rank(), context.get_world_size()
     actor = progress_actor(job.sweep)

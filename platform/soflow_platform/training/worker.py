@@ -238,9 +238,9 @@ class Trainer:
             culprits = distributed.all_gather_list(culprits)
         # The rank whose own loss broke names a term; the others see only what reached them through the gradients.
         rank, culprit = min(culprits, key=lambda pair: pair[1].startswith("gradient"))
+        kept = f" and the checkpoints before it are kept in {self.setup.checkpoints.root}"
         raise NonFiniteError(
-            f"{culprit} is not finite at step {step} on rank {rank}: the update was not made and the "
-            f"checkpoints before it are kept in {self.setup.checkpoints.root}."
+            f"{culprit} is not finite at step {step} on rank {rank}: the update was not made{kept if self.setup.job.run else ''}."
         )
 
     def _close_inputs(self) -> None:
