@@ -5,6 +5,10 @@ from __future__ import annotations
 import platform
 import socket
 import subprocess
+from pathlib import Path
+
+CODE = Path(__file__).parents[1]
+"""The folder of this package."""
 
 
 def host_tags() -> dict[str, str]:
@@ -24,15 +28,22 @@ def host_tags() -> dict[str, str]:
     return tags | ({"mlflow.source.git.commit": commit} if commit else {})
 
 
-def git_commit() -> str | None:
-    """Commit of the working folder, with `-dirty` appended where files differ from it; None outside a repository."""
+def git_commit(folder: Path = CODE) -> str | None:
+    """Commit of the repository that holds the code in `folder`, with `-dirty` appended where files of it differ from the commit.
+
+    Without an argument that of the code that runs, whatever the working folder is. None where the code is in no repository, as where it
+    was installed from a wheel, also beside one in a virtual environment.
+    """
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5, check=True
+        )
+        return done.stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        )
-        changes = subprocess.run(
-            ["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True
-        )
+        if not git("ls-files"):
+            return None
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
