@@ -33,6 +33,10 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], se
         time.sleep(0.1)
 
 
+def status_files(storage: ProjectFolder) -> list[str]:
+    return [path.read_text() for path in storage.root.glob("sweeps/*/trials/*/status.json")]
+
+
 def steps(storage: ProjectFolder, record: SweepRecord, number: int) -> list[int]:
     root = storage.trial(record.id, record.trials[number].name) / "checkpoints"
     return [checkpoint.state.step for checkpoint in CheckpointStore(root).published()]
@@ -91,6 +95,7 @@ def test_a_running_sweep_is_locked_and_a_terminated_one_closes_its_runs(
         assert "is running in another process" in second.stderr
         listed = soflowctl("runs", "--storage", str(storage.root))
         assert " running " in listed.stdout
+        wait_for(lambda: '"running"' in "".join(status_files(storage)), process)
     finally:
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)

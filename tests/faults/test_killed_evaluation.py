@@ -116,7 +116,7 @@ def test_a_killed_worker_costs_its_block_alone(swept: ProjectFolder, uncut: Any,
     driver = start(storage, log)
     until_some_blocks(storage, driver, log)
     everyone = psutil.Process(driver.pid).children(recursive=True)
-    scorers = [child for child in everyone if "Scorer" in " ".join(child.cmdline())]
+    scorers = [child for child in everyone if "PoolActor" in " ".join(child.cmdline())]
     assert scorers
     scorers[0].kill()
     assert numbers(finished(driver, log)) == uncut

@@ -175,7 +175,11 @@ def _sweep_watch(tasks: list[TrialTask], settings: TuneSettings, cluster: Cluste
         def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             del iteration, trials, info
             name = trial_name(trial)
-            progress = ray.get(actor.progress.remote(name), timeout=PROGRESS_ACTOR_SECONDS)
+            try:
+                progress = ray.get(actor.progress.remote(name), timeout=PROGRESS_ACTOR_SECONDS)
+            except ray.exceptions.RayError:
+                # Where all of this process's Ray has died, the next step says so.
+                return
             if progress.failure:
                 # It is started again to end in a process that later trials can use.
                 return
