@@ -8,6 +8,7 @@ same on every device.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -51,18 +52,23 @@ def _has_tangent(x: Tensor) -> bool:
 
 
 def training_evaluations(objective: Objective, batch: int, conditional: bool = True) -> float:
-    """Cost of one sample of a training step in forward passes, averaged over training."""
-    generator = torch.Generator().manual_seed(0)
+    """Cost of one sample of a training step in forward passes, averaged over training; a phase of the method is run once."""
     batch = min(batch, LARGEST_COUNTED)
-    counts = []
-    for step in range(SCHEDULE_POINTS):
-        counter = _Counter()
-        draws = objective.draw(generator, batch, _SAMPLE, conditional)
-        labels = torch.zeros(batch, dtype=torch.int64) if conditional else None
-        data = Batch(torch.ones(batch, *_SAMPLE), labels)
-        objective.loss(counter, data, draws, step, SCHEDULE_POINTS, PassPolicy(skip_unused=False))
-        counts.append(counter.passes / batch)
-    return statistics.mean(counts)
+    counts: dict[Hashable, float] = {}
+    phases = [objective.phase(step, SCHEDULE_POINTS) for step in range(SCHEDULE_POINTS)]
+    for step, phase in enumerate(phases):
+        if phase not in counts:
+            counts[phase] = _passes_of_a_step(objective, batch, conditional, step) / batch
+    return statistics.mean(counts[phase] for phase in phases)
+
+
+def _passes_of_a_step(objective: Objective, batch: int, conditional: bool, step: int) -> int:
+    counter = _Counter()
+    draws = objective.draw(torch.Generator().manual_seed(0), batch, _SAMPLE, conditional)
+    labels = torch.zeros(batch, dtype=torch.int64) if conditional else None
+    data = Batch(torch.ones(batch, *_SAMPLE), labels)
+    objective.loss(counter, data, draws, step, SCHEDULE_POINTS, PassPolicy(skip_unused=False))
+    return counter.passes
 
 
 @torch.inference_mode()

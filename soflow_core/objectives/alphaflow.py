@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -109,6 +110,10 @@ class AlphaFlow(DifferentialModel):
     @property
     def uses_jvp(self) -> bool:
         return self.derivative == "jvp" and self.flow_matching_share < 1 and self.schedule.reaches_zero
+
+    def phase(self, step: int, total_steps: int) -> Hashable:
+        alpha = self.schedule.alpha(step, total_steps)
+        return alpha if alpha in (0, 1) else "between"
 
     def draw(
         self,

@@ -6,7 +6,7 @@ A method is a frozen dataclass of its settings.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -113,6 +113,14 @@ class Objective(ABC):
     def teacher_decay(self) -> float | None:
         """Decay of the EMA that computes the targets; None where the trained network does."""
         return None
+
+    def phase(self, step: int, total_steps: int) -> Hashable:
+        """Phase of the schedules after `step` steps: the steps of one phase make the same passes of the network.
+
+        Each step is a phase of its own where a method does not say more, so that each is counted.
+        """
+        del total_steps
+        return step
 
     @abstractmethod
     def draw(

@@ -8,6 +8,7 @@ has guidance in training.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -131,6 +132,10 @@ class ImprovedConsistency(ConsistencyModel):
         low, high = torch.special.ndtr((bounds - self.time.mean) / self.time.std)
         return self.time.from_normal(torch.special.ndtri(low + uniform * (high - low))).float()
 
+    def phase(self, step: int, total_steps: int) -> Hashable:
+        del step, total_steps
+        return None
+
     def loss(
         self,
         network: Network,
@@ -182,6 +187,10 @@ class EasyConsistency(ConsistencyModel):
         share = self.quotient ** -(stage + 1) * (1 + self.offset * torch.sigmoid(-sigma))
         return (sigma * (1 - share)).clamp(min=0)
 
+    def phase(self, step: int, total_steps: int) -> Hashable:
+        del step, total_steps
+        return None
+
     def loss(
         self,
         network: Network,
@@ -224,6 +233,10 @@ class ContinuousConsistency(ConsistencyModel):
     @property
     def uses_jvp(self) -> bool:
         return True
+
+    def phase(self, step: int, total_steps: int) -> Hashable:
+        del step, total_steps
+        return None
 
     def loss(
         self,

@@ -6,7 +6,7 @@ equals the first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -69,6 +69,10 @@ class Diffusion(Objective):
     def alpha_bar(self) -> Tensor:
         """(T,) float64: share of the data's variance left after each step."""
         return linear_alpha_bar(self.diffusion_steps, self.beta_first, self.beta_last)
+
+    def phase(self, step: int, total_steps: int) -> Hashable:
+        del step, total_steps
+        return None
 
     def draw(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -55,6 +55,10 @@ class FlowMatching(Objective):
     @property
     def needs_null_label(self) -> bool:
         return self.drop > 0
+
+    def phase(self, step: int, total_steps: int) -> Hashable:
+        del step, total_steps
+        return None
 
     def draw(
         self,

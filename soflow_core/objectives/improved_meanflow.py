@@ -7,6 +7,7 @@ along the network's velocity u(x_t, t, t).
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -85,6 +86,10 @@ class ImprovedMeanFlow(DifferentialModel):
     @property
     def uses_jvp(self) -> bool:
         return self.derivative == "jvp" and self.flow_matching_share < 1
+
+    def phase(self, step: int, total_steps: int) -> Hashable:
+        del step, total_steps
+        return None
 
     def draw(
         self,

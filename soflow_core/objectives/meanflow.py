@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -65,6 +66,10 @@ class MeanFlow(DifferentialModel):
     @property
     def uses_jvp(self) -> bool:
         return self.derivative == "jvp" and self.flow_matching_share < 1
+
+    def phase(self, step: int, total_steps: int) -> Hashable:
+        del step, total_steps
+        return None
 
     def draw(
         self,

@@ -7,7 +7,7 @@ other method's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -72,6 +72,10 @@ class Shortcut(AverageVelocityModel):
     @property
     def teacher_decay(self) -> float | None:
         return self.teacher_ema
+
+    def phase(self, step: int, total_steps: int) -> Hashable:
+        del step, total_steps
+        return None
 
     def draw(
         self,

@@ -7,7 +7,7 @@ code, lies between s and t. There is no Jacobian-vector product, and no teacher 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -128,6 +128,10 @@ class SoFlow(FlowMapModel):
     def velocity(self, network: Network, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """v(x, t): (B, C, H, W), (B,), (B,) -> (B, C, H, W)."""
         return self.coefficients(t, t).velocity(x, network(x, t, t, labels))
+
+    def phase(self, step: int, total_steps: int) -> Hashable:
+        del step, total_steps
+        return None
 
     def draw(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +62,37 @@ def test_the_evaluations_of_a_training_sample_are_those_of_the_formulas(
 def test_a_schedule_is_averaged_over_training() -> None:
     between = training_evaluations(AlphaFlow(), 128)
     assert 3 + 1 + 0.75 < between < 3 + 1 + 0.75 + 0.75 * 2
+
+
+EACH_METHOD: list[Objective] = [method() for method in OBJECTIVES.values()]
+SCHEDULES: list[Objective] = [
+    AlphaFlow(schedule=AlphaSchedule("constant", value=0.5)),
+    AlphaFlow(flow_matching_share=0.0),
+    ImprovedConsistency(first_levels=2, last_levels=8),
+    MeanFlow(derivative="finite_difference"),
+    SoFlow(flow_matching_share=0.1),
+]
+
+
+@pytest.mark.parametrize("objective", [*EACH_METHOD, *SCHEDULES])
+@pytest.mark.parametrize(("batch", "conditional"), [(1, True), (7, True), (24, False)])
+def test_the_steps_of_a_phase_make_the_same_passes(
+    objective: Objective, batch: int, conditional: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = training_evaluations(objective, batch, conditional)
+    monkeypatch.setattr(type(objective), "phase", Objective.phase)
+    assert training_evaluations(objective, batch, conditional) == counted
+
+
+def test_a_thousand_trials_are_planned_within_seconds() -> None:
+    space = "{objective.weight_power: {uniform: [0, 1]}, optimizer.lr: {log_uniform: [1e-4, 1e-2]}}"
+    experiment, document = read_experiment(
+        ROOT / "sweeps" / "digits.yaml", (f"search={{algorithm: random, trials: 1000, space: {space}}}",)
+    )
+    begin = time.process_time()
+    costs = [training_evaluations(p.experiment.objective, 128) for p in trials(document, experiment)]
+    assert costs == [4.5] * 1000
+    assert time.process_time() - begin < 10
 
 
 @pytest.mark.parametrize("method", sorted(OBJECTIVES))
