@@ -38,6 +38,9 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.lr is {self.lr}; a learning rate above 0 is needed")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas are {self.betas}; each must be from 0 to below 1")
+        for name, value in (("weight_decay", self.weight_decay), ("eps", self.eps)):
+            if value < 0:
+                raise ValueError(f"optimizer.{name} is {value}; give 0 or more")
         if self.warmup_steps < 0:
             raise ValueError(f"optimizer.warmup_steps is {self.warmup_steps}; give 0 or more")
         if not 0 <= self.final_lr <= self.lr:

@@ -15,6 +15,9 @@ SettingsT = TypeVar("SettingsT")
 STRICT: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
 """How pydantic reads a settings dataclass: unknown keys and numbers that are not finite are refused at their own key."""
 
+SHOWN = 80
+"""Characters of a value that an error shows."""
+
 
 def check_values(settings: Any) -> None:
     """Checks each field of a settings dataclass against its type; numbers must be finite, and true is no number.
@@ -25,7 +28,9 @@ def check_values(settings: Any) -> None:
     for name, hint in _hints(kind).items():
         value = getattr(settings, name)
         if not _fits(value, hint):
-            raise ValueError(f"{kind.__name__}.{name} is {value!r}; {_needed(hint)}")
+            shown = repr(value)
+            shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+            raise ValueError(f"{kind.__name__}.{name} is {shown}; {_needed(hint)}")
 
 
 def check_share(name: str, value: float) -> None:

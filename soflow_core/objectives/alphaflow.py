@@ -35,6 +35,8 @@ from soflow_core.times import LogitNormal
 
 CLIP = 4.0
 """Bound of the target's elements (alpha-Flow's official code)."""
+LARGEST_EXPONENT = 700.0
+"""Its exponential is still a float."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ class AlphaSchedule:
             raise ValueError(f"an alpha schedule from {self.start} to {self.end}; give 0 <= start < end")
         if not 0 <= self.value <= 1:
             raise ValueError(f"schedule.value is {self.value}; alpha is from 0 to 1")
+        if self.steepness <= 0:
+            raise ValueError(f"schedule.steepness is {self.steepness}; it must be above 0, for alpha falls")
+        if not 0 <= self.snap < 0.5:
+            raise ValueError(f"schedule.snap is {self.snap}; give 0 to below 0.5")
 
     @property
     def reaches_zero(self) -> bool:
@@ -72,7 +78,7 @@ class AlphaSchedule:
             return self.value
         centre = (self.start + self.end) / 2
         slope = self.steepness * (step / total_steps - centre) / (self.end - self.start)
-        alpha = 1 - 1 / (1 + math.exp(-slope))
+        alpha = 1 - 1 / (1 + math.exp(min(-slope, LARGEST_EXPONENT)))
         if alpha > 1 - self.snap:
             return 1.0
         return 0.0 if alpha < self.snap else alpha

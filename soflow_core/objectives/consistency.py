@@ -23,6 +23,10 @@ from soflow_core.rows import per_row, row_mean, row_sum
 from soflow_core.settings import STRICT
 from soflow_core.times import LogitNormal
 
+MOST_LEVELS = 2**20
+"""Of a grid of noise levels, which is a tensor."""
+MOST_STAGES = 10_000
+
 
 def consistency_function(network: Network, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
     """f(x, t) = x - t F(x, t, 0): (B, C, H, W), (B,), (B,) -> (B, C, H, W)."""
@@ -106,10 +110,14 @@ class ImprovedConsistency(ConsistencyModel):
             raise ValueError(
                 f"noise levels {self.sigma_min} to {self.sigma_max}; give 0 < sigma_min < sigma_max"
             )
-        if not 2 <= self.first_levels <= self.last_levels:
+        if not 2 <= self.first_levels <= self.last_levels <= MOST_LEVELS:
             raise ValueError(
-                f"levels {self.first_levels} to {self.last_levels}; give 2 <= first_levels <= last_levels"
+                f"levels {self.first_levels} to {self.last_levels}; give 2 <= first_levels <= last_levels, up to {MOST_LEVELS:,}"
             )
+        if self.rho <= 0:
+            raise ValueError(f"rho is {self.rho}; the curvature of the grid must be above 0")
+        if self.huber < 0:
+            raise ValueError(f"huber is {self.huber}; give 0 for the distance itself, or more")
 
     def levels(self, step: int, total_steps: int) -> int:
         """N(k) = min(s_0 2^floor(k / K'), s_1) + 1, K' = floor(K / (log2(s_1 / s_0) + 1)) (iCT, Eq. 9)."""
@@ -178,8 +186,10 @@ class EasyConsistency(ConsistencyModel):
         super().__post_init__()
         if self.quotient <= 1:
             raise ValueError(f"quotient is {self.quotient}; the gap shrinks by it, so it must be above 1")
-        if self.stages < 1:
-            raise ValueError(f"stages is {self.stages}; at least 1 is needed")
+        if not 1 <= self.stages <= MOST_STAGES:
+            raise ValueError(f"stages is {self.stages}; give 1 to {MOST_STAGES:,}")
+        if self.huber < 0:
+            raise ValueError(f"huber is {self.huber}; give 0 for the distance itself, or more")
 
     def second_level(self, sigma: Tensor, step: int, total_steps: int) -> Tensor:
         """(B,) -> (B,): sigma (1 - q^-(a + 1) (1 + offset sigmoid(-sigma))), at least 0, in stage a (official code)."""

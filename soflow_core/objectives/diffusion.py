@@ -29,6 +29,9 @@ from soflow_core.samplers.diffusion import ddim, ddpm, linear_alpha_bar
 from soflow_core.samplers.ode import guided_prediction
 from soflow_core.settings import STRICT, check_drop, check_values
 
+MOST_STEPS = 100_000
+"""Of a diffusion; the variance that each adds is a number in a table."""
+
 
 @dataclass(frozen=True)
 class Diffusion(Objective):
@@ -51,6 +54,8 @@ class Diffusion(Objective):
 
     def __post_init__(self) -> None:
         check_values(self)
+        if not 1 <= self.diffusion_steps <= MOST_STEPS:
+            raise ValueError(f"diffusion_steps is {self.diffusion_steps}; give 1 to {MOST_STEPS:,}")
         if not 0 < self.beta_first <= self.beta_last < 1:
             raise ValueError(
                 f"betas from {self.beta_first} to {self.beta_last}; give 0 < beta_first <= beta_last < 1"

@@ -28,10 +28,12 @@ from soflow_core.objectives.base import (
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
 from soflow_core.rows import choose_rows, per_row, row_mean
-from soflow_core.settings import STRICT
+from soflow_core.settings import STRICT, check_drop
 
 CLIP = 4.0
 """Bound of the elements of states between half steps, and of targets (the official code)."""
+MOST_STEPS = 2**20
+"""Of the finest step size: times are float32."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,13 @@ class Shortcut(AverageVelocityModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.base_steps < 2 or self.base_steps & (self.base_steps - 1):
-            raise ValueError(f"base_steps is {self.base_steps}; a power of 2, at least 2, is needed")
+        if not 2 <= self.base_steps <= MOST_STEPS or self.base_steps & (self.base_steps - 1):
+            raise ValueError(
+                f"base_steps is {self.base_steps}; a power of 2, from 2 to {MOST_STEPS:,}, is needed"
+            )
+        check_drop("drop", self.drop)
+        if not 0 <= self.teacher_ema < 1:
+            raise ValueError(f"teacher_ema is {self.teacher_ema}; a decay from 0 to below 1 is needed")
         if not 0 <= self.bootstrap_share <= 1:
             raise ValueError(f"bootstrap_share is {self.bootstrap_share}; a share from 0 to 1 is needed")
         if self.scale != 1 and self.drop == 0:

@@ -25,9 +25,7 @@ def check_times(between: Sequence[float]) -> None:
     """Raises ValueError where times between 1 and 0 do not fall from one to the next."""
     if any(end >= start for start, end in pairwise([1.0, *between, 0.0])):
         given = ", ".join(f"{time:g}" for time in between)
-        raise ValueError(
-            f"the sampling times are {given}; give times between 1 and 0, each below the one before"
-        )
+        raise ValueError(f"sampling_times are {given}; give times between 1 and 0, each below the one before")
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from soflow_platform.cli.terminal import console, plain_table, styled
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.presets import sweeps_folder
-from soflow_platform.config.validation import read_experiment
+from soflow_platform.config.validation import read_experiment, where_written
 from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder, find_project, require_writable
@@ -75,13 +75,18 @@ def read(name: str, overrides: tuple[str, ...]) -> tuple[Path, Experiment, list[
     """A sweep file, checked, with its trials."""
     path = find_sweep(name)
     experiment, document = read_experiment(path, overrides)
-    return path, experiment, trials(document, experiment)
+    planned = trials(document, experiment)
+    try:
+        check_networks(planned)
+    except UserError as error:
+        origin = where_written(document, str(error))
+        raise UserError(f"{origin}: {error}" if origin else str(error)) from None
+    return path, experiment, planned
 
 
 def validate_command(name: str, overrides: tuple[str, ...]) -> None:
     """Print that a file is sound, and what it stands for."""
     path, experiment, planned = read(name, overrides)
-    check_networks(planned)
     print(
         f"{path} is valid: {len(planned)} trial(s) of {_methods(planned)}, {_steps(planned)} steps "
         f"of {experiment.training.batch} samples, compared by {experiment.search.metric} ({experiment.mode})."
@@ -118,7 +123,6 @@ def run_command(
 ) -> None:
     """Run a sweep, or print its plan."""
     path, experiment, planned = read(name, overrides)
-    check_networks(planned)
     storage = find_project(storage_option)
     screen = console()
     if options.dry_run:

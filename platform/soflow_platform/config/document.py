@@ -37,15 +37,20 @@ SHOWN = 80
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without its surprises: `1e-4` is a number, `on` and `no` are words."""
+    """YAML 1.1 without its surprises: `1e-4` is a number, `on` and `no` are words, `010` is ten and `1:30` no number."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool", ":int"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"),
+    list("-+0123456789"),
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -263,7 +268,9 @@ class _Reader:
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         try:
-            return self._loader.construct_object(node)
+            value = self._loader.construct_object(node)
+            # -0.0 is 0: as another number it would make another digest and another trial.
+            return 0.0 if isinstance(value, float) and value == 0 else value
         except yaml.YAMLError:
             raise
         except (ValueError, TypeError, LookupError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Union
 from pydantic import BaseModel, Field, ValidationError
 
 from soflow_core.objectives import OBJECTIVES
-from soflow_platform.config.document import Document, KeyPath, read_document, shortened
+from soflow_platform.config.document import Document, KeyPath, Origin, read_document, shortened
 from soflow_platform.errors import UserError
 
 if typing.TYPE_CHECKING:
@@ -60,11 +61,38 @@ def _sentence(document: Document, error: ValidationError) -> str:
         )
     if first["type"] == "union_tag_not_found":
         return f"{source}: `{key}.method` is missing; known are {', '.join(OBJECTIVES)}."
-    message = first["msg"].removeprefix("Value error, ").rstrip(".")
+    message = re.sub(r"^[A-Z]\w*\.(?=\w+ is )", "", first["msg"].removeprefix("Value error, ")).rstrip(".")
     message = message[:1].lower() + message[1:]
     if first["type"] == "value_error":
+        source = where_written(document, message, path) or source
         return f"{source}: {f'`{key}`: ' if key else ''}{message}."
     return f"{source}: `{key}` is {shortened(repr(first['input']))}: {message}."
+
+
+def where_written(document: Document, message: str, path: KeyPath = ()) -> Origin | None:
+    """Where the setting was written that a message about the section at `path` names.
+
+    Of several, it is the one that was laid over the others: an override, then the file itself, then what it extends. None where the
+    message names none that was written.
+    """
+    words = set(re.findall(r"[a-z_][a-z0-9_.]*[a-z0-9_]", message))
+    named = [
+        written
+        for written in document.origins
+        if len(written) > len(path)
+        and written[: len(path)] == path
+        and words & _names_of(written, path)
+        and isinstance(document.get(written), str | int | float | list)
+    ]
+    return document.origin(named[-1]) if named else None
+
+
+def _names_of(written: KeyPath, section: KeyPath) -> set[str]:
+    """How messages about a section name a setting below it."""
+    names = [part for part in written if isinstance(part, str)]
+    dotted = {".".join(names[start:]) for start in range(len(names))}
+    # Without its section a setting is named in messages about that section alone.
+    return dotted if section else {name for name in dotted if name.count(".") == len(names) - 1 > 0}
 
 
 def _document_path(document: Document, loc: tuple[str | int, ...]) -> KeyPath:
@@ -80,9 +108,11 @@ def _document_path(document: Document, loc: tuple[str | int, ...]) -> KeyPath:
 
 
 def _refuse_unknown_keys(document: Document, annotation: Any, value: Any, path: KeyPath) -> None:
-    if not isinstance(value, dict):
+    if isinstance(value, list):
+        for place, each in enumerate(value):
+            _refuse_unknown_keys(document, _of_elements(annotation), each, (*path, place))
         return
-    fields = _known_fields(annotation, value)
+    fields = _known_fields(annotation, value) if isinstance(value, dict) else None
     if fields is None:
         return
     for key, below in value.items():
@@ -97,6 +127,14 @@ def _refuse_unknown_keys(document: Document, annotation: Any, value: Any, path: 
         if not isinstance(below, dict):
             _refuse_booleans(document, fields[key], below, (*path, key))
         _refuse_unknown_keys(document, fields[key], below, (*path, key))
+
+
+def _of_elements(annotation: Any) -> Any:
+    """The type of a list's elements; None where it is not one type."""
+    members = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (tuple, list):
+        return members[0]
+    return next((found for member in members if (found := _of_elements(member)) is not None), None)
 
 
 def _refuse_booleans(document: Document, annotation: Any, value: Any, path: KeyPath) -> None:

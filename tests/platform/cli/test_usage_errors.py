@@ -153,7 +153,7 @@ MISTAKES = {
     ),
     "times that do not fall": (
         ["validate", DIGITS, "--set", "objective.sampling_times=[0.3, 0.6]"],
-        "the sampling times are 0.3, 0.6; give times between 1 and 0, each below the one before.",
+        "sampling_times are 0.3, 0.6; give times between 1 and 0, each below the one before.",
     ),
     "a model to score that is not registered": (
         ["evaluate", "models:/digits@champion"],

@@ -11,12 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from soflow_core.failures import InputError
+from soflow_core.objectives import AlphaSchedule
 from soflow_platform.config.document import MAX_BYTES, MAX_VALUES, Document, apply_override, read_document
 from soflow_platform.config.locations import has_secret
 from soflow_platform.config.validation import read_experiment, validate
 from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.training.dataset import expected
 from soflow_platform.tuning.search_space import trials
+from tests.support.numeric_settings import NumericSetting, numeric_settings
 
 MINIMAL = """\
 name: small
@@ -129,39 +131,130 @@ def test_a_value_that_could_not_be_run_is_refused(tmp_path: Path, override: str,
     assert says in refusal(write(tmp_path, MINIMAL), override)
 
 
-NUMBERS = [
-    "seed",
-    "objective.weight_power",
-    "objective.guidance.scale",
-    "objective.times.velocity.mean",
-    "optimizer.lr",
-    "optimizer.weight_decay",
-    "training.batch",
-    "training.clip_norm",
-    "training.grace_seconds",
-    "training.patience_minutes",
-    "resources.cpus_per_worker",
-    "resources.gpus_per_worker",
-    "resources.wait_minutes",
-    "evaluation.samples",
-    "data.scaling",
-]
+NUMBERS = numeric_settings()
+NO_NUMBERS = [".nan", ".inf", "-.inf", "1e400", "-1e400", "'inf'", "'1e400'", "true", "many", "[]", "1:30"]
+LARGE = [10**30, -(10**30), 10**400]
 
 
-@pytest.mark.parametrize("key", NUMBERS)
-@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e400", "true", "many", "[]", "{}"])
-def test_no_number_is_infinite_or_something_else(tmp_path: Path, key: str, value: str) -> None:
-    sentence = refusal(write(tmp_path, MINIMAL), f"{key}={value}")
-    assert sentence.startswith(f"--set {key}")
-    assert key.rpartition(".")[2] in sentence
+def of_method(folder: Path, setting: NumericSetting) -> Path:
+    return write(folder, MINIMAL.replace("method: soflow", f"method: {setting.method}"))
 
 
-@pytest.mark.parametrize("key", NUMBERS)
-def test_a_number_in_quotes_is_that_number(tmp_path: Path, key: str) -> None:
+def test_the_numbers_of_the_schema_are_found() -> None:
+    found = {".".join(number.path) for number in NUMBERS}
+    assert {"seed", "optimizer.betas.[]", "objective.times.velocity.mean", "training.ema.[]"} <= found
+    assert {"comparison.[].steps.[]", "registry.gate.guards.[].limit", "data.shape.[]"} <= found
+    assert len(NUMBERS) > 140
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=str)
+def test_no_number_is_infinite_or_something_else(tmp_path: Path, number: NumericSetting) -> None:
+    path = of_method(tmp_path, number)
+    for value in NO_NUMBERS:
+        override = number.override(value)
+        with pytest.raises(InputError) as caught:
+            read_experiment(path, (override,))
+        sentence = str(caught.value)
+        assert sentence.startswith(f"--set {override.partition('=')[0]}"), sentence
+        assert number.key in sentence
+        assert len(sentence) < 400
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=str)
+def test_a_number_in_quotes_or_of_any_size_is_that_number_or_refused(
+    tmp_path: Path, number: NumericSetting
+) -> None:
+    path = of_method(tmp_path, number)
+    for value in (*LARGE, 0, 1, 0.5, 16):
+        plain, quoted = (number_read(path, number, text) for text in (str(value), f"'{value}'"))
+        assert plain == quoted
+        assert plain is None or plain == number.kind(value)
+    assert str(number_read(path, number, "-0.0")) in ("0", "0.0", "None")
+
+
+def number_read(path: Path, number: NumericSetting, text: str) -> object:
+    """What is read of a number written so; None where it is refused in a short sentence."""
+    try:
+        return number.value(read_experiment(path, (number.override(text),))[0])
+    except InputError as error:
+        refused = str(error)
+    assert len(refused) < 400
+    return None
+
+
+def test_a_number_with_a_leading_zero_is_decimal(tmp_path: Path) -> None:
+    experiment, _ = read_experiment(write(tmp_path, MINIMAL), ("training.steps=040", "evaluation.every=0x10"))
+    assert (experiment.training.steps, experiment.evaluation.every) == (40, 16)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (
+            "objective: {weight_eps: 0}",
+            "over.yaml, line 3: `objective`: weight_eps is 0.0; it must be above 0",
+        ),
+        ("objective: {sampling_times: [2]}", "over.yaml, line 3: `objective`: sampling_times are 2"),
+        (
+            "network: {heads: 3}",
+            "over.yaml, line 3: `network`: `hidden` (32) must be a multiple of `heads` (3)",
+        ),
+        ("evaluation: {every: 50}", "over.yaml, line 3: evaluation.every (50) is beyond training.steps (40)"),
+        ("training: {steps: 10}", "over.yaml, line 3: evaluation.every (20) is beyond training.steps (10)"),
+        (
+            "resources: {workers: 3}",
+            "over.yaml, line 3: training.batch (16) does not divide over 3 worker(s)",
+        ),
+        (
+            "search: {space: {optimizer.lr: []}}",
+            "over.yaml, line 3: `search`: `optimizer.lr` lists no values",
+        ),
+        ("comparison: [{steps: [1], samples: true}]", "over.yaml, line 3: `comparison.0.samples` is True"),
+        (
+            "comparison: [{steps: [1], sample: 3}]",
+            "over.yaml, line 3: unknown key `sample` in `comparison.0`",
+        ),
+    ],
+)
+def test_a_sentence_names_the_line_of_the_value_and_not_of_the_extended_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    search = "search: {space: {optimizer.lr: [0.1]}}\n"
+    write(tmp_path, MINIMAL + search, "base.yaml")
+    assert refusal(write(tmp_path, f"extends: base.yaml\n\n{line}\n", "over.yaml")).startswith(says)
+
+
+def test_an_override_is_named_rather_than_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL)
-    value = "32" if key in ("training.batch", "evaluation.samples") else "1"
-    plain, quoted = (read_experiment(path, (f"{key}={v}",))[0] for v in (value, f"'{value}'"))
-    assert plain == quoted
+    assert refusal(path, "objective.weight_eps=0").startswith("--set objective.weight_eps: ")
+    assert refusal(path, "optimizer.eps=-1").startswith(
+        "--set optimizer.eps: `optimizer`: optimizer.eps is -1"
+    )
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "optimizer.weight_decay=-1",
+        "objective={method: diffusion, diffusion_steps: 1000000000000}",
+        "objective={method: ict, last_levels: 1000000000000}",
+        "objective={method: ict, rho: 0}",
+        "objective={method: ect, huber: -1}",
+        "objective={method: ect, stages: 1000000000000}",
+        "objective={method: shortcut, teacher_ema: 1}",
+        "objective={method: shortcut, drop: 1}",
+        "objective={method: alphaflow, schedule: {snap: 1}}",
+        "objective={method: alphaflow, schedule: {steepness: 0}}",
+    ],
+)
+def test_a_number_with_which_no_training_starts_is_refused(tmp_path: Path, setting: str) -> None:
+    assert refusal(write(tmp_path, MINIMAL), setting).startswith("--set ")
+
+
+def test_the_steepest_schedule_is_a_step() -> None:
+    schedule = AlphaSchedule(steepness=1e30)
+    assert [schedule.alpha(step, 4) for step in range(4)] == [1, 1, 0.5, 0]
 
 
 def test_a_range_that_is_infinite_is_refused(tmp_path: Path) -> None:
@@ -238,7 +331,16 @@ VALUES = st.recursive(
     max_leaves=12,
 )
 KEYS = st.sampled_from(
-    [*NUMBERS, "name", "data", "network", "objective.method", "search.space", "tracking.uri", "training.ema"]
+    [
+        *(".".join(number.path) for number in NUMBERS),
+        "name",
+        "data",
+        "network",
+        "objective.method",
+        "search.space",
+        "tracking.uri",
+        "training.ema",
+    ]
 )
 FUZZ = settings(max_examples=150, derandomize=True, deadline=2000, suppress_health_check=list(HealthCheck))
 
