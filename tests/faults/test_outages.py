@@ -58,13 +58,15 @@ def test_a_disk_that_is_full_while_saving_delays_the_checkpoint(
     ballast.unlink()
     sweep.wait_for(lambda: sweep.checkpoint_steps[-1] > stood)
     seconds = time.monotonic() - since
-    sweep.succeeds()
+    printed = " ".join(sweep.succeeds().split())
     assert "no space" in sweep.log.lower()
+    assert "no space is left on the disk" in printed
+    assert printed.index("; trying again for") < printed.index("saves and logs again")
     sweep.expect_whole_curves()
     outcome(
         Outcome(
             "disk full while saving, freed again",
-            'log: "saving ... failed (... no space ...); trying again for 10 min"; exit 0',
+            'log and screen: "saving ... failed (... no space ...); trying again for 10 min"; exit 0',
             seconds,
             0,
         )
@@ -260,12 +262,13 @@ def test_a_full_project_folder_only_delays_until_there_is_room(small_disk: Path,
     ballast.unlink()
     sweep.wait_for(lambda: sweep.checkpoint_steps[-1] > before)
     seconds = time.monotonic() - since
-    sweep.succeeds()
+    printed = " ".join(sweep.succeeds().split())
+    assert printed.index("; trying again for") < printed.index("saves and logs again")
     sweep.expect_whole_curves()
     outcome(
         Outcome(
             "project folder's disk full for 15 s (SQLite, log, checkpoints)",
-            "training goes on; no point of a curve missing; exit 0",
+            "training goes on, the screen says so; no point of a curve missing; exit 0",
             seconds,
             0,
         )

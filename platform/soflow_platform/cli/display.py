@@ -47,6 +47,7 @@ class SweepDisplay(Display):
         self.training = False
         """Whether trials are under way."""
         self._printed: dict[str, dict[str, float]] = {}
+        self._troubles: dict[str, str] = {}
         self._started = self._described = self._reported = clock()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -95,13 +96,19 @@ class SweepDisplay(Display):
         if not self.console.is_terminal:
             while not self._stopped.wait(REFRESH_SECONDS):
                 statuses = self._snapshot(actor)
+                self.report_troubles(statuses)
                 self._print_news(statuses)
                 self.report_progress(statuses)
-            self._print_news(self._snapshot(actor))
+            statuses = self._snapshot(actor)
+            self.report_troubles(statuses)
+            self._print_news(statuses)
             return
         with Live(console=self.console, refresh_per_second=2, transient=False) as live:
             while not self._stopped.wait(REFRESH_SECONDS):
-                live.update(self.table(self._snapshot(actor)))
+                statuses = self._snapshot(actor)
+                # What the console prints stands above the table.
+                self.report_troubles(statuses)
+                live.update(self.table(statuses))
             live.update(self.table(self._snapshot(actor)))
 
     def _snapshot(self, actor: Any) -> dict[str, TrialStatus]:
@@ -144,6 +151,16 @@ class SweepDisplay(Display):
             status = statuses.get(trial.name, TrialStatus())
             if not status.state.ended and status.state is not TrialState.WAITING:
                 self.say(f"{trial.name} {progress_line(status, trial.experiment.training.steps)}")
+
+    def report_troubles(self, statuses: Mapping[str, TrialStatus]) -> None:
+        """Print what keeps a trial from saving or logging when it begins, and that it is over when it ends."""
+        for name, status in statuses.items():
+            if status.trouble and self._troubles.get(name) != status.trouble:
+                self.say(f"{name} {status.trouble}")
+                self._troubles[name] = status.trouble
+            elif not status.trouble and name in self._troubles:
+                del self._troubles[name]
+                self.say(f"{name} saves and logs again")
 
     def _print_news(self, statuses: dict[str, TrialStatus]) -> None:
         for name, status in statuses.items():

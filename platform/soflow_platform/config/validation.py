@@ -109,8 +109,8 @@ def _document_path(document: Document, loc: tuple[str | int, ...]) -> KeyPath:
 
 def _refuse_unknown_keys(document: Document, annotation: Any, value: Any, path: KeyPath) -> None:
     if isinstance(value, list):
-        for place, each in enumerate(value):
-            _refuse_unknown_keys(document, _of_elements(annotation), each, (*path, place))
+        for number, each in enumerate(value):
+            _refuse_unknown_keys(document, _of_elements(annotation), each, (*path, number))
         return
     fields = _known_fields(annotation, value) if isinstance(value, dict) else None
     if fields is None:

@@ -21,6 +21,15 @@ LONGEST_PAUSE = 15.0
 """Longest pause between attempts in seconds; each pause is twice the one before, up to this."""
 
 
+Report = Callable[[str | None], None]
+"""Takes what keeps an operation from succeeding, and None once it succeeds."""
+
+
+def unreported(trouble: str | None) -> None:
+    """The report that goes nowhere."""
+    del trouble
+
+
 def is_storage_outage(error: Exception) -> bool:
     """Whether the error is a failure of an object store or a disk."""
     return isinstance(error, (StorageError, OSError))
@@ -32,10 +41,12 @@ def retry(
     description: str,
     timeout: float,
     log: Callable[[str], None],
+    report: Report = unreported,
     is_transient: Callable[[Exception], bool] = is_storage_outage,
     cancel: threading.Event | None = None,
 ) -> T:
     """Run `action` until it succeeds, for `timeout` seconds at most, and return its result. Logs the first failure and the recovery.
+    `report` has the failure as long as it lasts, also where it is given up.
 
     Raises an error that is not transient at once, and JobError with the description and the last error after `timeout` seconds or
     once `cancel` is set.
@@ -53,11 +64,15 @@ def retry(
     def log_first_failure(state: RetryCallState) -> None:
         if state.attempt_number == 1:
             reason = summarize(_error(state))
-            log(f"{description} failed ({reason}); trying again for {timeout / 60:.3g} min")
+            trouble = f"{description} failed ({reason}); trying again for {timeout / 60:.3g} min"
+            log(trouble)
+            report(trouble)
 
     def give_up(state: RetryCallState) -> NoReturn:
         error = _error(state)
-        raise JobError(f"{description} failed for {_seconds(state):.0f} s: {summarize(error)}") from error
+        trouble = f"{description} failed for {_seconds(state):.0f} s: {summarize(error)}"
+        report(trouble)
+        raise JobError(trouble) from error
 
     def is_retried(error: BaseException) -> bool:
         return isinstance(error, Exception) and is_transient(error)
@@ -73,6 +88,7 @@ def retry(
 
     started = time.monotonic()
     result = attempts(action)
+    report(None)
     if attempts.statistics["attempt_number"] > 1:
         log(f"{description} succeeded after {time.monotonic() - started:.0f} s")
     return result

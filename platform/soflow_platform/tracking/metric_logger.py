@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from soflow_core.failures import summarize
 from soflow_platform.errors import JobError
 from soflow_platform.storage.background import BackgroundQueue
-from soflow_platform.storage.retry import retry
+from soflow_platform.storage.retry import Report, retry, unreported
 from soflow_platform.tracking.outages import is_outage
 from soflow_platform.tracking.run_writer import Point, RunWriter
 from soflow_platform.tracking.store import TrackingStore
@@ -39,9 +39,11 @@ class MetricLogger:
         run: str,
         log: Callable[[str], None],
         patience: float = PATIENCE_SECONDS,
+        report: Report = unreported,
     ) -> None:
+        """`report` has what keeps points from being sent."""
         self.patience = patience
-        self._log = log
+        self._log, self._report = log, report
         self._writer = RunWriter(store, run)
         self._queue = BackgroundQueue("tracking")
         self._points: list[Point] = []
@@ -58,6 +60,7 @@ class MetricLogger:
             description="reading the run's curves",
             timeout=self.patience,
             log=self._log,
+            report=self._report,
             is_transient=is_outage,
         )
 
@@ -158,6 +161,7 @@ class MetricLogger:
             description=f"logging to {self._writer.store.uri}",
             timeout=self.patience,
             log=self._log,
+            report=self._report,
             is_transient=is_outage,
             cancel=self._queue.cancelled,
         )

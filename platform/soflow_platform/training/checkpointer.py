@@ -10,7 +10,7 @@ from pathlib import Path
 from soflow_platform.errors import JobError
 from soflow_platform.storage.background import BackgroundQueue
 from soflow_platform.storage.checkpoints import CheckpointState, CheckpointStore
-from soflow_platform.storage.retry import retry
+from soflow_platform.storage.retry import Report, retry, unreported
 
 STUCK_POLL_SECONDS = 0.05
 """Interval at which `ready` checks whether the checkpoint that it waits for is stuck."""
@@ -27,10 +27,16 @@ class AsyncCheckpointer:
     """
 
     def __init__(
-        self, store: CheckpointStore, keep: int, patience: float, log: Callable[[str], None]
+        self,
+        store: CheckpointStore,
+        keep: int,
+        patience: float,
+        log: Callable[[str], None],
+        report: Report = unreported,
     ) -> None:
+        """`report` has what keeps a checkpoint from being saved."""
         self.store, self.keep, self.patience = store, keep, patience
-        self._log = log
+        self._log, self._report = log, report
         self._queue = BackgroundQueue("checkpoint")
         self._stuck = threading.Event()
         """Set once writing the present checkpoint has failed and is being retried."""
@@ -75,6 +81,7 @@ class AsyncCheckpointer:
                 description=description,
                 timeout=self.patience,
                 log=self._log,
+                report=self._report,
                 cancel=self._queue.cancelled,
             )
         except BaseException as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -156,9 +157,19 @@ class RankZeroIO:
         self.checkpoints = setup.checkpoints
         self.status = TrialStatusWriter(job.folder, job.trial, training.steps, job.attempt, actor)
         self.checkpointer = AsyncCheckpointer(
-            self.checkpoints, training.keep_checkpoints, self.patience, self.status.log
+            self.checkpoints,
+            training.keep_checkpoints,
+            self.patience,
+            self.status.log,
+            partial(self.status.report, "checkpoints"),
         )
-        self.metrics = MetricLogger(TrackingStore(job.tracking_uri), job.run, self.status.log, self.patience)
+        self.metrics = MetricLogger(
+            TrackingStore(job.tracking_uri),
+            job.run,
+            self.status.log,
+            self.patience,
+            partial(self.status.report, "curves"),
+        )
         self._data: str | None = None
         self._flagged: set[str] = set()
         self._looked = 0.0

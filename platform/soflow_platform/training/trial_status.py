@@ -89,6 +89,8 @@ class TrialStatus:
     """Why the trial cannot go on, where restarting it would not help."""
     lost: str | None = None
     """The workers that were lost last, by rank."""
+    trouble: str | None = None
+    """What keeps it from saving or from logging, as long as that lasts: a full disk, a server that is away."""
     host: str | None = None
     pid: int | None = None
     """Process id of rank 0, or of the trial's driver before there are workers."""
@@ -146,6 +148,7 @@ class TrialStatusWriter:
             attempt=attempt,
             first_attempt=first,
         )
+        self._troubles: dict[str, str] = {}
         self._sent = self._written = self._line = 0.0
 
     def _before(self) -> TrialStatus:
@@ -163,6 +166,19 @@ class TrialStatusWriter:
             logging.getLogger(__name__).warning(
                 "%s: %s (its log cannot be written: %s)", self.trial, text, error
             )
+
+    def report(self, what: str, trouble: str | None) -> None:
+        """Publish what keeps checkpoints, or curves, from being written, None where nothing does. Any thread may call it."""
+        if trouble == self._troubles.get(what):
+            return
+        self._troubles = {key: text for key, text in self._troubles.items() if key != what}
+        if trouble is not None:
+            self._troubles[what] = trouble
+        self._send({"trouble": self._trouble()})
+        self._write_status()
+
+    def _trouble(self) -> str | None:
+        return "; ".join(self._troubles.values()) or None
 
     def set_state(self, state: TrialState, step: int | None = None, failure: str | None = None) -> None:
         """Publish a change of state at once."""
@@ -235,7 +251,7 @@ class TrialStatusWriter:
     def _write_status(self) -> None:
         self._written = time.monotonic()
         reached = max(self.furthest_step(), self._status.step)
-        status = replace(self._status, reached=reached, updated=time.time())
+        status = replace(self._status, reached=reached, trouble=self._trouble(), updated=time.time())
         try:
             write_json(self.folder / STATUS, status.as_json())
         except OSError as error:

@@ -27,6 +27,8 @@ class ProgressActor:
         if changes.get("state") == TrialState.RUNNING:
             # The trial trains again, so that a failure of an earlier attempt no longer holds.
             changes = {"failure": None, **changes}
+        if changes.get("state") == TrialState.STARTING:
+            changes = {"trouble": None, **changes}
         if changes.get("state", before.state) != before.state:
             changes = {**changes, "since": time.time()}
         self._statuses[trial] = replace(before, **changes)

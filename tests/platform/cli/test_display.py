@@ -115,6 +115,18 @@ def test_each_trial_under_way_has_a_line_a_minute() -> None:
     assert len(screen.lines()) == 1
 
 
+def test_what_keeps_a_trial_from_saving_is_printed_once_and_its_end() -> None:
+    screen = Screen()
+    name = screen.trials[0].name
+    full = replace(RUNNING, trouble="saving failed (no space is left on the disk of /x)")
+    for status in (RUNNING, full, replace(full, step=2400), RUNNING, RUNNING):
+        screen.display.report_troubles({name: status})
+    assert screen.lines() == [
+        f"{name} saving failed (no space is left on the disk of /x)",
+        f"{name} saves and logs again",
+    ]
+
+
 def test_a_quiet_sweep_prints_no_progress() -> None:
     screen = Screen(quiet=True)
     screen.now = 61

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from soflow_core.weights import save_weights
 from soflow_platform.errors import JobError
 from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoints import CheckpointState, CheckpointStore
+from soflow_platform.storage.retry import retry
 from soflow_platform.training.checkpointer import AsyncCheckpointer
+from soflow_platform.training.trial_status import TrialStatusWriter, read_status
 from soflow_platform.training.worker import Trainer
 from tests.support.small_disks import mounted
 
@@ -63,9 +66,12 @@ def test_a_full_disk_is_reported_as_such_for_every_file(tmp_path: Path, state: i
         save_weights(folder / checkpoints.EMA, {"w": torch.zeros(average << 18)}, CONFIG, SoFlow(), data={})
 
     messages: list[str] = []
+    writer = TrialStatusWriter(tmp_path / "trial", "trial-00", 10, 1)
     with mounted(tmp_path / "disk", mebibytes=16) as disk:
         root = disk / "checkpoints"
-        saver = AsyncCheckpointer(CheckpointStore(root), keep=2, patience=0.1, log=messages.append)
+        saver = AsyncCheckpointer(
+            CheckpointStore(root), 2, 0.1, messages.append, partial(writer.report, "checkpoints")
+        )
         saver.submit(CheckpointState(1, 8, "run"), [], put(b"weights"))
         saver.submit(CheckpointState(2, 16, "run"), [1], write)
         with pytest.raises(JobError, match=r"step 2 to .* failed for \d+ s: no space is left on the disk of"):
@@ -73,6 +79,33 @@ def test_a_full_disk_is_reported_as_such_for_every_file(tmp_path: Path, state: i
         assert steps(root) == [1]
         assert [path.name for path in root.iterdir()] == ["step-00000001"]
     assert "no space is left" in messages[-1]
+    status = read_status(tmp_path / "trial")
+    assert status is not None
+    assert "step 2" in str(status.trouble)
+    assert "no space is left on the disk of" in str(status.trouble)
+
+
+def test_a_trouble_stands_in_the_status_until_it_is_over(tmp_path: Path) -> None:
+    writer = TrialStatusWriter(tmp_path, "trial-00", 10, 1)
+    seen: list[str | None] = []
+    tries = iter([OSError("full"), OSError("full"), None])
+
+    def save() -> None:
+        error = next(tries)
+        status = read_status(tmp_path)
+        seen.append(status.trouble if status else None)
+        if error:
+            raise error
+
+    writer.report("curves", "the server is away")
+    retry(
+        save, description="saving", timeout=30, log=writer.log, report=partial(writer.report, "checkpoints")
+    )
+    both = "the server is away; saving failed (full); trying again for 0.5 min"
+    assert seen == ["the server is away", both, both]
+    status = read_status(tmp_path)
+    assert status is not None
+    assert status.trouble == "the server is away"
 
 
 def test_whatever_a_writer_raises_fails_a_checkpoint_and_is_named(tmp_path: Path) -> None:
