@@ -10,6 +10,7 @@ from soflow_pipelines.images.autoencoder import AutoencoderError, KlAutoencoder,
 from soflow_pipelines.images.codec import AutoencoderFacts, Decoder
 from soflow_pipelines.references.latent_decoder import open_decoder
 from soflow_pipelines.shards.info import DatasetInfo
+from soflow_platform.errors import UserError
 
 DECODED_AT_ONCE = 8
 """Latents decoded in one call: the activations of a decoder are large."""
@@ -74,3 +75,18 @@ def decode_samples(samples: Tensor, decoder: Decoder | None) -> Tensor:
         fill = part[-1:].expand(DECODED_AT_ONCE - len(part), -1, -1, -1)
         images.append(decoder.decode(torch.cat([part, fill]))[: len(part)])
     return torch.cat(images)
+
+
+def require_finite(images: Tensor, numbers: Tensor | None = None) -> Tensor:
+    """The same images (B, C, H, W). Raises UserError where one is not finite; it would be written as if it were black.
+
+    `numbers` (B,) are their indices.
+    """
+    bad = (~torch.isfinite(images)).flatten(1).any(dim=1).nonzero().flatten()
+    if len(bad):
+        which = "an image" if numbers is None else f"image {int(numbers[int(bad[0])])}"
+        raise UserError(
+            f"{which} that these weights make is not finite: they are damaged, or their guidance scale is too large; take another "
+            "checkpoint, or a smaller --guidance where the method has it."
+        )
+    return images

@@ -22,7 +22,7 @@ from soflow_pipelines.images.convert import to_uint8
 from soflow_pipelines.images.encode import encode_png
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_platform.errors import UserError
-from soflow_platform.generation.decoding import decode_samples, open_sample_decoder
+from soflow_platform.generation.decoding import decode_samples, open_sample_decoder, require_finite
 from soflow_platform.generation.sampling import generate, with_sampling
 
 BATCH = 64
@@ -91,7 +91,7 @@ class Generator:
     ) -> Iterator[Tensor]:
         """Samples (B, C, H, W) float32 in the training space, on the CPU, at most BATCH at a time, in order.
 
-        Raises UserError for labels the network does not know.
+        Raises UserError for labels the network does not know, and where a sample is not finite.
         """
         numbers = torch.as_tensor(indices, dtype=torch.int64)
         checked = self._checked_labels(labels, len(numbers))
@@ -104,14 +104,14 @@ class Generator:
                 None if part_labels is None else torch.cat([part_labels, part_labels[-1:].expand(fill)])
             )
             samples = generate(self.network, self.objective, seed, full, full_labels, steps, self.device)
-            yield samples[: len(part)]
+            yield require_finite(samples[: len(part)], part)
 
     def decoded(
         self, indices: Sequence[int] | Tensor, labels: Sequence[int] | Tensor | None, seed: int, steps: int
     ) -> Iterator[Tensor]:
         """Images (B, C, H, W) float32 in [-1, 1], at most BATCH at a time, in order; without a decoder the samples."""
         for samples in self.samples(indices, labels, seed, steps):
-            yield decode_samples(samples, self.decoder)
+            yield require_finite(decode_samples(samples, self.decoder))
 
     def images(
         self, indices: Sequence[int] | Tensor, labels: Sequence[int] | Tensor | None, seed: int, steps: int

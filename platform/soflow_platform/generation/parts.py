@@ -28,7 +28,7 @@ from soflow_pipelines.storage.files import parse_json, sha256, sync_files, write
 from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import ObjectStore, StorageError
 from soflow_pipelines.storage.opening import open_storage, staging_folder
-from soflow_platform.generation.decoding import decode_samples
+from soflow_platform.generation.decoding import decode_samples, require_finite
 from soflow_platform.generation.generator import Generator
 from soflow_platform.generation.output_formats import NpzFormat, PngFormat, Row, sample_key
 from soflow_platform.generation.plan import NPZ_NAME, PARTS_FOLDER, GenerationPlan, PartTask
@@ -190,7 +190,7 @@ class PartMaker:
             if self._plan.format.stores_latents:
                 yield batch
             else:
-                yield to_uint8(decode_samples(batch, generator.decoder))
+                yield to_uint8(require_finite(decode_samples(batch, generator.decoder)))
 
     def _manifest_rows(
         self,

@@ -119,6 +119,20 @@ def test_weights_that_are_not_finite_make_no_images(tmp_path: Path) -> None:
         Generator.open(tmp_path / "ema.safetensors")
 
 
+def test_samples_that_are_not_finite_make_no_images(tmp_path: Path) -> None:
+    config = DiTConfig(1, 8, 8, 4, 16, 1, 2, classes=10, null_label=True)
+    large = {
+        name: torch.full_like(value, 3e38) if "final" in name else value
+        for name, value in DiT(config).state_dict().items()
+    }
+    save_weights(tmp_path / "w.safetensors", large, config, SoFlow(), {})
+    generator = Generator.open(tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=r"image 7 that these weights make is not finite: .* take another"):
+        list(generator.images([7, 8], [0, 1], seed=0, steps=1))
+    with pytest.raises(InputError, match="is not finite"):
+        generator.png([0], seed=0, steps=1)
+
+
 @pytest.mark.parametrize("missing", ["folder", "nothing"])
 def test_a_path_that_holds_no_weights_file_is_refused(tmp_path: Path, missing: str) -> None:
     path = tmp_path if missing == "folder" else tmp_path / "nothing.safetensors"
