@@ -77,7 +77,7 @@ def read(name: str, overrides: tuple[str, ...]) -> tuple[Path, Experiment, list[
     experiment, document = read_experiment(path, overrides)
     planned = trials(document, experiment)
     try:
-        check_networks(planned)
+        _check_networks(planned)
     except UserError as error:
         origin = where_written(document, str(error))
         raise UserError(f"{origin}: {error}" if origin else str(error)) from None
@@ -103,7 +103,7 @@ def _steps(planned: list[Trial]) -> str:
     return f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
 
 
-def check_networks(planned: list[Trial]) -> None:
+def _check_networks(planned: list[Trial]) -> None:
     """Raises UserError where a trial's network cannot take the shape that the file names."""
     from soflow_platform.training.dataset import expected
     from soflow_platform.training.model import describe_network

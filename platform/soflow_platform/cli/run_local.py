@@ -6,7 +6,7 @@ import bdb
 import sys
 
 from soflow_core.failures import InputError
-from soflow_platform.cli.run import check_networks, read
+from soflow_platform.cli.run import read
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage.project import find_project, require_writable
 from soflow_platform.tuning.search_space import Trial
@@ -17,7 +17,6 @@ def run_local_command(
 ) -> None:
     """Train one trial of a sweep here, and print its losses and scores. Raises JobError where its code raises, after the traceback."""
     _, _, planned = read(name, overrides)
-    check_networks(planned)
     chosen = _chosen(planned, trial)
     project = find_project(storage_option)
     require_writable(project)
