@@ -159,6 +159,7 @@ def test_the_same_command_again_shows_the_result_and_changes_nothing(
     assert len(TrackingStore(storage.tracking_uri).client.search_model_versions("name = 'digits'")) == 1
 
 
+@pytest.mark.slow
 def test_promotion_then_images_from_the_champion(
     swept: tuple[ProjectFolder, str], soflowctl: Run, tmp_path: Path
 ) -> None:

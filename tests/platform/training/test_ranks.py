@@ -41,7 +41,7 @@ def curve(job: TrialJob, metric: str) -> dict[int, float]:
     return found
 
 
-@pytest.mark.parametrize("method", ["soflow", "meanflow"])
+@pytest.mark.parametrize("method", ["soflow", pytest.param("meanflow", marks=pytest.mark.slow)])
 def test_any_number_of_workers_makes_the_same_losses(worker: Make, method: str) -> None:
     """This holds where the batch does not divide over them too."""
     settings = [f"objective={{method: {method}}}", "evaluation.every=6", "training.precision=float32"]
@@ -92,7 +92,14 @@ def slow_down(trainer: Trainer) -> None:
     before_each_step(trainer, lambda _: time.sleep(0.05))
 
 
-@pytest.mark.parametrize(("world", "deterministic"), [(1, False), (2, False), (3, True)])
+@pytest.mark.parametrize(
+    ("world", "deterministic"),
+    [
+        pytest.param(1, False, marks=pytest.mark.slow),
+        pytest.param(2, False, marks=pytest.mark.slow),
+        (3, True),
+    ],
+)
 def test_training_killed_at_a_random_step_is_the_training_never_killed(
     worker: Make, world: int, deterministic: bool
 ) -> None:
