@@ -105,7 +105,7 @@ def export_command(request: ExportRequest, storage_option: str | None, tracking:
 
 
 def import_command(request: ImportRequest, storage_option: str | None, tracking: str | None) -> None:
-    """Register the checkpoint, and say how to score it."""
+    """Register the checkpoint, and print the command that scores it."""
     project = find_project(storage_option)
     require_writable(project)
     from soflow_platform.jobs.import_weights import import_weights
@@ -114,4 +114,14 @@ def import_command(request: ImportRequest, storage_option: str | None, tracking:
     with stdout_to_stderr():
         version = import_weights(request, project, tracking or project.tracking_uri)
     print(f"models:/{request.name}/{version} is registered, with alias candidate")
-    print(f"next: soflowctl evaluate models:/{request.name}/{version}{storage_flag(project)}")
+    print(f"next: {scoring_command(request, version)}{storage_flag(project)}")
+
+
+def scoring_command(request: ImportRequest, version: str) -> str:
+    """The command that scores what was imported; it names what the version does not say: real images, a folder."""
+    words = [f"soflowctl evaluate models:/{request.name}/{version}"]
+    if request.data is None:
+        words.append("--reference IMAGES")
+    if request.autoencoder is not None and Path(request.autoencoder).expanduser().is_dir():
+        words.append(f"--autoencoder {request.autoencoder}")
+    return " ".join(words)

@@ -10,6 +10,7 @@ import torch
 
 from soflow_core.failures import InputError
 from soflow_core.networks import DiT, DiTConfig
+from soflow_platform.cli.export import scoring_command
 from soflow_platform.errors import UserError
 from soflow_platform.generation.generator import Generator
 from soflow_platform.jobs.import_weights import ImportRequest, import_weights
@@ -118,3 +119,21 @@ def test_heads_of_a_network_of_no_named_size_are_asked_for(
         imported(path, classes=10)
     number = imported(path, classes=10, heads=2)
     assert find_version(tracking.store, f"official/{number}").tags["soflow.network"] == "DiT-16x1/4"
+
+
+@pytest.mark.parametrize(
+    ("settings", "rest"),
+    [
+        ({"data": "imagenet-latents"}, ""),
+        ({}, " --reference IMAGES"),
+        ({"autoencoder": "stabilityai/sd-vae-ft-mse"}, " --reference IMAGES"),
+        ({"autoencoder": "FOLDER"}, " --reference IMAGES --autoencoder FOLDER"),
+    ],
+)
+def test_the_command_that_scores_an_import_names_what_it_needs(
+    tmp_path: Path, settings: dict[str, Any], rest: str
+) -> None:
+    named = {key: value.replace("FOLDER", str(tmp_path)) for key, value in settings.items()}
+    request = ImportRequest(tmp_path / "official.pt", "official", **named)
+    expected = f"soflowctl evaluate models:/official/2{rest}".replace("FOLDER", str(tmp_path))
+    assert scoring_command(request, "2") == expected
