@@ -14,7 +14,7 @@ import torch
 from soflow_core.failures import InputError
 from soflow_core.samplers.noise import sample_labels
 from soflow_pipelines.images.convert import to_unit_range
-from soflow_pipelines.metrics import Reference, ScoreError, ScoreStatistics
+from soflow_pipelines.metrics import Reference, ScoreStatistics
 from soflow_pipelines.references.statistics_job import (
     LARGEST_BLOCK,
     LocalStatistics,
@@ -24,6 +24,7 @@ from soflow_pipelines.references.statistics_job import (
 from soflow_pipelines.references.stored_images import StoredImages, stored_shard_set
 from soflow_pipelines.shards.tables import read_info
 from soflow_pipelines.sources.digits import load_digits
+from soflow_platform.errors import UserError
 from soflow_platform.evaluation import block_store
 from soflow_platform.evaluation.block_store import BlockStore
 from soflow_platform.evaluation.feature_networks import feature_network
@@ -140,7 +141,7 @@ def test_the_weights_of_a_sample_that_is_not_finite_are_refused(
     with torch.no_grad():
         next(iter(opened.generator.network.parameters())).fill_(float("nan"))
     network = feature_network(job.features, (1, 8, 8), scored_once)
-    with pytest.raises(ScoreError, match="sample 64 has values that are not finite"):
+    with pytest.raises(UserError, match="image 64 that these weights make is not finite"):
         compute_block(job, 1, opened, network)
 
 
