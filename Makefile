@@ -24,7 +24,7 @@ test: .venv/.installed
 
 test-slow: .venv/.installed
 	@echo "test-slow: the longer checks"
-	@$(PYTEST) -m slow
+	@$(PYTEST) -n $(JOBS) --dist loadfile -m slow
 
 test-faults: .venv/.installed
 	@echo "test-faults: kills processes, nodes and servers"
