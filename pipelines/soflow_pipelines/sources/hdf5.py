@@ -5,7 +5,6 @@ Such a file holds `latents` (N, 2C, h, w), posterior means and then standard dev
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +15,7 @@ from PIL import Image
 from soflow_core.failures import printable, summarize
 from soflow_pipelines.images.decode import ImageError
 from soflow_pipelines.shards.schema import MAX_CLASSES
-from soflow_pipelines.sources.source import SourceError, listing_digest
+from soflow_pipelines.sources.source import OpenedPerThread, SourceError, listing_digest
 
 LATENTS, LABELS = "latents", "labels"
 
@@ -32,7 +31,7 @@ class EncodedSource(Protocol):
         """A sample as an autoencoder encodes it, unscaled. Raises ImageError with its name where it cannot be used."""
 
 
-class Hdf5Latents:
+class Hdf5Latents(OpenedPerThread):
     """Latents of an HDF5 file. Raises SourceError where it is damaged, or holds no such latents.
 
     Each thread opens the file for itself, and data that lie in other files are refused.
@@ -47,7 +46,7 @@ class Hdf5Latents:
     def __init__(self, path: Path, name: str, unlabelled: bool = False) -> None:
         self.name = name
         self._path = str(path)
-        self._local = threading.local()
+        super().__init__()
         latents = self._dataset(LATENTS)
         if latents is None:
             raise SourceError(f"{path} has no data set `{LATENTS}`: only HDF5 files of latents are read.")
@@ -64,13 +63,6 @@ class Hdf5Latents:
             self.class_names = tuple(str(label) for label in range(int(self.labels.max()) + 1))
         listed = None if self.labels is None else self.labels.tolist()
         self.digest = listing_digest([path.stat().st_size, self._count, self.moments_shape, listed])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_local"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._local = threading.local()
 
     def __len__(self) -> int:
         return self._count

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,14 +19,14 @@ from soflow_pipelines.images.decode import ImageError, decode_image
 from soflow_pipelines.images.limits import DEFAULT_LIMITS, ImageLimits
 from soflow_pipelines.shards.schema import MAX_CLASSES
 from soflow_pipelines.sources.label_files import number_labels
-from soflow_pipelines.sources.source import SourceError, listing_digest
+from soflow_pipelines.sources.source import OpenedPerThread, SourceError, listing_digest
 
 NAMED_ROWS = 5
 """Rows that an error names."""
 NUMERIC = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_floating)
 
 
-class ParquetSource:
+class ParquetSource(OpenedPerThread):
     """Parquet files with a column of encoded images (binary, or a struct with `bytes`) and one of labels.
 
     Labels are strings, or integers whose names are taken from the `huggingface` metadata where there is some.
@@ -50,7 +48,7 @@ class ParquetSource:
         self.name = name
         self.resolution: int | None = None
         self._files = [str(path) for path in files]
-        self._local = threading.local()
+        super().__init__()
         tables = [self._file(number) for number in range(len(files))]
         schema = tables[0].schema_arrow
         self._image_column = image_column or _image_column(name, schema)
@@ -79,13 +77,6 @@ class ParquetSource:
         sizes = [(path.name, path.stat().st_size) for path in files]
         listed = None if self.labels is None else hashlib.sha256(self.labels.tobytes()).hexdigest()
         self.digest = listing_digest([sizes, listed, self.class_names])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_local"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._local = threading.local()
 
     def __len__(self) -> int:
         assert self.block_ends is not None

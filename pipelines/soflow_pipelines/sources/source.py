@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,6 +37,20 @@ IMAGE_SUFFIXES = frozenset(
 
 class SourceError(InputError):
     """A source that cannot be used. The text names it and says what is wrong."""
+
+
+class OpenedPerThread:
+    """Base of a source whose files are opened once in each thread, and again where it is sent to another process."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._local = threading.local()
 
 
 class Source(Protocol):
