@@ -32,6 +32,7 @@ from soflow_platform.tuning.search_space import Trial, trials
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from soflow_pipelines.preparation.builtin import Expected
     from soflow_platform.cli.display import SweepDisplay
     from soflow_platform.training.flops import Cost
 
@@ -131,7 +132,7 @@ def run_command(
     from soflow_platform.cli.display import SweepDisplay, show_result
     from soflow_platform.training.dataset import check_data
 
-    check_data(experiment)
+    data = check_data(experiment)
     require_writable(storage)
     sweep = sweep_id(storage, experiment, options.again)
     existing = load_record(storage, sweep)
@@ -140,7 +141,7 @@ def run_command(
         show_result(screen, existing, storage)
         return
     if options.check:
-        _check_first_steps(experiment, planned)
+        _check_first_steps(planned, data)
     from soflow_platform.cluster.connection import require_answer
     from soflow_platform.tuning.sweep import SweepContext, run_sweep
 
@@ -166,13 +167,12 @@ def run_command(
         )
 
 
-def _check_first_steps(experiment: Experiment, planned: list[Trial]) -> None:
+def _check_first_steps(planned: list[Trial], data: Expected) -> None:
     """Raises StepCheckError, after its traceback is printed, where a trial's code raises; UserError where its settings do not fit."""
-    from soflow_platform.training.dataset import sample_kind
     from soflow_platform.training.step_check import StepCheckError, check_first_steps
 
     try:
-        check_first_steps(((trial.name, trial.experiment) for trial in planned), sample_kind(experiment))
+        check_first_steps(((trial.name, trial.experiment) for trial in planned), data)
     except StepCheckError as error:
         print(error.traceback, end="", file=sys.stderr)
         raise
@@ -305,7 +305,8 @@ def _print_plan(screen: Console, experiment: Experiment, planned: list[Trial], r
         )
     screen.print(f"storage {root}")
     try:
-        screen.print(f"data {check_data(experiment)}")
+        check_data(experiment)
+        screen.print(f"data {experiment.data.source}")
     except UserError as error:
         screen.print(f"before it can run: {error}")
 

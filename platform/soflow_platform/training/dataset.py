@@ -41,26 +41,17 @@ def how_to_make(experiment: Experiment) -> str:
     return f"make {target} --out FOLDER` and pass --set data.source=FOLDER"
 
 
-def check_data(experiment: Experiment) -> str:
-    """The data source of a sweep. Creates nothing. Raises UserError where it is not set, missing, or does not fit the network."""
-    source = experiment.data.source
-    if source is None:
-        raise UserError(f"data.source is not set: {how_to_make(experiment)}.")
+def check_data(experiment: Experiment) -> Expected:
+    """Sample shape and classes of a sweep's data. Creates nothing.
+
+    Raises UserError where the data source is not set, is missing, or does not fit the network.
+    """
+    source = _source(experiment)
     if source in BUILTIN:
         expected(experiment)
-        return source
-    if "://" not in source and not Path(source).is_dir():
-        raise UserError(f"data.source {source!r} is not a folder: {how_to_make(experiment)}.")
-    network_config(experiment, _read(experiment, _location(source)))
-    return source
-
-
-def sample_kind(experiment: Experiment) -> Expected:
-    """Sample shape and classes of the data; those of a shard set are read. Raises UserError as `check_data` does."""
-    source = check_data(experiment)
-    if source in BUILTIN:
         return BUILTIN[source]
     info = _read(experiment, _location(source))
+    network_config(experiment, info)
     return Expected(tuple(info.shape), info.classes)
 
 
@@ -69,13 +60,24 @@ def open_data(experiment: Experiment, storage: ProjectFolder) -> tuple[str, Data
 
     Raises UserError where the data is missing or does not fit the configured network.
     """
-    source = check_data(experiment)
+    source = _source(experiment)
     location = _location(source)
     if source in BUILTIN:
+        expected(experiment)
         location = str(ensure_builtin(source, storage.data / source))
     info = _read(experiment, location)
     network_config(experiment, info)
     return location, info
+
+
+def _source(experiment: Experiment) -> str:
+    """The data source: a built-in data set, a URI, or a folder that exists. Raises UserError where it is none of them."""
+    source = experiment.data.source
+    if source is None:
+        raise UserError(f"data.source is not set: {how_to_make(experiment)}.")
+    if source not in BUILTIN and "://" not in source and not Path(source).is_dir():
+        raise UserError(f"data.source {source!r} is not a folder: {how_to_make(experiment)}.")
+    return source
 
 
 def _location(source: str) -> str:
