@@ -35,7 +35,7 @@ LARGEST = {
     "mlp_ratio": 2**8,
     "classes": 2**24,
 }
-"""Upper bounds of the settings of a network, far above any that was trained: a typing error is told before it takes memory."""
+"""Upper bounds of the settings of a network, far above any that was trained: a typing error is refused before memory is taken."""
 
 
 @dataclass(frozen=True)

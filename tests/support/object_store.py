@@ -47,7 +47,7 @@ class S3Server:
 
     def __init__(self, weed: str, folder: Path) -> None:
         parts = ("master", "volume", "filer", "s3")
-        # Each of its parts listens on another port for gRPC too: 10,000 above unless told.
+        # Each of its parts listens on another port for gRPC too: 10,000 above by default.
         ports = free_ports(2 * len(parts))
         self.port = ports[parts.index("s3")]
         numbers = [f"-{part}.port={port}" for part, port in zip(parts, ports, strict=False)]

@@ -143,7 +143,7 @@ def no_count(done: int, total: int) -> None:
 def verify(uri: str, count: Callable[[int, int], None] = no_count) -> tuple[int, list[str]]:
     """Reads a finished set once, whole. Returns the number of its images, and every damage as a sentence.
 
-    `count` is told how many of how many images were checked. Raises UserError where there is no set, or an unfinished one.
+    `count` is called with the number of checked images and of all. Raises UserError where there is no set, or an unfinished one.
     """
     store = open_storage(uri)
     names = store.names()

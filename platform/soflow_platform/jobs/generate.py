@@ -1,6 +1,6 @@
 """`soflowctl generate`: images from weights, in numbered parts, by a pool of actors or in this process.
 
-Image i is a function of (weights, seed, i, label i, sampler, steps) alone, whoever makes it and in whatever order: a command that
+Image i is a function of (weights, seed, i, label i, sampler, steps) alone, in whichever process and order it is made: a command that
 was interrupted makes only the parts that are missing, and every run of it gives the same bytes.
 """
 

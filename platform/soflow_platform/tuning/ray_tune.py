@@ -139,7 +139,7 @@ def _last_error(trial: Any) -> str:
 
 
 def _sweep_watch(tasks: list[TrialTask], settings: TuneSettings, cluster: Cluster, actor: Any) -> Any:
-    """A callback that publishes what Tune alone knows of its trials, and ends Tune's loop where no trial can run."""
+    """A callback that publishes that Tune restarts a trial, and ends Tune's loop where no trial can run."""
     import ray
     from ray.tune import Callback
 
