@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -73,7 +74,18 @@ class OptimizerConfig:
             "eps": self.eps,
         }
         if self.name == "radam":
-            return torch.optim.RAdam(parameters, **settings, foreach=True)
+            return _uncompiled(torch.optim.RAdam)(parameters, **settings, foreach=True)
         kind = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
         fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-        return kind(parameters, **settings, fused=fused, foreach=None if fused else True)
+        return _uncompiled(kind)(parameters, **settings, fused=fused, foreach=None if fused else True)
+
+
+def _uncompiled(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """The optimizer without torch's wrappers that matter to compiled code alone; optimizers are never compiled here.
+
+    The first call of a wrapper imports torch's compiler, which takes most of a second in every process that trains.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    step = torch.no_grad()(inspect.unwrap(kind.step))
+    return type(kind.__name__, (kind,), {**methods, "step": step})

@@ -6,18 +6,21 @@ network, so that training can resume on another number of ranks.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from soflow_core.networks.dit import DiT
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 
 def shard(network: DiT, mesh: DeviceMesh | None = None) -> DiT:
@@ -29,6 +32,8 @@ def shard(network: DiT, mesh: DeviceMesh | None = None) -> DiT:
     afterwards, also after passes without gradient: the next pass would otherwise use weights from before an update.
     Raises ValueError where no process group is initialized.
     """
+    from torch.distributed.fsdp import fully_shard
+
     if not dist.is_initialized():
         raise ValueError("sharding needs several processes: call torch.distributed.init_process_group first")
     if mesh is None:
@@ -40,15 +45,13 @@ def shard(network: DiT, mesh: DeviceMesh | None = None) -> DiT:
         fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=frozen)
         if mesh.device_type != "cuda":
             # In torch 2.8 gloo sums where a mean is requested; a sum, divided afterwards, is right on every version.
-            cast(FSDPModule, part).set_force_sum_reduction_for_comms(True)
+            cast("FSDPModule", part).set_force_sum_reduction_for_comms(True)
     return network
 
 
 def sharding_mesh(module: nn.Module) -> DeviceMesh | None:
     """Mesh of ranks that a module is split over; None for a module that is not sharded."""
-    if not isinstance(module, FSDPModule):
-        return None
-    return next(p.device_mesh for p in module.parameters() if isinstance(p, DTensor))
+    return next((p.device_mesh for p in module.parameters() if is_sharded(p)), None)
 
 
 def compile_blocks(module: nn.Module) -> None:
@@ -60,22 +63,33 @@ def compile_blocks(module: nn.Module) -> None:
         part.compile(dynamic=False)
 
 
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is split over ranks.
+
+    The module of such tensors takes half a second to import: where nothing has imported it, there are none.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a tensor, sharing its memory, without gradient; a plain tensor is returned as it is."""
     tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of all shards, on every rank; a collective. A plain tensor is returned as it is."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def split_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Shards a full tensor, equal on all ranks, like `like`."""
-    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+    if not is_sharded(like) or is_sharded(tensor):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(
         tensor.to(like.device, like.dtype), like.device_mesh, like.placements, src_data_rank=None
     )

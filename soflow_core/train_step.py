@@ -258,10 +258,11 @@ class TrainStep:
         named = {"loss": result.loss, **result.terms}
         for name, value in named.items():
             values.setdefault(name, []).append(value.detach().float())
-        # A NaN seed makes every gradient NaN, on this rank and, after the reduction, on all of them.
+        # A factor of NaN makes every gradient NaN, on this rank and, after the reduction, on all of them. (Given to `backward` as its
+        # seed it would be compared in shape by torch's symbolic shapes, whose import takes half a second.)
         healthy = torch.isfinite(torch.stack([parts[-1] for parts in values.values()])).all()
         share = torch.full_like(result.loss, 1 / self.config.accumulate)
-        result.loss.backward(torch.where(healthy, share, math.nan))
+        (result.loss * torch.where(healthy, share, math.nan)).backward()
 
     def _compare_replicas(self) -> None:
         """Raises RuntimeError, on every rank, where parameters or averaged gradients differ between ranks."""

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import float32
@@ -97,6 +98,34 @@ def test_a_step_uses_and_records_its_rate_also_after_resuming(name: str) -> None
     assert steps(resumed, 3, 4) == [0.0]
     assert all(p.equal(before[name]) for name, p in resumed.module.named_parameters())
     assert not all(p.equal(before[name]) for name, p in make().module.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "kernel"),
+    [
+        ("adamw", torch.optim.AdamW, {"fused": True}),
+        ("adam", torch.optim.Adam, {"fused": True}),
+        ("radam", torch.optim.RAdam, {"foreach": True}),
+    ],
+)
+def test_a_built_optimizer_moves_parameters_as_torchs_own(
+    name: Any, kind: type[torch.optim.Optimizer], kernel: dict[str, bool]
+) -> None:
+    config = OptimizerConfig(name=name, weight_decay=0.1)
+    ours, theirs = (
+        [torch.nn.Parameter(torch.ones(7, 5)), torch.nn.Parameter(torch.ones(3))] for _ in range(2)
+    )
+    settings = {"lr": config.lr, "betas": config.betas, "weight_decay": 0.1, "eps": config.eps}
+    built, plain = config.build(ours), kind(theirs, **settings, **kernel)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        built.step()
+        plain.step()
+    assert all(p.equal(q) and p.requires_grad for p, q in zip(ours, theirs, strict=True))
+    assert str(built.state_dict()) == str(plain.state_dict())
 
 
 def test_fused_adam_takes_the_rate_of_each_step() -> None:

@@ -40,6 +40,13 @@ def private(key: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def import_ray() -> None:
+    """Import what a driver of Ray Tune needs, and what Ray imports when it starts on this machine."""
+    importlib.import_module("ray.tune")
+    with contextlib.suppress(ImportError):
+        importlib.import_module("ray.dashboard.optional_deps")
+
+
 @contextlib.contextmanager
 def own_processes() -> Iterator[None]:
     """Ray's processes that are started in the block listen on the loopback address, and get a session of their own.

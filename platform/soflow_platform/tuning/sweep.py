@@ -6,6 +6,7 @@ It can be interrupted at any point; the same settings go on from there.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -13,7 +14,7 @@ from typing import TypeVar
 from soflow_core.failures import summarize
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_platform.cluster.connection import Cluster, connected
-from soflow_platform.cluster.ray_internals import start_autoscaling_coordinator
+from soflow_platform.cluster.ray_internals import import_ray, start_autoscaling_coordinator
 from soflow_platform.config.experiment import Experiment, flatten
 from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.evaluation.evaluator import Evaluator
@@ -24,7 +25,7 @@ from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.storage.retry import retry
 from soflow_platform.tracking.environment import host_tags
 from soflow_platform.tracking.outages import is_away
-from soflow_platform.tracking.store import TRIAL_TAG, Tracking, tracked_dataset
+from soflow_platform.tracking.store import TRIAL_TAG, Tracking, import_mlflow, tracked_dataset
 from soflow_platform.training.dataset import open_data
 from soflow_platform.training.job import TrialJob
 from soflow_platform.training.launch import fail_trial
@@ -104,7 +105,8 @@ def run_sweep(context: SweepContext, address: str | None) -> list[TrialOutcome]:
     finished = finished_trials(context)
     if len(finished) == len(context.trials):
         return conclude_trained(context)
-    with connected(address, dashboard=not context.experiment.resources.in_process) as cluster:
+    dashboard = not context.experiment.resources.in_process
+    with importing_mlflow(context.tracking_uri), connected(address, dashboard=dashboard) as cluster:
         concurrent = concurrent_trials(context.experiment, cluster)
         if cluster.machines > 1 and context.tracking_uri.startswith("sqlite:"):
             raise UserError(
@@ -123,6 +125,19 @@ def run_sweep(context: SweepContext, address: str | None) -> list[TrialOutcome]:
                     "the sweep was asked to stop and its trials are saved: run the same command to go on."
                 )
             return runner.conclude(failures)
+
+
+@contextlib.contextmanager
+def importing_mlflow(uri: str) -> Iterator[None]:
+    """Import MLflow in a thread while the block starts Ray, which is a wait for other processes."""
+    # Two threads that import the same packages at once can find them half imported: Ray's come first.
+    import_ray()
+    thread = threading.Thread(target=import_mlflow, args=(uri,), name="import-mlflow")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def finished_trials(context: SweepContext) -> dict[str, CheckpointState]:

@@ -24,6 +24,7 @@ PLANNING = {
     "soflow_platform.evaluation",
     "soflow_platform.jobs",
 }
+COMPILER_AND_SHARDING = {"torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "sympy"}
 COMMANDS = ["--help", "status", "logs", "stop", "runs", "promote --help", "ui --help"]
 DRIVER = {
     "torchvision",
@@ -82,6 +83,18 @@ def test_a_command_that_reads_files_imports_nothing_heavy(storage: ProjectFolder
 @pytest.mark.parametrize("line", ["validate", "run --dry-run"])
 def test_a_plan_needs_neither_ray_nor_mlflow_nor_the_evaluation(line: str) -> None:
     assert loaded(command(*line.split(), str(DIGITS)), PLANNING) == set()
+
+
+def test_a_training_step_of_one_process_needs_neither_compiler_nor_sharding() -> None:
+    step = (
+        "    from soflow_core.objectives import SoFlow\n"
+        "    from soflow_core.train_step import TrainStep, TrainStepConfig\n"
+        "    from tests.support.random_networks import random_inputs, random_network\n"
+        "    train = TrainStep(random_network(), SoFlow(), TrainStepConfig(1))\n"
+        "    train(*random_inputs(train.objective))\n"
+        "    train.load_state_dict(train.state_dict())\n"
+    )
+    assert loaded(step, COMPILER_AND_SHARDING) == set()
 
 
 @pytest.mark.parametrize("module", MODULES)
