@@ -5,13 +5,15 @@
 Runs `soflowctl run sweeps/digits.yaml` twice in a new project folder for each round: the first time whole, with data and reference
 statistics to prepare; then another sweep of one short trial, for which they are there. A first step is the time of the first point of
 a trial's loss curve, an end that of its run. The share of training is the time between the two, over all trials, of what as many
-trials at once could have had. `--source` runs another checkout of this repository, so that two can be compared on one machine. Exit
-code 1 where a bar is missed.
+trials at once could have had. Memory is the largest sum of the proportional shares (PSS, which counts a shared page once) of the
+command and all processes that it started, once a second during the main job. `--source` runs another checkout of this repository,
+so that two can be compared on one machine. Exit code 1 where a bar is missed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
@@ -20,6 +22,8 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
@@ -35,7 +39,7 @@ COMMANDS = {
     "run sweeps/digits.yaml --dry-run": 1.5,
 }
 """Commands that start nothing, and the seconds that each may take."""
-FIRST_STEP, FIRST_STEP_EVER, BETWEEN, SHARE = 12.0, 20.0, 2.0, 0.85
+FIRST_STEP, FIRST_STEP_EVER, BETWEEN, SHARE, MEMORY = 12.0, 20.0, 2.0, 0.85, 8.0
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,22 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """GiB of a command with all processes that it started, how many these are, and GiB of the largest one."""
+
+    total: float = 0.0
+    processes: int = 0
+    largest: float = 0.0
+
+
+@dataclass(frozen=True)
 class SweepTimes:
     """What one command took."""
 
     whole: float
     trials: list[Span]
     concurrent: int
+    memory: Memory
 
     @property
     def first_step(self) -> float:
@@ -70,28 +84,53 @@ class SweepTimes:
         return sum(trial.end - trial.first for trial in self.trials) / (self.concurrent * self.whole)
 
 
-def soflowctl(source: Path, *arguments: str) -> float:
-    """Run a command of a checkout; returns its seconds. Raises SystemExit where it fails."""
+def soflowctl(source: Path, *arguments: str) -> tuple[float, Memory]:
+    """Run a command of a checkout; returns its seconds and its peak memory. Raises SystemExit where it fails."""
     paths = [str(source), str(source / "pipelines"), str(source / "platform")]
+    peak = Memory()
     started = time.time()
-    done = subprocess.run(
-        [sys.executable, "-m", "soflow_platform.cli.main", *arguments],
-        cwd=source,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"soflowctl {' '.join(arguments)} failed: {done.stderr}")
-    return time.time() - started
+    with tempfile.TemporaryFile("w+") as errors:
+        command = subprocess.Popen(
+            [sys.executable, "-m", "soflow_platform.cli.main", *arguments],
+            cwd=source,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
+        while not ended(command):
+            peak = max(peak, memory_of(command.pid), key=lambda memory: memory.total)
+        seconds = time.time() - started
+        errors.seek(0)
+        if command.returncode:
+            raise SystemExit(f"soflowctl {' '.join(arguments)} failed: {errors.read()}")
+    return seconds, peak
+
+
+def ended(command: subprocess.Popen[bytes]) -> bool:
+    """Whether a process ends within a second."""
+    try:
+        command.wait(1.0)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def memory_of(pid: int) -> Memory:
+    """Of a process and its descendants, now."""
+    shares = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                shares.append(one.memory_full_info().pss / 2**30)
+    return Memory(sum(shares), len(shares), max(shares, default=0.0))
 
 
 def run_sweep(source: Path, project: ProjectFolder, settings: tuple[str, ...]) -> SweepTimes:
     """Run the digits sweep with these settings, and read its times."""
     flags = [part for setting in settings for part in ("--set", setting)]
     started = time.time()
-    whole = soflowctl(source, "run", "sweeps/digits.yaml", "--storage", str(project.root), *flags)
+    whole, memory = soflowctl(source, "run", "sweeps/digits.yaml", "--storage", str(project.root), *flags)
     record = all_records(project)[0]
     tracking = Tracking(TrackingStore(project.tracking_uri), record.experiment_id or "")
     spans = []
@@ -100,7 +139,7 @@ def run_sweep(source: Path, project: ProjectFolder, settings: tuple[str, ...]) -
         first = min(point.timestamp for point in points)
         spans.append(Span(first / 1000 - started, run.info.end_time / 1000 - started))
     concurrent = min(len(spans), os.cpu_count() or 1)
-    return SweepTimes(whole, spans, concurrent)
+    return SweepTimes(whole, spans, concurrent, memory)
 
 
 def report(name: str, values: list[float], bar: float | None = None, at_least: bool = False) -> bool:
@@ -132,7 +171,7 @@ def main() -> int:
             short.append(run_sweep(options.source, project, (*options.settings, *SHORT)))
             for line, taken in commands.items():
                 place = ("--storage", str(project.root)) if line in ("runs", "status") else ()
-                taken.append(soflowctl(options.source, *line.split(), *place))
+                taken.append(soflowctl(options.source, *line.split(), *place)[0])
     print(
         f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores\n| what | median | each | bar | |\n|---|---|---|---|---|"
     )
@@ -143,6 +182,9 @@ def main() -> int:
             "end of a trial to the next one's first step, s", [b for t in whole for b in t.between], BETWEEN
         ),
         report("main job, s", [times.whole for times in whole]),
+        report("peak memory of the main job, GiB", [times.memory.total for times in whole], MEMORY),
+        report("processes at the peak", [times.memory.processes for times in whole]),
+        report("memory of the largest process, GiB", [times.memory.largest for times in whole]),
         report("share of it that trials train", [times.share for times in whole], SHARE, at_least=True),
         *(report(f"`{line}`, s", taken, COMMANDS[line]) for line, taken in commands.items()),
     ]

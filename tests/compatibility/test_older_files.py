@@ -210,19 +210,14 @@ def test_champion_of_an_older_version_is_champion(project: Path) -> None:
     assert (again.returncode, "version 1 of 'finished' is the champion already" in again.stderr) == (2, True)
 
 
-def test_older_score_is_read_and_not_computed_again(project: Path, ask: Callable[..., str]) -> None:
-    def statistics() -> dict[Path, int]:
-        found = [*(project / "evaluations").glob("*/statistics.npz"), *(project / "features").glob("*")]
-        return {path: path.stat().st_mtime_ns for path in found}
-
+@pytest.mark.slow
+def test_older_score_is_computed_again_by_this_code(ask: Callable[..., str]) -> None:
     (kept,) = (OLDER / "project" / "evaluations" / "results").glob("*.json")
-    before = statistics()
     model = "models:/finished@champion"
     (score,) = json.loads(ask("evaluate", model, "--num", "128", "--features", "pooled", "--json"))
     assert score["fd"] == pytest.approx(
-        json.loads(kept.read_text(encoding="utf-8"))["values"]["fd"], rel=1e-9
+        json.loads(kept.read_text(encoding="utf-8"))["values"]["fd"], rel=1e-6
     )
-    assert statistics() == before
 
 
 @pytest.mark.slow

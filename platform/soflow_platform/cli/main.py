@@ -77,7 +77,10 @@ def run(
     address: AddressOption = None,
     storage: StorageOption = None,
     again: Annotated[
-        bool, typer.Option("--again", help="Run a finished sweep anew, beside the first.")
+        bool, typer.Option("--again", help="Run a sweep anew that is finished or trained by other code.")
+    ] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Go on with a sweep that other code has trained, and mark its run.")
     ] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print the result alone, no progress.")
@@ -104,12 +107,17 @@ def run(
     from soflow_platform.cli.run_local import run_local_command
 
     if local:
-        _refuse({"--dry-run": dry_run, "--again": again, "--address": address, "--quiet": quiet}, "--local")
+        _refuse(
+            {"--dry-run": dry_run, "--again": again, "--keep": keep, "--address": address, "--quiet": quiet},
+            "--local",
+        )
         run_local_command(sweep, tuple(overrides or ()), trial, storage)
         return
     if trial is not None:
         raise UserError("--trial chooses the trial of --local: pass both, or leave it out.")
-    options = RunOptions(dry_run, again, quiet, not no_check)
+    if again and keep:
+        raise UserError("--again trains anew and --keep goes on with what is there: pass one of them.")
+    options = RunOptions(dry_run, again, keep, quiet, not no_check)
     run_command(sweep, tuple(overrides or ()), address, storage, options)
 
 

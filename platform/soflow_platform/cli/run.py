@@ -17,6 +17,7 @@ from soflow_platform.config.presets import sweeps_folder
 from soflow_platform.config.validation import read_experiment, where_written
 from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.storage.checkpoints import CheckpointStore
+from soflow_platform.storage.code_digest import describe_difference, running_code
 from soflow_platform.storage.project import ProjectFolder, find_project, require_writable
 from soflow_platform.training.stop_request import request_stop
 from soflow_platform.training.trial_status import TrialState
@@ -46,7 +47,9 @@ class RunOptions:
     dry_run: bool = False
     """Print the plan alone."""
     again: bool = False
-    """Run a finished sweep anew."""
+    """Run a finished sweep, or one that other code has trained, anew."""
+    keep: bool = False
+    """Go on with a sweep that other code has trained."""
     quiet: bool = False
     """Print nothing before the result."""
     check: bool = True
@@ -136,6 +139,8 @@ def run_command(
     require_writable(storage)
     sweep = sweep_id(storage, experiment, options.again)
     existing = load_record(storage, sweep)
+    if existing is not None:
+        _check_code(storage, existing, options.keep, screen)
     if existing is not None and existing.finished:
         screen.print(f"sweep {sweep} is finished; --again runs it anew.")
         show_result(screen, existing, storage)
@@ -165,6 +170,24 @@ def run_command(
             f"{len(failed)} of {len(outcomes)} trials failed ({failed[0].name}: {failed[0].status.failure}); "
             "the same command tries them again."
         )
+
+
+def _check_code(storage: ProjectFolder, record: SweepRecord, keep: bool, screen: Console) -> None:
+    """Raises UserError where other code has trained the sweep, unless that is to be kept, which is then printed."""
+    code = running_code()
+    files = record.other_files(storage, code)
+    if not files:
+        return
+    if not any(record.checkpoints(storage, trial.name).published() for trial in record.trials):
+        # Nothing that it trained is left.
+        record.code.clear()
+        return
+    difference = f"sweep {record.id} was trained by other code than this: {describe_difference(files)}"
+    if not keep:
+        raise UserError(
+            f"{difference}. --again trains it anew, --keep goes on with what is there and marks its run."
+        )
+    screen.print(f"{difference}; what it has trained is kept.")
 
 
 def _check_first_steps(planned: list[Trial], data: Expected) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from soflow_core.failures import summarize
-from soflow_platform.cluster.ray_internals import keep_keys_out_of_logs, own_processes
+from soflow_platform.cluster.ray_internals import keep_keys_out_of_logs, own_processes, without_servers
 from soflow_platform.cluster.session_folder import session_root
 from soflow_platform.errors import JobError, UserError
 
@@ -108,7 +108,11 @@ def connected(address: str | None, dashboard: bool = False) -> Iterator[Cluster]
     keep_keys_out_of_logs()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with own_processes() if address is None else contextlib.nullcontext():
+        with contextlib.ExitStack() as changes:
+            if address is None:
+                changes.enter_context(own_processes())
+            if address is None and not dashboard:
+                changes.enter_context(without_servers())
             ray.init(
                 address="local" if address is None else address,
                 log_to_driver=False,

@@ -26,10 +26,13 @@ PRIVATE_NAMES = {
     ),
     "reachable": ("ray._private.ray_constants", "ENABLE_RAY_CLUSTER"),
     "processes": ("ray._private.services", "ConsolePopen"),
+    "node": ("ray._private.node", "Node"),
     "passed_variables": ("ray.tune.execution.class_cache", "ENV_VARS_TO_PROPAGATE"),
     "train_context": ("ray.train.v2._internal.execution.context", "get_train_context"),
 }
 """Module and name of each."""
+SERVERS = ("start_api_server", "start_monitor", "start_log_monitor")
+"""Methods of Ray's node that start what a command on one machine has no use for."""
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 """Variables that Tune passes to its actors, and that Ray writes to its logs on the way."""
 
@@ -64,6 +67,28 @@ def own_processes() -> Iterator[None]:
             with contextlib.suppress(ImportError, AttributeError):
                 popen = functools.partial(private("processes"), start_new_session=True)
                 changes.enter_context(_replaced("processes", popen))
+        yield
+
+
+@contextlib.contextmanager
+def without_servers() -> Iterator[None]:
+    """A local Ray that is started in the block has no API server, no autoscaler and no log monitor.
+
+    They serve Ray's own page and commands, machines that come and go, and logs that are printed by the driver; none of them is there
+    for a command on one machine, where each takes a second to start. Without effect where this version of Ray starts them otherwise.
+    """
+
+    def leave_out(node: Any, **options: Any) -> None:
+        del options
+        node._webui_url = ""
+
+    with contextlib.ExitStack() as changes:
+        with contextlib.suppress(ImportError, AttributeError):
+            node = private("node")
+            methods = {name: getattr(node, name) for name in SERVERS}
+            for name, method in methods.items():
+                setattr(node, name, leave_out)
+                changes.callback(setattr, node, name, method)
         yield
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from soflow_pipelines.metrics.score_statistics import ScoreStatistics
 from soflow_pipelines.references.statistics_job import StatisticsJob
 from soflow_pipelines.storage.files import write_bytes
+from soflow_platform.storage.code_digest import running_code
 
 MERGED = "statistics.npz"
 
@@ -24,8 +25,8 @@ class BlockStore:
 
     @classmethod
     def of(cls, job: StatisticsJob, root: Path) -> BlockStore:
-        """The folder of a job below `root`; nothing is created."""
-        return cls(root / job.key, job)
+        """The folder of a job below `root`, for the code of this process; nothing is created."""
+        return cls(root / f"{job.key}-{running_code().digest}", job)
 
     def missing(self) -> list[int]:
         """Blocks that are still to be computed."""

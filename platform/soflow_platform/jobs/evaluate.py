@@ -32,6 +32,7 @@ from soflow_platform.evaluation.runner import StatisticsRunner
 from soflow_platform.jobs.model_under_test import ModelUnderTest, SampleSettings
 from soflow_platform.jobs.requests import EvaluateRequest, ProtocolRequest, SamplingRequest
 from soflow_platform.jobs.targets import EvaluationTarget, TargetResolver
+from soflow_platform.storage.code_digest import CODE_TAG, running_code
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import TrackingStore
 
@@ -203,7 +204,7 @@ def _refuse_unused(request: EvaluateRequest, name: str, places: Sequence[str]) -
 
 @dataclass(frozen=True)
 class ScoreStore:
-    """Scores of one protocol in the project folder, found again by their settings."""
+    """Scores of one protocol in the project folder, found again by their settings and by the code that computed them."""
 
     folder: Path
     metrics: tuple[str, ...]
@@ -229,7 +230,7 @@ class ScoreStore:
         write_json(self._path(score.tags), content)
 
     def _path(self, tags: dict[str, str]) -> Path:
-        key = settings_digest({**tags, "metrics": ",".join(self.metrics)})
+        key = settings_digest({**tags, "metrics": ",".join(self.metrics), CODE_TAG: running_code().digest})
         return self.folder / f"{key}.json"
 
 

@@ -25,6 +25,7 @@ from soflow_platform.registry.tags import (
     TRIALS_TAG,
 )
 from soflow_platform.storage.checkpoints import EMA, Checkpoint
+from soflow_platform.storage.code_digest import CODE_TAG
 from soflow_platform.tracking.store import STEP_TAG, SWEEP_TAG, TRIAL_TAG, Tracking, TrackingStore
 
 CANDIDATE = "candidate"
@@ -72,6 +73,7 @@ def register(tracking: Tracking, candidate: Candidate, checkpoint: Checkpoint) -
         IMAGES_TAG: str(checkpoint.state.images),
         RECIPE_TAG: json.dumps(candidate.recipe),
         TRIALS_TAG: str(candidate.trials),
+        **({CODE_TAG: checkpoint.state.code} if checkpoint.state.code else {}),
         **{key: repr(value) for key, value in candidate.metrics.items()},
         **{key: value for key, value in inherited.items() if key.startswith(("eval.", "data."))},
     }
@@ -87,6 +89,7 @@ def register(tracking: Tracking, candidate: Candidate, checkpoint: Checkpoint) -
         "step": candidate.step,
         "images": checkpoint.state.images,
         "commit": inherited.get("mlflow.source.git.commit"),
+        "code": checkpoint.state.code,
         "recipe": dict(candidate.recipe),
     }
     with checkpoint.opened(EMA) as weights:

@@ -55,6 +55,8 @@ class CheckpointState:
     """Metrics that the tracking server may not have yet; `unsent` in the file."""
     data: str | None = None
     """Digest of the training data; None in a checkpoint of an earlier version."""
+    code: str | None = None
+    """Digest of the code that trained since the checkpoint before (`storage.code_digest`); None in one of an earlier version."""
 
     def as_record(self) -> dict[str, Any]:
         record = asdict(self)

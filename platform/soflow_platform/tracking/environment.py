@@ -7,12 +7,17 @@ import socket
 import subprocess
 from pathlib import Path
 
+from soflow_platform.storage.code_digest import CODE_TAG, running_code
+
 CODE = Path(__file__).parents[1]
 """The folder of this package."""
+DIFF_LIMIT = 1_000_000
+DIFF_ARTIFACT = "code/attempt-{}.diff"
+"""Artifact of a sweep's run: what git says of the code that began an attempt, beside its commit."""
 
 
 def host_tags() -> dict[str, str]:
-    """Host name, GPU, library versions and git commit, as tags of a run."""
+    """Host name, GPU, library versions, digest of the code and git commit, as tags of a run."""
     import ray
     import torch
 
@@ -21,6 +26,7 @@ def host_tags() -> dict[str, str]:
         "host.python": platform.python_version(),
         "host.torch": torch.__version__,
         "host.ray": ray.__version__,
+        CODE_TAG: running_code().digest,
     }
     if torch.cuda.is_available():
         tags["host.gpu"] = torch.cuda.get_device_name()
@@ -35,15 +41,35 @@ def git_commit(folder: Path = CODE) -> str | None:
     was installed from a wheel, also beside one in a virtual environment.
     """
 
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5, check=True
-        )
-        return done.stdout.strip()
-
     try:
-        if not git("ls-files"):
+        if not _git(folder, "ls-files"):
             return None
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+        return _git(folder, "rev-parse", "HEAD") + ("-dirty" if _git(folder, "status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def git_diff(folder: Path = CODE) -> str:
+    """How the Python files of the repository that holds `folder` differ from its commit; at most DIFF_LIMIT characters.
+
+    Empty where they do not, and where the code is in no repository. New files are in it once git knows of them (`git add`).
+    """
+    try:
+        if not _git(folder, "ls-files"):
+            return ""
+        changes = _git(folder, "diff", "HEAD", "--no-color", "--no-ext-diff", "--", ":/*.py")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return changes if len(changes) <= DIFF_LIMIT else f"{changes[:DIFF_LIMIT]}\n(cut here)"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=5,
+        check=True,
+    )
+    return done.stdout.strip()

@@ -15,6 +15,7 @@ from soflow_pipelines.images.encode import encode_png
 from soflow_pipelines.storage.files import write_bytes
 from soflow_platform.errors import JobError
 from soflow_platform.storage.checkpoints import Checkpoint, CheckpointState, ranked
+from soflow_platform.storage.code_digest import running_code
 from soflow_platform.tracking.metric_logger import MetricLogger
 from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.training.checkpointer import AsyncCheckpointer
@@ -231,7 +232,8 @@ class RankZeroIO:
         write: Callable[[Path], None],
     ) -> None:
         scored = [dict(evaluation) for evaluation in evaluations]
-        state = CheckpointState(step, images, self.job.run, scored, self.metrics.pending_points(), self._data)
+        points, code = self.metrics.pending_points(), running_code().digest
+        state = CheckpointState(step, images, self.job.run, scored, points, self._data, code)
         ranking = ranked(scored, self.experiment.search.metric, self.experiment.mode)
         self.checkpointer.submit(state, [evaluation["step"] for evaluation in ranking], write)
 

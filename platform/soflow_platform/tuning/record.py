@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from soflow_pipelines.storage.files import write_json
+from soflow_pipelines.storage.files import read_json, write_json
 from soflow_platform.errors import UserError
 from soflow_platform.registry.candidate import Candidate
 from soflow_platform.storage.checkpoints import CheckpointStore
+from soflow_platform.storage.code_digest import Code, running_code
 from soflow_platform.storage.locks import is_locked, locked
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.storage.records import read_record, record_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from soflow_platform.tuning.search_space import Trial
 
 RECORD = "sweep.json"
+CODE = "code.json"
 LOCK = ".lock"
 
 
@@ -89,6 +91,8 @@ class SweepRecord:
     experiment_id: str | None = None
     """MLflow id of the experiment."""
     tracking_uri: str | None = None
+    code: list[str] = field(default_factory=list)
+    """Digests of the code that trained it, in order; more than one where it went on with other code."""
     finished: bool = False
     best: BestTrial | None = None
 
@@ -123,6 +127,21 @@ class SweepRecord:
                 at = at.setdefault(section, {})
             at[last] = value
         return recipe
+
+    def trained_by(self, project: ProjectFolder, code: Code) -> None:
+        """Note that this code trains the sweep from here on, with its files beside the record."""
+        if self.code[-1:] != [code.digest]:
+            self.code.append(code.digest)
+            write_json(project.sweep(self.id) / CODE, dict(code.files))
+
+    def other_files(self, project: ProjectFolder, code: Code) -> list[str]:
+        """Source files that differ between this code and that which trained the sweep last.
+
+        Empty where none do, and for a sweep of an earlier version, which kept no digests.
+        """
+        if self.code[-1:] in ([], [code.digest]):
+            return []
+        return Code(read_json(project.sweep(self.id) / CODE) or {}).differing(code)
 
     def checkpoints(self, project: ProjectFolder, trial: str) -> CheckpointStore:
         """The checkpoints of one of its trials."""
@@ -173,14 +192,17 @@ def all_records(storage: ProjectFolder) -> list[SweepRecord]:
 def sweep_id(storage: ProjectFolder, experiment: Experiment, again: bool) -> str:
     """The sweep these settings belong to: the same settings go on with the same sweep.
 
-    With `again`, a finished sweep is left as it is and the next one of the same settings is taken.
+    With `again`, a sweep that is finished or that other code has trained is left as it is, and the next one of the same settings is
+    taken.
     """
     base = f"{experiment.name}-{experiment.digest()}"
     if not again:
         return base
     count = 1
     chosen = base
-    while (record := load_record(storage, chosen)) is not None and record.finished:
+    while (record := load_record(storage, chosen)) is not None and (
+        record.finished or record.other_files(storage, running_code())
+    ):
         count += 1
         chosen = f"{base}-{count}"
     return chosen

@@ -21,9 +21,10 @@ from soflow_platform.evaluation.evaluator import Evaluator
 from soflow_platform.evaluation.runner import RayStatisticsRunner
 from soflow_platform.registry.versions import register
 from soflow_platform.storage.checkpoints import EMA, CheckpointState
+from soflow_platform.storage.code_digest import MIXED_CODE_TAG, running_code
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.storage.retry import retry
-from soflow_platform.tracking.environment import host_tags
+from soflow_platform.tracking.environment import DIFF_ARTIFACT, git_diff, host_tags
 from soflow_platform.tracking.outages import is_away
 from soflow_platform.tracking.store import TRIAL_TAG, Tracking, import_mlflow, tracked_dataset
 from soflow_platform.training.dataset import open_data
@@ -246,7 +247,12 @@ class SweepRunner:
         """Train the trials that have not finished. Returns what failed: trial name -> sentence."""
         record, project = self.context.record, self.context.project
         record.attempts += 1
+        record.trained_by(project, running_code())
         record.save(project)
+        if changes := git_diff():
+            self.tracking.client.log_text(record.run or "", changes, DIFF_ARTIFACT.format(record.attempts))
+        if len(record.code) > 1:
+            self.tracking.client.set_tag(record.run or "", MIXED_CODE_TAG, ", ".join(record.code))
         tasks = [self._task(trial, prepared) for trial in self._scheduled(finished)]
         settings = TuneSettings(
             self.context.experiment, concurrent, record.attempts, project.sweep(record.id)

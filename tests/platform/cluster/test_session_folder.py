@@ -114,6 +114,9 @@ def test_ray_listens_here_alone_and_no_signal_to_the_group_reaches_it(root: Path
         assert folder.is_relative_to(root)
         rays = psutil.Process(process.pid).children(recursive=True)
         assert any("raylet" in each.name() for each in rays)
+        # Neither Ray's page nor its autoscaler nor its log monitor is of use to a command on one machine.
+        running = " ".join(word for each in rays for word in each.cmdline())
+        assert [name for name in ("dashboard.py", "monitor.py") if name in running] == []
         assert not {address for each in rays for address in listening(each)} - LOOPBACK
         os.killpg(process.pid, signal.SIGTERM)
         assert process.stdout.readline() == "asked\n"

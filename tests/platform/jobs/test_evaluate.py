@@ -23,6 +23,7 @@ from soflow_platform.jobs.log_scores import log_scores, metric_name
 from soflow_platform.jobs.targets import EvaluationTarget, find_target
 from soflow_platform.registry.versions import register
 from soflow_platform.storage.checkpoints import CheckpointStore
+from soflow_platform.storage.code_digest import Code
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.record import BestTrial, load_record
@@ -105,6 +106,17 @@ def test_a_stored_score_is_read_and_not_computed_again(scored: ProjectFolder) ->
     path.write_text(json.dumps({**kept, "values": {"fd": -1.0}}))
     assert scores_of(scored, TRIAL)[0].values == {"fd": -1.0}
     path.unlink()
+    assert scores_of(scored, TRIAL)[0] == first
+
+
+def test_a_stored_score_of_other_code_is_not_taken(
+    scored: ProjectFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first,) = scores_of(scored, TRIAL)
+    (path,) = (scored.root / "evaluations" / "results").iterdir()
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps({**kept, "values": {"fd": -1.0}}))
+    monkeypatch.setattr("soflow_platform.jobs.evaluate.running_code", lambda: Code({"loss.py": "0"}))
     assert scores_of(scored, TRIAL)[0] == first
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from soflow_platform.tracking.environment import git_commit
+from soflow_platform.tracking.environment import git_commit, git_diff
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="this machine has no git")
 
@@ -44,6 +44,16 @@ def test_the_commit_is_that_of_the_code_in_whatever_folder(
     assert git_commit(repository / "package") == f"{commit}-dirty"
 
 
+def test_the_difference_to_the_commit_is_kept_of_python_files_alone(repository: Path) -> None:
+    (repository / "settings.txt").write_text("password = 1\n")
+    git(repository, "add", "settings.txt")
+    assert git_diff(repository / "package") == ""
+    (repository / "package" / "code.py").write_text("value = -1\n")
+    changes = git_diff(repository / "package")
+    assert "-value = 1\n+value = -1" in changes
+    assert "password" not in changes
+
+
 def test_an_environment_in_a_repository_is_not_the_repositorys_code(repository: Path) -> None:
     installed = repository / ".venv" / "package"
     installed.mkdir(parents=True)
@@ -53,3 +63,4 @@ def test_an_environment_in_a_repository_is_not_the_repositorys_code(repository: 
 
 def test_code_outside_of_a_repository_has_no_commit(tmp_path: Path) -> None:
     assert git_commit(tmp_path) is None
+    assert git_diff(tmp_path) == ""
