@@ -43,6 +43,8 @@ LATER_OBJECTIVE_SETTINGS = {
 }
 """Settings that methods of 0.1.0 have got since, with the values at which nothing changes. With these they are no part of the digest,
 so that sweeps keep it."""
+LATER_SEARCH_SETTINGS: dict[str, Any] = {"first": []}
+"""Settings of `search` since 0.1.0, for the same reason."""
 
 
 class Experiment(Section):
@@ -145,6 +147,11 @@ class Experiment(Section):
             key: value
             for key, value in resolved["objective"].items()
             if key not in LATER_OBJECTIVE_SETTINGS or value != LATER_OBJECTIVE_SETTINGS[key]
+        }
+        settings["search"] = {
+            key: value
+            for key, value in resolved["search"].items()
+            if key not in LATER_SEARCH_SETTINGS or value != LATER_SEARCH_SETTINGS[key]
         }
         settings["training"] = {key: resolved["training"][key] for key in DECIDING_TRAINING}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]

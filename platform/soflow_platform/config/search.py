@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +12,8 @@ from soflow_platform.config.sections import Positive, Section
 
 MAX_TRIALS = 1000
 """Trials of one sweep: each is checked before anything starts."""
+POINT_NAME = re.compile(r"[A-Za-z0-9][\w.=+-]{0,59}")
+"""Name of a point of `first`, which becomes part of the name of its trial."""
 
 
 class Range(Section):
@@ -48,6 +51,9 @@ class SearchConfig(Section):
 
     space: dict[str, list[Any] | Range] = Field(default_factory=dict)
     """From a setting's path (`objective.weight_power`) to the values it takes, or a range."""
+    first: Annotated[tuple[dict[str, Any], ...], Field(max_length=MAX_TRIALS)] = ()
+    """Points that are trained before those of `space`: from a setting's path to its value; `{}` is the file as it is written. A `name`
+    beside the settings names the trial."""
     algorithm: Literal["grid", "random"] = "grid"
     trials: Annotated[int, Field(gt=0, le=MAX_TRIALS)] | None = None
     """Number of trials that `random` draws; `grid` tries every combination."""
@@ -59,6 +65,18 @@ class SearchConfig(Section):
     mode: Literal["min", "max"] | None = None
     """None: the metric's own direction."""
     asha: AshaConfig | None = None
+
+    @model_validator(mode="after")
+    def _names_of_points(self) -> SearchConfig:
+        names = [point["name"] for point in self.first if "name" in point]
+        for name in names:
+            if not isinstance(name, str) or not POINT_NAME.fullmatch(name):
+                raise ValueError(
+                    f"a name in `first` is up to 60 letters, digits and `_ . = + -`, not {str(name)[:80]!r}"
+                )
+            if names.count(name) > 1:
+                raise ValueError(f"`first` has two points of the name {name!r}: rename one")
+        return self
 
     @model_validator(mode="after")
     def _algorithm_fits(self) -> SearchConfig:

@@ -7,16 +7,21 @@ import itertools
 import math
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from soflow_core.nfe import sampling_evaluations, steps_for, training_evaluations
-from soflow_platform.config.document import Document, Origin
+from soflow_platform.config.document import MAX_DEPTH, Document, KeyPath, Origin, shortened
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.search import Budget, Range, SearchConfig
 from soflow_platform.config.validation import validate
 from soflow_platform.errors import UserError
 from soflow_platform.generation.sampling import with_sampling
+
+FIXED = ("search", "resources", "tracking", "registry", "name", "data")
+"""Sections that all trials of a sweep have in common."""
+SPACE: KeyPath = ("search", "space")
 
 
 @dataclass(frozen=True)
@@ -31,26 +36,63 @@ class Trial:
     """Budgets that this trial was made for; several where they come to the same steps."""
 
 
+@dataclass(frozen=True)
+class Point:
+    """Settings that one trial has in the place of those of the file."""
+
+    settings: dict[str, Any]
+    written: KeyPath
+    """Where the settings were written: the path of their section in the document."""
+    name: str | None = None
+
+
 def trials(document: Document, experiment: Experiment) -> list[Trial]:
     """Every trial of a sweep, in order; the same document always gives the same list.
 
-    A point that two budgets give the same steps is one trial, of both. Raises UserError where a point of the space is not a valid
-    experiment.
+    Points of `search.first` come first; one of the space that stands for the same experiment is left out. A point that two budgets give
+    the same steps is one trial, of both. Raises UserError where a point is not a valid experiment.
     """
     search = experiment.search
-    points = _points(search, experiment.seed)
+    usual, *others = search.budgets
+    points: list[Point] = []
     found: list[Trial] = []
-    for index, (budget, (place, point)) in enumerate(itertools.product(search.budgets, enumerate(points))):
-        trial = _trial(document, experiment, index, point, budget)
-        first = found[place] if index >= len(points) else None
-        if first is not None and first.experiment == trial.experiment:
-            both = (*first.budgets, budget)
-            found[place] = replace(
-                first, settings={**first.settings, "budget": ", ".join(both)}, budgets=both
-            )
-        else:
-            found.append(trial)
+    listed: list[Experiment] = []
+    for point in itertools.chain(_first_points(search), _space_points(search, experiment.seed)):
+        trial = _trial(document, experiment, len(found), point, usual)
+        if trial.experiment in listed:
+            continue
+        if point.written != SPACE:
+            listed.append(trial.experiment)
+        points.append(point)
+        found.append(trial)
+    for number, budget in enumerate(others, start=1):
+        for place, point in enumerate(points):
+            trial = _trial(document, experiment, number * len(points) + place, point, budget)
+            if found[place].experiment != trial.experiment:
+                found.append(trial)
+                continue
+            both = (*found[place].budgets, budget)
+            settings = {**found[place].settings, "budget": ", ".join(both)}
+            found[place] = replace(found[place], settings=settings, budgets=both)
     return found
+
+
+def _first_points(search: SearchConfig) -> list[Point]:
+    """The points of `search.first`."""
+    points = []
+    for place, settings in enumerate(search.first):
+        varied = {key: value for key, value in settings.items() if key != "name"}
+        name = settings.get("name", None if varied else "as-written")
+        points.append(Point(varied, ("search", "first", place), name))
+    return points
+
+
+def _space_points(search: SearchConfig, seed: int) -> Iterator[Point]:
+    """The points of `search.space`; where that is empty, the file as it is written, unless `search.first` lists the points."""
+    if search.first and not search.space:
+        return
+    for settings in _points(search, seed):
+        yield Point(settings, SPACE)
 
 
 def _points(search: SearchConfig, seed: int) -> list[dict[str, Any]]:
@@ -74,18 +116,20 @@ def _draw(values: list[Any] | Range, generator: random.Random) -> Any:
     return math.exp(generator.uniform(math.log(low), math.log(high)))
 
 
-def _trial(document: Document, base: Experiment, index: int, point: dict[str, Any], budget: Budget) -> Trial:
+def _trial(document: Document, base: Experiment, index: int, point: Point, budget: Budget) -> Trial:
     trial_document = Document(copy.deepcopy(document.data), dict(document.origins))
-    for key, value in point.items():
-        if key.split(".")[0] in ("search", "resources", "tracking", "registry", "name", "data"):
+    section = ".".join(part for part in point.written if isinstance(part, str))
+    settings = dict(point.settings)
+    for key, value in settings.items():
+        where = document.origin((*point.written, key))
+        if key.split(".")[0] in FIXED:
             raise UserError(
-                f"{document.origin(('search', 'space', key))}: `{key}` cannot vary between trials; "
-                "vary settings of objective, network, optimizer or training."
+                f"{where}: `{shortened(key)}` cannot vary between trials; vary settings of objective, network, optimizer or training."
             )
-        where = document.origin(("search", "space", key))
-        trial_document.put(
-            tuple(key.split(".")), value, Origin(f"{where.source} (search.space {key})", where.line)
-        )
+        path = tuple(key.split("."))
+        if len(path) > MAX_DEPTH:
+            raise UserError(f"{where}: `{shortened(key)}` is no setting.")
+        trial_document.put(path, value, Origin(f"{where.source} ({section} {shortened(key)})", where.line))
     experiment = validate(trial_document)
     if budget == "evaluations":
         where = document.origin(("search", "budgets"))
@@ -93,12 +137,12 @@ def _trial(document: Document, base: Experiment, index: int, point: dict[str, An
         trial_document.put(("training", "steps"), equal_evaluations(base, experiment), origin)
         experiment = validate(trial_document)
     _check_sampling(trial_document, experiment)
-    parts = [_setting_name(key, value) for key, value in point.items()]
+    parts = [point.name] if point.name else [_setting_name(key, value) for key, value in settings.items()]
     if len(base.search.budgets) > 1:
         parts.append(f"equal-{budget}")
-        point = {**point, "budget": budget}
+        settings["budget"] = budget
     name = re.sub(r"[^\w.=+-]+", "_", "-".join([f"trial-{index:02d}", *parts]))[:120]
-    return Trial(index, name, point, experiment, (budget,))
+    return Trial(index, name, settings, experiment, (budget,))
 
 
 def _check_sampling(document: Document, experiment: Experiment) -> None:

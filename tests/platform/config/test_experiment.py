@@ -230,6 +230,53 @@ def test_random_trials_are_the_same_each_time_and_inside_their_range(tmp_path: P
     assert all(1e-4 <= lr <= 1e-2 for lr in first)
 
 
+def test_listed_points_come_first_and_one_that_the_grid_has_too_is_trained_once(tmp_path: Path) -> None:
+    first = (
+        "[{}, {name: paper, objective.weight_power: 0.5, optimizer.lr: 1e-3}, {objective.weight_power: 2.0}]"
+    )
+    overrides = (
+        f"search.first={first}",
+        "search.space={objective.weight_power: [0.5, 1.0]}",
+        "objective.weight_power=1.0",
+    )
+    experiment, document = read_experiment(write(tmp_path, MINIMAL), overrides)
+    points = trials(document, experiment)
+    assert [(p.name, p.settings) for p in points] == [
+        ("trial-00-as-written", {}),
+        ("trial-01-paper", {"objective.weight_power": 0.5, "optimizer.lr": 1e-3}),
+        ("trial-02-weight_power=2", {"objective.weight_power": 2.0}),
+        ("trial-03-weight_power=0.5", {"objective.weight_power": 0.5}),
+    ]
+    assert points[1].experiment.optimizer.lr == 1e-3
+    both = trials(
+        *reversed(
+            read_experiment(write(tmp_path, MINIMAL), (*overrides, "search.budgets=[steps, evaluations]"))
+        )
+    )
+    assert [p.budgets for p in both] == [("steps", "evaluations")] * 4
+
+
+def test_without_a_space_the_listed_points_are_the_sweep(tmp_path: Path) -> None:
+    experiment, document = read_experiment(
+        write(tmp_path, MINIMAL), ("search.first=[{optimizer.lr: 1e-4}, {optimizer.lr: 1e-3}]",)
+    )
+    assert [p.name for p in trials(document, experiment)] == ["trial-00-lr=0.0001", "trial-01-lr=0.001"]
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        ("[{objective.weight_power: -1.0}]", "--set search.first (search.first objective.weight_power)"),
+        ("[{}, {wieght: 1}]", "unknown key `wieght`; known are"),
+        ("[{resources.workers: 2}]", "`resources.workers` cannot vary between trials"),
+        ("[{name: a/b}]", "a name in `first` is up to 60 letters, digits"),
+        ("[{name: a}, {name: a, optimizer.lr: 1e-4}]", "`first` has two points of the name 'a': rename one"),
+    ],
+)
+def test_a_listed_point_that_cannot_be_trained_is_refused(tmp_path: Path, first: str, message: str) -> None:
+    assert message in refusal(write(tmp_path, MINIMAL), f"search.first={first}")
+
+
 def test_a_value_of_the_search_space_is_checked_like_one_in_the_file(tmp_path: Path) -> None:
     sentence = refusal(write(tmp_path, MINIMAL), "search.space={objective.weight_power: [1.0, -1.0]}")
     assert "weight_power is -1" in sentence
@@ -262,10 +309,18 @@ def test_the_resolved_settings_read_back_to_the_same_experiment() -> None:
         "training.clip_norm=1.0",
         "evaluation.samples=1000",
         "search.space={objective.weight_power: [0.5]}",
+        "search.first=[{}]",
     ],
 )
 def test_what_decides_the_numbers_makes_another_sweep(override: str) -> None:
     assert read_experiment(DIGITS, (override,))[0].digest() != read_experiment(DIGITS)[0].digest()
+
+
+def test_settings_of_the_search_that_came_later_leave_a_sweep_its_digest() -> None:
+    """Computed before there were any."""
+    assert read_experiment(DIGITS)[0].digest() == "3ad9da3a"
+    drawn = "search={algorithm: random, trials: 3, space: {optimizer.lr: {log_uniform: [1e-4, 1e-2]}}}"
+    assert read_experiment(DIGITS, (drawn,))[0].digest() == "f00399de"
 
 
 @pytest.mark.parametrize(
