@@ -74,13 +74,13 @@ class OptimizerConfig:
             "eps": self.eps,
         }
         if self.name == "radam":
-            return _uncompiled(torch.optim.RAdam)(parameters, **settings, foreach=True)
+            return uncompiled(torch.optim.RAdam)(parameters, **settings, foreach=True)
         kind = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
         fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-        return _uncompiled(kind)(parameters, **settings, fused=fused, foreach=None if fused else True)
+        return uncompiled(kind)(parameters, **settings, fused=fused, foreach=None if fused else True)
 
 
-def _uncompiled(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+def uncompiled(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
     """The optimizer without torch's wrappers that matter to compiled code alone; optimizers are never compiled here.
 
     The first call of a wrapper imports torch's compiler, which takes most of a second in every process that trains.

@@ -16,7 +16,6 @@ REDUCED = [
     *("--set", "training={steps: 40, batch: 32, ema: [0.9], log_every: 5}"),
     *("--set", "evaluation={every: 10, samples: 64, nfe: [1, 2], features: digits-classifier, grid: 4}"),
     *("--set", "search.space={objective.weight_power: [0.5, 1.0], objective.schedule.initial: [0.1, 0.5]}"),
-    *("--set", "resources.cpus_per_worker=0.5"),
 ]
 """The digits sweep with all of its parts, four trials, and a network that trains in seconds."""
 

@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional
 
+from soflow_core.optimizer import uncompiled
 from soflow_core.weights import WeightsError, require_finite
 from soflow_pipelines.features.network import DISTANCES, FeatureError, Features, full_float32
 from soflow_pipelines.images.convert import to_unit_range
@@ -98,7 +99,7 @@ def train_digits_classifier(seed: int) -> DigitsClassifier:
     with _one_thread(), torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         network = DigitsClassifier()
-        optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
+        optimizer = uncompiled(torch.optim.AdamW)(network.parameters(), lr=2e-3, weight_decay=1e-2)
         steps = EPOCHS * -(-len(labels) // 64)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
         for _ in range(EPOCHS):

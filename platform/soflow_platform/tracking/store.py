@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import json
 import logging
 import os
@@ -43,14 +42,6 @@ TAG_LIMIT = 5000
 """Most characters in a tag's value, a limit of MLflow."""
 PARAM_LIMIT = 100
 """Largest number of params in one request, a limit of MLflow."""
-
-
-def import_mlflow(uri: str) -> None:
-    """Import what a store at `uri` needs, which takes a second or two; what is missing is reported where the store is opened."""
-    with contextlib.suppress(ImportError):
-        importlib.import_module("mlflow")
-        if uri.startswith("sqlite:"):
-            importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
 
 
 class TrackingStore:

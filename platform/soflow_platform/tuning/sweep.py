@@ -6,8 +6,8 @@ It can be interrupted at any point; the same settings go on from there.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.storage.retry import retry
 from soflow_platform.tracking.environment import DIFF_ARTIFACT, git_diff, host_tags
 from soflow_platform.tracking.outages import is_away
-from soflow_platform.tracking.store import TRIAL_TAG, Tracking, import_mlflow, tracked_dataset
+from soflow_platform.tracking.store import TRIAL_TAG, Tracking, TrackingStore, tracked_dataset
 from soflow_platform.training.dataset import open_data
 from soflow_platform.training.job import TrialJob
 from soflow_platform.training.launch import fail_trial
@@ -107,38 +107,38 @@ def run_sweep(context: SweepContext, address: str | None) -> list[TrialOutcome]:
     if len(finished) == len(context.trials):
         return conclude_trained(context)
     dashboard = not context.experiment.resources.in_process
-    with importing_mlflow(context.tracking_uri), connected(address, dashboard=dashboard) as cluster:
-        concurrent = concurrent_trials(context.experiment, cluster)
-        if cluster.machines > 1 and context.tracking_uri.startswith("sqlite:"):
-            raise UserError(
-                f"this cluster has {cluster.machines} machines and SQLite serves one: start a tracking server "
-                "(`mlflow server`) and set tracking.uri to its address."
-            )
-        if not cluster.local:
-            start_autoscaling_coordinator()
-        context.display.say("preparing data and reference statistics")
-        prepared = prepare(context, cluster)
-        runner = SweepRunner(context, open_tracking(context))
-        with runner.tracked_run(prepared.tags(context.experiment)):
-            failures = runner.train(cluster, prepared, concurrent, finished)
-            if stop_requested(context.project, context.record.id):
-                raise Stopped(
-                    "the sweep was asked to stop and its trials are saved: run the same command to go on."
-                )
-            return runner.conclude(failures)
-
-
-@contextlib.contextmanager
-def importing_mlflow(uri: str) -> Iterator[None]:
-    """Import MLflow in a thread while the block starts Ray, which is a wait for other processes."""
     # Two threads that import the same packages at once can find them half imported: Ray's come first.
     import_ray()
-    thread = threading.Thread(target=import_mlflow, args=(uri,), name="import-mlflow")
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
+    with ThreadPoolExecutor(1) as background:
+        # The import of MLflow and the creation of its database take a few seconds, in which this process waits for Ray's.
+        opened = background.submit(TrackingStore(context.tracking_uri).prepare)
+        with connected(address, dashboard=dashboard) as cluster:
+            return _run_on(cluster, context, finished, opened)
+
+
+def _run_on(
+    cluster: Cluster, context: SweepContext, finished: Mapping[str, CheckpointState], opened: Future[None]
+) -> list[TrialOutcome]:
+    """As `run_sweep`; `opened` is done when the tracking store can be used."""
+    concurrent = concurrent_trials(context.experiment, cluster)
+    if cluster.machines > 1 and context.tracking_uri.startswith("sqlite:"):
+        raise UserError(
+            f"this cluster has {cluster.machines} machines and SQLite serves one: start a tracking server "
+            "(`mlflow server`) and set tracking.uri to its address."
+        )
+    if not cluster.local:
+        start_autoscaling_coordinator()
+    context.display.say("preparing data and reference statistics")
+    prepared = prepare(context, cluster)
+    opened.result()
+    runner = SweepRunner(context, open_tracking(context))
+    with runner.tracked_run(prepared.tags(context.experiment)):
+        failures = runner.train(cluster, prepared, concurrent, finished)
+        if stop_requested(context.project, context.record.id):
+            raise Stopped(
+                "the sweep was asked to stop and its trials are saved: run the same command to go on."
+            )
+        return runner.conclude(failures)
 
 
 def finished_trials(context: SweepContext) -> dict[str, CheckpointState]:
