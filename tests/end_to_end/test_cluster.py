@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from soflow_platform.storage.code_digest import running_code
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.record import all_records
 from tests.support.commands import REDUCED, Run
-from tests.support.object_store import free_port
+from tests.support.ray_nodes import ray_nodes
 
 ONE_TRIAL = ["--set", "search.space={objective.weight_power: [1.0]}", "--set", "resources.workers=2"]
 
 
-@pytest.fixture
-def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A head without work of its own and two nodes of one CPU each, as processes on this machine."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    from ray.cluster_utils import Cluster
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A head without work of its own and two nodes of one CPU each, whose own soflow cannot be imported."""
+    with ray_nodes(tmp_path_factory.mktemp("nodes") / "code") as address:
+        yield address
 
-    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": free_port()}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=1)
-        yield str(cluster.address)
-    finally:
-        cluster.shutdown()
+
+def environment_of_the_cluster(soflowctl: Run, *arguments: str) -> dict[str, dict[str, str]]:
+    """The checks of `soflowctl doctor --json`, by name, and its exit code."""
+    done = soflowctl("doctor", *arguments, "--json")
+    checks = {check["check"]: check for check in json.loads(done.stdout)}
+    assert done.returncode == (1 if any(c["state"] == "wrong" for c in checks.values()) else 0), done.stderr
+    return checks
+
+
+@pytest.mark.slow
+def test_doctor_asks_every_node_and_names_the_one_that_sees_another_folder(
+    soflowctl: Run, address: str, tmp_path: Path
+) -> None:
+    storage = ["--storage", str(tmp_path / "runs"), "--address", address]
+    checks = environment_of_the_cluster(soflowctl, *storage)
+    assert [name for name, check in checks.items() if check["state"] != "ok"] == []
+    assert checks["ray"]["text"].endswith(f"3 nodes answer at {address}")
+    assert checks["storage"]["text"] == f"{tmp_path / 'runs'}, written by 3 node(s)"
+    assert checks["between nodes"]["text"].startswith("Gloo over 2 nodes, ")
+    assert checks["code"]["text"] == running_code().digest
+    assert not (tmp_path / "runs").exists()
+
+    checks = environment_of_the_cluster(soflowctl, "xl2", *storage, "--tracking", "http://127.0.0.1:9")
+    assert {name for name, check in checks.items() if check["state"] == "wrong"} == {"mlflow", "data"}
+    assert "http://127.0.0.1:9 does not answer" in checks["mlflow"]["text"]
+    assert "soflowctl data prepare" in f"{checks['data']['text']} {checks['data']['mend']}"
 
 
 @pytest.mark.slow
@@ -41,6 +60,11 @@ def test_two_workers_on_two_nodes_train_one_network(soflowctl: Run, address: str
     assert done.returncode == 0, done.stderr
     assert "on 2 CPU, 0 GPU, 3 node(s)" in done.stdout
     (record,) = all_records(storage)
+    # The nodes' own code raises where it is imported: this is the command's.
+    (trial,) = record.trials
+    assert {each.state.code for each in record.checkpoints(storage, trial.name).published()} == {
+        running_code().digest
+    }
     tracking = Tracking(TrackingStore(storage.tracking_uri), record.experiment_id or "")
     (run,) = tracking.children(record.run or "")
     two = [

@@ -11,6 +11,7 @@ runs       runs
 status     status, logs and stop
 ui         ui
 data       data prepare, inspect and verify
+doctor     doctor
 promote    promote
 generate   generate
 evaluate   evaluate

@@ -16,6 +16,7 @@ import typer
 
 from soflow_core.failures import InputError, printable
 from soflow_platform.cli import data
+from soflow_platform.cli.doctor import doctor
 from soflow_platform.cli.export import export, import_checkpoint
 from soflow_platform.cli.generate import generate
 from soflow_platform.cli.models import models
@@ -200,6 +201,7 @@ def ui(
     ui_command(storage, port, browser)
 
 
+app.command()(doctor)
 app.command()(promote)
 app.command()(models)
 app.command()(export)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import platform
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from soflow_core.failures import summarize
+from soflow_platform.cluster.code_shipping import shipped_code
 from soflow_platform.cluster.ray_internals import keep_keys_out_of_logs, own_processes, without_servers
 from soflow_platform.cluster.session_folder import session_root
 from soflow_platform.errors import JobError, UserError
@@ -92,35 +95,24 @@ def connected(address: str | None, dashboard: bool = False) -> Iterator[Cluster]
 
     A local Ray has its sockets and logs in a folder that is private to the user; its processes listen on the loopback address.
     `dashboard` says whether it starts its dashboard as well, without which Ray Train does not release the machines of a trial that
-    is ended early. Raises UserError where no Ray answers at `address`, within seconds.
+    is ended early. The workers of a cluster run this process's code (`code_shipping`).
+
+    Raises UserError where no Ray answers at `address`, within seconds, or one of another version does.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     require_answer(address)
     import ray
 
-    # Ray places trial drivers on logical CPUs; one more than the cores keeps every core for the workers.
-    local: dict[str, Any] = {"num_cpus": (os.cpu_count() or 1) + 1, "include_dashboard": dashboard}
-    if dashboard:
-        local["dashboard_host"] = "127.0.0.1"
-    if address is None:
-        local["_temp_dir"] = str(session_root())
     keep_keys_out_of_logs()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with contextlib.ExitStack() as changes:
-            if address is None:
-                changes.enter_context(own_processes())
-            if address is None and not dashboard:
-                changes.enter_context(without_servers())
-            ray.init(
-                address="local" if address is None else address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                namespace="soflow",
-                **(local if address is None else {}),
-            )
+        with _options(address, dashboard) as options:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="soflow", **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
+        ray.shutdown()
+        if (mismatch := _other_versions(str(error), address)) is not None:
+            raise UserError(mismatch) from None
         raise UserError(
             f"Ray at {address or 'this machine'} refused the connection: {summarize(error)}."
         ) from None
@@ -129,7 +121,7 @@ def connected(address: str | None, dashboard: bool = False) -> Iterator[Cluster]
         if address is not None or type(error) is not Exception:
             raise
         raise JobError(
-            f"Ray did not start on this machine, which may be too busy; its logs are below {local['_temp_dir']}. "
+            f"Ray did not start on this machine, which may be too busy; its logs are below {session_root()}. "
             "The same command tries again."
         ) from error
     if threading.current_thread() is threading.main_thread():
@@ -151,6 +143,40 @@ def connected(address: str | None, dashboard: bool = False) -> Iterator[Cluster]
         ray.shutdown()
 
 
+@contextlib.contextmanager
+def _options(address: str | None, dashboard: bool) -> Iterator[dict[str, Any]]:
+    """Arguments of `ray.init`, to be called in the block, that depend on whether it starts a Ray."""
+    if address is not None:
+        with shipped_code() as environment:
+            yield {"address": address, "runtime_env": environment}
+        return
+    with contextlib.ExitStack() as changes:
+        changes.enter_context(own_processes())
+        if not dashboard:
+            changes.enter_context(without_servers())
+        # Ray places trial drivers on logical CPUs; one more than the cores keeps every core for the workers.
+        options: dict[str, Any] = {"address": "local", "num_cpus": (os.cpu_count() or 1) + 1}
+        options |= {"include_dashboard": dashboard, "_temp_dir": str(session_root())}
+        yield options | ({"dashboard_host": "127.0.0.1"} if dashboard else {})
+
+
+def _other_versions(text: str, address: str | None) -> str | None:
+    """A sentence where Ray's refusal `text` is about versions of Ray or Python, else None."""
+    theirs = re.search(r"cluster was started with:\s+Ray: (\S+)\s+Python: (\S+)", text)
+    if theirs is None:
+        return None
+    import ray
+
+    there, here = theirs.groups(), (ray.__version__, platform.python_version())
+    what = " and ".join(
+        name for name, one, other in zip(("Ray", "Python"), there, here, strict=True) if one != other
+    )
+    return (
+        f"the cluster at {address} runs Ray {there[0]} on Python {there[1]}, this command Ray {here[0]} on Python {here[1]}: "
+        f"install the same {what} on both sides."
+    )
+
+
 def require_answer(address: str | None) -> None:
     """Raises UserError unless something listens at HOST:PORT; Ray's own attempt would wait for minutes."""
     if address is None:
@@ -168,7 +194,16 @@ def require_answer(address: str | None) -> None:
     except (OSError, OverflowError) as error:
         raise _no_answer(address, getattr(error, "strerror", None) or str(error)) from None
     # Something listens; Ray's own check finds out whether it is Ray, and has no time limit.
-    check = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    # Another version of Ray is refused later, by its name.
+    check = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "health-check",
+        "--skip-version-check",
+        "--address",
+        address,
+    ]
     try:
         healthy = (
             subprocess.run(check, capture_output=True, timeout=HEALTH_SECONDS, check=False).returncode == 0

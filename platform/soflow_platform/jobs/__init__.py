@@ -13,5 +13,10 @@ benchmark          seconds and memory of training and sampling
 generate           a folder of images from weights
 export             a generator as one file that runs without the platform
 import_weights     registers a checkpoint of the official code
+doctor             checks that a machine or a cluster can run sweeps
+doctor_checks      judges what machines say of themselves
+doctor_services    checks the tracking store, the data and the weights that a sweep needs
+node_report        versions, devices, limits and disks of one machine
+node_survey        reports of all nodes of a cluster, and a sum between them
 prepare            builds a shard set on a Ray cluster
 """

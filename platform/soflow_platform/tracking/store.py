@@ -112,9 +112,22 @@ class TrackingStore:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(
-                f"the tracking server {self.uri} does not answer: {summarize(error)[:200]}"
-            ) from None
+            raise UserError(self._refusal(error)) from None
+
+    def _refusal(self, error: Exception) -> str:
+        """A sentence on why the server did not do as it was asked."""
+        status = getattr(error, "get_http_status_code", lambda: None)()
+        if status == 401:
+            return (
+                f"the tracking server {self.uri} refuses the user or the password: set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN), on every node."
+            )
+        if status == 403:
+            return (
+                f"the tracking server {self.uri} answers and forbids it ({summarize(error)[:200]}): give this user the permission, "
+                "and start the server with this host among its --allowed-hosts."
+            )
+        return f"the tracking server {self.uri} does not answer: {summarize(error)[:200]}"
 
     def _open(self, path: Path) -> None:
         try:

@@ -1,0 +1,22 @@
+"""A cluster of another version of Ray is refused with both versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ray
+
+from soflow_platform.cluster.connection import connected
+from soflow_platform.errors import UserError
+from tests.support.ray_nodes import ray_nodes
+
+
+@pytest.mark.slow
+def test_a_cluster_of_another_ray_is_refused_with_both_versions(tmp_path: Path) -> None:
+    nodes = ray_nodes(tmp_path / "code", nodes=0, ray_version="2.50.1")
+    with nodes as address, pytest.raises(UserError) as refused, connected(address):
+        pass
+    assert f"the cluster at {address} runs Ray 2.50.1 on Python " in str(refused.value)
+    assert f"this command Ray {ray.__version__} on Python " in str(refused.value)
+    assert str(refused.value).endswith("install the same Ray on both sides.")
