@@ -1,4 +1,4 @@
-"""Training on 8 to 512 GPUs by the model of communication.py, and the model against real processes.
+"""Training on 8 to 512 GPUs by the model of soflow_platform.training.step_time, and the model against real processes.
 
     python benchmarks/scaling.py            # the tables of docs/scaling.md; computed, in seconds
     python benchmarks/scaling.py --check    # 1, 2 and 4 worker processes on this machine's cores
@@ -15,9 +15,22 @@ from __future__ import annotations
 import argparse
 import sys
 
-from communication import FLOAT, SAMPLE_BYTES, Device, Fabric, Work, ddp_step, fsdp_messages, fsdp_step
 from soflow_core.networks import dit_config
 from soflow_core.objectives import SoFlow
+from soflow_platform.training.step_time import (
+    DECODER_FLOPS,
+    FLOAT,
+    HOST_COPY,
+    INCEPTION_FLOPS,
+    SAMPLE_BYTES,
+    Device,
+    Fabric,
+    Work,
+    ddp_step,
+    fsdp_messages,
+    fsdp_step,
+    work_of,
+)
 
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 BATCHES = (256, 1024, 4096)
@@ -26,11 +39,6 @@ SLOW = Fabric("100 Gb/s for each node", between=12.5e9)
 RECIPE_STEPS = 1_200_000
 """SoFlow's steps for XL/2, of 256 samples."""
 
-DECODER_FLOPS = 2 * 311.1e9
-"""Stable Diffusion's decoder to 256 x 256, counted with torch's FlopCounterMode."""
-INCEPTION_FLOPS = 2 * 5.71e9
-HOST_COPY = 25e9
-"""GPU to pinned host memory, bytes per second."""
 STORAGE = 1e9
 """Bytes per second to the checkpoint storage, hashing included."""
 DRAW = 21e-6
@@ -166,7 +174,7 @@ def print_pauses(work: Work) -> None:
 
 def print_tables() -> None:
     network = dit_config("XL/2", channels=4, height=32, width=32, classes=1000, null_label=True)
-    work = Work.of(network, SoFlow(), "mixed")
+    ((_, work),) = work_of(network, SoFlow(), "mixed")
     assert work.gradient_bytes == FLOAT * work.parameters
     for title, show in (
         ("Passes of a step", lambda: print_work(work)),

@@ -1,4 +1,4 @@
-"""The model of communication.py against gloo processes on this machine; `scaling.py --check` runs it.
+"""The model of soflow_platform.training.step_time against gloo processes on this machine; `scaling.py --check` runs it.
 
 Each worker is a process of one thread with its own rows, the same for all, so that every worker does the same
 work. Parts are timed from a barrier to the next one: by the last worker.
@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
-from communication import BUCKET, FLOAT, SAMPLE_BYTES, Work, fsdp_messages
 from loader import INFO, latents
 from soflow_core.gradient_sync import DDP, FSDP, Local
 from soflow_core.networks import DiT, DiTConfig, dit_config
@@ -30,6 +29,7 @@ from soflow_core.objectives import Batch, SoFlow
 from soflow_core.train_step import TrainStep, TrainStepConfig
 from soflow_pipelines.shards.loader import ShardLoader
 from soflow_pipelines.shards.writer import write_shards
+from soflow_platform.training.step_time import BUCKET, FLOAT, SAMPLE_BYTES, fsdp_messages, work_of
 
 SHAPE = (4, 32, 32)
 WARM_UP = 2
@@ -221,7 +221,7 @@ def check_draws(batch: int = 256) -> None:
 
 def check(size: str, batch: int, steps: int, counts: list[int]) -> int:
     """Measure and print the model beside it."""
-    work = Work.of(network_config(size), SoFlow(), "float32")
+    ((_, work),) = work_of(network_config(size), SoFlow(), "float32")
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     own = ("--size", size, "--batch", str(batch), "--steps", str(steps))
     measured = {count: Measured(*spawn(count, *own)) for count in sorted({1, 2, *counts})}
@@ -257,7 +257,8 @@ def check(size: str, batch: int, steps: int, counts: list[int]) -> int:
     agree = True
     for precision in ("float32", "mixed"):
         counted = tuple(spawn(2, "--count", "--precision", precision))
-        model = fsdp_messages(Work.of(network_config("S/8"), SoFlow(), precision))
+        ((_, work),) = work_of(network_config("S/8"), SoFlow(), precision)
+        model = fsdp_messages(work)
         # What lies outside the blocks stays gathered from one backward pass to the next.
         agree &= tuple(round(value) for value in counted) == model
         counts_text = " and ".join(f"{value:.2f}" for value in counted)

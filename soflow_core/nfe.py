@@ -7,15 +7,17 @@ same on every device.
 
 from __future__ import annotations
 
-import statistics
+from collections import Counter
 from collections.abc import Hashable
+from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from soflow_core.objectives import Batch, Objective
-from soflow_core.passes import PassPolicy
+from soflow_core.passes import PassPolicy, Precision
 
 SCHEDULE_POINTS = 64
 """Number of steps, spread over training, whose evaluations are averaged: schedules change what a step does."""
@@ -26,20 +28,36 @@ LARGEST_COUNTED = 2**16
 _SAMPLE = (1, 1, 1)
 
 
-class _Counter:
-    """Stub for a network F(x, t, s, labels) that counts rows and passes."""
+@dataclass(frozen=True)
+class NetworkCall:
+    """One call of the network in a training step."""
+
+    rows: int
+    gradient: bool
+    """Whether a backward pass follows."""
+    tangent: bool
+    """Whether it takes a Jacobian-vector product."""
+    bfloat16: bool
+
+    @property
+    def evaluations(self) -> int:
+        """Cost in forward passes of one sample."""
+        return self.rows * ((3 if self.gradient else 1) + self.tangent)
+
+
+class _Recorder:
+    """Stub for a network F(x, t, s, labels) that records its calls."""
 
     def __init__(self) -> None:
-        self.rows = 0
-        self.passes = 0
+        self.calls: list[NetworkCall] = []
         self._scale = torch.zeros((), requires_grad=True)
 
     def __call__(
         self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, scale: Tensor | None = None
     ) -> Tensor:
         del t, s, labels, scale
-        self.rows += len(x)
-        self.passes += len(x) * ((3 if torch.is_grad_enabled() else 1) + _has_tangent(x))
+        bfloat16 = torch.is_autocast_enabled(x.device.type)
+        self.calls.append(NetworkCall(len(x), torch.is_grad_enabled(), _has_tangent(x), bfloat16))
         return x * self._scale
 
 
@@ -54,31 +72,48 @@ def _has_tangent(x: Tensor) -> bool:
 def training_evaluations(objective: Objective, batch: int, conditional: bool = True) -> float:
     """Cost of one sample of a training step in forward passes, averaged over training; a phase of the method is run once."""
     batch = min(batch, LARGEST_COUNTED)
-    counts: dict[Hashable, float] = {}
+    phases = training_calls(objective, batch, conditional)
+    return float(sum(share * sum(call.evaluations for call in calls) for share, calls in phases) / batch)
+
+
+def training_calls(
+    objective: Objective, batch: int, conditional: bool = True, precision: Precision = "float32"
+) -> list[tuple[Fraction, list[NetworkCall]]]:
+    """For each phase of a training: its share of the steps, and the calls of the network in one of its steps."""
+    steps: dict[Hashable, int] = {}
     phases = [objective.phase(step, SCHEDULE_POINTS) for step in range(SCHEDULE_POINTS)]
     for step, phase in enumerate(phases):
-        if phase not in counts:
-            counts[phase] = _passes_of_a_step(objective, batch, conditional, step) / batch
-    return statistics.mean(counts[phase] for phase in phases)
+        steps.setdefault(phase, step)
+    counts = Counter(phases)
+    return [
+        (
+            Fraction(counts[phase], SCHEDULE_POINTS),
+            _calls_of_a_step(objective, batch, conditional, step, precision),
+        )
+        for phase, step in steps.items()
+    ]
 
 
-def _passes_of_a_step(objective: Objective, batch: int, conditional: bool, step: int) -> int:
-    counter = _Counter()
+def _calls_of_a_step(
+    objective: Objective, batch: int, conditional: bool, step: int, precision: Precision
+) -> list[NetworkCall]:
+    recorder = _Recorder()
     draws = objective.draw(torch.Generator().manual_seed(0), batch, _SAMPLE, conditional)
     labels = torch.zeros(batch, dtype=torch.int64) if conditional else None
     data = Batch(torch.ones(batch, *_SAMPLE), labels)
-    objective.loss(counter, data, draws, step, SCHEDULE_POINTS, PassPolicy(skip_unused=False))
-    return counter.passes
+    policy = PassPolicy(precision, skip_unused=False)
+    objective.loss(recorder, data, draws, step, SCHEDULE_POINTS, policy)
+    return recorder.calls
 
 
 @torch.inference_mode()
 def sampling_evaluations(objective: Objective, steps: int, conditional: bool = True) -> int:
     """Function evaluations (NFE) of one image sampled in `steps` steps; one with guidance at sampling counts two."""
-    counter = _Counter()
+    recorder = _Recorder()
     noise = torch.zeros(1, *_SAMPLE)
     labels = torch.zeros(1, dtype=torch.int64) if conditional else None
-    objective.sample(counter, noise, labels, steps, [noise] * (steps - 1))
-    return counter.rows
+    objective.sample(recorder, noise, labels, steps, [noise] * (steps - 1))
+    return sum(call.rows for call in recorder.calls)
 
 
 def steps_for(objective: Objective, evaluations: int, conditional: bool = True) -> int:

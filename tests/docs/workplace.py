@@ -58,6 +58,26 @@ def reduced(arguments: list[str]) -> list[str]:
         comparison = ("--set", "comparison=[{steps: [1, 2], samples: 64}]")
         cheap = ("--no-costs",) if rest[0] == "compare" else ()
         return [*arguments, *SMALL_NETWORK, *SMALL_SAMPLES, *steps, *comparison, *cheap]
+    if sweep == "cifar10":
+        steps = (
+            "--set",
+            "search.trials=2",
+            "--set",
+            "search.asha=!drop",
+            *SMALL_NETWORK,
+            "--set",
+            "training.steps=6",
+        )
+        scores = ("--set", "evaluation.features=pooled", "--set", "search.metric=eval/fd_nfe1")
+        machine = (
+            "--set",
+            "resources={cpus_per_worker: 1}",
+            "--set",
+            "evaluation.every=6",
+            "--set",
+            "training.batch=8",
+        )
+        return [*arguments, *SMALL_SAMPLES, *steps, *scores, *machine]
     if sweep == "methods-cifar10":
         # Its head has settings for two cores beside those for a GPU.
         small = () if any("network.size" in word for word in rest) else CIFAR_ON_TWO_CORES

@@ -5,7 +5,10 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 main       commands with their options, and exit codes
 options    options that several commands share
 terminal   console, tables, progress bars
-run        run and validate
+sweep_file a sweep file by path or name, checked, with its trials
+run        run
+validate   validate
+plan       plan
 display    live table and result of a sweep
 runs       runs
 status     status, logs and stop

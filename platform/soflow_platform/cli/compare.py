@@ -79,10 +79,10 @@ def find_request(name: str, overrides: tuple[str, ...], project: ProjectFolder) 
     from soflow_platform.tuning.record import load_record
 
     if Path(name).is_file() or overrides:
-        from soflow_platform.cli.run import read
+        from soflow_platform.cli.sweep_file import read
         from soflow_platform.tuning.record import sweep_id
 
-        _, experiment, _ = read(name, overrides)
+        experiment = read(name, overrides).experiment
         record = load_record(project, sweep_id(project, experiment, again=False))
         if record is None:
             raise UserError(

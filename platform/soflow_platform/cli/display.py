@@ -235,4 +235,4 @@ def record_link(record: SweepRecord) -> str:
 
     uri = record.tracking_uri
     address = uri if uri and serves_itself(uri) else LOCAL_ADDRESS
-    return sweep_page(record.experiment_id or "", record.run or "", record.metric, address)
+    return sweep_page(record.experiment_id or "", record.run or "", record.metric, address, record.view)

@@ -25,6 +25,7 @@ from soflow_platform.cli.options import (
     GuidanceOption,
     NameArgument,
     Places,
+    ProxyOption,
     SamplerOption,
     SetOption,
     StorageOption,
@@ -75,6 +76,7 @@ def run(
         bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is created.")
     ] = False,
     overrides: SetOption = None,
+    proxy: ProxyOption = None,
     address: AddressOption = None,
     storage: StorageOption = None,
     again: Annotated[
@@ -108,17 +110,22 @@ def run(
     from soflow_platform.cli.run_local import run_local_command
 
     if local:
-        _refuse(
-            {"--dry-run": dry_run, "--again": again, "--keep": keep, "--address": address, "--quiet": quiet},
-            "--local",
-        )
+        others = {
+            "--dry-run": dry_run,
+            "--again": again,
+            "--keep": keep,
+            "--address": address,
+            "--quiet": quiet,
+            "--proxy": proxy,
+        }
+        _refuse(others, "--local")
         run_local_command(sweep, tuple(overrides or ()), trial, storage)
         return
     if trial is not None:
         raise UserError("--trial chooses the trial of --local: pass both, or leave it out.")
     if again and keep:
         raise UserError("--again trains anew and --keep goes on with what is there: pass one of them.")
-    options = RunOptions(dry_run, again, keep, quiet, not no_check)
+    options = RunOptions(dry_run, again, keep, quiet, not no_check, proxy)
     run_command(sweep, tuple(overrides or ()), address, storage, options)
 
 
@@ -130,11 +137,44 @@ def _refuse(given: Mapping[str, object], option: str) -> None:
 
 
 @app.command()
-def validate(sweep: SweepArgument, overrides: SetOption = None) -> None:
-    """Check a sweep file and each of its trials, without starting anything."""
-    from soflow_platform.cli.run import validate_command
+def validate(sweep: SweepArgument, overrides: SetOption = None, proxy: ProxyOption = None) -> None:
+    """Check a sweep file and each of its trials, without starting anything; names what departs from the paper's recipe."""
+    from soflow_platform.cli.validate import validate_command
 
-    validate_command(sweep, tuple(overrides or ()))
+    validate_command(sweep, tuple(overrides or ()), proxy)
+
+
+@app.command()
+def plan(
+    sweep: SweepArgument,
+    overrides: SetOption = None,
+    proxy: ProxyOption = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="GPU to plan for: a100, h100 (default), h200, b200 or l40s."),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of the cluster; default is what one trial asks for.")
+    ] = None,
+    utilization: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of the GPU's peak that a step reaches.")
+    ] = 0.4,
+    price: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="AMOUNT", help="Of one GPU for an hour; default is a round number."),
+    ] = None,
+    currency: Annotated[str, typer.Option(help="Of the price.")] = "USD",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say what a sweep computes, keeps, sends and costs: FLOPs, memory, bytes, GPU-hours, days and money. Starts nothing."""
+    from soflow_platform.cli.plan import plan_command
+    from soflow_platform.cli.sweep_file import print_proxy, read
+    from soflow_platform.tuning.plan import USUAL_GPU, Assumptions
+
+    assumptions = Assumptions(gpu or USUAL_GPU, gpus, utilization, price, currency)
+    checked = read(sweep, tuple(overrides or ()), proxy)
+    print_proxy(checked, proxy)
+    plan_command(checked, assumptions, timed=gpu is not None, as_json=as_json)
 
 
 @app.command()

@@ -35,7 +35,16 @@ SweepArgument = Annotated[
     str,
     typer.Argument(
         metavar="SWEEP",
-        help="A sweep file, or the name of one that comes with soflow: digits, methods-digits, methods-cifar10, xl2.",
+        help="A sweep file, or the name of one that comes with soflow: digits, cifar10, b4, b2, m2, l2, xl2, "
+        "methods-digits, methods-cifar10.",
+    ),
+]
+ProxyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--proxy",
+        metavar="SWEEP",
+        help="Take network, steps, batch and machines from this sweep file, such as b4: the same search at a smaller size.",
     ),
 ]
 SamplerOption = Annotated[

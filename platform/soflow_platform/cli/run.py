@@ -1,7 +1,8 @@
-"""soflowctl run and validate: check a sweep file, print its plan, run its trials."""
+"""soflowctl run: check a sweep file, print its plan, run its trials."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -11,10 +12,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from soflow_platform.cli.sweep_file import print_proxy, read, steps_of
 from soflow_platform.cli.terminal import console, plain_table, styled
 from soflow_platform.config.experiment import Experiment
-from soflow_platform.config.presets import sweeps_folder
-from soflow_platform.config.validation import read_experiment, where_written
 from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.code_digest import describe_difference, running_code
@@ -28,7 +28,7 @@ from soflow_platform.tuning.record import (
     new_or_resumed_record,
     sweep_id,
 )
-from soflow_platform.tuning.search_space import Trial, trials
+from soflow_platform.tuning.search_space import Trial
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,68 +54,13 @@ class RunOptions:
     """Print nothing before the result."""
     check: bool = True
     """Try a step of each trial first."""
+    proxy: str | None = None
+    """Sweep file at whose size and length the sweep is run."""
 
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes."""
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-
-
-def find_sweep(name: str) -> Path:
-    """A sweep file by path, or by the name of one that comes with the package."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    packaged = sweeps_folder() / f"{name}.yaml"
-    if packaged.is_file():
-        return packaged
-    known = ", ".join(sorted(p.stem for p in sweeps_folder().glob("*.yaml")))
-    raise UserError(
-        f"there is no sweep file {name}; give a path, or one of those that come with soflow: {known}."
-    )
-
-
-def read(name: str, overrides: tuple[str, ...]) -> tuple[Path, Experiment, list[Trial]]:
-    """A sweep file, checked, with its trials."""
-    path = find_sweep(name)
-    experiment, document = read_experiment(path, overrides)
-    planned = trials(document, experiment)
-    try:
-        _check_networks(planned)
-    except UserError as error:
-        origin = where_written(document, str(error))
-        raise UserError(f"{origin}: {error}" if origin else str(error)) from None
-    return path, experiment, planned
-
-
-def validate_command(name: str, overrides: tuple[str, ...]) -> None:
-    """Print that a file is sound, and what it stands for."""
-    path, experiment, planned = read(name, overrides)
-    print(
-        f"{path} is valid: {len(planned)} trial(s) of {_methods(planned)}, {_steps(planned)} steps "
-        f"of {experiment.training.batch} samples, compared by {experiment.search.metric} ({experiment.mode})."
-    )
-
-
-def _methods(planned: list[Trial]) -> str:
-    return ", ".join(dict.fromkeys(trial.experiment.objective.method for trial in planned))
-
-
-def _steps(planned: list[Trial]) -> str:
-    """`600`, or `492 to 900`."""
-    steps = [trial.experiment.training.steps for trial in planned]
-    return f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
-
-
-def _check_networks(planned: list[Trial]) -> None:
-    """Raises UserError where a trial's network cannot take the shape that the file names."""
-    from soflow_platform.training.dataset import expected
-    from soflow_platform.training.model import describe_network
-
-    for trial in planned:
-        data = expected(trial.experiment)
-        if data is not None:
-            describe_network(trial.experiment, data)
 
 
 def run_command(
@@ -126,7 +71,9 @@ def run_command(
     options: RunOptions,
 ) -> None:
     """Run a sweep, or print its plan."""
-    path, experiment, planned = read(name, overrides)
+    sweep_file = read(name, overrides, options.proxy)
+    print_proxy(sweep_file, options.proxy)
+    path, experiment, planned = sweep_file.path, sweep_file.experiment, sweep_file.trials
     storage = find_project(storage_option)
     screen = console()
     if options.dry_run:
@@ -136,6 +83,8 @@ def run_command(
     from soflow_platform.training.dataset import check_data
 
     data = check_data(experiment)
+    if not options.quiet:
+        _print_short_plan(screen, experiment, planned, data)
     require_writable(storage)
     sweep = sweep_id(storage, experiment, options.again)
     existing = load_record(storage, sweep)
@@ -294,6 +243,17 @@ def _leave_terminal() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def _print_short_plan(
+    screen: Console, experiment: Experiment, planned: list[Trial], data: Expected | None = None
+) -> None:
+    from soflow_platform.cli.plan import short_plan
+    from soflow_platform.tuning.plan import Assumptions, plan_sweep
+
+    with contextlib.suppress(UserError):
+        # Where the shape of the samples is not known.
+        screen.print(short_plan(plan_sweep(experiment, planned, Assumptions(), data)))
+
+
 def _print_plan(screen: Console, experiment: Experiment, planned: list[Trial], root: Path) -> None:
     from soflow_platform.training.dataset import check_data
     from soflow_platform.training.flops import request
@@ -316,7 +276,7 @@ def _print_plan(screen: Console, experiment: Experiment, planned: list[Trial], r
         )
     screen.print(table)
     screen.print(
-        f"{len(planned)} trials of {_steps(planned)} steps, {experiment.training.batch} samples in each step"
+        f"{len(planned)} trials of {steps_of(planned)} steps, {experiment.training.batch} samples in each step"
     )
     screen.print(f"compared by {experiment.search.metric} ({experiment.mode})")
     screen.print(f"asks Ray for {request(experiment)}")
@@ -326,6 +286,7 @@ def _print_plan(screen: Console, experiment: Experiment, planned: list[Trial], r
         screen.print(
             f"{span} GB of weights, gradients, optimizer and EMA state in each worker, activations besides"
         )
+    _print_short_plan(screen, experiment, planned)
     screen.print(f"storage {root}")
     try:
         check_data(experiment)

@@ -6,7 +6,7 @@ import bdb
 import sys
 
 from soflow_core.failures import InputError
-from soflow_platform.cli.run import read
+from soflow_platform.cli.sweep_file import read
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage.project import find_project, require_writable
 from soflow_platform.tuning.search_space import Trial
@@ -16,7 +16,7 @@ def run_local_command(
     name: str, overrides: tuple[str, ...], trial: str | None, storage_option: str | None
 ) -> None:
     """Train one trial of a sweep here, and print its losses and scores. Raises JobError where its code raises, after the traceback."""
-    _, _, planned = read(name, overrides)
+    planned = read(name, overrides).trials
     chosen = _chosen(planned, trial)
     project = find_project(storage_option)
     require_writable(project)

@@ -95,5 +95,5 @@ def _newest_page(project: ProjectFolder, address: str) -> str:
     """URL of the page with the trials of the newest sweep that has a run in MLflow."""
     for record in all_records(project):
         if record.run and record.experiment_id:
-            return sweep_page(record.experiment_id, record.run, record.metric, address)
+            return sweep_page(record.experiment_id, record.run, record.metric, address, record.view)
     return f"{address}/#/experiments"

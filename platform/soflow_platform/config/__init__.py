@@ -10,5 +10,7 @@ gate         registry: the registered model and the gate before its champion
 comparison   ways of sampling that `compare` scores
 search       search space, budgets, scheduler
 locations    paths and URIs made absolute
-presets      the sweep files that come with the package
+presets      sweep files by path, or by the name of one that comes with the package
+proxy        a sweep at the size and length of another
+recipe       the SoFlow paper's recipes, and what departs from them
 """

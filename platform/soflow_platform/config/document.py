@@ -2,6 +2,9 @@
 
 A `Document` is the merged content of a YAML file, of the files it `extends`, and of `--set` overrides, together
 with the origin (file and line) of every key, so that a refused value can be pointed at.
+
+Two tags say how a file differs from what it extends: `key: !drop` takes a key away, and `section: !replace {...}` replaces a section
+as a whole, where sections are otherwise merged key by key.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any, NoReturn
 import yaml
 
 from soflow_core.failures import summarize
+from soflow_platform.config.presets import find_sweep
 from soflow_platform.errors import UserError
 
 KeyPath = tuple[str | int, ...]
@@ -34,10 +38,23 @@ MAX_FILES = 64
 """Files that one sweep file extends, directly or through others."""
 SHOWN = 80
 """Characters of a value that an error shows."""
+DROP, REPLACE = "!drop", "!replace"
+"""Tags of a key that is taken away, and of a section that replaces the one below it."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without its surprises: `1e-4` is a number, `on` and `no` are words, `010` is ten and `1:30` no number."""
+    """YAML 1.1 without its surprises: `1e-4` is a number, `on` and `no` are words, `010` is ten and `1:30` no number.
+
+    `{a: !drop}` needs no space after the tag.
+    """
+
+    def scan_tag(self) -> yaml.TagToken:
+        start = self.get_mark()
+        for tag in (DROP, REPLACE):
+            if self.prefix(len(tag)) == tag and self.peek(len(tag)) in ",]}{":
+                self.forward(len(tag))
+                return yaml.TagToken(("!", tag[1:]), start, self.get_mark())
+        return super().scan_tag()  # type: ignore[no-any-return]
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -76,6 +93,10 @@ class Document:
 
     data: dict[str, Any]
     origins: dict[KeyPath, Origin] = field(default_factory=dict)
+    dropped: set[KeyPath] = field(default_factory=set)
+    """Keys that are to be taken away from the document which this one is laid over; they are not in `data`."""
+    replacing: set[KeyPath] = field(default_factory=set)
+    """Sections that replace those of the document which this one is laid over."""
 
     def origin(self, path: Iterable[str | int]) -> Origin:
         """The origin of `path`, or of the nearest enclosing key that was written."""
@@ -114,20 +135,40 @@ class Document:
         for new in _paths(path, value):
             self.origins[new] = origin_of(new)
 
+    def drop(self, path: KeyPath, origin: Origin) -> None:
+        """Take away one key with what is below it. Raises UserError, pointing at `origin`, where there is none."""
+        try:
+            dropped = self.get(path)
+            section = self.get(path[:-1])
+        except KeyError:
+            key = ".".join(map(str, path))
+            raise UserError(
+                f"{origin}: `{shortened(key)}` cannot be dropped, for no file that this one extends has it; leave it out."
+            ) from None
+        for known in _paths(path, dropped):
+            self.origins.pop(known, None)
+        del section[path[-1]]
+
     def merge(self, other: Document) -> None:
-        """Lay `other` over this document: sections are merged key by key, anything else is replaced."""
+        """Lay `other` over this document: sections are merged key by key, anything else is replaced, and what `other` drops is gone.
+
+        Raises UserError where `other` drops a key that is not in this document.
+        """
 
         def lay(path: KeyPath, value: Any) -> None:
             try:
                 present = self.get(path)
             except KeyError:
                 present = None
-            if isinstance(value, dict) and isinstance(present, dict) and _same_method(value, present):
+            merged = isinstance(value, dict) and isinstance(present, dict) and path not in other.replacing
+            if merged and _same_method(value, present):
                 for key, below in value.items():
                     lay((*path, key), below)
                 return
             self._put(path, value, other.origin)
 
+        for path in sorted(other.dropped, key=len):
+            self.drop(path, other.origin(path))
         for key, value in other.data.items():
             lay((key,), value)
 
@@ -160,8 +201,15 @@ def apply_override(document: Document, override: str) -> None:
     path = tuple(key.split("."))
     if len(path) > MAX_DEPTH:
         raise UserError(f"--set {shortened(key)}: no setting lies {len(path)} sections deep.")
-    reader = _Reader(lambda _: Origin(f"--set {shortened(key)}"))
-    document.put(path, reader.value_of(text), Origin(f"--set {key}"))
+    origin = Origin(f"--set {shortened(key)}")
+    reader = _Reader(lambda _: origin)
+    value = reader.value_of(text)
+    if reader.dropped - {()}:
+        raise UserError(f"{origin}: {DROP} takes one key away: write --set {shortened(key)}.KEY={DROP}.")
+    if reader.dropped:
+        document.drop(path, origin)
+    else:
+        document.put(path, value, Origin(f"--set {key}"))
 
 
 def shortened(value: object) -> str:
@@ -184,7 +232,11 @@ def _read_with_parents(path: Path, below: tuple[Path, ...], files: Iterator[int]
     for parent in parents if isinstance(parents, list) else [parents]:
         if not isinstance(parent, str):
             raise UserError(f"{own.origin(('extends',))}: `extends` takes names of sweep files.")
-        document.merge(_read_with_parents(path.parent / parent, (*below, path), files))
+        try:
+            extended = find_sweep(parent, path.parent)
+        except UserError as error:
+            raise UserError(f"{own.origin(('extends',))}: `extends`: {error}") from None
+        document.merge(_read_with_parents(extended, (*below, path), files))
     document.merge(own)
     return document
 
@@ -205,17 +257,20 @@ def _read_one(path: Path) -> Document:
     data = reader.value_of(text)
     if not isinstance(data, dict):
         raise UserError(f"{_shown(path)} holds no settings: a sweep file is a mapping of sections.")
-    return Document(data, reader.origins)
+    return Document(data, reader.origins, reader.dropped, reader.replacing)
 
 
 class _Reader:
-    """Reads YAML text into dicts, lists and scalars, and notes where each value was written.
+    """Reads YAML text into dicts, lists and scalars, and notes where each value was written, which keys are dropped and which sections
+    replace others.
 
     An alias stands for a copy of what it names. The number of values is bounded, because nested aliases double it with each line.
     """
 
     def __init__(self, origin_at: Callable[[int], Origin]) -> None:
         self.origins: dict[KeyPath, Origin] = {}
+        self.dropped: set[KeyPath] = set()
+        self.replacing: set[KeyPath] = set()
         self._origin_at = origin_at
         self._loader = _Loader("")
         self._values = 0
@@ -245,6 +300,17 @@ class _Reader:
             self._refuse(node, f"values are nested more than {MAX_DEPTH} deep")
         if path:
             self.origins[path] = self._origin_at(node.start_mark.line + 1)
+        if node.tag == DROP:
+            self._drop(node, path)
+            return None
+        if node.tag == REPLACE:
+            if not isinstance(node, yaml.MappingNode):
+                self._refuse(
+                    node,
+                    f"{REPLACE} stands before a section; anything else replaces what it is laid over by itself",
+                )
+            self.replacing.add(path)
+            return self._section(node, path)
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         if node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
@@ -262,9 +328,18 @@ class _Reader:
             if key in section:
                 self._refuse(key_node, f"`{shortened(key)}` is given twice; keep one")
             place = (*path, key)
-            section[key] = self._value(value_node, place)
+            value = self._value(value_node, place)
+            if place not in self.dropped:
+                section[key] = value
             self.origins[place] = self._origin_at(key_node.start_mark.line + 1)
         return section
+
+    def _drop(self, node: yaml.Node, path: KeyPath) -> None:
+        if not isinstance(node, yaml.ScalarNode) or node.value:
+            self._refuse(node, f"{DROP} takes a key away and has no value")
+        if any(isinstance(part, int) for part in path):
+            self._refuse(node, f"{DROP} takes a key away; a list is replaced as a whole")
+        self.dropped.add(path)
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import typing
+from collections.abc import Sequence
 from typing import Annotated, Any, Union
 
 from pydantic import Field, model_validator
@@ -162,6 +163,17 @@ def trial_params(experiment: Experiment) -> dict[str, Any]:
     around = {"name", "description", "comparison", "search", "resources", "tracking", "registry"}
     own = {key: value for key, value in experiment.resolved().items() if key not in around}
     return {key: value for key, value in flatten(own).items() if value is not None}
+
+
+MAX_COLUMNS = 30
+"""Params that are shown beside each other."""
+
+
+def varied_params(experiments: Sequence[Experiment]) -> list[str]:
+    """Params in which trials differ, at most MAX_COLUMNS of them."""
+    all_params = [trial_params(experiment) for experiment in experiments]
+    keys = dict.fromkeys(key for params in all_params for key in params)
+    return [key for key in keys if len({str(params.get(key)) for params in all_params}) > 1][:MAX_COLUMNS]
 
 
 def flatten(resolved: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -155,7 +155,7 @@ def measure_training(
         for number, benchmark in enumerate(benchmarks):
             pairs = zip(shortest[number], _step_times(benchmark, device), strict=True)
             shortest[number] = [min(pair) for pair in pairs]
-    peaks = [_peak(benchmark, device) for benchmark in benchmarks]
+    peaks = [measure_peak(benchmark, device) for benchmark in benchmarks]
     return [statistics.mean(times) for times in shortest], peaks
 
 
@@ -169,7 +169,7 @@ def _step_times(benchmark: TrainingBenchmark, device: torch.device) -> list[floa
     return [step(point) for point in range(POINTS)]
 
 
-def _peak(benchmark: TrainingBenchmark, device: torch.device) -> float:
+def measure_peak(benchmark: TrainingBenchmark, device: torch.device) -> float:
     """Peak bytes of live tensors, from before the network is built until a few steps are done."""
     _free(device)
     if device.type == "cuda":

@@ -9,5 +9,6 @@ score_log      scores of `evaluate` and results of `compare`, on runs and regist
 Modules that do not:
 environment    tags that describe the machine and the code of a run
 links          addresses of pages of MLflow's web interface
+run_names      names of the runs of trials
 outages        tells an outage of a server, storage or disk from a bug
 """

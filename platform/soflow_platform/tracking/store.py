@@ -38,6 +38,8 @@ FAILURE_TAG = "failure"
 """Tag with the sentence on why a trial failed."""
 FAILURE_ARTIFACT = "failure.txt"
 """Artifact with the traceback of the trial's last failure."""
+VIEW_TAG = "mlflow.sharedViewState."
+"""Beginning of the tags of an experiment in which MLflow's page looks for its state; the rest is the key in the page's URL."""
 TAG_LIMIT = 5000
 """Most characters in a tag's value, a limit of MLflow."""
 PARAM_LIMIT = 100
@@ -263,6 +265,10 @@ class Tracking:
         if dataset is not None:
             client.log_inputs(run, datasets=[dataset.as_input()])
         return str(run)
+
+    def share_view(self, key: str, state: str) -> None:
+        """Keep a state of MLflow's page with the experiment, for links that name it by its key."""
+        self.client.set_experiment_tag(self.experiment_id, f"{VIEW_TAG}{key}", state)
 
     def log_failure(self, run: str, sentence: str, traceback: str) -> None:
         """Keep with a run why it failed: a tag, and the whole traceback as an artifact."""

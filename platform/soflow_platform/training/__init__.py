@@ -5,6 +5,8 @@ job            TrialJob: everything a worker process needs to train a trial, as 
 dataset        finds the training data and checks that it fits the network
 model          the network's configuration for given data
 flops          parameters, FLOPs and memory of a trial, before it is started
+memory         memory of a worker, by arithmetic
+step_time      model of a step on GPUs: arithmetic, messages, seconds
 step_builder   the training step, with how its gradients are averaged over ranks
 setup          TrialSetup: data loader, network, training step and evaluator of one rank
 

@@ -93,6 +93,8 @@ class SweepRecord:
     tracking_uri: str | None = None
     code: list[str] = field(default_factory=list)
     """Digests of the code that trained it, in order; more than one where it went on with other code."""
+    view: bool = False
+    """Whether the experiment holds a view of the sweep for MLflow's page, under the key `run`."""
     finished: bool = False
     best: BestTrial | None = None
 

@@ -15,7 +15,7 @@ from soflow_core.failures import summarize
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_platform.cluster.connection import Cluster, connected
 from soflow_platform.cluster.ray_internals import import_ray, start_autoscaling_coordinator
-from soflow_platform.config.experiment import Experiment, flatten
+from soflow_platform.config.experiment import Experiment, flatten, varied_params
 from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.evaluation.evaluator import Evaluator
 from soflow_platform.evaluation.runner import RayStatisticsRunner
@@ -25,7 +25,9 @@ from soflow_platform.storage.code_digest import MIXED_CODE_TAG, running_code
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.storage.retry import retry
 from soflow_platform.tracking.environment import DIFF_ARTIFACT, git_diff, host_tags
+from soflow_platform.tracking.links import view_state
 from soflow_platform.tracking.outages import is_away
+from soflow_platform.tracking.run_names import run_name
 from soflow_platform.tracking.store import TRIAL_TAG, Tracking, TrackingStore, tracked_dataset
 from soflow_platform.training.dataset import open_data
 from soflow_platform.training.job import TrialJob
@@ -218,12 +220,22 @@ class SweepRunner:
             dataset=tracked_dataset(tags),
         )
         record.experiment_id, record.tracking_uri = self.tracking.experiment_id, self.context.tracking_uri
+        self._share_view(record.run)
         try:
             yield
         except BaseException as error:
             failed = isinstance(error, Exception) and not isinstance(error, Stopped)
             self._mark_runs(record.run, "FAILED" if failed else "KILLED")
             raise
+
+    def _share_view(self, run: str) -> None:
+        """Keep the sweep's page in MLflow: its trials, the best first, with what varies and the scores as columns."""
+        experiment = self.context.experiment
+        metrics = list(experiment.evaluation.metrics(experiment.data.conditional))
+        params = varied_params([trial.experiment for trial in self.context.trials])
+        view = view_state(run, experiment.search.metric, experiment.mode == "min", params, metrics)
+        self.tracking.share_view(run, view)
+        self.context.record.view = True
 
     def _mark_runs(self, parent: str, state: str) -> None:
         try:
@@ -302,6 +314,7 @@ class SweepRunner:
             job=job,
             tracking_experiment_id=self.tracking.experiment_id,
             parent=record.run or "",
+            name=run_name(trial.index, trial.settings),
             tags={**prepared.tags(trial.experiment), **varied},
         )
 

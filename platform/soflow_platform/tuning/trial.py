@@ -50,6 +50,8 @@ class TrialTask:
     """MLflow id of the sweep's run."""
     tags: dict[str, str]
     """Tags of the trial's run."""
+    name: str
+    """Name of the trial's run."""
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> TrialTask:
@@ -258,7 +260,7 @@ class TrialDriver:
     def _open_run(self) -> str:
         return self.tracking.open_run(
             self.job.sweep,
-            self.job.trial,
+            self.task.name,
             params=trial_params(self.experiment),
             tags=self.task.tags,
             trial=self.job.trial,

@@ -34,11 +34,15 @@ def test_the_sweeps_that_come_with_the_package_are_valid(name: str) -> None:
     assert len(trials(document, experiment)) >= 3
 
 
-def test_xl2_is_the_papers_recipe() -> None:
-    experiment, _ = read_experiment(ROOT / "sweeps" / "xl2.yaml")
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("b4", 400_000), ("b2", 1_200_000), ("m2", 1_200_000), ("l2", 1_200_000), ("xl2", 1_200_000)],
+)
+def test_the_sizes_of_imagenet_have_the_papers_recipe(name: str, steps: int) -> None:
+    experiment, document = read_experiment(ROOT / "sweeps" / f"{name}.yaml")
     objective, guidance = experiment.objective, experiment.objective.guidance
-    assert experiment.network.size == "XL/2"
-    assert (experiment.training.steps, experiment.training.batch) == (1_200_000, 256)
+    assert (experiment.network.size or "").replace("/", "").lower() == name
+    assert (experiment.training.steps, experiment.training.batch) == (steps, 256)
     assert experiment.training.ema == (0.9999,)
     assert experiment.training.clip_norm is None
     assert (experiment.optimizer.name, experiment.optimizer.lr) == ("adamw", 1e-4)
@@ -49,6 +53,40 @@ def test_xl2_is_the_papers_recipe() -> None:
     assert times == [(-0.2, 1.0), (-1.0, 0.8), (0.2, 0.8)]
     schedule = objective.schedule
     assert (schedule.kind, schedule.initial, schedule.final) == ("exponential", 0.1, 0.002)
+    assert (experiment.search.metric, experiment.evaluation.nfe) == ("eval/fid_nfe1", (1, 2))
+    assert experiment.search.space.keys() >= VARIED
+    assert len(trials(document, experiment)) == experiment.search.trials
+
+
+VARIED = {
+    "objective.flow_matching_share",
+    "objective.guidance.mix",
+    "objective.guidance.scale",
+    "objective.weight_power",
+    "objective.weight_eps",
+    *(f"objective.schedule.{end}" for end in ("kind", "initial", "final")),
+    *(f"objective.times.{time}.{part}" for time in ("velocity", "start", "end") for part in ("mean", "std")),
+}
+
+
+def test_cifar10_is_the_papers_recipe_but_for_the_network() -> None:
+    experiment, _ = read_experiment(ROOT / "sweeps" / "cifar10.yaml")
+    objective, schedule = experiment.objective, experiment.objective.schedule
+    assert (experiment.training.steps, experiment.training.batch, experiment.data.conditional) == (
+        800_000,
+        1024,
+        False,
+    )
+    assert (experiment.optimizer.name, experiment.optimizer.lr, experiment.optimizer.betas) == (
+        "radam",
+        1e-4,
+        (0.9, 0.999),
+    )
+    assert (objective.flow_matching_share, objective.weight_power, objective.weight_eps) == (0.0, 0.75, 0.001)
+    times = [(d.mean, d.std) for d in (objective.times.velocity, objective.times.end, objective.times.start)]
+    assert times == [(-0.9, 1.6), (-4.0, 1.6), (-0.9, 1.6)]
+    assert (schedule.kind, schedule.initial, schedule.final) == ("exponential", 1.0, 1 / 3200)
+    assert not objective.guidance.active
 
 
 def test_a_misspelt_key_is_named_with_its_line_and_the_nearest_known_name(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The communication model: its messages in closed form, SoFlow's passes counted on its loss, and the tables of its document."""
+"""The model of a step on GPUs: its messages in closed form, SoFlow's passes counted on its loss, and the tables of its document."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from communication import (
+from soflow_core.networks import dit_config
+from soflow_core.objectives import FlowMatching, MeanFlow, Objective, SoFlow
+from soflow_core.passes import Precision
+from soflow_platform.training.step_time import (
     Device,
     Fabric,
     Pass,
@@ -16,15 +19,22 @@ from communication import (
     ddp_step,
     fsdp_messages,
     fsdp_step,
-    passes,
+    work_of,
 )
-from soflow_core.objectives import FlowMatching, SoFlow
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
+NETWORK = dit_config("S/8", channels=1, height=8, width=8, classes=10, null_label=True)
 
 EXACT = Fabric("exact", inside=8.0, between=2.0, node=4, share=1.0, latency=0.0)
 PLAIN = Work(parameters=100, forward_flops=6.0, passes=[Pass(1.0, gradient=True, bfloat16=True)])
 UNIT = Device(bfloat16=1.0, tf32=0.5, memory=64.0, utilization=1.0, memory_share=1.0)
+
+
+def passes(objective: Objective, precision: Precision) -> list[Pass]:
+    """The passes of a method with one phase."""
+    ((share, work),) = work_of(NETWORK, objective, precision)
+    assert share == 1
+    return work.passes
 
 
 @pytest.mark.parametrize(
@@ -52,9 +62,17 @@ def test_a_soflow_step_is_four_and_a_half_forward_passes() -> None:
     assert passes(FlowMatching(), "bfloat16") == [Pass(1.0, gradient=True, bfloat16=True)]
 
 
+EXCHANGES: dict[Precision, tuple[int, int]] = {"float32": (4, 1), "mixed": (6, 1)}
+
+
+def test_a_tangent_is_a_forward_pass_more() -> None:
+    assert passes(MeanFlow(), "mixed")[-1] == Pass(0.25, gradient=False, bfloat16=False, tangent=True)
+    assert sum(p.forwards for p in passes(MeanFlow(), "mixed")) == 3.5
+
+
 def test_fsdp_gathers_for_every_call_and_every_backward_pass() -> None:
-    for precision, messages in (("float32", (4, 1)), ("mixed", (6, 1))):
-        assert fsdp_messages(Work(1, 1.0, passes(SoFlow(), precision))) == messages  # type: ignore[arg-type]
+    for precision, messages in EXCHANGES.items():
+        assert fsdp_messages(Work(1, 1.0, passes(SoFlow(), precision))) == messages
 
 
 def test_an_exchange_is_hidden_by_the_last_backward_pass() -> None:

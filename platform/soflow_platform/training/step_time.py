@@ -1,7 +1,7 @@
-"""What ranks that train one network send each other, and how long it takes: the model behind docs/scaling.md.
+"""Model of a training step on GPUs: its arithmetic, what ranks send each other, and how long both take (docs/scaling.md).
 
-Times are in seconds, sizes in bytes, rates in bytes or FLOP per second. A ring all-reduce of S bytes over n ranks
-sends 2 (n - 1) / n S from each; an all-gather or a reduce-scatter half of it.
+`soflowctl plan` and `benchmarks/scaling.py` compute with it. Times are in seconds, sizes in bytes, rates in bytes or FLOP per second. A
+ring all-reduce of S bytes over n ranks sends 2 (n - 1) / n S from each; an all-gather or a reduce-scatter half of it.
 """
 
 from __future__ import annotations
@@ -9,19 +9,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from soflow_core.networks import DiT, DiTConfig
-from soflow_core.objectives import Batch, Objective
-from soflow_core.passes import PassPolicy, Precision
-from soflow_platform.training.flops import forward_gmac
+from soflow_core.networks import DiTConfig
+from soflow_core.nfe import LARGEST_COUNTED, NetworkCall, training_calls
+from soflow_core.objectives import Objective
+from soflow_core.passes import Precision
+from soflow_platform.training.flops import count_parameters, forward_gmac
 
 FLOAT = 4
 BUCKET = 25 * 2**20
 """Gradients that DistributedDataParallel sends in one message."""
-SAMPLE_BYTES = 2 * 4 * 32 * 32 * 2 + 4 * 512
-"""Of a latent in its shard: mean and std in float16, two headers for them, header and block of the label."""
+TAR_BLOCKS = 4 * 512
+"""Of a sample in its shard: two headers for the array, header and block of the label."""
+SAMPLE_BYTES = 2 * 4 * 32 * 32 * 2 + TAR_BLOCKS
+"""Of a latent (4, 32, 32) in its shard: mean and std in float16."""
+DECODER_FLOPS = 2 * 311.1e9
+"""Stable Diffusion's decoder to 256 x 256, counted with torch's FlopCounterMode."""
+INCEPTION_FLOPS = 2 * 5.71e9
+"""Inception of one image."""
+HOST_COPY = 25e9
+"""GPU to pinned host memory, bytes per second."""
 FORWARD, BACKWARD, UPDATE = 8, 16, 40
 """Bytes of a parameter that move through memory whatever the batch: in a pass forwards (the weights and their bfloat16 copy),
 backwards (weights and gradients), and in norm, AdamW and one average."""
@@ -35,27 +41,18 @@ class Pass:
     """Share of the batch; above 1 where rows are run for two targets at once."""
     gradient: bool
     bfloat16: bool
+    tangent: bool = False
+    """Whether it takes a Jacobian-vector product."""
+
+    @classmethod
+    def of(cls, call: NetworkCall, batch: int) -> Pass:
+        """A call in a step of `batch` rows."""
+        return cls(call.rows / batch, call.gradient, call.bfloat16, call.tangent)
 
     @property
     def forwards(self) -> float:
-        """In forward passes of the batch: a backward pass counts two."""
-        return self.rows * (3 if self.gradient else 1)
-
-
-def passes(objective: Objective, precision: Precision, batch: int = 256) -> list[Pass]:
-    """The calls of a step, counted on the objective's own loss, no row left out, as on a GPU."""
-    seen: list[Pass] = []
-    scale = torch.zeros((), requires_grad=True)
-
-    def network(x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        del t, s, labels
-        seen.append(Pass(len(x) / batch, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
-        return x * scale
-
-    draws = objective.draw(torch.Generator().manual_seed(0), batch, (1, 1, 1), True)
-    data = Batch(torch.ones(batch, 1, 1, 1), torch.zeros(batch, dtype=torch.int64))
-    objective.loss(network, data, draws, 0, 1000, PassPolicy(precision, skip_unused=False))
-    return seen
+        """In forward passes of the batch: a backward pass counts two, a tangent one."""
+        return self.rows * ((3 if self.gradient else 1) + self.tangent)
 
 
 @dataclass(frozen=True)
@@ -68,12 +65,6 @@ class Work:
     """Of one sample."""
     passes: list[Pass]
 
-    @classmethod
-    def of(cls, network: DiTConfig, objective: Objective, precision: Precision) -> Work:
-        with torch.device("meta"):
-            trained = sum(p.numel() for p in DiT(network).parameters() if p.requires_grad)
-        return cls(trained, 2e9 * forward_gmac(network), passes(objective, precision))
-
     @property
     def forwards(self) -> float:
         """Forward passes that a sample is worth."""
@@ -82,6 +73,39 @@ class Work:
     @property
     def gradient_bytes(self) -> float:
         return float(FLOAT * self.parameters)
+
+
+def work_of(
+    network: DiTConfig, objective: Objective, precision: Precision, batch: int = 256, conditional: bool = True
+) -> list[tuple[float, Work]]:
+    """For each phase of a training: its share of the steps, and the work of a step; no row is left out, as on a GPU."""
+    trained, flops = trained_parameters(network), 2e9 * forward_gmac(network)
+    counted = min(batch, LARGEST_COUNTED)
+    return [
+        (float(share), Work(trained, flops, [Pass.of(call, counted) for call in calls]))
+        for share, calls in training_calls(objective, counted, conditional, precision)
+    ]
+
+
+def stored_bytes(shape: tuple[int, int, int], latents: bool) -> int:
+    """Bytes of a sample (C, H, W) in its shard: a latent's mean and std in float16, or an image's pixels in a byte each."""
+    return math.prod(shape) * (4 if latents else 1) + TAR_BLOCKS
+
+
+def decoder_flops(shape: tuple[int, int, int]) -> float:
+    """FLOPs of Stable Diffusion's decoder for a latent (C, H, W); its convolutions are in proportion to the area."""
+    return DECODER_FLOPS * shape[1] * shape[2] / 32**2
+
+
+def feature_flops(features: str) -> float:
+    """FLOPs of a feature network for one image; those that are not named here are small beside them or not counted."""
+    return {"inception": INCEPTION_FLOPS}.get(features, 0.0)
+
+
+def trained_parameters(network: DiTConfig) -> int:
+    """Number of the parameters that a training changes: all but a DiT's positions, which are fixed."""
+    tokens = (network.height // network.patch) * (network.width // network.patch)
+    return count_parameters(network) - tokens * network.hidden
 
 
 @dataclass(frozen=True)
@@ -101,7 +125,7 @@ class Device:
 
     def arithmetic(self, work: Work, rows: float) -> float:
         """Of all passes of a step."""
-        return sum(self.forward(work, p, rows) * (3 if p.gradient else 1) for p in work.passes)
+        return sum(self.forward(work, p, rows) * p.forwards / p.rows for p in work.passes if p.rows)
 
     def moving(self, work: Work, each: float) -> float:
         """`each` bytes for every parameter through memory."""

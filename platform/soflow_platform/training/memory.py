@@ -1,0 +1,107 @@
+"""Memory of a training step on one worker, by arithmetic: parameters, gradients, moments, averages and activations.
+
+Tested against the tensors that a step allocates on a CPU. A GPU's allocator, its libraries and its communication buffers come on top.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from soflow_core.networks import DiTConfig
+from soflow_core.networks.dit import FREQUENCIES
+from soflow_platform.config.experiment import Experiment
+from soflow_platform.training.flops import count_parameters
+from soflow_platform.training.step_time import FLOAT, Pass, trained_parameters
+
+HALF = 2
+"""Bytes of a bfloat16 number."""
+MOMENTS = 2
+"""Of Adam, AdamW and RAdam."""
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """Bytes of one worker at the fullest moment of a step."""
+
+    parameters: float
+    gradients: float
+    moments: float
+    averages: float
+    """EMAs, the teacher's included."""
+    activations: float | None
+    """None where they are not counted, for networks that are no DiT."""
+
+    @property
+    def total(self) -> float:
+        """All of them at once: more than a step needs, for activations are freed while gradients are made."""
+        state = self.parameters + self.gradients + self.moments + self.averages
+        return state + (self.activations or 0.0)
+
+
+def worker_memory(
+    experiment: Experiment, network: DiTConfig, phases: Iterable[tuple[float, list[Pass]]]
+) -> WorkerMemory:
+    """Memory of one worker in the phase of the method that takes most; `phases` are those of `step_time.work_of`."""
+    training, workers = experiment.training, experiment.resources.workers
+    shards = workers if training.parallel == "fsdp" else 1
+    weights, trained = FLOAT * count_parameters(network), FLOAT * trained_parameters(network)
+    teacher = experiment.objective.teacher_decay
+    averages = len(training.ema) + (teacher is not None and teacher not in training.ema)
+    rows = math.ceil(training.batch / (workers * training.accumulate))
+    # A sharded network has two blocks whole: the one that runs and the one that is fetched.
+    whole = 2 * weights / network.depth if shards > 1 else 0.0
+    return WorkerMemory(
+        parameters=weights / shards + whole,
+        gradients=trained / shards,
+        moments=MOMENTS * trained / shards,
+        averages=averages * trained / shards,
+        activations=max(step_activations(network, passes, rows) for _, passes in phases),
+    )
+
+
+def step_activations(network: DiTConfig, passes: list[Pass], rows: int) -> float:
+    """Bytes that calls with gradient keep for the backward pass, and the largest call without gradient beside them."""
+    kept, beside = 0.0, 0.0
+    for call in passes:
+        if call.gradient:
+            kept += rows * call.rows * saved_bytes(network, call.bfloat16)
+            kept += HALF * trained_parameters(network) if call.bfloat16 else 0
+        else:
+            beside = max(beside, rows * call.rows * running_bytes(network, call))
+    return kept + beside
+
+
+def saved_bytes(network: DiTConfig, bfloat16: bool) -> float:
+    """Bytes that a pass of one sample keeps for its backward pass.
+
+    Each block keeps, of N tokens of width d: in float32 the inputs of both norms and the norms' outputs (4 N d), in the precision of
+    matrix products the inputs of the four linear layers and of GELU (1 + 1 + 1 + 4 + 4), query, key and value (3), and what attention
+    and MLP add to the residual stream before it is scaled (2): 80 N d bytes in float32 and 48 N d under autocast.
+    """
+    number = HALF if bfloat16 else FLOAT
+    n, d = tokens(network), network.hidden
+    # Mean and scale of two norms, the normalizer of attention, and the modulation with its input.
+    small = 4 * n * FLOAT + network.heads * n * FLOAT + (1 + 6 + 2) * d * number
+    block = (4 * FLOAT + 16 * number) * n * d + small
+    output = (2 * FLOAT + number) * n * d + 2 * n * FLOAT + 2 * d * number
+    embeddings = (2 + network.guidance_scale) * (FREQUENCIES + 2 * d) * FLOAT + d * FLOAT
+    sample = network.channels * network.height * network.width * number
+    return network.depth * block + output + embeddings + sample
+
+
+def running_bytes(network: DiTConfig, call: Pass) -> float:
+    """Bytes that a pass of one sample without gradient has at once: a block's tokens, and the MLP's hidden layer before and after GELU.
+
+    A tangent doubles them, and its attention is computed with all N x N weights.
+    """
+    number = HALF if call.bfloat16 else FLOAT
+    n, d = tokens(network), network.hidden
+    block = 2 * FLOAT * n * d + 8 * number * n * d
+    return 2 * block + 4 * network.heads * n * n * FLOAT if call.tangent else block
+
+
+def tokens(network: DiTConfig) -> int:
+    """Number of tokens N of a sample."""
+    return (network.height // network.patch) * (network.width // network.patch)

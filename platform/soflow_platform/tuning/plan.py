@@ -1,0 +1,337 @@
+"""Plan of a sweep before anything is spent: FLOPs, memory, bytes, GPU-hours, days and money, for a named GPU at a stated utilization.
+
+Everything is arithmetic on the settings, by the model of `training.step_time`; nothing is measured and nothing is built.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from soflow_core.passes import Precision
+from soflow_pipelines.preparation.builtin import Expected
+from soflow_platform.config.experiment import Experiment
+from soflow_platform.config.search import AshaConfig
+from soflow_platform.errors import UserError
+from soflow_platform.training.dataset import expected
+from soflow_platform.training.memory import WorkerMemory, worker_memory
+from soflow_platform.training.model import describe_network
+from soflow_platform.training.step_time import (
+    FLOAT,
+    HOST_COPY,
+    Device,
+    Fabric,
+    Step,
+    Work,
+    ddp_step,
+    decoder_flops,
+    feature_flops,
+    fsdp_messages,
+    fsdp_step,
+    stored_bytes,
+    work_of,
+)
+from soflow_platform.tuning.search_space import Trial
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU: its peaks without sparsity, its memory, and what an hour of it is taken to cost."""
+
+    bfloat16: float
+    """FLOP per second."""
+    tf32: float
+    bandwidth: float
+    """Bytes per second to its memory."""
+    memory: float
+    """Bytes."""
+    price: float
+    """USD an hour: a round number of cloud offers, which differ by a factor of three; `--price` gives another."""
+
+
+GPUS = {
+    "a100": Gpu(312e12, 156e12, 2.04e12, 80e9, 1.5),
+    "h100": Gpu(989e12, 495e12, 3.35e12, 80e9, 2.5),
+    "h200": Gpu(989e12, 495e12, 4.8e12, 141e9, 3.5),
+    "b200": Gpu(2250e12, 1125e12, 7.7e12, 180e9, 5.0),
+    "l40s": Gpu(362e12, 183e12, 0.864e12, 48e9, 1.0),
+}
+"""By the names that `--gpu` takes; peaks, bandwidth and memory are the makers'."""
+USUAL_GPU = "h100"
+UTILIZATION = 0.4
+"""Share of a peak that a step is taken to reach."""
+RESERVE = 0.9
+"""Share of a GPU's memory that tensors can fill; the rest is the allocator's, the libraries' and for messages."""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a plan is computed for."""
+
+    gpu: str = USUAL_GPU
+    gpus: int | None = None
+    """GPUs of the cluster; None: those that one trial asks for."""
+    utilization: float = UTILIZATION
+    price: float | None = None
+    """Of one GPU for an hour; None: that of `GPUS`."""
+    currency: str = "USD"
+
+    def __post_init__(self) -> None:
+        if self.gpu not in GPUS:
+            raise UserError(f"--gpu {self.gpu} is not known: name one of {', '.join(GPUS)}.")
+        if not 0 < self.utilization <= 1:
+            raise UserError(f"--utilization is {self.utilization:g}: give a share above 0 and at most 1.")
+
+    @property
+    def device(self) -> Device:
+        """The GPU in the model of a step."""
+        gpu = GPUS[self.gpu]
+        return Device(gpu.bfloat16, gpu.tf32, gpu.bandwidth, self.utilization)
+
+    @property
+    def hour(self) -> float:
+        """Price of a GPU for an hour."""
+        return GPUS[self.gpu].price if self.price is None else self.price
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """One trial; bytes and seconds are of the whole trial where nothing else is said."""
+
+    name: str
+    method: str
+    steps: int
+    batch: int
+    parameters: int
+    image_flops: float
+    """To train on one image once."""
+    step_flops: float
+    total_flops: float
+    workers: int
+    gpus: float
+    step_seconds: float
+    scoring_seconds: float
+    saving_seconds: float
+    memory: WorkerMemory
+    """Of one worker."""
+    images: int
+    """Images that it trains on, repeats counted."""
+    data_bytes: float
+    """Read from the shards."""
+    checkpoint_bytes: float
+    """Of one checkpoint."""
+    kept_bytes: float
+    """Of the checkpoints that are kept."""
+    written_bytes: float
+    """Of all checkpoints."""
+    network_bytes: float
+    """Sent by all workers together."""
+
+    @property
+    def hours(self) -> float:
+        return (self.steps * self.step_seconds + self.scoring_seconds + self.saving_seconds) / 3600
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.hours * self.gpus
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """All trials of a sweep under the same assumptions."""
+
+    name: str
+    description: str
+    assumptions: Assumptions
+    trials: list[TrialPlan]
+    on_gpus: bool
+    """Whether trials ask for GPUs; else times and prices are those of one GPU for each worker."""
+    concurrent: int
+    """Trials at a time."""
+    gpus: float
+    """GPUs of the cluster."""
+    asha_share: float | None
+    """Share of the steps that successive halving leaves, about; None without it."""
+    notes: list[str] = field(default_factory=list)
+    """What does not fit, and what the plan leaves out."""
+
+    @property
+    def gpu_hours(self) -> float:
+        """Where every trial runs to its end."""
+        return sum(trial.gpu_hours for trial in self.trials)
+
+    @property
+    def days(self) -> float:
+        """Where every trial runs to its end: trials start as others end, in order."""
+        ends = [0.0] * self.concurrent
+        for trial in self.trials:
+            ends.sort()
+            ends[0] += trial.hours
+        return max(ends) / 24
+
+    @property
+    def price(self) -> float:
+        return self.gpu_hours * self.assumptions.hour
+
+
+def plan_sweep(
+    experiment: Experiment,
+    trials: Sequence[Trial],
+    assumptions: Assumptions,
+    data: Expected | None = None,
+) -> SweepPlan:
+    """The plan of a sweep's trials; `data` is what is known of its samples beside the settings.
+
+    Raises UserError where their shape is not known, or where a trial asks for more than there is.
+    """
+    planned = [plan_trial(trial, assumptions, data) for trial in trials]
+    each = max(trial.gpus for trial in planned)
+    gpus = each if assumptions.gpus is None else float(assumptions.gpus)
+    if each > gpus:
+        raise UserError(
+            f"--gpus {assumptions.gpus} is fewer than the {each:g} that one trial asks for (resources.workers): raise it."
+        )
+    fitting = int(gpus / each)
+    concurrent = min(fitting, experiment.resources.concurrent_trials or fitting, len(planned))
+    asha = experiment.search.asha
+    return SweepPlan(
+        experiment.name,
+        experiment.description,
+        assumptions,
+        planned,
+        experiment.resources.gpus_per_worker > 0,
+        concurrent,
+        gpus,
+        None if asha is None else asha_share(asha, experiment.training.steps, len(planned)),
+        _notes(experiment, planned, assumptions, concurrent * each, gpus),
+    )
+
+
+def plan_trial(trial: Trial, assumptions: Assumptions, data: Expected | None = None) -> TrialPlan:
+    """The plan of one trial. Raises UserError where its samples' shape is neither given, nor set, nor that of built-in data."""
+    experiment = trial.experiment
+    data = data or expected(experiment)
+    if data is None:
+        raise UserError(
+            "data.shape is not set, and the network's cost depends on it: set it, such as --set data.shape=[4,32,32]."
+        )
+    network = describe_network(experiment, data)
+    training, workers = experiment.training, experiment.resources.workers
+    precision: Precision = "mixed" if training.precision == "auto" else training.precision
+    phases = work_of(network, experiment.objective, precision, training.batch, experiment.data.conditional)
+    forwards = sum(share * work.forwards for share, work in phases)
+    work = phases[0][1]
+    image_flops = forwards * work.forward_flops
+    steps = [_step(experiment, phase, assumptions.device) for _, phase in phases]
+    step_seconds = sum(share * step.total for (share, _), step in zip(phases, steps, strict=True))
+    memory = worker_memory(experiment, network, [(share, phase.passes) for share, phase in phases])
+    state = FLOAT * work.parameters
+    # State: weights, two moments, EMAs; beside it the first EMA as weights of its own.
+    checkpoint = (3 + len(training.ema) + 1) * state
+    checkpoints = math.ceil(training.steps / (training.checkpoint_every or experiment.evaluation.every))
+    kept = min(training.keep_checkpoints + 1, checkpoints)
+    images = training.steps * training.batch
+    return TrialPlan(
+        name=trial.name,
+        method=experiment.objective.method,
+        steps=training.steps,
+        batch=training.batch,
+        parameters=work.parameters,
+        image_flops=image_flops,
+        step_flops=image_flops * training.batch,
+        total_flops=image_flops * images,
+        workers=workers,
+        gpus=workers * (experiment.resources.gpus_per_worker or 1),
+        step_seconds=step_seconds,
+        scoring_seconds=_scoring_seconds(experiment, data.shape, work, assumptions.device),
+        saving_seconds=checkpoints * checkpoint / HOST_COPY,
+        memory=memory,
+        images=images,
+        data_bytes=images * stored_bytes(data.shape, latents=_latents(experiment, data.shape)),
+        checkpoint_bytes=checkpoint,
+        kept_bytes=kept * checkpoint,
+        written_bytes=checkpoints * checkpoint,
+        network_bytes=training.steps
+        * workers
+        * statistics.fmean(_sent_bytes(experiment, phase) for _, phase in phases),
+    )
+
+
+def _step(experiment: Experiment, work: Work, device: Device) -> Step:
+    training, workers = experiment.training, experiment.resources.workers
+    model = fsdp_step if training.parallel == "fsdp" else ddp_step
+    return model(work, device, Fabric("400 Gb/s for each GPU"), workers, training.batch)
+
+
+def _sent_bytes(experiment: Experiment, work: Work) -> float:
+    """Bytes that one worker sends in a step: a ring all-reduce of the gradients, or FSDP's gathers and its reduce-scatter."""
+    workers = experiment.resources.workers
+    messages = 2 if experiment.training.parallel == "ddp" else sum(fsdp_messages(work))
+    return messages * (workers - 1) / workers * work.gradient_bytes
+
+
+def _latents(experiment: Experiment, shape: tuple[int, int, int]) -> bool:
+    """Whether samples are latents: an autoencoder is named, or there are more channels than an image has."""
+    return experiment.data.autoencoder is not None or shape[0] > 3
+
+
+def _scoring_seconds(
+    experiment: Experiment, shape: tuple[int, int, int], work: Work, device: Device
+) -> float:
+    """Of all evaluations: sampling at each NFE, decoding latents for features of images, and the features, in TF32."""
+    evaluation, training = experiment.evaluation, experiment.training
+    image = sum(evaluation.nfe) * work.forward_flops
+    of_images = evaluation.features != "pooled"
+    if of_images:
+        decoding = decoder_flops(shape) if _latents(experiment, shape) else 0.0
+        image += len(evaluation.nfe) * (decoding + feature_flops(evaluation.features))
+    times = math.ceil(training.steps / evaluation.every)
+    seconds = evaluation.samples * image / (device.tf32 * device.utilization)
+    return times * seconds / experiment.resources.workers
+
+
+def asha_share(asha: AshaConfig, steps: int, trials: int) -> float:
+    """Share of all steps that are trained where each rung lets one trial in `reduction` go on.
+
+    Rungs are asynchronous: the first trials go on before there are others to compare with, so that somewhat more is trained.
+    """
+    rung, going_on, trained, done = asha.first_rung, float(trials), 0.0, 0
+    while rung < steps:
+        trained += going_on * (rung - done)
+        going_on, done, rung = max(1.0, going_on / asha.reduction), rung, rung * asha.reduction
+    return (trained + going_on * (steps - done)) / (trials * steps)
+
+
+def _notes(
+    experiment: Experiment, planned: list[TrialPlan], assumptions: Assumptions, busy: float, gpus: float
+) -> list[str]:
+    notes = []
+    largest = max(planned, key=lambda trial: trial.memory.total)
+    room = RESERVE * GPUS[assumptions.gpu].memory
+    if largest.memory.total > room:
+        notes.append(_too_large(experiment, largest, room, assumptions.gpu))
+    if busy < gpus:
+        notes.append(
+            f"{gpus - busy:g} of {gpus:g} GPUs have nothing to do: {len(planned)} trial(s), "
+            f"{busy:g} GPUs at a time (resources.workers, resources.concurrent_trials)."
+        )
+    if largest.memory.activations is None:
+        notes.append("activations are not counted for this kind of network.")
+    return notes
+
+
+def _too_large(experiment: Experiment, trial: TrialPlan, room: float, gpu: str) -> str:
+    """What does not fit, and the smallest `training.accumulate` with which it does."""
+    memory, training = trial.memory, experiment.training
+    activations = memory.activations or 0.0
+    left = room - (memory.total - activations)
+    says = (
+        f"{trial.name} takes {memory.total / 1e9:,.0f} GB and an {gpu} has {room / 1e9:,.0f} GB for tensors"
+    )
+    rows = training.batch // (experiment.resources.workers * training.accumulate)
+    for pieces in range(2, rows + 1):
+        if rows % pieces == 0 and activations / pieces <= left:
+            return f"{says}: set training.accumulate to {pieces * training.accumulate}, or raise resources.workers."
+    return f"{says}: set training.parallel to fsdp with more workers, or plan for a GPU with more memory."
