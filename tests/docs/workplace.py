@@ -69,6 +69,7 @@ def reduced(arguments: list[str]) -> list[str]:
             "training.steps=6",
         )
         scores = ("--set", "evaluation.features=pooled", "--set", "search.metric=eval/fd_nfe1")
+        scores = (*scores, "--set", "evaluation.final_samples=null")
         machine = (
             "--set",
             "resources={cpus_per_worker: 1}",

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from soflow_platform.cli.options import Places
 from soflow_platform.cli.sweep_file import print_proxy, read, steps_of
 from soflow_platform.cli.terminal import console, plain_table, styled
 from soflow_platform.config.experiment import Experiment
@@ -93,6 +94,9 @@ def run_command(
     if existing is not None and existing.finished:
         screen.print(f"sweep {sweep} is finished; --again runs it anew.")
         show_result(screen, existing, storage)
+        _score_best(
+            screen, existing, planned, experiment, Places(address, storage_option, existing.tracking_uri)
+        )
         return
     if options.check:
         _check_first_steps(planned, data)
@@ -119,6 +123,33 @@ def run_command(
             f"{len(failed)} of {len(outcomes)} trials failed ({failed[0].name}: {failed[0].status.failure}); "
             "the same command tries them again."
         )
+    _score_best(screen, record, planned, experiment, Places(address, storage_option, record.tracking_uri))
+
+
+def _score_best(
+    screen: Console, record: SweepRecord, planned: list[Trial], experiment: Experiment, places: Places
+) -> None:
+    """Score the best trial with `evaluation.final_samples`; scores that were computed before are read."""
+    evaluation, best = experiment.evaluation, record.best
+    if evaluation.final_samples is None or best is None:
+        return
+    from soflow_core.nfe import steps_for
+    from soflow_platform.cli.evaluate import evaluate_command
+    from soflow_platform.jobs.requests import EvaluateRequest, ProtocolRequest, SamplingRequest
+
+    trial = next(each for each in planned if each.name == best.trial).experiment
+    steps = tuple(steps_for(trial.objective, nfe, trial.data.conditional) for nfe in evaluation.nfe)
+    screen.print(f"scoring {best.trial} with {evaluation.final_samples:,} samples")
+    request = EvaluateRequest(
+        target=f"{record.id}/{best.trial}",
+        num=evaluation.final_samples,
+        # Other noise than that of the scores which it was chosen by.
+        sampling=SamplingRequest(steps, evaluation.labels, evaluation.seed + 1),
+        protocol=ProtocolRequest(
+            features=evaluation.features, reference=evaluation.reference, autoencoder=evaluation.autoencoder
+        ),
+    )
+    evaluate_command(request, places, as_json=False)
 
 
 def _check_code(storage: ProjectFolder, record: SweepRecord, keep: bool, screen: Console) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from soflow_platform.config.locations import FILE, absolute_autoencoder, absolute_features
 from soflow_platform.config.sections import Positive, Samples, Section, Seed, Steps
@@ -32,6 +33,12 @@ class EvaluationConfig(Section):
     features: str = POOLED
     """What images are described by: `inception` (FID), `dinov2`, `clip`, `file:PATH` (an exported network), `digits-classifier` (a
     small network trained on the real digits), or `pooled`: block averages of the training space itself, which needs no weights."""
+    reference: str | None = None
+    """Real images that samples are compared with: a shard set, a folder or ADM's .npz; None: the training data."""
+    pooled: bool = False
+    """Whether the same samples are scored on `pooled` features besides (`eval/fd_nfeN`), which cost next to nothing."""
+    final_samples: Annotated[int, Field(ge=16, le=10**8)] | None = None
+    """Images of the best trial that are scored when the sweep has ended, from noise that no trial was chosen by; None: none."""
     autoencoder: str | None = None
     """Folder or id of the autoencoder that decodes latents for features of images; None: the one the data were made with."""
     batch: Samples = 256
@@ -45,6 +52,24 @@ class EvaluationConfig(Section):
     @classmethod
     def _known_features(cls, name: str) -> str:
         return known_features(name)
+
+    @field_validator("reference")
+    @classmethod
+    def _absolute_reference(cls, place: str | None) -> str | None:
+        return place if place is None or "://" in place else str(Path(place).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _pooled_has_a_name_of_its_own(self) -> EvaluationConfig:
+        if self.pooled and self.distance == "fd" and self.features != POOLED:
+            raise ValueError(
+                f"`pooled` and features {self.features} have a metric of the same name, eval/fd_nfeN: leave one out"
+            )
+        return self
+
+    @property
+    def also_pooled(self) -> bool:
+        """Whether `pooled` features are scored beside others."""
+        return self.pooled and self.features != POOLED
 
     @field_validator("autoencoder")
     @classmethod
@@ -68,6 +93,8 @@ class EvaluationConfig(Section):
     def metrics(self, conditional: bool) -> dict[str, Literal["min", "max"]]:
         """Names of the metrics an evaluation reports, with the direction that is better."""
         names: dict[str, Literal["min", "max"]] = {f"eval/{self.distance}_nfe{n}": "min" for n in self.nfe}
+        if self.also_pooled:
+            names |= {f"eval/fd_nfe{n}": "min" for n in self.nfe}
         if self.features == DIGITS and conditional:
             names |= {f"eval/label_agreement_nfe{n}": "max" for n in self.nfe}
         return names

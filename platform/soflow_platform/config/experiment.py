@@ -46,6 +46,8 @@ LATER_OBJECTIVE_SETTINGS = {
 so that sweeps keep it."""
 LATER_SEARCH_SETTINGS: dict[str, Any] = {"first": []}
 """Settings of `search` since 0.1.0, for the same reason."""
+LATER_EVALUATION_SETTINGS = {"reference": None, "pooled": False}
+"""The same of `evaluation`; `final_samples` decides no number of a trial and is never part of it."""
 
 
 class Experiment(Section):
@@ -153,6 +155,11 @@ class Experiment(Section):
             key: value
             for key, value in resolved["search"].items()
             if key not in LATER_SEARCH_SETTINGS or value != LATER_SEARCH_SETTINGS[key]
+        }
+        settings["evaluation"] = {
+            key: value
+            for key, value in resolved["evaluation"].items()
+            if key != "final_samples" and (key, value) not in LATER_EVALUATION_SETTINGS.items()
         }
         settings["training"] = {key: resolved["training"][key] for key in DECIDING_TRAINING}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]

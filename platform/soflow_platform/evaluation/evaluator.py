@@ -25,7 +25,11 @@ from soflow_pipelines.images.convert import to_uint8
 from soflow_pipelines.images.encode import image_grid
 from soflow_pipelines.metrics import EVALUATOR, Reference, ScoreError, ScoreStatistics, scores
 from soflow_pipelines.references.latent_decoder import open_decoder
-from soflow_pipelines.references.reference_store import ReferenceStore, reference_flags
+from soflow_pipelines.references.reference_store import (
+    ReferenceLocation,
+    ReferenceStore,
+    reference_flags,
+)
 from soflow_pipelines.references.statistics_job import ComputeStatistics, LocalStatistics
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_platform.config.evaluation import DIGITS, POOLED, EvaluationConfig
@@ -59,6 +63,26 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Features that samples are described by, and the real images that they are compared with."""
+
+    features: FeatureNetwork
+    reference: Reference
+    kinds: dict[str, str]
+    """Name in `eval/NAME_nfeN` -> the metric that it is."""
+    decoder: KlAutoencoder | None = None
+    """Decodes latents for features of images."""
+
+    def values(self, states: list[dict[str, Any]]) -> tuple[dict[str, float], list[str]]:
+        """Metrics and flags of the statistics of all ranks."""
+        whole = ScoreStatistics.from_state(states[0])
+        for state in states[1:]:
+            whole.merge(ScoreStatistics.from_state(state))
+        result = scores(whole, self.reference)
+        return result.values, result.flags
+
+
+@dataclass(frozen=True)
 class Evaluator:
     """Scores the samples of networks that are trained on one data set."""
 
@@ -70,6 +94,8 @@ class Evaluator:
     reference: Reference
     decoder: KlAutoencoder | None = None
     """Decodes latents for features of images."""
+    pooled: Comparison | None = None
+    """What the same samples are scored by besides."""
 
     @classmethod
     def open(
@@ -91,22 +117,21 @@ class Evaluator:
         if features.space == "images":
             decoder = open_decoder(info, config.autoencoder, best_device())
         classes = info.classes if conditional else None
-
-        pooled_quickly = config.features == POOLED and info.samples <= QUICKLY_POOLED
-        compute_locally = compute is None or config.features == DIGITS or pooled_quickly
-        store = ReferenceStore(
-            features,
-            config.features,
-            # Label agreement compares with no reference.
-            (config.metric_kinds(False)[config.distance],),
-            storage.features,
-            LocalStatistics(features, best_device()) if compute_locally else compute,
+        # Label agreement compares with no reference.
+        store = _reference_store(
+            features, config.features, config.metric_kinds(False)[config.distance], info, storage, compute
         )
         try:
-            resolved = store.of_training_data(info, data, config.autoencoder)
+            if config.reference is None:
+                resolved = store.of_training_data(info, data, config.autoencoder)
+            else:
+                factor = decoder.facts.factor if decoder else 1
+                size = info.shape[1] * factor, info.shape[2] * factor
+                resolved = store.resolve(ReferenceLocation(config.reference, config.autoencoder), size)
         except ScoreError as error:
             raise UserError(f"evaluation.features {config.features}: {error}") from error
-        return cls(config, info, classes, features, resolved.reference, decoder)
+        pooled = _pooled(info, data, storage, compute) if config.also_pooled else None
+        return cls(config, info, classes, features, resolved.reference, decoder, pooled)
 
     def evaluate(
         self,
@@ -123,12 +148,18 @@ class Evaluator:
         metrics: dict[str, float] = {}
         flags: list[str] = []
         for nfe in self.config.nfe:
-            part = self._part(network, objective, nfe, device, ranks)
-            values, sentences = self._values(ranks.gather([part]))
-            # A refusal concerns this number; the other sentences concern all.
-            flags += sentences if values else [f"{sentence} (nfe {nfe})" for sentence in sentences]
-            for name, kind in self._metric_kinds().items():
-                metrics[f"eval/{name}_nfe{nfe}"] = values.get(kind, math.nan)
+            parts = ranks.gather([self._part(network, objective, nfe, device, ranks)])
+            refused = [part["refused"] for part in parts if "refused" in part][:1]
+            for number, comparison in enumerate(self._comparisons):
+                values, sentences = (
+                    ({}, refused)
+                    if refused
+                    else comparison.values([part["states"][number] for part in parts])
+                )
+                # A refusal concerns this number; the other sentences concern all.
+                flags += sentences if values else [f"{sentence} (nfe {nfe})" for sentence in sentences]
+                for name, kind in comparison.kinds.items():
+                    metrics[f"eval/{name}_nfe{nfe}"] = values.get(kind, math.nan)
         grids = {}
         if ranks.rank == 0:
             grids = self.grids(network, objective, device)
@@ -139,9 +170,10 @@ class Evaluator:
         self, network: SamplingNetwork, objective: Objective, nfe: int, device: torch.device, ranks: Ranks
     ) -> dict[str, Any]:
         """Statistics of this rank's batches as arrays, or the sentence that refuses a sample."""
-        statistics = ScoreStatistics(
-            self.features, self._metric_kinds().values(), samples=self.config.samples
-        )
+        statistics = [
+            ScoreStatistics(each.features, each.kinds.values(), samples=self.config.samples)
+            for each in self._comparisons
+        ]
         steps = steps_for(objective, nfe, self.classes is not None)
         refused = None
         for indices in self._batches(ranks.rank, ranks.world):
@@ -152,20 +184,16 @@ class Evaluator:
             labels = self._labels(indices)
             samples = generate(network, objective, self.config.seed, indices, labels, steps, device)
             try:
-                statistics.update(indices, decode_samples(samples, self.decoder), labels)
+                for each, comparison in zip(statistics, self._comparisons, strict=True):
+                    each.update(indices, decode_samples(samples, comparison.decoder), labels)
             except ScoreError as error:
                 refused = str(error)
-        return {"refused": refused} if refused else {"state": statistics.state()}
+        return {"refused": refused} if refused else {"states": [each.state() for each in statistics]}
 
-    def _values(self, parts: list[dict[str, Any]]) -> tuple[dict[str, float], list[str]]:
-        refused = [part["refused"] for part in parts if "refused" in part]
-        if refused:
-            return {}, refused[:1]
-        whole = ScoreStatistics.from_state(parts[0]["state"])
-        for part in parts[1:]:
-            whole.merge(ScoreStatistics.from_state(part["state"]))
-        result = scores(whole, self.reference)
-        return result.values, result.flags
+    @property
+    def _comparisons(self) -> list[Comparison]:
+        first = Comparison(self.features, self.reference, self._metric_kinds(), self.decoder)
+        return [first] if self.pooled is None else [first, self.pooled]
 
     def grids(
         self, network: SamplingNetwork, objective: Objective, device: torch.device
@@ -215,10 +243,11 @@ class Evaluator:
 
     def tags(self) -> dict[str, str]:
         """Every setting besides the weights that can change the scores, as tags."""
+        reference = self.config.reference or self.info.digest.rsplit(":", 1)[-1][:16]
         tags = {
             "eval.evaluator": EVALUATOR,
             "eval.features": self.features.id,
-            "eval.reference": f"{self.info.digest.rsplit(':', 1)[-1][:16]} ({self.reference.count} samples)",
+            "eval.reference": f"{reference} ({self.reference.count} samples)",
             "eval.samples": str(self.config.samples),
             "eval.nfe": ",".join(map(str, self.config.nfe)),
             "eval.labels": self.config.labels if self.classes is not None else "none",
@@ -231,7 +260,9 @@ class Evaluator:
 
     def flags(self) -> list[str]:
         """Flags that hold for every score of this evaluator, whatever the samples."""
-        flags = [*self.features.warnings, *reference_flags(self.info, self.features)]
+        # A reference of its own has images that no autoencoder has touched.
+        decoded = reference_flags(self.info, self.features) if self.config.reference is None else []
+        flags = [*self.features.warnings, *decoded]
         if self.config.samples < self.features.dim:
             flags.append(
                 f"{self.config.samples} samples in {self.features.dim} features: the covariance is singular, and the distance compares "
@@ -253,6 +284,35 @@ class Evaluator:
             return None
         balanced = self.config.labels == "balanced"
         return sample_labels(self.config.seed, indices, self.classes, balanced)
+
+
+def _reference_store(
+    features: FeatureNetwork,
+    name: str,
+    metric: str,
+    info: DatasetInfo,
+    storage: ProjectFolder,
+    compute: ComputeStatistics | None,
+) -> ReferenceStore:
+    """The store of reference statistics; those that take seconds are computed in this process."""
+    quickly = name == POOLED and info.samples <= QUICKLY_POOLED
+    local = compute is None or name == DIGITS or quickly
+    return ReferenceStore(
+        features,
+        name,
+        (metric,),
+        storage.features,
+        LocalStatistics(features, best_device()) if local else compute,
+    )
+
+
+def _pooled(
+    info: DatasetInfo, data: str, storage: ProjectFolder, compute: ComputeStatistics | None
+) -> Comparison:
+    """The comparison on `pooled` features with the training data."""
+    features = feature_network(POOLED, info.shape, storage)
+    store = _reference_store(features, POOLED, "fd", info, storage, compute)
+    return Comparison(features, store.of_training_data(info, data).reference, {"fd": "fd"})
 
 
 def grid_image(images: Tensor, columns: int) -> np.ndarray[Any, Any]:

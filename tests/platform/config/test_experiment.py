@@ -441,3 +441,10 @@ def test_a_class_count_may_be_left_to_the_data() -> None:
     assert network_config(experiment, latents).null_label
     with pytest.raises(UserError, match="holds no labels"):
         network_config(experiment, replace(latents, classes=None))
+
+
+def test_settings_that_evaluation_has_got_since_leave_older_sweeps_their_digest(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    own = read_experiment(path)[0].digest()
+    assert read_experiment(path, ("evaluation.final_samples=100",))[0].digest() == own
+    assert read_experiment(path, ("evaluation.reference=elsewhere",))[0].digest() != own

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from soflow_pipelines.shards.tables import read_info
 from soflow_pipelines.sources.opening import open_source
 from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.config.evaluation import EvaluationConfig
-from soflow_platform.evaluation.evaluator import Evaluation, Evaluator, Interrupted, grid_image
+from soflow_platform.evaluation.evaluator import Comparison, Evaluation, Evaluator, Interrupted, grid_image
 from soflow_platform.evaluation.ranks import SingleProcess
 from soflow_platform.generation.decoding import decode_samples
 from soflow_platform.generation.sampling import generate
@@ -240,6 +241,61 @@ def test_latents_are_decoded_before_features_of_images(
     # The program refuses images of another size than 16 x 16.
     assert math.isfinite(result.metrics["eval/fd_nfe1"])
     assert result.grids["samples/nfe1"].shape[0] > 2 * 16
+
+
+def test_pooled_features_are_scored_beside_others_on_the_same_samples(
+    latents: tuple[Path, Path], tmp_path: Path, storage: ProjectFolder
+) -> None:
+    autoencoder, data = latents
+    features = exported(tmp_path / "net", 3, 16)
+    config = EvaluationConfig(
+        every=1, samples=32, nfe=(1, 2), features=features, autoencoder=str(autoencoder), grid=2
+    )
+    images, (pooled, alone, network) = (
+        Evaluator.open(config, read_info(data), str(data), True, storage),
+        latent_evaluator(data, str(autoencoder), storage),
+    )
+    both = replace(images, pooled=Comparison(pooled.features, pooled.reference, {"pooled": "fd"}))
+    result = both.evaluate(network, SoFlow(), torch.device("cpu"))
+    assert result.metrics.pop("eval/pooled_nfe1") == alone.metrics["eval/fd_nfe1"]
+    assert result.metrics.pop("eval/pooled_nfe2") > 0
+    assert result.metrics == images.evaluate(network, SoFlow(), torch.device("cpu")).metrics
+    first, second = together(both, [network, network], SoFlow())
+    assert first.metrics == second.metrics
+    assert first.metrics["eval/pooled_nfe1"] == pytest.approx(alone.metrics["eval/fd_nfe1"], rel=1e-9)
+
+
+def test_pooled_has_its_metric_beside_fid_and_not_beside_another_fd() -> None:
+    beside = EvaluationConfig(every=1, features="inception", pooled=True)
+    assert list(beside.metrics(True)) == [f"eval/{name}_nfe{nfe}" for name in ("fid", "fd") for nfe in (1, 2)]
+    with pytest.raises(ValueError, match="have a metric of the same name"):
+        EvaluationConfig(every=1, features="file:net.pt2", pooled=True)
+    assert not EvaluationConfig(every=1, features="pooled", pooled=True).also_pooled
+
+
+def test_a_reference_of_its_own_is_of_images_that_no_autoencoder_has_touched(
+    latents: tuple[Path, Path], tmp_path: Path, storage: ProjectFolder
+) -> None:
+    autoencoder, data = latents
+    config = EvaluationConfig(
+        every=1,
+        samples=32,
+        features=exported(tmp_path / "net", 3, 16),
+        autoencoder=str(autoencoder),
+        reference=str(data.parent / "images"),
+    )
+    evaluator = Evaluator.open(config, read_info(data), str(data), True, storage)
+    assert evaluator.reference.count == 40
+    assert evaluator.tags()["eval.reference"] == f"{data.parent / 'images'} (40 samples)"
+    assert DECODED_LATENTS not in evaluator.tags().get("eval.flags", "")
+    decoded = Evaluator.open(
+        config.model_copy(update={"reference": None}), read_info(data), str(data), True, storage
+    )
+    means = [
+        each.reference.moments.mean for each in (decoded, evaluator) if each.reference.moments is not None
+    ]
+    assert len(means) == 2
+    assert not np.array_equal(*means)
 
 
 def latent_evaluator(
