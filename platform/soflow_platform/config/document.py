@@ -54,7 +54,7 @@ class _Loader(yaml.SafeLoader):
             if self.prefix(len(tag)) == tag and self.peek(len(tag)) in ",]}{":
                 self.forward(len(tag))
                 return yaml.TagToken(("!", tag[1:]), start, self.get_mark())
-        return super().scan_tag()  # type: ignore[no-any-return]
+        return super().scan_tag()
 
 
 _Loader.yaml_implicit_resolvers = {

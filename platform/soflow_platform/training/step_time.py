@@ -54,6 +54,11 @@ class Pass:
         """In forward passes of the batch: a backward pass counts two, a tangent one."""
         return self.rows * ((3 if self.gradient else 1) + self.tangent)
 
+    @property
+    def executed(self) -> float:
+        """As `forwards`, but as torch computes a tangent: it multiplies the weights' tangents, which are zero, as well."""
+        return self.forwards + self.rows * self.tangent
+
 
 @dataclass(frozen=True)
 class Work:
@@ -69,6 +74,11 @@ class Work:
     def forwards(self) -> float:
         """Forward passes that a sample is worth."""
         return sum(p.forwards for p in self.passes)
+
+    @property
+    def executed(self) -> float:
+        """Forward passes of a sample that torch computes."""
+        return sum(p.executed for p in self.passes)
 
     @property
     def gradient_bytes(self) -> float:
@@ -87,12 +97,12 @@ def work_of(
     ]
 
 
-def stored_bytes(shape: tuple[int, int, int], latents: bool) -> int:
+def stored_bytes(shape: tuple[int, ...], latents: bool) -> int:
     """Bytes of a sample (C, H, W) in its shard: a latent's mean and std in float16, or an image's pixels in a byte each."""
     return math.prod(shape) * (4 if latents else 1) + TAR_BLOCKS
 
 
-def decoder_flops(shape: tuple[int, int, int]) -> float:
+def decoder_flops(shape: tuple[int, ...]) -> float:
     """FLOPs of Stable Diffusion's decoder for a latent (C, H, W); its convolutions are in proportion to the area."""
     return DECODER_FLOPS * shape[1] * shape[2] / 32**2
 
@@ -125,7 +135,7 @@ class Device:
 
     def arithmetic(self, work: Work, rows: float) -> float:
         """Of all passes of a step."""
-        return sum(self.forward(work, p, rows) * p.forwards / p.rows for p in work.passes if p.rows)
+        return sum(self.forward(work, p, rows) * p.executed / p.rows for p in work.passes if p.rows)
 
     def moving(self, work: Work, each: float) -> float:
         """`each` bytes for every parameter through memory."""

@@ -221,7 +221,7 @@ def plan_trial(trial: Trial, assumptions: Assumptions, data: Expected | None = N
     training, workers = experiment.training, experiment.resources.workers
     precision: Precision = "mixed" if training.precision == "auto" else training.precision
     phases = work_of(network, experiment.objective, precision, training.batch, experiment.data.conditional)
-    forwards = sum(share * work.forwards for share, work in phases)
+    forwards = sum(share * work.executed for share, work in phases)
     work = phases[0][1]
     image_flops = forwards * work.forward_flops
     steps = [_step(experiment, phase, assumptions.device) for _, phase in phases]
@@ -272,13 +272,13 @@ def _sent_bytes(experiment: Experiment, work: Work) -> float:
     return messages * (workers - 1) / workers * work.gradient_bytes
 
 
-def _latents(experiment: Experiment, shape: tuple[int, int, int]) -> bool:
+def _latents(experiment: Experiment, shape: tuple[int, ...]) -> bool:
     """Whether samples are latents: an autoencoder is named, or there are more channels than an image has."""
     return experiment.data.autoencoder is not None or shape[0] > 3
 
 
 def _scoring_seconds(
-    experiment: Experiment, shape: tuple[int, int, int], work: Work, device: Device
+    experiment: Experiment, shape: tuple[int, ...], work: Work, device: Device
 ) -> float:
     """Of all evaluations: sampling at each NFE, decoding latents for features of images, and the features, in TF32."""
     evaluation, training = experiment.evaluation, experiment.training

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from soflow_platform.cli.sweep_file import read
 from soflow_platform.config.experiment import varied_params
-from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.links import sweep_page, view_state
 from soflow_platform.tracking.run_names import LONGEST, run_name
 from soflow_platform.tracking.store import Tracking
@@ -76,9 +74,7 @@ def test_a_link_names_the_view_where_the_experiment_has_one() -> None:
     assert "viewStateShareKey" not in before
 
 
-def test_a_view_is_a_tag_of_the_experiment(tmp_path: Path) -> None:
-    project = ProjectFolder(tmp_path)
-    tracking = Tracking.open(project.tracking_uri, "views", project)
+def test_a_view_is_a_tag_of_the_experiment(tracking: Tracking) -> None:
     tracking.share_view("abc", "{}")
     tags = tracking.client.get_experiment(tracking.experiment_id).tags
     assert tags["mlflow.sharedViewState.abc"] == "{}"

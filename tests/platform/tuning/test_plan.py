@@ -69,8 +69,8 @@ def test_halving_leaves_the_steps_of_its_rungs() -> None:
 def test_what_does_not_fit_is_said_with_what_to_do() -> None:
     alone = ("resources.workers=1", *PAPER)
     (note,) = plan_of(read("xl2", alone), gpu="l40s").notes
-    assert "GB and an l40s has 43 GB for tensors: set training.accumulate to 4" in note
-    fitting = read("xl2", ("training.accumulate=4", *alone))
+    assert "GB and an l40s has 43 GB for tensors: set training.accumulate to 8" in note
+    fitting = read("xl2", ("training.accumulate=8", *alone))
     assert plan_of(fitting, gpu="l40s").notes == []
     large = ("network={patch: 2, hidden: 4096, depth: 40, heads: 32}", *alone)
     assert "set training.parallel to fsdp" in plan_of(read("xl2", large), gpu="l40s").notes[0]
