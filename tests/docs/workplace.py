@@ -61,7 +61,7 @@ def reduced(arguments: list[str]) -> list[str]:
     if sweep == "cifar10":
         steps = (
             "--set",
-            "search.trials=2",
+            "search.trials=1",
             "--set",
             "search.asha=!drop",
             *SMALL_NETWORK,

@@ -50,8 +50,13 @@ def recipe_warnings(sweep: CheckedSweep) -> list[str]:
 
 def _where(sweep: CheckedSweep, key: str) -> str:
     """Where a setting was written, or its values in the search."""
-    if any(key == varied or key.startswith(f"{varied}.") for varied in sweep.experiment.search.space):
-        return "search.space"
+    search = sweep.experiment.search
+    for place, varied in (
+        ("space", search.space),
+        ("first", {key for point in search.first for key in point}),
+    ):
+        if any(key == each or key.startswith(f"{each}.") for each in varied):
+            return f"search.{place}"
     path = tuple(key.split("."))
     written = path in sweep.document.origins
     return str(sweep.document.origin(path)) if written else "not set: the default"

@@ -46,7 +46,11 @@ def as_proxy(document: Document, other: Document, name: str) -> Proxy:
         _take(document, other, path, origin)
     for path in SCALED:
         _scale(document, path, small.training.steps / sweep.training.steps, origin)
-    for key in _left_keys(sweep):
+    for point in document.data.get("search", {}).get("first", []):
+        for key in [key for key in point if _is_taken(key)]:
+            del point[key]
+            left_out.append(f"`{key}` of search.first is left out: the proxy decides it")
+    for key in filter(_is_taken, sweep.search.space):
         document.drop(("search", "space", key), origin)
         left_out.append(f"`{key}` does not vary: the proxy decides it")
     if sweep.search.space and not document.get(("search", "space")):
@@ -83,12 +87,10 @@ def _scale(document: Document, path: KeyPath, factor: float, origin: Origin) -> 
         document.put(path, max(1, round(steps * factor)), origin)
 
 
-def _left_keys(sweep: Experiment) -> list[str]:
-    """Keys of the search space that the proxy decides."""
+def _is_taken(key: str) -> bool:
+    """Whether the proxy decides a setting that varies."""
     taken = [".".join(map(str, path)) for path in TAKEN]
-    return [
-        key for key in sweep.search.space if any(key == each or key.startswith(f"{each}.") for each in taken)
-    ]
+    return any(key == each or key.startswith(f"{each}.") for each in taken)
 
 
 def _differences(sweep: Experiment, small: Experiment, name: str) -> list[str]:

@@ -277,9 +277,7 @@ def _latents(experiment: Experiment, shape: tuple[int, ...]) -> bool:
     return experiment.data.autoencoder is not None or shape[0] > 3
 
 
-def _scoring_seconds(
-    experiment: Experiment, shape: tuple[int, ...], work: Work, device: Device
-) -> float:
+def _scoring_seconds(experiment: Experiment, shape: tuple[int, ...], work: Work, device: Device) -> float:
     """Of all evaluations: sampling at each NFE, decoding latents for features of images, and the features, in TF32."""
     evaluation, training = experiment.evaluation, experiment.training
     image = sum(evaluation.nfe) * work.forward_flops

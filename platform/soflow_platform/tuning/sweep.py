@@ -314,7 +314,7 @@ class SweepRunner:
             job=job,
             tracking_experiment_id=self.tracking.experiment_id,
             parent=record.run or "",
-            name=run_name(trial.index, trial.settings),
+            name=run_name(trial.index, trial.settings, None if trial.settings else _label(trial)),
             tags={**prepared.tags(trial.experiment), **varied},
         )
 
@@ -374,6 +374,11 @@ class SweepRunner:
         run = record.run or ""
         self.tracking.log_result(run, record.best.as_json())
         self.tracking.finish(run, "FAILED" if failed else "FINISHED")
+
+
+def _label(trial: Trial) -> str:
+    """What the name of a trial has after its number: `paper`."""
+    return trial.name.removeprefix(f"trial-{trial.index:02d}").removeprefix("-")
 
 
 def trial_outcome(context: SweepContext, trial: Trial, failure: str | None) -> TrialOutcome:

@@ -80,7 +80,7 @@ def test_a_command_that_reads_files_imports_nothing_heavy(storage: ProjectFolder
     assert loaded(command(*line.split(), *names), HEAVY) == set()
 
 
-@pytest.mark.parametrize("line", ["validate", "run --dry-run"])
+@pytest.mark.parametrize("line", ["validate", "plan", "run --dry-run"])
 def test_a_plan_needs_neither_ray_nor_mlflow_nor_the_evaluation(line: str) -> None:
     assert loaded(command(*line.split(), str(DIGITS)), PLANNING) == set()
 

@@ -55,7 +55,9 @@ def test_the_sizes_of_imagenet_have_the_papers_recipe(name: str, steps: int) -> 
     assert (schedule.kind, schedule.initial, schedule.final) == ("exponential", 0.1, 0.002)
     assert (experiment.search.metric, experiment.evaluation.nfe) == ("eval/fid_nfe1", (1, 2))
     assert experiment.search.space.keys() >= VARIED
-    assert len(trials(document, experiment)) == experiment.search.trials
+    paper, *others = trials(document, experiment)
+    assert (paper.name, paper.settings) == ("trial-00-paper", {})
+    assert len(others) == experiment.search.trials
 
 
 VARIED = {

@@ -38,10 +38,13 @@ def test_what_is_left_out_is_said() -> None:
 
 
 def test_a_setting_that_the_proxy_decides_does_not_vary(tmp_path: Path) -> None:
-    text = "extends: xl2\nname: mine\nsearch: {space: {training.batch: [256, 512]}}\n"
+    first = "first: [{training.batch: 512, optimizer.lr: 2e-4}]"
+    text = f"extends: xl2\nname: mine\nsearch: {{{first}, space: {{training.batch: [256, 512]}}}}\n"
     proxy = read(str(write(tmp_path, text)), (), proxy="b4")
     assert "training.batch" not in proxy.experiment.search.space
+    assert proxy.experiment.search.first == ({"optimizer.lr": 2e-4},)
     assert "`training.batch` does not vary: the proxy decides it" in proxy.left_out
+    assert "`training.batch` of search.first is left out: the proxy decides it" in proxy.left_out
 
 
 def test_a_search_of_nothing_else_is_refused(tmp_path: Path) -> None:

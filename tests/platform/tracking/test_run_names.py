@@ -37,7 +37,7 @@ def test_a_label_stands_in_the_place_of_settings() -> None:
 
 
 def test_names_of_many_settings_are_whole_settings_and_fit() -> None:
-    for trial in read("xl2", ()).trials:
+    for trial in read("xl2", ()).trials[1:]:
         name = run_name(trial.index, trial.settings)
         assert len(name) <= LONGEST
         assert name.endswith(f" ... #{trial.index:02d}")

@@ -107,7 +107,7 @@ def test_the_short_form_has_time_only_where_gpus_are_asked_for() -> None:
     assert short_plan(plan_of(read("digits", ()))) == "4 trial(s), 21 TFLOP"
     short = short_plan(plan_of(read("xl2", ())))
     assert re.match(
-        r"12 trial\(s\), 4.04 ZFLOP; 4,\d{3} GPU-hours, \d+ d .* USD, h100 at 40% of its peaks", short
+        r"13 trial\(s\), 4.37 ZFLOP; 4,\d{3} GPU-hours, \d+ d .* USD, h100 at 40% of its peaks", short
     )
 
 
