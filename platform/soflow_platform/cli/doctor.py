@@ -37,7 +37,7 @@ def doctor(
 
     The environment is that of `soflowctl run`: MLFLOW_TRACKING_URI is not read, tracking.uri of the sweep or --tracking is.
     """
-    from soflow_platform.cli.run import read
+    from soflow_platform.cli.sweep_file import read
     from soflow_platform.cli.terminal import stdout_to_stderr
     from soflow_platform.config.locations import absolute_tracking
     from soflow_platform.errors import UserError
@@ -45,7 +45,7 @@ def doctor(
     from soflow_platform.storage.project import find_project
 
     project = find_project(storage)
-    experiment = read(sweep, tuple(overrides or ()))[1] if sweep else None
+    experiment = read(sweep, tuple(overrides or ())).experiment if sweep else None
     if overrides and not sweep:
         raise UserError("--set changes a sweep: name the sweep, or leave --set out.")
     if nodes > 1 and address is None:
