@@ -202,7 +202,12 @@ def show_result(
     for path in best.grids:
         screen.print(f"grid        {path}", highlight=False, soft_wrap=True)
     if best.version is not None:
-        screen.print(f"registered  models:/{best.model}@candidate (version {best.version})", highlight=False)
+        registered = f"models:/{best.model}@candidate (version {best.version})"
+        if best.outdone_by is not None:
+            registered = f"models:/{best.model}/{best.version}"
+        screen.print(f"registered  {registered}", highlight=False)
+    if best.outdone_by is not None:
+        screen.print(f"            @candidate stays: {best.outdone_by}", highlight=False, soft_wrap=True)
     screen.print(f"runs        {record_link(record)}", highlight=False, soft_wrap=True)
     flag, page = storage_flag(storage), how_to_open(record, storage)
     if not serves_itself(record.tracking_uri):
@@ -210,8 +215,9 @@ def show_result(
     if record.tracking_uri not in (None, storage.tracking_uri):
         flag += f" --tracking {record.tracking_uri}"
     if best.version is not None:
+        promoted = f"models:/{best.model}" + (f"/{best.version}" if best.outdone_by else "@candidate")
         screen.print(
-            f"next        soflowctl promote models:/{best.model}@candidate{flag}",
+            f"next        soflowctl promote {promoted}{flag}",
             highlight=False,
             soft_wrap=True,
         )

@@ -91,6 +91,10 @@ def run(
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Start without trying a step of each trial on the CPU first.")
     ] = False,
+    no_register: Annotated[
+        bool,
+        typer.Option("--no-register", help="Leave the model registry as it is (registry.enabled=false)."),
+    ] = False,
     local: Annotated[
         bool,
         typer.Option(
@@ -126,7 +130,8 @@ def run(
     if again and keep:
         raise UserError("--again trains anew and --keep goes on with what is there: pass one of them.")
     options = RunOptions(dry_run, again, keep, quiet, not no_check, proxy)
-    run_command(sweep, tuple(overrides or ()), address, storage, options)
+    settings = (*(overrides or ()), *(["registry.enabled=false"] if no_register else []))
+    run_command(sweep, settings, address, storage, options)
 
 
 def _refuse(given: Mapping[str, object], option: str) -> None:

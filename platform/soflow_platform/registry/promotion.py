@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.registry.card import with_decision
+from soflow_platform.registry.stored_scores import NotComparableError, stored_scores
 from soflow_platform.registry.tags import DECISION_PREFIX
 from soflow_platform.registry.versions import CHAMPION, aliased, versions_of
 from soflow_platform.storage.locks import locked
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.environment import git_commit
-from soflow_platform.tracking.store import FLAGS_TAG, TrackingStore
+from soflow_platform.tracking.store import TrackingStore
 
 PREVIOUS = "soflow.previous_champion"
 PROMOTED = "soflow.promoted"
@@ -172,19 +173,15 @@ def compare_stored_scores(version: Any, champion: Any | None) -> str:
     """
     if champion is None:
         return "first champion"
-    metric = version.tags.get("metric")
-    # Remarks on the numbers are no settings that the numbers depend on.
-    settings = {k for v in (version, champion) for k in v.tags if k.startswith("eval.") and k != FLAGS_TAG}
-    values = version.tags.get(metric), champion.tags.get(metric)
-    differing = [k for k in ("mode", *sorted(settings)) if version.tags.get(k) != champion.tags.get(k)]
-    if metric is None or None in values or differing:
-        what = f"they differ in {', '.join(differing)}" if differing else f"both need {metric or 'a metric'}"
+    try:
+        scores = stored_scores(version, champion)
+    except NotComparableError as error:
         raise UserError(
-            f"the stored scores of version {version.version} and champion {champion.version} cannot be compared: {what}; leave out "
+            f"the stored scores of version {version.version} and champion {champion.version} cannot be compared: {error}; leave out "
             "--reuse-scores to score both under one protocol."
-        )
-    new, old = float(values[0]), float(values[1])
-    if not (new < old if version.tags["mode"] == "min" else new > old):
+        ) from None
+    metric, new, old = scores.metric, scores.new, scores.old
+    if not scores.better:
         raise JobError(
             f"version {version.version} has {metric} {new:.4g} and champion {champion.version} has {old:.4g}: it is not "
             'better; pass --force "REASON" to promote it all the same.'

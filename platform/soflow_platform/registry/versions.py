@@ -16,6 +16,7 @@ from soflow_platform import generation
 from soflow_platform.errors import UserError
 from soflow_platform.registry.candidate import Candidate
 from soflow_platform.registry.card import describe, model_card, short_card
+from soflow_platform.registry.stored_scores import NotComparableError, stored_scores
 from soflow_platform.registry.tags import (
     IMAGES_TAG,
     METHOD_TAG,
@@ -55,14 +56,49 @@ class NewVersion:
     """Sample grids; the first is kept."""
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """A version that a sweep registered."""
+
+    version: str
+    outdone_by: str | None
+    """Why another version keeps the alias `candidate`; None where this one has it."""
+
+
 def register(tracking: Tracking, candidate: Candidate, checkpoint: Checkpoint) -> str:
     """Register a checkpoint's EMA weights and set alias `candidate`. Returns the version; the same weights are registered once."""
-    client = tracking.client
-    name = candidate.model
+    version = _add_checkpoint(tracking, candidate, checkpoint)
+    tracking.client.set_registered_model_alias(candidate.model, CANDIDATE, version)
+    return version
+
+
+def propose(tracking: Tracking, candidate: Candidate, checkpoint: Checkpoint) -> Proposal:
+    """Register a checkpoint's EMA weights; alias `candidate` moves to them where its version is no better by the scores of training.
+
+    A version that was scored otherwise keeps the alias: which of the two is better is not known.
+    """
+    store, name = tracking.store, candidate.model
+    before = aliased(store, name, CANDIDATE)
+    version = _add_checkpoint(tracking, candidate, checkpoint)
+    if before is not None and str(before.version) != version:
+        try:
+            scores = stored_scores(find_version(store, f"{name}/{version}"), before)
+        except NotComparableError as error:
+            return Proposal(version, f"version {before.version} was scored otherwise ({error})")
+        if not scores.better:
+            return Proposal(
+                version,
+                f"version {before.version} has {scores.metric} {scores.old:.6g}, this {scores.new:.6g}",
+            )
+    tracking.client.set_registered_model_alias(name, CANDIDATE, version)
+    return Proposal(version, None)
+
+
+def _add_checkpoint(tracking: Tracking, candidate: Candidate, checkpoint: Checkpoint) -> str:
+    """The version with a checkpoint's EMA weights, which is made where there is none."""
     origin = {SWEEP_TAG: candidate.sweep, TRIAL_TAG: candidate.trial, STEP_TAG: str(candidate.step)}
-    for version in versions_of(tracking.store, name):
+    for version in versions_of(tracking.store, candidate.model):
         if origin.items() <= version.tags.items():
-            client.set_registered_model_alias(name, CANDIDATE, version.version)
             return str(version.version)
     child = tracking.find(candidate.sweep, candidate.trial)
     inherited = child.data.tags if child else {}
@@ -94,7 +130,7 @@ def register(tracking: Tracking, candidate: Candidate, checkpoint: Checkpoint) -
     }
     with checkpoint.opened(EMA) as weights:
         new = NewVersion(
-            name=name,
+            name=candidate.model,
             weights=weights,
             description=describe_weights(weights, facts, evaluation),
             tags=tags,
@@ -102,7 +138,7 @@ def register(tracking: Tracking, candidate: Candidate, checkpoint: Checkpoint) -
             step=candidate.step,
             grids=[Path(grid) for grid in candidate.grids],
         )
-        return register_weights(tracking, new)
+        return _add_version(tracking, new)
 
 
 def describe_weights(
@@ -115,6 +151,12 @@ def describe_weights(
 
 def register_weights(tracking: Tracking, new: NewVersion) -> str:
     """Register a version with its description and card, and set alias `candidate`. Returns the version."""
+    version = _add_version(tracking, new)
+    tracking.client.set_registered_model_alias(new.name, CANDIDATE, version)
+    return version
+
+
+def _add_version(tracking: Tracking, new: NewVersion) -> str:
     client, name = tracking.client, new.name
     source, model_id = _log_model(tracking, new)
     if not client.search_registered_models(f"name = '{name}'"):
@@ -130,7 +172,6 @@ def register_weights(tracking: Tracking, new: NewVersion) -> str:
         client.set_model_version_tag(name, version, key, value)
     card = short_card(model_card(f"{name}/{version}", new.description))
     client.update_model_version(name, version, card)
-    client.set_registered_model_alias(name, CANDIDATE, version)
     return version
 
 

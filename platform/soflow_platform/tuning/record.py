@@ -65,6 +65,8 @@ class BestTrial:
     model: str | None = None
     version: str | None = None
     """Name and version in the model registry, where it was registered."""
+    outdone_by: str | None = None
+    """Why another version keeps the alias `candidate`."""
 
     def as_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}

@@ -19,7 +19,7 @@ from soflow_platform.config.experiment import Experiment, flatten, varied_params
 from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.evaluation.evaluator import Evaluator
 from soflow_platform.evaluation.runner import RayStatisticsRunner
-from soflow_platform.registry.versions import register
+from soflow_platform.registry.versions import propose
 from soflow_platform.storage.checkpoints import EMA, CheckpointState
 from soflow_platform.storage.code_digest import MIXED_CODE_TAG, running_code
 from soflow_platform.storage.project import ProjectFolder
@@ -365,8 +365,13 @@ class SweepRunner:
         )
         if experiment.registry.enabled:
             self.context.display.say("registering the best trial")
-            version = register(self.tracking, record.candidate(experiment.model_name), checkpoint)
-            record.best = replace(record.best, model=experiment.model_name, version=version)
+            made = propose(self.tracking, record.candidate(experiment.model_name), checkpoint)
+            record.best = replace(
+                record.best,
+                model=experiment.model_name,
+                version=made.version,
+                outdone_by=made.outdone_by,
+            )
         failed = any(o.status.state is TrialState.FAILED for o in outcomes)
         stopped = any(o.status.state is TrialState.STOPPED for o in outcomes)
         record.finished = not failed and not stopped
