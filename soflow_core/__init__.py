@@ -1,6 +1,8 @@
 """One-step image generators: networks, training methods, samplers and the training step. Needs torch and safetensors alone.
 
-networks            diffusion transformer with two times (DiT), and its named sizes
+registration        `@register`: methods and networks by name
+plugins             modules outside the packages that register parts
+networks            interface of networks; diffusion transformer with two times (DiT), and its named sizes
 objectives          training methods, one file each
 samplers            ODE, solution-function and diffusion samplers; noise of a sample by its index
 paths               paths from data to noise, with derivatives

@@ -13,7 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from soflow_core.networks.dit import DiT
+from soflow_core.networks.base import NetworkModule
 from soflow_core.sharding import shard
 
 
@@ -99,8 +99,8 @@ class FSDP(GradientSync):
     """Ranks and device to shard over; None is all ranks, on the network's device. A network may be on the CPU."""
 
     def wrap(self, network: nn.Module) -> nn.Module:
-        if not isinstance(network, DiT):
-            raise ValueError(f"FSDP shards a DiT block by block; the network is a {type(network).__name__}")
+        if not isinstance(network, NetworkModule):
+            raise ValueError(f"FSDP shards a NetworkModule; the network is a {type(network).__name__}")
         return shard(network, self.mesh)
 
 

@@ -9,21 +9,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeGuard, cast
+from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from soflow_core.networks.dit import DiT
+from soflow_core.networks.base import NetworkModule
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
+NetworkT = TypeVar("NetworkT", bound=NetworkModule)
 
-def shard(network: DiT, mesh: DeviceMesh | None = None) -> DiT:
+
+def shard(network: NetworkT, mesh: DeviceMesh | None = None) -> NetworkT:
     """Splits the trained parameters over the ranks of the mesh, in place, and returns the network.
 
     All ranks must pass the same weights. `mesh` is by default all ranks, on the network's device; a mesh of
@@ -37,11 +39,12 @@ def shard(network: DiT, mesh: DeviceMesh | None = None) -> DiT:
     if not dist.is_initialized():
         raise ValueError("sharding needs several processes: call torch.distributed.init_process_group first")
     if mesh is None:
-        mesh = init_device_mesh(network.pos_embed.device.type, (dist.get_world_size(),))
+        mesh = init_device_mesh(next(network.parameters()).device.type, (dist.get_world_size(),))
     frozen = {p for p in network.parameters() if not p.requires_grad}
     for p in frozen:
         p.data = p.data.to(mesh.device_type)
-    for part in (*network.blocks, network):
+    parts: list[nn.Module] = [*network.repeated_blocks, network]
+    for part in parts:
         fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=frozen)
         if mesh.device_type != "cuda":
             # In torch 2.8 gloo sums where a mean is requested; a sum, divided afterwards, is right on every version.
@@ -55,11 +58,12 @@ def sharding_mesh(module: nn.Module) -> DeviceMesh | None:
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Compiles a DiT block by block, so that one trace serves all blocks; any other network as a whole.
+    """Compiles a network with repeated blocks block by block, so that one trace serves them all; any other as a whole.
 
     The collectives between the blocks of a sharded network cannot be compiled.
     """
-    for part in module.blocks if isinstance(module, DiT) else [module]:
+    blocks = module.repeated_blocks if isinstance(module, NetworkModule) else ()
+    for part in blocks or [module]:
         part.compile(dynamic=False)
 
 

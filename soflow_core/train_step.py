@@ -18,7 +18,7 @@ from soflow_core.ema import EMA, Exponential
 from soflow_core.gradient_sync import GradientSync, Local, all_gather
 from soflow_core.host_copy import HostCopy, map_tensors
 from soflow_core.kernels import fast_bfloat16, step_kernels
-from soflow_core.networks.dit import DiT
+from soflow_core.networks.base import NetworkModule
 from soflow_core.objectives.base import Batch, Draws, Objective
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.passes import Network, PassPolicy, Precision
@@ -139,7 +139,7 @@ class TrainStep:
         self._check_batch(batch)
         pieces = self._pieces(batch.to(self.device), draws.to(self.device))
         rate = self.config.optimizer.learning_rate(self.step, self.config.total_steps)
-        tf32 = self.policy.precision != "float32"
+        tf32 = self.policy.precision != "float32" and not self.objective.needs_true_float32
         with self._compiler(), step_kernels(self.device, tf32, self.config.deterministic):
             self.optimizer.zero_grad(set_to_none=True)
             losses: dict[str, list[Tensor]] = {"loss": []}
@@ -334,7 +334,7 @@ class TrainStep:
 
     def _check_batch(self, batch: Batch) -> None:
         """Raises ValueError for labels of a network without classes, which would ignore them."""
-        unlabelled = isinstance(self.module, DiT) and self.module.config.classes is None
+        unlabelled = isinstance(self.module, NetworkModule) and self.module.config.classes is None
         if unlabelled and batch.labels is not None:
             raise ValueError("the batch has labels and the network has no classes; give Batch(x0) alone")
 
@@ -382,12 +382,12 @@ def _check_shapes(state: Mapping[str, Tensor], current: Mapping[str, Tensor]) ->
 
 def _check_conditions(objective: Objective, module: nn.Module) -> None:
     """Raises ValueError where the network lacks a condition of the objective: the null label or the guidance scale."""
-    if not isinstance(module, DiT) or module.config.classes is None:
+    if not isinstance(module, NetworkModule) or module.config.classes is None:
         return
     if objective.conditions_on_scale != module.config.guidance_scale:
         needed = objective.conditions_on_scale
         raise ValueError(
-            f"{objective.method} with these settings needs a network with guidance_scale={needed} in its DiTConfig"
+            f"{objective.method} with these settings needs a network with guidance_scale={needed} in its architecture"
         )
     if objective.needs_null_label and not module.config.null_label:
         raise ValueError(

@@ -18,9 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from soflow_core.failures import InputError, summarize
-from soflow_core.networks import SIZES, DiT, DiTConfig
+from soflow_core.networks import NETWORKS, SIZES, Architecture, DiTConfig, NetworkModule
 from soflow_core.objectives import OBJECTIVES, Objective
-from soflow_core.settings import from_dict, to_dict
+from soflow_core.plugins import as_records, check_recorded, named_in, plugins_of
+from soflow_core.samplers.base import SAMPLERS
+from soflow_core.settings import to_dict
 
 T = TypeVar("T")
 
@@ -38,7 +40,7 @@ class WeightsError(InputError, ValueError):
 class Weights:
     """Weights of a network, with its architecture, method and data."""
 
-    network_config: DiTConfig
+    network_config: Architecture
     objective: Objective | None
     """Method that it was trained with; None where the file does not contain it."""
     data: dict[str, Any] = field(default_factory=dict)
@@ -49,7 +51,7 @@ class Weights:
 def save_weights(
     path: str | Path,
     tensors: Mapping[str, Tensor],
-    network: DiTConfig,
+    network: Architecture,
     objective: Objective,
     data: Mapping[str, Any],
 ) -> None:
@@ -61,6 +63,9 @@ def save_weights(
         "objective": to_dict(objective),
         "data": dict(data),
     }
+    plugins = needed_plugins(network, objective)
+    if plugins:
+        header["plugins"] = plugins
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
@@ -70,6 +75,12 @@ def save_weights(
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def needed_plugins(network: Architecture, objective: Objective) -> list[dict[str, str]]:
+    """Names and digests of the plugins that reading and sampling such weights needs."""
+    chosen = SAMPLERS.get(str(getattr(objective, "sampler", "")))
+    return as_records(plugins_of(network, objective, *([] if chosen is None else [chosen()])))
 
 
 def load_weights(path: str | Path) -> Weights:
@@ -94,7 +105,9 @@ def read_header(path: str | Path) -> tuple[Weights, int]:
     return Weights(*header), parameters
 
 
-def _read_file(path: Path, read: Callable[[Any], T]) -> tuple[tuple[DiTConfig, Objective, dict[str, Any]], T]:
+def _read_file(
+    path: Path, read: Callable[[Any], T]
+) -> tuple[tuple[Architecture, Objective, dict[str, Any]], T]:
     """The header of a weights file, and what `read` takes of the open file."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -107,7 +120,7 @@ def _read_file(path: Path, read: Callable[[Any], T]) -> tuple[tuple[DiTConfig, O
         raise WeightsError(f"the {HEADER} header of {path} cannot be used: {error}") from error
 
 
-def _read_header(text: str | None) -> tuple[DiTConfig, Objective, dict[str, Any]]:
+def _read_header(text: str | None) -> tuple[Architecture, Objective, dict[str, Any]]:
     """Architecture, method and data of a header. Raises ValueError where a part is missing or of another type."""
     if text is None:
         raise ValueError("there is none; the file was not written by save_weights")
@@ -125,10 +138,12 @@ def _read_header(text: str | None) -> tuple[DiTConfig, Objective, dict[str, Any]
             f"it has format {header['format']!r} and this version reads {FORMAT}; use a newer version"
         )
     network, settings, data = (_object(header, name) for name in ("network", "objective", "data"))
-    method = settings.get("method")
-    if not isinstance(method, str) or method not in OBJECTIVES:
-        raise ValueError(f"its method is {method!r}; known are {', '.join(OBJECTIVES)}")
-    return from_dict(DiTConfig, network), from_dict(OBJECTIVES[method], settings), data
+    try:
+        parts = NETWORKS.read(network), OBJECTIVES.read(settings)
+    except ValueError as error:
+        raise ValueError(f"{error}{named_in(header.get('plugins'))}") from None
+    check_recorded(header.get("plugins"))
+    return (*parts, data)
 
 
 def _object(header: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -149,19 +164,19 @@ def require_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
             )
 
 
-def build_network(weights: Weights) -> DiT:
+def build_network(weights: Weights) -> NetworkModule:
     """Network with these weights, in eval mode.
 
     Shapes are compared before memory is taken. Raises WeightsError where weights and architecture disagree.
     """
-    depth = weights.network_config.depth
-    if depth > len(weights.tensors):
+    least = weights.network_config.least_tensors
+    if least > len(weights.tensors):
         raise WeightsError(
-            f"a network of depth {depth} has more tensors than the {len(weights.tensors)} of the file"
+            f"a {weights.network_config.title} has more tensors than the {len(weights.tensors)} of the file"
         )
     try:
         with torch.device("meta"):
-            network = DiT(weights.network_config)
+            network = weights.network_config.build()
     except RuntimeError as error:
         raise WeightsError(f"a network of this configuration cannot be made: {summarize(error)}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}

@@ -7,16 +7,19 @@ the official SoFlow checkpoints without their `network.` prefix.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from soflow_core.labels import NULL_LABEL
+from soflow_core.networks import base
+from soflow_core.networks.base import Architecture, NetworkModule
 from soflow_core.networks.layers import Attention, Mlp, PatchEmbed
-from soflow_core.settings import STRICT, check_values
+from soflow_core.registration import register
 
 FREQUENCIES = 256
 """Width of the sinusoidal time embedding."""
@@ -25,28 +28,24 @@ MAX_PERIOD = 10_000.0
 """Longest period of the sinusoids of times and positions."""
 
 LARGEST = {
-    "channels": 2**12,
-    "height": 2**14,
-    "width": 2**14,
+    **base.LARGEST,
     "patch": 2**10,
     "hidden": 2**16,
     "depth": 2**10,
     "heads": 2**10,
     "mlp_ratio": 2**8,
-    "classes": 2**24,
 }
-"""Upper bounds of the settings of a network, far above any that was trained: a typing error is refused before memory is taken."""
+"""Upper bounds of the settings of a DiT, far above any that was trained: a typing error is refused before memory is taken."""
+
+SMALL_SIDE, SMALL_HIDDEN, SMALL_HEADS, SMALL_DEPTH = 4, 32, 2, 2
+"""Largest side in patches, and the sizes, of the small network that tries a step."""
 
 
+@register("dit")
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(Architecture):
     """Architecture of a DiT."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    channels: int
-    height: int
-    width: int
     patch: int
     """Side of a square patch, in pixels of the input."""
     hidden: int
@@ -54,19 +53,11 @@ class DiTConfig:
     depth: int
     heads: int
     mlp_ratio: float = 4.0
-    classes: int | None = None
-    """Number of classes; None is an unconditional network."""
-    null_label: bool = False
-    """Whether the label table has a row, index `classes`, for a dropped label."""
-    guidance_scale: bool = False
-    """Whether the guidance scale is a condition beside times and label, as an embedding of 1 - 1/w."""
 
     def __post_init__(self) -> None:
-        check_values(self)
+        super().__post_init__()
         for name, largest in LARGEST.items():
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= largest:
-                raise ValueError(f"{name} is {value}; it must be above 0 and at most {largest}")
+            self.check_bound(name, largest)
         if self.height % self.patch or self.width % self.patch:
             raise ValueError(
                 f"an input of {self.height} x {self.width} is not divisible by a patch of {self.patch};"
@@ -78,10 +69,65 @@ class DiTConfig:
             )
         if self.hidden % 4:
             raise ValueError(f"a width of {self.hidden} has no 2-D sin-cos positions; choose a multiple of 4")
-        if self.null_label and self.classes is None:
-            raise ValueError("null_label needs classes; give their number or set null_label to false")
-        if self.guidance_scale and self.classes is None:
-            raise ValueError("guidance_scale needs classes; give their number or set guidance_scale to false")
+
+    @property
+    def title(self) -> str:
+        return f"DiT-{self.hidden}x{self.depth}/{self.patch}"
+
+    @property
+    def tokens(self) -> int:
+        """Number of patches of a sample."""
+        return (self.height // self.patch) * (self.width // self.patch)
+
+    @property
+    def least_tensors(self) -> int:
+        return self.depth
+
+    def build(self) -> DiT:
+        return DiT(self)
+
+    def parameters(self) -> int:
+        """Number of values in the parameters, the fixed position table included."""
+
+        def linear(inputs: int, outputs: int) -> int:
+            return inputs * outputs + outputs
+
+        d, mlp = self.hidden, int(self.hidden * self.mlp_ratio)
+        pixels = self.channels * self.patch**2
+        labels = 0 if self.classes is None else (self.classes + int(self.null_label)) * d
+        conditions = (2 + self.guidance_scale) * (linear(FREQUENCIES, d) + linear(d, d))
+        block = linear(d, 3 * d) + linear(d, d) + linear(d, mlp) + linear(mlp, d) + linear(d, 6 * d)
+        output = linear(d, pixels) + linear(d, 2 * d)
+        return linear(pixels, d) + conditions + labels + self.tokens * d + self.depth * block + output
+
+    def trained_parameters(self) -> int:
+        """All but the table of positions."""
+        return self.parameters() - self.tokens * self.hidden
+
+    def forward_flops(self) -> float:
+        """FLOPs of one forward pass of one sample: patches, blocks, attention products, output; additions are left out."""
+        tokens, d = self.tokens, self.hidden
+        per_block = (4 + 2 * self.mlp_ratio) * tokens * d * d + 2 * tokens * tokens * d + 6 * d * d
+        patch = self.channels * self.patch**2 * d * tokens
+        # Times, the guidance scale where it is a condition, and the output layer's modulation.
+        embeddings = (2 + self.guidance_scale) * (FREQUENCIES * d + d * d) + 2 * d * d
+        return 2 * (self.depth * per_block + 2 * patch + embeddings)
+
+    @classmethod
+    def example(cls, **given: Any) -> DiTConfig:
+        return cls(**{"patch": 2, "hidden": 16, "depth": 2, "heads": 2, **given})
+
+    def small(self) -> DiTConfig:
+        """A DiT with the same inputs and conditions, of at most 4 x 4 patches, two blocks and 32 channels a token."""
+        most = SMALL_SIDE * self.patch
+        return replace(
+            self,
+            height=min(self.height, most),
+            width=min(self.width, most),
+            hidden=SMALL_HIDDEN,
+            depth=min(self.depth, SMALL_DEPTH),
+            heads=SMALL_HEADS,
+        )
 
 
 class TimeEmbedder(nn.Module):
@@ -154,13 +200,15 @@ class FinalLayer(nn.Module):
         return pixels
 
 
-class DiT(nn.Module):
+class DiT(NetworkModule):
     """Network F(x, t, s, labels, scale): (B, C, H, W), (B,), (B,), (B,) int64 or None -> (B, C, H, W).
 
     None labels are the null label in every row. `scale` (B,) is the guidance scale, where it is a condition; None is 1,
     no guidance. Times are embedded unscaled. `checkpoint_blocks` recomputes each block in the backward pass, for less
     memory.
     """
+
+    config: DiTConfig
 
     def __init__(self, config: DiTConfig, checkpoint_blocks: bool = False) -> None:
         super().__init__()
@@ -184,6 +232,10 @@ class DiT(nn.Module):
         )
         self.final_layer = FinalLayer(config.hidden, config.patch, config.channels)
         self.initialize()
+
+    @property
+    def repeated_blocks(self) -> Sequence[nn.Module]:
+        return list(self.blocks)
 
     def initialize(self) -> None:
         """Initial weights: Xavier linear layers and s embedding, N(0, 0.02) label and t embeddings, zero modulation
@@ -217,7 +269,7 @@ class DiT(nn.Module):
         labels: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        self._check_shape(x)
+        self.check_shape(x)
         tokens = self.x_embedder(x) + self.pos_embed
         condition = self.condition(t, s, labels, scale)
         for block in self.blocks:
@@ -251,14 +303,6 @@ class DiT(nn.Module):
                     )
                 labels = torch.full(t.shape, NULL_LABEL, dtype=torch.int64, device=t.device)
             return condition + self.y_embedder(labels)
-
-    def _check_shape(self, x: Tensor) -> None:
-        """Raises ValueError where an input has other sides or channels than the configuration."""
-        expected = (self.config.channels, self.config.height, self.config.width)
-        if tuple(x.shape[1:]) != expected:
-            raise ValueError(
-                f"the input has rows of shape {tuple(x.shape[1:])}; this network takes {expected}"
-            )
 
     def unpatchify(self, pixels: Tensor) -> Tensor:
         """(B, N, patch * patch * channels) -> (B, C, H, W)."""

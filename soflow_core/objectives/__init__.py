@@ -13,8 +13,11 @@ alphaflow            alpha-Flow
 shortcut             Shortcut models
 """
 
+import importlib
+import pkgutil
+
 from soflow_core.objectives.alphaflow import AlphaFlow, AlphaSchedule
-from soflow_core.objectives.base import Batch, Draws, Loss, Objective
+from soflow_core.objectives.base import OBJECTIVES, Batch, Draws, Loss, Objective
 from soflow_core.objectives.consistency import ContinuousConsistency, EasyConsistency, ImprovedConsistency
 from soflow_core.objectives.diffusion import Diffusion
 from soflow_core.objectives.flow_matching import FlowMatching
@@ -23,19 +26,9 @@ from soflow_core.objectives.meanflow import MeanFlow
 from soflow_core.objectives.shortcut import Shortcut
 from soflow_core.objectives.soflow import SoFlow, SoFlowTimes
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    "soflow": SoFlow,
-    "flow_matching": FlowMatching,
-    "diffusion": Diffusion,
-    "ict": ImprovedConsistency,
-    "ect": EasyConsistency,
-    "scm": ContinuousConsistency,
-    "meanflow": MeanFlow,
-    "improved_meanflow": ImprovedMeanFlow,
-    "alphaflow": AlphaFlow,
-    "shortcut": Shortcut,
-}
-"""Method name -> objective."""
+# A method whose module no line above imports is registered all the same.
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
 
 __all__ = [
     "OBJECTIVES",

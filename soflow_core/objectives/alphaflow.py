@@ -29,6 +29,7 @@ from soflow_core.objectives.base import (
 )
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
+from soflow_core.registration import register
 from soflow_core.rows import per_row, row_mean
 from soflow_core.settings import STRICT, check_share, check_values, check_weight_eps
 from soflow_core.times import LogitNormal
@@ -84,13 +85,11 @@ class AlphaSchedule:
         return 0.0 if alpha < self.snap else alpha
 
 
+@register("alphaflow")
 @dataclass(frozen=True)
 class AlphaFlow(DifferentialModel):
     """Settings of alpha-Flow; the defaults are the paper's for B/2, with kappa of the released configuration."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    method: Literal["alphaflow"] = "alphaflow"
     flow_matching_share: float = 0.25
     """Share of the batch with s = t, which is Flow Matching."""
     weight_eps: float = 1e-3

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from soflow_core.guidance import VelocityGuidance, null_labels
 from soflow_core.objectives.base import Draws
-from soflow_core.objectives.solution_model import FlowMapModel, SolutionSampler
+from soflow_core.objectives.solution_model import FlowMapModel
 from soflow_core.passes import Network, Passes
 from soflow_core.rows import choose_rows, per_row
 from soflow_core.times import LogitNormal
@@ -101,7 +101,7 @@ def differential_target(
 class AverageVelocityModel(FlowMapModel):
     """The solution and the sampler that they have in common."""
 
-    own_sampler: ClassVar[SolutionSampler] = "ode"
+    own_sampler: ClassVar[str] = "ode"
 
     def solution(self, network: Network, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """f(x, t, s) = x - (t - s) u(x, t, s)."""

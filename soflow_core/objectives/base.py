@@ -8,12 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from soflow_core.passes import Network, PassPolicy
+from soflow_core.registration import Registry
+from soflow_core.settings import STRICT
 
 DrawsT = TypeVar("DrawsT", bound="Draws")
 
@@ -81,10 +83,30 @@ class Loss:
 
 
 class Objective(ABC):
-    """Training method; subclasses are frozen dataclasses of its settings."""
+    """Training method; subclasses are frozen dataclasses of its settings.
+
+    `draw` makes all randomness of a step, on the CPU, for the whole batch; `loss` and `sample` make none. Rows of a
+    batch do not know their numbers: a rank takes every n-th of them, and the mean of the ranks' losses is the loss of
+    all. The leading `velocity_rows` rows train the velocity: s = t, or as near as the method goes. `loss` calls the
+    network through `Passes` alone, which knows precision, teacher and the rows that may be skipped; where the policy is
+    `uniform` it makes the same passes whatever its rows are, for each is a collective of all ranks.
+    `soflow_core.conformance` checks all of it.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     method: str
-    """Name of the method in sweep files and weights headers."""
+    """Name of the method in sweep files and weights headers, given by `@register`."""
+
+    @classmethod
+    def registration_fault(cls, part: type[Objective]) -> str | None:
+        """What is wrong with a registered method; None where nothing is."""
+        settings = {each.name for each in fields(part)}  # type: ignore[arg-type]
+        if settings & {"drop", "guidance"} and part.needs_null_label is Objective.needs_null_label:
+            return (
+                "drops labels (`drop`, `guidance`) and does not say so: define the property needs_null_label"
+            )
+        return None
 
     @property
     def needs_null_label(self) -> bool:
@@ -99,6 +121,11 @@ class Objective(ABC):
     @property
     def uses_jvp(self) -> bool:
         """Whether the loss takes a forward-mode derivative of the network, which DDP and flash attention lack."""
+        return False
+
+    @property
+    def needs_true_float32(self) -> bool:
+        """Whether the matrix products of high-precision passes must be float32 on a GPU under `mixed`, where they would be TF32."""
         return False
 
     @property
@@ -154,6 +181,10 @@ class Objective(ABC):
         renoise: Sequence[Tensor] = (),
     ) -> Tensor:
         """Noise (B, C, H, W) -> x0 (B, C, H, W) in `steps` steps; renoise[i] is added between steps i and i + 1."""
+
+
+OBJECTIVES: Registry[Objective] = Registry("training method", Objective, "method")  # type: ignore[type-abstract]
+"""Method name -> objective."""
 
 
 def draw_noise(generator: torch.Generator | None, batch_size: int, sample_shape: tuple[int, ...]) -> Tensor:

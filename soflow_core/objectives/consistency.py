@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,8 +18,8 @@ from soflow_core.objectives.base import DEFAULT_POLICY, Batch, Draws, Loss, draw
 from soflow_core.objectives.solution_model import SolutionModel
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
+from soflow_core.registration import register
 from soflow_core.rows import per_row, row_mean, row_sum
-from soflow_core.settings import STRICT
 from soflow_core.times import LogitNormal
 
 MOST_LEVELS = 2**20
@@ -84,13 +83,11 @@ def discrete_loss(
     return Loss(loss, {"consistency_mse": row_mean(difference.detach().square()).mean()})
 
 
+@register("ict")
 @dataclass(frozen=True)
 class ImprovedConsistency(ConsistencyModel):
     """Settings of iCT (arXiv 2310.14189): neighbouring noise levels of a grid that doubles in stages."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    method: Literal["ict"] = "ict"
     time: LogitNormal = field(default_factory=lambda: LogitNormal(-1.1, 2.0))
     """Distribution of the noise level: mean and std of ln sigma."""
     sigma_min: float = 0.002
@@ -164,13 +161,11 @@ class ImprovedConsistency(ConsistencyModel):
         return result
 
 
+@register("ect")
 @dataclass(frozen=True)
 class EasyConsistency(ConsistencyModel):
     """Settings of ECT (arXiv 2406.14548): the second noise level rises from 0 towards the first during training."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    method: Literal["ect"] = "ect"
     time: LogitNormal = field(default_factory=lambda: LogitNormal(-1.1, 2.0))
     """Distribution of the noise level: mean and std of ln sigma."""
     quotient: float = 2.0
@@ -215,6 +210,7 @@ class EasyConsistency(ConsistencyModel):
         return discrete_loss(Passes(network, policy), batch, draws.noise, (sigma, second), self.huber)
 
 
+@register("scm")
 @dataclass(frozen=True)
 class ContinuousConsistency(ConsistencyModel):
     """Settings of sCM (arXiv 2410.11081) on the linear path: the limit of equal times, with a normalized tangent.
@@ -223,9 +219,6 @@ class ContinuousConsistency(ConsistencyModel):
     left out.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    method: Literal["scm"] = "scm"
     time: LogitNormal = field(default_factory=lambda: LogitNormal(-1.0, 1.4))
     """Distribution of the noise level: mean and std of ln sigma."""
     warmup_steps: int = 10_000

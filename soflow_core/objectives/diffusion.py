@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,22 +23,22 @@ from soflow_core.objectives.base import (
     dropped_rows,
 )
 from soflow_core.passes import Network, Passes, PassPolicy
+from soflow_core.registration import register
 from soflow_core.rows import per_row, row_mean
-from soflow_core.samplers.diffusion import ddim, ddpm, linear_alpha_bar
+from soflow_core.samplers.base import NoiseSampler, check_sampler, sampler
+from soflow_core.samplers.diffusion import linear_alpha_bar
 from soflow_core.samplers.ode import guided_prediction
-from soflow_core.settings import STRICT, check_drop, check_values
+from soflow_core.settings import check_drop, check_values
 
 MOST_STEPS = 100_000
 """Of a diffusion; the variance that each adds is a number in a table."""
 
 
+@register("diffusion")
 @dataclass(frozen=True)
 class Diffusion(Objective):
     """Settings of diffusion; the defaults are DiT's."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    method: Literal["diffusion"] = "diffusion"
     diffusion_steps: int = 1000
     """Length of the chain."""
     beta_first: float = 1e-4
@@ -48,7 +47,7 @@ class Diffusion(Objective):
     """Variance added at the last step."""
     drop: float = 0.1
     """Probability that a sample's label is replaced by the null label, for guidance at sampling."""
-    sampler: Literal["ddim", "ddpm"] = "ddim"
+    sampler: str = "ddim"
     sampling_scale: float = 1.0
     """Guidance scale at sampling; 1 is none."""
 
@@ -61,6 +60,7 @@ class Diffusion(Objective):
                 f"betas from {self.beta_first} to {self.beta_last}; give 0 < beta_first <= beta_last < 1"
             )
         check_drop("drop", self.drop)
+        check_sampler(self, NoiseSampler, self.sampler)
         if self.sampling_scale != 1 and self.drop == 0:
             raise ValueError(
                 "sampling_scale needs an unconditional prediction; set drop above 0 or sampling_scale to 1"
@@ -121,6 +121,5 @@ class Diffusion(Objective):
         def predict(x: Tensor, number: Tensor) -> Tensor:
             return guided_prediction(network, x, number, labels, self.sampling_scale)
 
-        if self.sampler == "ddim":
-            return ddim(predict, noise, self.alpha_bar, steps)
-        return ddpm(predict, noise, self.alpha_bar, steps, renoise)
+        chosen = sampler(NoiseSampler, self.sampler)  # type: ignore[type-abstract]
+        return chosen.sample(predict, noise, self.alpha_bar, steps, renoise)

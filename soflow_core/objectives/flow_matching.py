@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,32 +20,33 @@ from soflow_core.objectives.base import (
 )
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import PATHS, PathName
+from soflow_core.registration import register
 from soflow_core.rows import row_mean
-from soflow_core.samplers.ode import euler, guided_prediction, heun
-from soflow_core.settings import STRICT, check_drop, check_values
+from soflow_core.samplers.base import VelocitySampler, check_sampler, sampler
+from soflow_core.samplers.ode import guided_prediction
+from soflow_core.settings import check_drop, check_values
 from soflow_core.times import LogitNormal
 
 
+@register("flow_matching")
 @dataclass(frozen=True)
 class FlowMatching(Objective):
     """Settings of Flow Matching; the defaults are SiT's."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    method: Literal["flow_matching"] = "flow_matching"
     path: PathName = "linear"
     time: LogitNormal | None = None
     """Distribution of t; None is uniform on (0, 1)."""
     drop: float = 0.1
     """Probability that a sample's label is replaced by the null label, for guidance at sampling."""
-    sampler: Literal["euler", "heun"] = "euler"
-    """`heun` makes two evaluations a step."""
+    sampler: str = "euler"
+    """A solver of the velocity; `heun` makes two evaluations a step."""
     sampling_scale: float = 1.0
     """Guidance scale at sampling; 1 is none."""
 
     def __post_init__(self) -> None:
         check_values(self)
         check_drop("drop", self.drop)
+        check_sampler(self, VelocitySampler, self.sampler)
         if self.sampling_scale != 1 and self.drop == 0:
             raise ValueError(
                 "sampling_scale needs an unconditional prediction; set drop above 0 or sampling_scale to 1"
@@ -108,4 +108,5 @@ class FlowMatching(Objective):
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             return guided_prediction(network, x, t, labels, self.sampling_scale)
 
-        return (heun if self.sampler == "heun" else euler)(velocity, noise, steps)
+        chosen = sampler(VelocitySampler, self.sampler)  # type: ignore[type-abstract]
+        return chosen.sample(velocity, noise, steps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -28,18 +27,17 @@ from soflow_core.objectives.base import (
 )
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
+from soflow_core.registration import register
 from soflow_core.rows import row_mean, row_sum
-from soflow_core.settings import STRICT, check_share, check_weight_eps
+from soflow_core.settings import check_share, check_weight_eps
 from soflow_core.times import LogitNormal
 
 
+@register("meanflow")
 @dataclass(frozen=True)
 class MeanFlow(DifferentialModel):
     """Settings of MeanFlow; the defaults are its ImageNet recipe without guidance."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    method: Literal["meanflow"] = "meanflow"
     flow_matching_share: float = 0.75
     """Share of the batch with s = t, which is Flow Matching."""
     weight_power: float = 1.0

@@ -10,7 +10,6 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,8 +26,9 @@ from soflow_core.objectives.base import (
 )
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
+from soflow_core.registration import register
 from soflow_core.rows import choose_rows, per_row, row_mean
-from soflow_core.settings import STRICT, check_drop
+from soflow_core.settings import check_drop
 
 CLIP = 4.0
 """Bound of the elements of states between half steps, and of targets (the official code)."""
@@ -36,13 +36,11 @@ MOST_STEPS = 2**20
 """Of the finest step size: times are float32."""
 
 
+@register("shortcut")
 @dataclass(frozen=True)
 class Shortcut(AverageVelocityModel):
     """Settings of Shortcut models; the defaults are the official code's."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    method: Literal["shortcut"] = "shortcut"
     base_steps: int = 128
     """Steps of the finest grid; a power of 2."""
     bootstrap_share: float = 0.125

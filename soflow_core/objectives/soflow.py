@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from soflow_core.objectives.solution_model import FlowMapModel
 from soflow_core.parameterization import PARAMETERIZATIONS, Coefficients, ParameterizationName
 from soflow_core.passes import Arguments, Network, Passes, PassPolicy
 from soflow_core.paths import PATHS, PathName, PathPoint
+from soflow_core.registration import register
 from soflow_core.rows import choose_rows, per_row, row_mean
 from soflow_core.settings import STRICT, check_share, check_values, check_weight_eps
 from soflow_core.times import LogitNormal, RatioSchedule, consistency_times, middle_time
@@ -68,13 +69,11 @@ class BranchLoss:
     weight: Tensor
 
 
+@register("soflow")
 @dataclass(frozen=True)
 class SoFlow(FlowMapModel):
     """Settings of SoFlow; the defaults are the paper's ImageNet 256 recipe."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    method: Literal["soflow"] = "soflow"
     flow_matching_share: float = 0.75
     """lambda: share of the batch in the Flow Matching branch."""
     weight_power: float = 1.0

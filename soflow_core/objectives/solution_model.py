@@ -5,23 +5,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
 from soflow_core.objectives.base import Objective
 from soflow_core.passes import Network, at_scale
 from soflow_core.paths import PathPoint, linear
+from soflow_core.samplers.base import SolutionSampler, check_sampler, sampler
 from soflow_core.samplers.solution import (
     check_times,
-    sample_by_steps,
-    sample_with_renoising,
     uniform_times,
 )
 from soflow_core.settings import check_values
-
-SolutionSampler = Literal["consistency", "ode"]
-"""`consistency` solves to t = 0 and adds noise up to the next time, `ode` solves from each time to the next."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class SolutionModel(Objective):
     are times. None, and other numbers of steps, are even steps.
     """
 
-    own_sampler: ClassVar[SolutionSampler] = "consistency"
+    own_sampler: ClassVar[str] = "consistency"
     """How the method's own code samples."""
 
     def __post_init__(self) -> None:
@@ -41,7 +37,7 @@ class SolutionModel(Objective):
         check_times(self.sampling_times or ())
 
     @property
-    def solution_sampler(self) -> SolutionSampler:
+    def solution_sampler(self) -> str:
         """How it is sampled."""
         return self.own_sampler
 
@@ -75,18 +71,21 @@ class SolutionModel(Objective):
             return self.solution(conditioned, x, t, s, labels)
 
         times = self.step_times(steps)
-        if self.solution_sampler == "ode":
-            return sample_by_steps(solve, noise, times)
-        return sample_with_renoising(solve, noise, times, renoise, self.noising_path)
+        chosen = sampler(SolutionSampler, self.solution_sampler)  # type: ignore[type-abstract]
+        return chosen.sample(solve, noise, times, renoise, self.noising_path)
 
 
 @dataclass(frozen=True)
 class FlowMapModel(SolutionModel):
     """A method that learns f(x, t, s) at every s, so that it can be sampled in two ways."""
 
-    sampler: SolutionSampler | None = None
+    sampler: str | None = None
     """None is how the method's own code samples."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sampler(self, SolutionSampler, self.sampler)
+
     @property
-    def solution_sampler(self) -> SolutionSampler:
+    def solution_sampler(self) -> str:
         return self.sampler or self.own_sampler

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-PredictNoise = Callable[[Tensor, Tensor], Tensor]
-"""eps(x, n): (B, C, H, W), (B,) step numbers as float32 -> (B, C, H, W)."""
+from soflow_core.registration import register
+from soflow_core.samplers.base import NoiseSampler, PredictNoise
+
+
+@register("ddim")
+@dataclass(frozen=True)
+class Ddim(NoiseSampler):
+    """Deterministic, along the chain's probability flow."""
+
+    def sample(
+        self, predict: PredictNoise, noise: Tensor, alpha_bar: Tensor, steps: int, renoise: Sequence[Tensor]
+    ) -> Tensor:
+        del renoise
+        return ddim(predict, noise, alpha_bar, steps)
+
+
+@register("ddpm")
+@dataclass(frozen=True)
+class Ddpm(NoiseSampler):
+    """Samples of the posterior of the respaced chain."""
+
+    def sample(
+        self, predict: PredictNoise, noise: Tensor, alpha_bar: Tensor, steps: int, renoise: Sequence[Tensor]
+    ) -> Tensor:
+        return ddpm(predict, noise, alpha_bar, steps, renoise)
 
 
 def linear_alpha_bar(steps: int, beta_first: float, beta_last: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -10,10 +10,27 @@ from torch import Tensor
 
 from soflow_core.guidance import guide_prediction, null_labels
 from soflow_core.passes import Network
+from soflow_core.registration import register
+from soflow_core.samplers.base import Velocity, VelocitySampler
 from soflow_core.samplers.solution import uniform_times
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
-"""v(x, t): (B, C, H, W), (B,) -> (B, C, H, W)."""
+
+@register("euler")
+@dataclass(frozen=True)
+class Euler(VelocitySampler):
+    """First order, one evaluation a step."""
+
+    def sample(self, velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
+        return euler(velocity, noise, steps)
+
+
+@register("heun")
+@dataclass(frozen=True)
+class Heun(VelocitySampler):
+    """Second order, two evaluations a step."""
+
+    def sample(self, velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
+        return heun(velocity, noise, steps)
 
 
 @torch.no_grad()

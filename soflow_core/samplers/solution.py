@@ -3,15 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from soflow_core.paths import PathPoint
+from soflow_core.registration import register
+from soflow_core.samplers.base import SolutionSampler, Solve
 
-Solve = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""f(x, t, s): (B, C, H, W), (B,), (B,) -> (B, C, H, W)."""
+
+@register("consistency")
+@dataclass(frozen=True)
+class ConsistencySampler(SolutionSampler):
+    """Solves to t = 0 and adds noise up to the next time."""
+
+    def sample(
+        self,
+        solve: Solve,
+        noise: Tensor,
+        times: Sequence[float],
+        renoise: Sequence[Tensor],
+        path: Callable[[Tensor], PathPoint],
+    ) -> Tensor:
+        return sample_with_renoising(solve, noise, times, renoise, path)
+
+
+@register("ode")
+@dataclass(frozen=True)
+class StepSampler(SolutionSampler):
+    """Solves from each time to the next."""
+
+    def sample(
+        self,
+        solve: Solve,
+        noise: Tensor,
+        times: Sequence[float],
+        renoise: Sequence[Tensor],
+        path: Callable[[Tensor], PathPoint],
+    ) -> Tensor:
+        del renoise, path
+        return sample_by_steps(solve, noise, times)
 
 
 def uniform_times(steps: int) -> list[float]:

@@ -118,9 +118,7 @@ def test_times_that_do_not_fall_from_1_to_0_are_refused(name: str, times: Sequen
 
 
 def test_a_sampler_or_times_of_another_type_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"SoFlow\.sampler is 'ddim'; it is one of 'consistency', 'ode', or none"
-    ):
+    with pytest.raises(ValueError, match=r"SoFlow\.sampler is 'ddim'; it is one of 'consistency', 'ode'"):
         method("soflow", sampler="ddim")
     with pytest.raises(
         ValueError, match=r"sampling_times is \(nan,\); a list of finite numbers is needed, or none"

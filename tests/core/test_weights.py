@@ -125,7 +125,7 @@ def test_a_part_of_the_header_that_has_another_type_is_refused(
         ("network", {"null_label": 1}, "null_label is 1; true or false"),
         ("network", {"channels": None}, "channels is None"),
         ("objective", {"method": []}, "method is"),
-        ("objective", {"method": "other"}, "method is 'other'; known are soflow"),
+        ("objective", {"method": "other"}, "method is 'other'; known are alphaflow"),
         ("objective", {"weight_power": "x"}, "weight_power is 'x'; a finite number"),
         ("objective", {"weight_power": float("nan")}, "weight_power is nan; a finite number"),
         ("objective", {"guidance": "x"}, "guidance is 'x'"),

@@ -12,7 +12,7 @@ import pytest
 
 from tests.docs.workplace import SMALL_NETWORK, SMALL_SAMPLES
 from tests.support.commands import environment
-from tests.support.documents import ROOT, Block, blocks_of_page
+from tests.support.documents import ROOT, blocks_of_page
 
 PAGE = ROOT / "docs" / "new-method.md"
 SMALL = [
@@ -39,21 +39,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for block in blocks_of_page(PAGE):
         if block.mark == "file":
             (folder / block.value).write_text(block.text, encoding="utf-8")
-        elif block.mark == "lines":
-            register(folder / block.value, block)
     return folder
-
-
-def register(module: Path, block: Block) -> None:
-    """Adds the page's import to the imports, and its entry to OBJECTIVES."""
-    imported, entry = (line for line in block.text.splitlines() if line.strip())
-    text = module.read_text(encoding="utf-8")
-    first = "from soflow_core.objectives."
-    assert first in text
-    text = text.replace(first, f"{imported}\n{first}", 1)
-    opening = "OBJECTIVES: dict[str, type[Objective]] = {\n"
-    assert opening in text
-    module.write_text(text.replace(opening, f"{opening}{entry}\n"), encoding="utf-8")
 
 
 def run(checkout: Path, arguments: list[str]) -> str:

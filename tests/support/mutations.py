@@ -194,7 +194,7 @@ MUTATIONS = [
     Mutation("sampling: times of another number of steps", SAMPLING, "steps == len(self.sampling_times) + 1", "steps > 1"),
     Mutation("sampling: own sampler only", SAMPLING, "self.sampler or self.own_sampler", "self.own_sampler"),
     Mutation("sampling: consistency on the linear path", SOFLOW, "return PATHS[self.path]\n", "return PATHS['linear']\n"),
-    Mutation("sampling: MeanFlow by consistency", AVERAGE, 'SolutionSampler] = "ode"', 'SolutionSampler] = "consistency"'),
+    Mutation("sampling: MeanFlow by consistency", AVERAGE, 'ClassVar[str] = "ode"', 'ClassVar[str] = "consistency"'),
     Mutation("sampling: rising times", "soflow_core/samplers/solution.py", "if any(end >= start", "if any(end == start"),
     Mutation("sampling: Shortcut off its grid", SHORTCUT, "not in sizes or start % (start - end)", "not in sizes"),
     Mutation("scale: uniform", GUIDANCE, "self.low * (self.high / self.low) ** torch", "self.low + (self.high - self.low) * torch"),

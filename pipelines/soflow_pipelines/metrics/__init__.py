@@ -7,13 +7,15 @@ kid               Kernel Inception Distance
 label_agreement   how often a classifier predicts the label that a sample was generated for
 precision_recall  improved precision and recall
 reference         statistics of the real images that samples are scored against
-registry          the metrics by name
+named             the metrics of the platform
+registry          interface of a metric; the metrics by name
 reservoir         fixed-size subset of samples that does not depend on their order
 score_statistics  statistics of a set of images for a choice of metrics
 scores            scores from statistics; one that would mislead is refused or flagged
 version           version of the evaluator
 """
 
+from soflow_pipelines.metrics import named  # noqa: F401 - registers them
 from soflow_pipelines.metrics.accumulators import ScoreError
 from soflow_pipelines.metrics.fid import FeatureStatistics, GaussianMoments, frechet_distance
 from soflow_pipelines.metrics.reference import Reference

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from soflow_pipelines.metrics.accumulators import FeatureReservoir, Moments, Spa
 from soflow_pipelines.metrics.fid import GaussianMoments
 from soflow_pipelines.metrics.score_statistics import ScoreStatistics
 from soflow_pipelines.storage.files import write_bytes
+
+STATE = "state."
+"""Prefix of the arrays of `Reference.states` in a file."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Reference:
     samples: NDArray[np.float32] | None = None
     """Features (N, D) of the images, or of a part of them, for KID, precision and recall."""
     warnings: tuple[str, ...] = ()
+    states: Mapping[str, Mapping[str, NDArray]] = field(default_factory=dict)
+    """Of accumulators other than these three, by name: their `state`."""
 
     @classmethod
     def of(cls, statistics: ScoreStatistics, name: str) -> Reference:
@@ -47,6 +53,11 @@ class Reference:
             spatial=None if spatial is None or spatial.statistics is None else spatial.statistics.moments(),
             samples=None if reservoir is None else reservoir.reservoir.features,
             warnings=statistics.warnings,
+            states={
+                name: part.state()
+                for name, part in statistics.parts.items()
+                if not isinstance(part, Moments | SpatialMoments | FeatureReservoir)
+            },
         )
 
     def save(self, path: Path) -> None:
@@ -65,6 +76,8 @@ class Reference:
                 arrays[f"{part}.count"] = np.asarray(-1 if moments.count is None else moments.count)
         if self.samples is not None:
             arrays["samples"] = self.samples
+        for name, state in self.states.items():
+            arrays |= {f"{STATE}{name}.{key}": value for key, value in state.items()}
         content = io.BytesIO()
         np.savez(content, **arrays)  # type: ignore[arg-type]
         write_bytes(path, content.getvalue())
@@ -83,7 +96,17 @@ class Reference:
                 spatial=_moments(arrays, "spatial"),
                 samples=arrays.get("samples"),
                 warnings=tuple(str(warning) for warning in arrays["warnings"]),
+                states=_states(arrays),
             )
+
+
+def _states(arrays: np.lib.npyio.NpzFile) -> dict[str, dict[str, NDArray]]:
+    states: dict[str, dict[str, NDArray]] = {}
+    for key in arrays:
+        if key.startswith(STATE):
+            name, _, array = key.removeprefix(STATE).partition(".")
+            states.setdefault(name, {})[array] = arrays[key]
+    return states
 
 
 def _moments(arrays: np.lib.npyio.NpzFile, part: str) -> GaussianMoments | None:

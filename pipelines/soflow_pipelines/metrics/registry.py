@@ -1,55 +1,85 @@
-"""The metrics by name: which way is better, whether they compare with a reference, and what they accumulate.
+"""Interface of a metric, and the metrics by name.
 
-A new metric is a row here, an accumulator where none of those there serves it, and a branch of `scores.scores`.
+A metric is one class: what it accumulates over a set of images, and its value from that. `named.py` has those of the platform; one of a
+plugin is registered in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
+import torch
+
+from soflow_core.registration import Registry
 from soflow_pipelines.features.network import FeatureNetwork
-from soflow_pipelines.metrics.accumulators import (
-    Accumulator,
-    ClassSums,
-    FeatureReservoir,
-    LabelAgreement,
-    Moments,
-    ScoreError,
-    SpatialMoments,
-)
+from soflow_pipelines.metrics.accumulators import Accumulator, ScoreError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A score of a set of images."""
+class Sides:
+    """What a score is taken of: accumulated generated images, and real ones."""
 
-    better: Literal["min", "max"]
-    compares: bool
-    """Whether it is taken against a reference."""
-    accumulator: type[Accumulator]
+    generated: Accumulator
+    """The metric's own accumulator, of the generated images."""
+    count: int
+    """Number of generated images."""
+    reference: Any
+    """`Reference` of the real images; None for a metric that compares with none."""
+    device: torch.device
+    """Where large distances are computed."""
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, compute: Callable[[], T]) -> T:
+        """A result that several metrics of one score share, computed by the first that asks."""
+        if name not in self.shared:
+            self.shared[name] = compute()
+        return cast(T, self.shared[name])
 
 
-METRICS: dict[str, Metric] = {
-    "fid": Metric("min", True, Moments),
-    "fd": Metric("min", True, Moments),
-    "sfid": Metric("min", True, SpatialMoments),
-    "is": Metric("max", False, ClassSums),
-    "kid": Metric("min", True, FeatureReservoir),
-    "precision": Metric("max", True, FeatureReservoir),
-    "recall": Metric("max", True, FeatureReservoir),
-    "label_agreement": Metric("max", False, LabelAgreement),
-}
+@dataclass(frozen=True)
+class MetricValue:
+    """A metric's value, with what must be known of it."""
 
-ACCUMULATORS: tuple[type[Accumulator], ...] = (
-    Moments,
-    SpatialMoments,
-    ClassSums,
-    FeatureReservoir,
-    LabelAgreement,
-)
-"""Every accumulator, in the order of their arrays in a state file."""
+    value: float
+    spread: float | None = None
+    """Standard deviation over parts of the images, where the metric is a mean over such."""
+    flags: tuple[str, ...] = ()
+    """Sentences: why the number is not comparable with others of its name."""
+
+
+class Metric(ABC):
+    """A score of a set of images: a frozen dataclass without settings.
+
+    `score` is a function of what was accumulated: neither the order of the images nor their split over workers may matter. It raises
+    ScoreError, in one sentence, where a number would not be what its name says.
+    """
+
+    name: str
+    """Given by `@register`."""
+    better: ClassVar[Literal["min", "max"]]
+    accumulator: ClassVar[type[Accumulator]]
+    compares: ClassVar[bool] = True
+    """Whether it is taken against a reference, of which the same is accumulated."""
+    any_features: ClassVar[bool] = False
+    """Whether it can be taken on every feature network; otherwise on those that name it among their `metrics`."""
+
+    @classmethod
+    def registration_fault(cls, part: type[Metric]) -> str | None:
+        """What is wrong with a registered metric; None where nothing is."""
+        lacking = [name for name in ("better", "accumulator") if not hasattr(part, name)]
+        return f"does not say its {' and '.join(lacking)}" if lacking else None
+
+    @abstractmethod
+    def score(self, sides: Sides) -> MetricValue:
+        """The value of complete statistics of at least two images."""
+
+
+METRICS: Registry[Metric] = Registry("metric", Metric, "name")  # type: ignore[type-abstract]
 
 
 def select_metrics(names: Iterable[str], network: FeatureNetwork) -> tuple[str, ...]:
@@ -58,12 +88,13 @@ def select_metrics(names: Iterable[str], network: FeatureNetwork) -> tuple[str, 
     Raises ScoreError for a name that is no metric, for a metric that the network cannot give, and where there is none.
     """
     requested = set(names)
-    unknown = sorted(requested - set(METRICS))
+    unknown = sorted(name for name in requested if name not in METRICS)
     if unknown:
         raise ScoreError(f"there is no metric {unknown[0]!r}; there are {', '.join(METRICS)}.")
-    missing = sorted(requested - network.metrics)
+    possible = {name for name in METRICS if METRICS[name].any_features or name in network.metrics}
+    missing = sorted(requested - possible)
     if missing:
-        able = ", ".join(name for name in METRICS if name in network.metrics)
+        able = ", ".join(name for name in METRICS if name in possible)
         raise ScoreError(
             f"{missing[0]} cannot be measured on the features {network.id}; on them there are {able}."
         )
@@ -73,6 +104,6 @@ def select_metrics(names: Iterable[str], network: FeatureNetwork) -> tuple[str, 
 
 
 def accumulators_of(metrics: Iterable[str]) -> tuple[type[Accumulator], ...]:
-    """The accumulators that these metrics need, each once."""
-    needed = {METRICS[name].accumulator for name in metrics}
-    return tuple(kind for kind in ACCUMULATORS if kind in needed)
+    """The accumulators that these metrics need, each once, in the order of the metrics: that of their arrays in a state file."""
+    chosen = set(metrics)
+    return tuple(dict.fromkeys(METRICS[name].accumulator for name in METRICS if name in chosen))

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from soflow_pipelines.images.decode import to_array
 from soflow_pipelines.shards.info import INFO_NAME, DatasetInfo
 from soflow_pipelines.shards.writer import Sample, write_shards
-from soflow_pipelines.sources.digits import load_digits
-from soflow_pipelines.sources.source import LabelledImages
+from soflow_pipelines.sources import digits  # noqa: F401 - registers it
+from soflow_pipelines.sources.source import SOURCES, Expected, Source, SourceOptions
 from soflow_pipelines.storage.files import sync_folder, temporary_folder
 from soflow_pipelines.storage.object_store import StorageError
 
 
-@dataclass(frozen=True)
-class Expected:
-    """Shape and classes of data that were not opened yet."""
+class _Builtin(Mapping[str, Expected]):
+    """Data sets that need no path, by name: those registered sources that say what is in them."""
 
-    shape: tuple[int, ...]
-    """(C, H, W)."""
-    classes: int | None
+    def __getitem__(self, name: str) -> Expected:
+        expected = SOURCES[name].expected
+        if expected is None:
+            raise KeyError(name)
+        return expected
+
+    def __contains__(self, name: object) -> bool:
+        return name in SOURCES and SOURCES[str(name)].expected is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in SOURCES if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
-BUILTIN = {"digits": Expected((1, 8, 8), 10)}
+BUILTIN = _Builtin()
 """The built-in data sets, by name."""
 
 
@@ -34,23 +44,24 @@ def ensure_builtin(name: str, folder: str | Path) -> Path:
     name, StorageError where it cannot be written.
     """
     if name not in BUILTIN:
-        raise ValueError(f"there is no built-in data set {name!r}; there is 'digits'")
+        raise ValueError(f"there is no built-in data set {name!r}; there is {', '.join(BUILTIN)}")
     folder = Path(folder)
     if (folder / INFO_NAME).is_file():
         return folder
-    data = load_digits()
+    source, expected = SOURCES[name]().open(Path(), SourceOptions()), BUILTIN[name]
+    channels, height, width = expected.shape
     info = DatasetInfo(
         kind="pixels",
-        shape=data.images.shape[1:],
+        shape=(channels, height, width),
         dtype="uint8",
-        classes=len(data.class_names),
-        class_names=data.class_names,
-        resolution=data.images.shape[-1],
+        classes=expected.classes,
+        class_names=source.class_names,
+        resolution=width,
         recipe={"source": name},
     )
     try:
         with temporary_folder(folder) as partial:
-            write_shards(_samples(data), partial, info, total=len(data.labels))
+            write_shards(_samples(source), partial, info, total=len(source))
             partial.rename(folder)
         sync_folder(folder.parent)
     except OSError as error:
@@ -60,6 +71,7 @@ def ensure_builtin(name: str, folder: str | Path) -> Path:
     return folder
 
 
-def _samples(data: LabelledImages) -> Iterator[Sample]:
-    for number, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
-        yield Sample(f"{number:08d}", image, int(label))
+def _samples(source: Source) -> Iterator[Sample]:
+    for number in range(len(source)):
+        label = None if source.labels is None else int(source.labels[number])
+        yield Sample(f"{number:08d}", to_array(source.image(number)), label)

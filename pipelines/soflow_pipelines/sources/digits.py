@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import csv
 import gzip
+from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
 
-from soflow_pipelines.sources.source import LabelledImages
+from soflow_core.registration import register
+from soflow_pipelines.sources.source import (
+    ArraySource,
+    Expected,
+    LabelledImages,
+    Source,
+    SourceKind,
+    SourceOptions,
+)
 
 FILE = "sklearn/datasets/data/digits.csv.gz"
 """In the installed scikit-learn, whose import takes two seconds: a row of 64 grey levels and a label for each digit."""
+
+
+@register("digits")
+@dataclass(frozen=True)
+class Digits(SourceKind):
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels."""
+
+    expected = Expected((1, 8, 8), 10)
+
+    def open(self, path: Path, options: SourceOptions) -> Source:
+        del path, options
+        return ArraySource("digits", load_digits())
 
 
 def load_digits() -> LabelledImages:

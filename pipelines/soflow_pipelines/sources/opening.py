@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
-from soflow_pipelines.images.limits import DEFAULT_LIMITS, ImageLimits
+from soflow_pipelines.sources import digits  # noqa: F401 - registers it
 from soflow_pipelines.sources.cifar10 import CIFAR10, CIFAR10_CLASSES, Cifar10Archive
-from soflow_pipelines.sources.digits import load_digits
 from soflow_pipelines.sources.files import FolderSource, ZipSource, open_zip
 from soflow_pipelines.sources.generated import open_generated
 from soflow_pipelines.sources.hdf5 import Hdf5Latents
@@ -19,7 +17,7 @@ from soflow_pipelines.sources.listing import (
     refuse_foreign_folder,
 )
 from soflow_pipelines.sources.parquet import ParquetSource
-from soflow_pipelines.sources.source import ArraySource, Source, SourceError
+from soflow_pipelines.sources.source import SOURCES, Source, SourceError, SourceOptions
 from soflow_pipelines.sources.webdataset import TarKeys, TarSource
 
 
@@ -45,51 +43,43 @@ def split_prefix(archive: Path, split: str) -> str:
     return ""
 
 
+def named_kind(text: str) -> tuple[str | None, str]:
+    """The registered name that a source begins with, and the path behind its colon; None for a path alone."""
+    name, _, place = text.partition(":")
+    return (name, place) if not place.startswith("//") and name in SOURCES else (None, text)
+
+
 def source_path(text: str) -> Path:
     """The file or folder of a source."""
-    return Path(text.removeprefix(CIFAR10)).expanduser()
+    name, place = named_kind(text)
+    return Path(place if name is not None else text.removeprefix(CIFAR10)).expanduser()
 
 
 def absolute_source(text: str) -> str:
     """A source with an absolute path, for processes with another working folder."""
-    if text == "digits":
-        return text
+    name, place = named_kind(text)
+    if name is not None:
+        return f"{name}:{Path(place).expanduser().absolute()}" if place else text
     return (CIFAR10 if text.startswith(CIFAR10) else "") + str(source_path(text).absolute())
 
 
-@dataclass(frozen=True)
-class SourceOptions:
-    """What is taken of a source, and what an image may cost."""
-
-    split: str = "train"
-    """Which of several splits that a source may have."""
-    image_column: str | None = None
-    """Of Parquet; None for the first of images."""
-    label_column: str | None = None
-    """Of Parquet; None for the one that is called so."""
-    image_key: str | None = None
-    """Extension of the images in WebDataset's tar files, such as `input.jpg`; several with `;`."""
-    label_key: str | None = None
-    """Extension of the labels in WebDataset's tar files, such as `target.cls` or `json:FIELD`."""
-    unlabelled: bool = False
-    """Whether labels are left aside."""
-    follow_links: bool = True
-    """Whether links that lead out of an image folder are followed; else they are refused."""
-    limits: ImageLimits = DEFAULT_LIMITS
-
-
 def open_source(text: str, options: SourceOptions | None = None) -> Source:
-    """The source named `digits` or `cifar10:PATH`, or at a path: an image folder, ImageNet's tree, a zip, Parquet, WebDataset shards,
-    HDF5 latents.
+    """The source of a registered name (`digits`, `NAME:PATH`), `cifar10:PATH`, or at a path: an image folder, ImageNet's tree, a zip,
+    Parquet, WebDataset shards, HDF5 latents.
 
     Raises SourceError.
     """
     options = options or SourceOptions()
-    if text == "digits":
-        return ArraySource("digits", load_digits())
+    name, place = named_kind(text)
+    if name is not None:
+        if not place and SOURCES[name].expected is None:
+            raise SourceError(f"{text} says no path: give {name}:PATH.")
+        return SOURCES[name]().open(Path(place).expanduser(), options)
     cifar10, path = text.startswith(CIFAR10), source_path(text)
     if not _exists(path):
-        raise SourceError(f"{path} does not exist; a source is a path, `digits` or `cifar10:PATH`.")
+        raise SourceError(
+            f"{path} does not exist; a source is a path, `cifar10:PATH`, or one of {', '.join(SOURCES)}."
+        )
     name = f"cifar10:{path.name}" if cifar10 else path.name
     source = (
         _open_folder(path, name, cifar10, options)

@@ -9,14 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from soflow_core.failures import InputError
+from soflow_core.registration import Registry
+from soflow_pipelines.images.limits import DEFAULT_LIMITS, ImageLimits
 
 
 @dataclass(frozen=True)
@@ -116,3 +120,52 @@ class ArraySource:
 def listing_digest(listing: Any) -> str:
     """SHA-256 of a list of names, sizes and labels, in hexadecimal."""
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What is taken of a source, and what an image may cost."""
+
+    split: str = "train"
+    """Which of several splits that a source may have."""
+    image_column: str | None = None
+    """Of Parquet; None for the first of images."""
+    label_column: str | None = None
+    """Of Parquet; None for the one that is called so."""
+    image_key: str | None = None
+    """Extension of the images in WebDataset's tar files, such as `input.jpg`; several with `;`."""
+    label_key: str | None = None
+    """Extension of the labels in WebDataset's tar files, such as `target.cls` or `json:FIELD`."""
+    unlabelled: bool = False
+    """Whether labels are left aside."""
+    follow_links: bool = True
+    """Whether links that lead out of an image folder are followed; else they are refused."""
+    limits: ImageLimits = DEFAULT_LIMITS
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Shape and classes of data that were not opened yet."""
+
+    shape: tuple[int, ...]
+    """(C, H, W)."""
+    classes: int | None
+
+
+class SourceKind(ABC):
+    """A data set that is opened by name: `NAME` where it comes with a package, `NAME:PATH` where it lies at a path.
+
+    A frozen dataclass without settings.
+    """
+
+    name: str
+    """Given by `@register`."""
+    expected: ClassVar[Expected | None] = None
+    """Shape and classes of a data set that needs no path, which can then be named as `data.source`."""
+
+    @abstractmethod
+    def open(self, path: Path, options: SourceOptions) -> Source:
+        """The source at a path (`.` where none is given). Raises SourceError where it cannot be used."""
+
+
+SOURCES: Registry[SourceKind] = Registry("data source", SourceKind, "name")  # type: ignore[type-abstract]

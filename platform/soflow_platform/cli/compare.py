@@ -73,7 +73,7 @@ def find_request(name: str, overrides: tuple[str, ...], project: ProjectFolder) 
 
     Raises UserError where no such sweep ran.
     """
-    from soflow_platform.config.experiment import Experiment
+    from soflow_platform.config.validation import resolved_experiment
     from soflow_platform.jobs.requests import CompareRequest
     from soflow_platform.tuning.lookup import resolve
     from soflow_platform.tuning.record import load_record
@@ -93,19 +93,20 @@ def find_request(name: str, overrides: tuple[str, ...], project: ProjectFolder) 
     found = resolve(project, name)
     if found.trial is not None:
         raise UserError(f"{found} is one trial: name its sweep, {found.record.id}.")
-    return CompareRequest(found.record, Experiment(**found.record.experiment).comparison)
+    experiment = resolved_experiment(found.record.experiment, f"sweep {found.record.id}")
+    return CompareRequest(found.record, experiment.comparison)
 
 
 def _print(screen: Console, comparison: Comparison, folder: Path) -> None:
-    from soflow_platform.jobs.compare_report import COLUMNS, FILES, TITLES, cells, conclusions
+    from soflow_platform.jobs.compare_report import FILES, TITLES, cells, conclusions, titles
 
     for budget in comparison.budgets:
         rows = comparison.of(budget)
         screen.print(styled("\n", (TITLES.get(budget, budget), "bold")))
-        first, *rest = (title.format(distance=comparison.distance) for title in COLUMNS)
+        first, *rest = titles(comparison)
         table = plain_table(first, *rest)
         for row in rows:
-            table.add_row(*cells(row, row.label(rows)))
+            table.add_row(*cells(row, row.label(rows), comparison.others))
         screen.print(table)
     screen.print()
     for sentence in conclusions(comparison):

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from soflow_core.plugins import VARIABLE, Plugin, loaded
+
 PACKAGES = ("soflow_core", "soflow_pipelines", "soflow_platform")
 LEFT_OUT = ["__pycache__", "*.pyc"]
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -45,6 +47,28 @@ def shipped_code() -> Iterator[dict[str, Any]]:
         # Ray sends no folder without a file.
         (Path(folder) / "README").write_text("Working folder of soflow's workers.\n")
         yield {"working_dir": folder, "py_modules": package_folders(), "excludes": LEFT_OUT}
+
+
+def with_plugins(environment: dict[str, Any]) -> dict[str, Any]:
+    """The runtime environment with this process's plugins, which a worker imports when it meets a name that it does not know.
+
+    Where `ray job submit` sends code itself, plugins have to be in what it sends.
+    """
+    plugins = loaded()
+    if not plugins:
+        return environment
+    names = os.pathsep.join(plugin.module for plugin in plugins)
+    found = {**environment, "env_vars": {**environment.get("env_vars", {}), VARIABLE: names}}
+    if _sends_code_itself():
+        return found
+    # What pip has installed is on the other nodes, as the libraries are.
+    places = {_top(plugin) for plugin in plugins if "site-packages" not in Path(plugin.path).parts}
+    return {**found, "py_modules": [*environment.get("py_modules", ()), *sorted(places)]}
+
+
+def _top(plugin: Plugin) -> str:
+    """File or folder of the plugin's top-level module: of a module in a package the whole package is sent."""
+    return str([Path(plugin.path), *Path(plugin.path).parents][plugin.module.count(".")])
 
 
 def _sends_code_itself() -> bool:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from soflow_core.failures import summarize
-from soflow_platform.cluster.code_shipping import shipped_code
+from soflow_platform.cluster.code_shipping import shipped_code, with_plugins
 from soflow_platform.cluster.ray_internals import keep_keys_out_of_logs, own_processes, without_servers
 from soflow_platform.cluster.session_folder import session_root
 from soflow_platform.errors import JobError, UserError
@@ -148,7 +148,7 @@ def _options(address: str | None, dashboard: bool) -> Iterator[dict[str, Any]]:
     """Arguments of `ray.init`, to be called in the block, that depend on whether it starts a Ray."""
     if address is not None:
         with shipped_code() as environment:
-            yield {"address": address, "runtime_env": environment}
+            yield {"address": address, "runtime_env": with_plugins(environment)}
         return
     with contextlib.ExitStack() as changes:
         changes.enter_context(own_processes())
@@ -157,6 +157,8 @@ def _options(address: str | None, dashboard: bool) -> Iterator[dict[str, Any]]:
         # Ray places trial drivers on logical CPUs; one more than the cores keeps every core for the workers.
         options: dict[str, Any] = {"address": "local", "num_cpus": (os.cpu_count() or 1) + 1}
         options |= {"include_dashboard": dashboard, "_temp_dir": str(session_root())}
+        if environment := with_plugins({}):
+            options["runtime_env"] = environment
         yield options | ({"dashboard_host": "127.0.0.1"} if dashboard else {})
 
 

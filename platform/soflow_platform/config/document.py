@@ -161,7 +161,7 @@ class Document:
             except KeyError:
                 present = None
             merged = isinstance(value, dict) and isinstance(present, dict) and path not in other.replacing
-            if merged and _same_method(value, present):
+            if merged and _same_part(path, value, present):
                 for key, below in value.items():
                     lay((*path, key), below)
                 return
@@ -362,8 +362,10 @@ def _brackets(text: str) -> int:
     return max(itertools.accumulate(steps), default=0)
 
 
-def _same_method(over: dict[str, Any], under: dict[str, Any]) -> bool:
-    """Whether two sections can be merged: an objective of another method shares no keys with the one below."""
+def _same_part(path: KeyPath, over: dict[str, Any], under: dict[str, Any]) -> bool:
+    """Whether two sections can be merged: another method or network shares no keys with the one below."""
+    if path == ("network",) and over.get("kind", "dit") != under.get("kind", "dit"):
+        return "kind" not in over
     return over.get("method", under.get("method")) == under.get("method", over.get("method"))
 
 

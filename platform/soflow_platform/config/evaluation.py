@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from soflow_pipelines.metrics.registry import METRICS
 from soflow_platform.config.locations import FILE, absolute_autoencoder, absolute_features
 from soflow_platform.config.sections import Positive, Samples, Section, Seed, Steps
 
@@ -28,6 +29,8 @@ class EvaluationConfig(Section):
     every: Positive
     """Steps between evaluations; the last step is always evaluated."""
     samples: Annotated[int, Field(ge=16, le=10**8)] = 2048
+    metrics: Annotated[tuple[str, ...], Field(max_length=32)] = ()
+    """Metrics beside the Fréchet distance, such as `kid`, `precision` or one of a plugin. Digits have label agreement anyway."""
     nfe: Annotated[tuple[Steps, ...], Field(min_length=1, max_length=16)] = (1, 2)
     """Numbers of function evaluations to score."""
     features: str = POOLED
@@ -52,6 +55,14 @@ class EvaluationConfig(Section):
     @classmethod
     def _known_features(cls, name: str) -> str:
         return known_features(name)
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_metrics(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in names if name not in METRICS]
+        if unknown:
+            raise ValueError(f"there is no metric {unknown[0]!r}; there are {', '.join(METRICS)}")
+        return names
 
     @field_validator("reference")
     @classmethod
@@ -88,13 +99,18 @@ class EvaluationConfig(Section):
         kinds = {self.distance: "fid" if self.distance == "fid" else "fd"}
         if self.features == DIGITS and conditional:
             kinds["label_agreement"] = "label_agreement"
-        return kinds
+        return kinds | {self._reported_name(metric): metric for metric in self.metrics}
 
-    def metrics(self, conditional: bool) -> dict[str, Literal["min", "max"]]:
+    def reported(self, conditional: bool) -> dict[str, Literal["min", "max"]]:
         """Names of the metrics an evaluation reports, with the direction that is better."""
-        names: dict[str, Literal["min", "max"]] = {f"eval/{self.distance}_nfe{n}": "min" for n in self.nfe}
-        if self.also_pooled:
-            names |= {f"eval/fd_nfe{n}": "min" for n in self.nfe}
-        if self.features == DIGITS and conditional:
-            names |= {f"eval/label_agreement_nfe{n}": "max" for n in self.nfe}
-        return names
+        kinds = self.metric_kinds(conditional)
+        names = {
+            f"eval/{name}_nfe{n}": METRICS[kind].better for name, kind in kinds.items() for n in self.nfe
+        }
+        return names | ({f"eval/fd_nfe{n}": "min" for n in self.nfe} if self.also_pooled else {})
+
+    def _reported_name(self, metric: str) -> str:
+        """A metric's name in reports: with the features where these have scores of their own name elsewhere, as `kid_dinov2`."""
+        if metric in ("fid", "fd"):
+            return self.distance
+        return f"{metric}_{self.features}" if self.features in ("dinov2", "clip") else metric

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import typing
-from collections.abc import Sequence
-from typing import Annotated, Any, Union
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from soflow_core.networks import NETWORKS
 from soflow_core.objectives import OBJECTIVES
 from soflow_core.optimizer import OptimizerConfig
 from soflow_platform.config.comparison import USUAL_COMPARISON, SamplingConfig
 from soflow_platform.config.evaluation import EvaluationConfig
 from soflow_platform.config.gate import RegistryConfig
+from soflow_platform.config.parts import PartOf, network_section
+from soflow_platform.config.plugin_settings import Plugins
 from soflow_platform.config.search import SearchConfig
 from soflow_platform.config.sections import (
     DataConfig,
-    NetworkConfig,
     Section,
     Seed,
     TrackingConfig,
 )
 from soflow_platform.config.training import ResourcesConfig, TrainingConfig
-
-if typing.TYPE_CHECKING:
-    ObjectiveConfig = Any
-else:
-    ObjectiveConfig = Annotated[Union[tuple(OBJECTIVES.values())], Field(discriminator="method")]  # noqa: UP007
-
 
 DECIDING_SECTIONS = ("seed", "data", "network", "objective", "optimizer", "evaluation", "search")
 DECIDING_TRAINING = ("steps", "batch", "ema", "precision", "clip_norm")
@@ -46,8 +41,10 @@ LATER_OBJECTIVE_SETTINGS = {
 so that sweeps keep it."""
 LATER_SEARCH_SETTINGS: dict[str, Any] = {"first": []}
 """Settings of `search` since 0.1.0, for the same reason."""
-LATER_EVALUATION_SETTINGS = {"reference": None, "pooled": False}
+LATER_EVALUATION_SETTINGS: dict[str, Any] = {"reference": None, "pooled": False, "metrics": []}
 """The same of `evaluation`; `final_samples` decides no number of a trial and is never part of it."""
+LATER_NETWORK_SETTINGS = {"kind": "dit"}
+"""The same of `network`."""
 
 
 class Experiment(Section):
@@ -55,10 +52,12 @@ class Experiment(Section):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
     description: str = ""
+    plugins: Plugins = ()
+    """Modules that register methods and networks: names, or paths of `.py` files or packages."""
     seed: Seed = 0
     data: DataConfig
-    network: NetworkConfig
-    objective: ObjectiveConfig
+    network: Annotated[Any, PartOf(NETWORKS, network_section)]
+    objective: Annotated[Any, PartOf(OBJECTIVES)]
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig
@@ -104,10 +103,11 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _metric_is_reported(self) -> Experiment:
-        reported = self.evaluation.metrics(self.data.conditional)
+        reported = self.evaluation.reported(self.data.conditional)
         if self.search.metric not in reported:
             raise ValueError(
-                f"search.metric {self.search.metric!r} is never reported: this sweep reports {', '.join(reported)}"
+                f"search.metric {self.search.metric!r} is never reported: this sweep reports {', '.join(reported)}; "
+                "`evaluation.metrics` adds others"
             )
         return self
 
@@ -130,7 +130,7 @@ class Experiment(Section):
     @property
     def mode(self) -> str:
         """`min` or `max`: which value of `search.metric` is better."""
-        return self.search.mode or self.evaluation.metrics(self.data.conditional)[self.search.metric]
+        return self.search.mode or self.evaluation.reported(self.data.conditional)[self.search.metric]
 
     @property
     def model_name(self) -> str:
@@ -146,28 +146,25 @@ class Experiment(Section):
         """Eight characters that change with what decides the numbers: a sweep is the same sweep when its digest is."""
         resolved = self.resolved()
         settings = {section: resolved[section] for section in DECIDING_SECTIONS}
-        settings["objective"] = {
-            key: value
-            for key, value in resolved["objective"].items()
-            if key not in LATER_OBJECTIVE_SETTINGS or value != LATER_OBJECTIVE_SETTINGS[key]
-        }
-        settings["search"] = {
-            key: value
-            for key, value in resolved["search"].items()
-            if key not in LATER_SEARCH_SETTINGS or value != LATER_SEARCH_SETTINGS[key]
-        }
-        settings["evaluation"] = {
-            key: value
-            for key, value in resolved["evaluation"].items()
-            if key != "final_samples" and (key, value) not in LATER_EVALUATION_SETTINGS.items()
-        }
+        settings["objective"] = _without(resolved["objective"], LATER_OBJECTIVE_SETTINGS)
+        settings["network"] = _without(resolved["network"], LATER_NETWORK_SETTINGS)
+        evaluation = _without(resolved["evaluation"], LATER_EVALUATION_SETTINGS)
+        settings["evaluation"] = {key: value for key, value in evaluation.items() if key != "final_samples"}
+        settings["search"] = _without(resolved["search"], LATER_SEARCH_SETTINGS)
+        if self.plugins:
+            settings["plugins"] = sorted((plugin.module, plugin.digest) for plugin in self.plugins)
         settings["training"] = {key: resolved["training"][key] for key in DECIDING_TRAINING}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def _without(settings: dict[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that have the values of `later`."""
+    return {key: value for key, value in settings.items() if key not in later or value != later[key]}
+
+
 def trial_params(experiment: Experiment) -> dict[str, Any]:
     """The settings that decide a trial's numbers, flat and without those that are not set: the params of its run."""
-    around = {"name", "description", "comparison", "search", "resources", "tracking", "registry"}
+    around = {"name", "description", "plugins", "comparison", "search", "resources", "tracking", "registry"}
     own = {key: value for key, value in experiment.resolved().items() if key not in around}
     return {key: value for key, value in flatten(own).items() if value is not None}
 

@@ -5,10 +5,11 @@ Every section refuses unknown keys. Defaults are the paper's ImageNet recipe whe
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from soflow_core.networks import Architecture, DiTConfig, dit_config
 from soflow_core.networks.dit import LARGEST
 from soflow_platform.config.locations import absolute_tracking
 
@@ -44,9 +45,29 @@ class DataConfig(Section):
     """False trains without labels."""
 
 
-class NetworkConfig(Section):
+class NetworkSection(Section):
+    """The section `network`: the settings of an architecture that do not come from the data or the method."""
+
+    architecture_class: ClassVar[type[Architecture]]
+
+    def architecture(self, **given: Any) -> Architecture:
+        """The architecture with these settings and what is `given` by data and method. Raises ValueError where they do not fit."""
+        return self.architecture_class(
+            **given, **{name: getattr(self, name) for name in type(self).model_fields}
+        )
+
+    @property
+    def title(self) -> str:
+        """The network in a few characters, for tags of runs."""
+        return str(getattr(self, "kind", self.architecture_class.__name__))
+
+
+class NetworkConfig(NetworkSection):
     """The DiT: a named size such as `XL/2`, or its four numbers."""
 
+    architecture_class = DiTConfig
+
+    kind: Literal["dit"] = "dit"
     size: str | None = None
     patch: Annotated[int, Field(gt=0, le=LARGEST["patch"])] | None = None
     hidden: Annotated[int, Field(gt=0, le=LARGEST["hidden"])] | None = None
@@ -63,6 +84,18 @@ class NetworkConfig(Section):
         if self.hidden is not None and self.heads is not None and self.hidden % self.heads:
             raise ValueError(f"`hidden` ({self.hidden}) must be a multiple of `heads` ({self.heads})")
         return self
+
+    def architecture(self, **given: Any) -> Architecture:
+        if self.size is not None:
+            return dit_config(self.size, **given)
+        numbers: dict[str, Any] = {
+            name: getattr(self, name) or 0 for name in ("patch", "hidden", "depth", "heads")
+        }
+        return DiTConfig(**given, **numbers)
+
+    @property
+    def title(self) -> str:
+        return self.size or f"DiT-{self.hidden}x{self.depth}/{self.patch}"
 
 
 class TrackingConfig(Section):

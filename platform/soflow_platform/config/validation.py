@@ -7,20 +7,19 @@ import difflib
 import re
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Union
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from soflow_core.objectives import OBJECTIVES
+from soflow_core.plugins import VARIABLE, PluginError, load
 from soflow_platform.config.document import Document, KeyPath, Origin, read_document, shortened
-from soflow_platform.errors import UserError
-
-if typing.TYPE_CHECKING:
-    ObjectiveConfig = Any
-else:
-    ObjectiveConfig = Annotated[Union[tuple(OBJECTIVES.values())], Field(discriminator="method")]  # noqa: UP007
 from soflow_platform.config.experiment import Experiment
+from soflow_platform.config.parts import PartOf, part_of
+from soflow_platform.errors import UserError
 
 
 def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> tuple[Experiment, Document]:
@@ -31,11 +30,39 @@ def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> tuple[Experi
 
 def validate(document: Document) -> Experiment:
     """Check a document. Raises UserError: unknown keys first, with the nearest known name, then values."""
+    _load_plugins(document)
     _refuse_unknown_keys(document, Experiment, document.data, ())
     try:
         return Experiment(**document.data)
     except ValidationError as error:
         raise UserError(_sentence(document, error)) from None
+
+
+def resolved_experiment(settings: Mapping[str, Any], where: str) -> Experiment:
+    """The experiment of a record's resolved settings. Raises UserError, beginning with `where`, for what this version cannot read."""
+    try:
+        return Experiment(**settings)
+    except PluginError as error:
+        raise UserError(f"{where}: {error}.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ").rstrip(".")
+        raise UserError(
+            f"{where} cannot be read: `{key}`: {message[:1].lower()}{message[1:]}; what registers it is a plugin that is not here, "
+            f"or it was made by another version: name the plugin in {VARIABLE}."
+        ) from None
+
+
+def _load_plugins(document: Document) -> None:
+    """Imports the plugins, which register what the other sections may name. Raises UserError with file and line."""
+    given = document.data.get("plugins")
+    for number, reference in enumerate(given if isinstance(given, list) else ()):
+        if isinstance(reference, str):
+            try:
+                load(reference)
+            except PluginError as error:
+                raise UserError(f"{document.origin(('plugins', number))}: {error}.") from error.__cause__
 
 
 def _sentence(document: Document, error: ValidationError) -> str:
@@ -54,13 +81,10 @@ def _sentence(document: Document, error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{source}: `{'.'.join(map(str, (*path, first['loc'][-1])))}` is missing."
     if first["type"] == "union_tag_invalid":
-        expected = first["ctx"]["expected_tags"].replace("'", "")
-        return (
-            f"{document.origin((*path, 'method'))}: unknown method {shortened(first['ctx']['tag'])!r} in `{key}`; "
-            f"known are {expected}."
-        )
+        field, tag, expected = (first["ctx"][name] for name in ("discriminator", "tag", "expected_tags"))
+        return f"{document.origin((*path, field))}: unknown {field} {shortened(tag)!r} in `{key}`; known are {expected}."
     if first["type"] == "union_tag_not_found":
-        return f"{source}: `{key}.method` is missing; known are {', '.join(OBJECTIVES)}."
+        return f"{source}: `{key}.{first['ctx']['discriminator']}` is missing; known are {', '.join(OBJECTIVES)}."
     message = re.sub(r"^[A-Z]\w*\.(?=\w+ is )", "", first["msg"].removeprefix("Value error, ")).rstrip(".")
     message = message[:1].lower() + message[1:]
     if first["type"] == "value_error":
@@ -155,27 +179,28 @@ def _may_be_boolean(annotation: Any) -> bool:
 
 
 def _known_fields(annotation: Any, value: dict[str, Any]) -> dict[str, Any] | None:
-    """Names and types of a section's keys; None for a free mapping or an objective whose method is not given."""
+    """Names and types of a section's keys; None for a free mapping, or a part whose name is not given or not known."""
+    part = part_of(annotation)
+    if part is not None:
+        section = part.known(value)
+        return None if section is None else _known_fields(section, value)
     if typing.get_origin(annotation) is Annotated:
         return _known_fields(typing.get_args(annotation)[0], value)
     if typing.get_origin(annotation) in (Union, types.UnionType):
         members = [m for m in typing.get_args(annotation) if m is not type(None)]
         if len(members) > 1:
             sections = [m for m in members if dataclasses.is_dataclass(m)]
-            if len(sections) == 1:
-                members = sections
-            else:
-                methods = [value.get("method")]
-                members = [OBJECTIVES[m] for m in methods if isinstance(m, str) and m in OBJECTIVES]
+            members = sections if len(sections) == 1 else []
         return _known_fields(members[0], value) if members else None
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        if annotation is Experiment:
-            return {
-                **{n: f.annotation for n, f in Experiment.model_fields.items()},
-                "objective": ObjectiveConfig,
-            }
-        return {name: f.annotation for name, f in annotation.model_fields.items()}
+        return {name: _with_part(field) for name, field in annotation.model_fields.items()}
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         hints = typing.get_type_hints(annotation)
         return {f.name: hints[f.name] for f in dataclasses.fields(annotation)}
     return None
+
+
+def _with_part(field: FieldInfo) -> Any:
+    """A field's type, with the registry that it takes a part of."""
+    part = next((mark for mark in field.metadata if isinstance(mark, PartOf)), None)
+    return field.annotation if part is None else Annotated[field.annotation, part]

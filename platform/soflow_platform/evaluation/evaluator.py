@@ -23,7 +23,8 @@ from soflow_pipelines.features.network import FeatureNetwork
 from soflow_pipelines.images.autoencoder import AutoencoderError, KlAutoencoder
 from soflow_pipelines.images.convert import to_uint8
 from soflow_pipelines.images.encode import image_grid
-from soflow_pipelines.metrics import EVALUATOR, Reference, ScoreError, ScoreStatistics, scores
+from soflow_pipelines.metrics import EVALUATOR, METRICS, Reference, ScoreError, ScoreStatistics, scores
+from soflow_pipelines.metrics.registry import select_metrics
 from soflow_pipelines.references.latent_decoder import open_decoder
 from soflow_pipelines.references.reference_store import (
     ReferenceLocation,
@@ -117,10 +118,12 @@ class Evaluator:
         if features.space == "images":
             decoder = open_decoder(info, config.autoencoder, best_device())
         classes = info.classes if conditional else None
-        # Label agreement compares with no reference.
-        store = _reference_store(
-            features, config.features, config.metric_kinds(False)[config.distance], info, storage, compute
-        )
+        try:
+            metrics = select_metrics(config.metric_kinds(classes is not None).values(), features)
+        except ScoreError as error:
+            raise UserError(f"evaluation.metrics: {error}") from None
+        compared = tuple(metric for metric in metrics if METRICS[metric].compares)
+        store = _reference_store(features, config.features, compared, info, storage, compute)
         try:
             if config.reference is None:
                 resolved = store.of_training_data(info, data, config.autoencoder)
@@ -289,7 +292,7 @@ class Evaluator:
 def _reference_store(
     features: FeatureNetwork,
     name: str,
-    metric: str,
+    metrics: tuple[str, ...],
     info: DatasetInfo,
     storage: ProjectFolder,
     compute: ComputeStatistics | None,
@@ -300,7 +303,7 @@ def _reference_store(
     return ReferenceStore(
         features,
         name,
-        (metric,),
+        metrics,
         storage.features,
         LocalStatistics(features, best_device()) if local else compute,
     )
@@ -311,7 +314,7 @@ def _pooled(
 ) -> Comparison:
     """The comparison on `pooled` features with the training data."""
     features = feature_network(POOLED, info.shape, storage)
-    store = _reference_store(features, POOLED, "fd", info, storage, compute)
+    store = _reference_store(features, POOLED, ("fd",), info, storage, compute)
     return Comparison(features, store.of_training_data(info, data).reference, {"fd": "fd"})
 
 

@@ -93,7 +93,7 @@ def training_data_location(
 ) -> str | None:
     """Location of the data that a network was trained on, from its source or its description; None where neither names one."""
     source = source or builtin_source(info)
-    if source in BUILTIN:
+    if source is not None and source in BUILTIN:
         return str(ensure_builtin(source, storage.data / source))
     return source if source is None or "://" in source else absolute_source(source)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from soflow_core.networks import DiTConfig
+from soflow_core.networks import Architecture
 from soflow_pipelines.images.autoencoder import AutoencoderError, KlAutoencoder, load_autoencoder
 from soflow_pipelines.images.codec import AutoencoderFacts, Decoder
 from soflow_pipelines.references.latent_decoder import open_decoder
@@ -23,7 +23,7 @@ def autoencoder_tag(facts: AutoencoderFacts) -> str:
 
 
 def open_sample_decoder(
-    config: DiTConfig, info: DatasetInfo | None, autoencoder: str | None, device: str | torch.device
+    config: Architecture, info: DatasetInfo | None, autoencoder: str | None, device: str | torch.device
 ) -> KlAutoencoder | None:
     """The autoencoder that decodes the samples of a network; None for a network of pixels.
 
@@ -45,7 +45,7 @@ def open_sample_decoder(
 
 
 def _decoder_of_unknown_data(
-    config: DiTConfig, autoencoder: str | None, device: str | torch.device
+    config: Architecture, autoencoder: str | None, device: str | torch.device
 ) -> KlAutoencoder | None:
     if config.channels in IMAGE_CHANNELS and autoencoder is None:
         return None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soflow_core.networks import DiT
+from soflow_core.networks import NetworkModule
 from soflow_core.objectives import Objective
 from soflow_core.weights import Weights, WeightsError, build_network, load_weights
 from soflow_pipelines.images.autoencoder import KlAutoencoder
@@ -44,7 +44,7 @@ def read_weights(path: str | Path) -> tuple[Weights, Objective]:
 class Generator:
     """A network, the method that samples it, and the decoder of its samples."""
 
-    network: DiT
+    network: NetworkModule
     objective: Objective
     info: DatasetInfo | None
     """Description of the training data; None where the weights name none."""

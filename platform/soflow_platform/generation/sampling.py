@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, overload
 
@@ -10,7 +11,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from soflow_core.networks import DiTConfig
+from soflow_core.networks import Architecture
 from soflow_core.objectives import Objective
 from soflow_core.samplers.noise import sample_noise
 from soflow_platform.errors import UserError
@@ -23,7 +24,7 @@ class SamplingNetwork(Protocol):
     """Interface of a network that can be sampled: its config, and F(x, t, s, labels, scale)."""
 
     @property
-    def config(self) -> DiTConfig:
+    def config(self) -> Architecture:
         """Shape and classes of the samples."""
 
     def __call__(
@@ -70,8 +71,7 @@ def generate(
     device: torch.device,
 ) -> Tensor:
     """Samples (B, C, H, W) float32 on the CPU; sample i is a function of (weights, seed, i, label, sampler, steps)."""
-    config = network.config
-    shape = (config.channels, config.height, config.width)
+    shape = network.config.sample_shape
     noise = sample_noise(seed, indices, shape).to(device)
     labels = None if labels is None else labels.to(device)
     renoise = SampleNoises(seed, indices, shape, steps - 1, device)
@@ -92,7 +92,7 @@ def with_sampling(objective: Objective, settings: Mapping[str, Any]) -> Objectiv
         return kind.validate_python({**dataclasses.asdict(objective), **settings})  # type: ignore[call-overload]
     except ValidationError as error:
         first = error.errors()[0]
-        message = first["msg"].removeprefix("Value error, ")
+        message = re.sub(r"^[A-Z]\w*\.(?=\w+ is )", "", first["msg"].removeprefix("Value error, "))
         name = ".".join(str(part) for part in first["loc"])
         setting = f"`{name}` is {first['input']!r}: " if name else ""
         raise UserError(f"{objective.method}: {setting}{message[:1].lower()}{message[1:]}.") from None

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soflow_core.networks import DiT, DiTConfig
+from soflow_core.networks import NETWORKS, Architecture, NetworkModule
 from soflow_core.objectives import OBJECTIVES, Batch, Objective
-from soflow_core.settings import from_dict, to_dict
+from soflow_core.plugins import VARIABLE, loaded
+from soflow_core.settings import to_dict
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import JobError
 from soflow_platform.training.step_builder import build_train_step
@@ -44,7 +45,7 @@ IMAGES = 64
 class TrainingBenchmark:
     """Training steps of a trial: one worker's share of a batch, without communication between workers."""
 
-    network: DiTConfig
+    network: Architecture
     experiment: Experiment
 
 
@@ -52,7 +53,7 @@ class TrainingBenchmark:
 class SamplingBenchmark:
     """Sampling with a method in a number of steps."""
 
-    network: DiTConfig
+    network: Architecture
     objective: Objective
     steps: int
 
@@ -92,7 +93,10 @@ def measure_costs(trainings: Sequence[TrainingBenchmark], samplings: Sequence[Sa
             str(request_path),
             str(result_path),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        named = {VARIABLE: os.pathsep.join(plugin.path for plugin in loaded())} if loaded() else {}
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, **named}
+        )
         if done.returncode:
             raise JobError(f"the costs could not be measured: {_failure(done)}")
         return Costs(**json.loads(result_path.read_text()))
@@ -107,14 +111,15 @@ def _failure(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def _training_benchmark(request: dict[str, Any]) -> TrainingBenchmark:
-    return TrainingBenchmark(from_dict(DiTConfig, request["network"]), Experiment(**request["experiment"]))
+    # The experiment first: it imports the plugins that the network may come from.
+    experiment = Experiment(**request["experiment"])
+    return TrainingBenchmark(NETWORKS.read(request["network"]), experiment)
 
 
 def _sampling_benchmark(request: dict[str, Any]) -> SamplingBenchmark:
-    objective = request["objective"]
     return SamplingBenchmark(
-        from_dict(DiTConfig, request["network"]),
-        from_dict(OBJECTIVES[objective["method"]], objective),
+        NETWORKS.read(request["network"]),
+        OBJECTIVES.read(request["objective"]),
         request["steps"],
     )
 
@@ -131,7 +136,7 @@ class TimedTraining:
         """Seconds of a step at place `point` of the schedule, 0 to POINTS - 1."""
         network, experiment = self.benchmark.network, self.benchmark.experiment
         training, workers = experiment.training, experiment.resources.workers
-        shape = (network.channels, network.height, network.width)
+        shape = network.sample_shape
         x0 = torch.randn(training.batch, *shape, generator=self.generator)
         labels = None
         if network.classes is not None:
@@ -201,7 +206,7 @@ def measure_sampling(benchmarks: Sequence[SamplingBenchmark], device: torch.devi
     for _ in range(ROUNDS):
         for config in dict.fromkeys(benchmark.network for benchmark in benchmarks):
             _free(device)
-            network = DiT(config).to(device).eval()
+            network = config.build().to(device).eval()
             for number, benchmark in enumerate(benchmarks):
                 if benchmark.network == config:
                     _sampling_seconds(benchmark, network, device, steps=min(benchmark.steps, 2))
@@ -212,10 +217,12 @@ def measure_sampling(benchmarks: Sequence[SamplingBenchmark], device: torch.devi
 
 
 @torch.inference_mode()
-def _sampling_seconds(benchmark: SamplingBenchmark, network: DiT, device: torch.device, steps: int) -> float:
+def _sampling_seconds(
+    benchmark: SamplingBenchmark, network: NetworkModule, device: torch.device, steps: int
+) -> float:
     """Seconds of IMAGES images. Noise is drawn before the clock starts, because drawing it is not part of the method."""
     config = benchmark.network
-    noise = torch.randn(IMAGES, config.channels, config.height, config.width).to(device)
+    noise = torch.randn(IMAGES, *config.sample_shape).to(device)
     labels: Tensor | None = None
     if config.classes is not None:
         labels = (torch.arange(IMAGES) % config.classes).to(device)

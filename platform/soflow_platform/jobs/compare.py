@@ -7,13 +7,14 @@ run on this machine.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from soflow_core.networks import DiTConfig
+from soflow_core.networks import Architecture
 from soflow_core.objectives import Diffusion
 from soflow_platform.config.document import Document
 from soflow_platform.config.experiment import Experiment
+from soflow_platform.config.validation import resolved_experiment
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.jobs.benchmark import SamplingBenchmark, TrainingBenchmark, measure_costs
 from soflow_platform.jobs.evaluate import Score, ScoringTask, Services, network_protocol, score_all
@@ -64,6 +65,8 @@ class Row:
     """Over DDPM of 1000 steps, in time for one image."""
     trained_guidance: float | None = None
     """Scale of the guidance in training, 1 for none; None where the method has no such setting."""
+    others: Mapping[str, float] = field(default_factory=dict)
+    """Other metrics of the sweep's evaluations, by name."""
     flags: tuple[str, ...] = ()
 
     def label(self, rows: Sequence[Row]) -> str:
@@ -92,6 +95,11 @@ class Comparison:
     """Device that the costs were measured on; None where they were not."""
     left_out: list[str] = field(default_factory=list)
     """Trials that could not be compared, and why."""
+
+    @property
+    def others(self) -> list[str]:
+        """Names of the metrics beside distance and label agreement."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.others))
 
     @property
     def budgets(self) -> list[str]:
@@ -170,7 +178,7 @@ def score_sweep(request: CompareRequest, services: Services, say: Callable[[str]
 
     Raises InputError where there is nothing to compare, JobError where something failed.
     """
-    experiment = Experiment(**request.record.experiment)
+    experiment = resolved_experiment(request.record.experiment, f"sweep {request.record.id}")
     entries, left_out = _entries(request, experiment, services)
     if not entries:
         raise UserError(f"sweep {request.record.id} has nothing to compare: {'; '.join(left_out)}.")
@@ -229,13 +237,10 @@ def _scored(entries: Sequence[Entry], experiment: Experiment, services: Services
 
 
 def _protocol_request(experiment: Experiment) -> ProtocolRequest:
-    """The distance by which the sweep's trials were compared, and label agreement where it was reported."""
+    """The metrics that the sweep's evaluations reported."""
     evaluation = experiment.evaluation
-    distance = "fid" if evaluation.distance == "fid" else "fd"
-    reported = evaluation.metrics(experiment.data.conditional)
-    agreement = any("label_agreement" in name for name in reported)
     return ProtocolRequest(
-        metrics=(distance, "label_agreement") if agreement else (distance,),
+        metrics=tuple(evaluation.metric_kinds(experiment.data.conditional).values()),
         features=evaluation.features,
         autoencoder=evaluation.autoencoder,
     )
@@ -245,7 +250,7 @@ def _protocol_request(experiment: Experiment) -> ProtocolRequest:
 class TrainingKey:
     """Trainings with equal keys cost the same for each step."""
 
-    network: DiTConfig
+    network: Architecture
     settings: str
     """The experiment as JSON, but for its length: a step is timed at fractions of the schedule."""
 
@@ -289,7 +294,8 @@ def _rows(entries: Sequence[Entry], budgets: Sequence[str]) -> list[Row]:
 def _row(budget: str, entry: Entry) -> Row:
     score, objective = entry.score, entry.network.objective
     assert score is not None
-    (distance,) = (value for name, value in score.values.items() if name != "label_agreement")
+    others = dict(score.values)
+    distance = next(others.pop(name) for name in ("fid", "fd") if name in others)
     row = Row(
         budget=budget,
         trial=entry.trial.name,
@@ -302,7 +308,8 @@ def _row(budget: str, entry: Entry) -> Row:
         nfe=int(score.tags["nfe"]),
         samples=entry.samples.count,
         distance=distance,
-        label_agreement=score.values.get("label_agreement"),
+        label_agreement=others.pop("label_agreement", None),
+        others=others,
         flags=tuple(_flags(entry, score)),
     )
     return row if entry.cost is None else replace(row, **vars(entry.cost))

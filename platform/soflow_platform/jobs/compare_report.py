@@ -54,9 +54,9 @@ def markdown(comparison: Comparison) -> str:
     for budget in comparison.budgets:
         rows = comparison.of(budget)
         lines += ["", f"## {TITLES.get(budget, budget)}", ""]
-        titles = [title.format(distance=comparison.distance) for title in COLUMNS]
-        lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-        lines += ["| " + " | ".join(cells(row, row.label(rows))) + " |" for row in rows]
+        heads = titles(comparison)
+        lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        lines += ["| " + " | ".join(cells(row, row.label(rows), comparison.others)) + " |" for row in rows]
     lines += ["", "## What the numbers are", ""]
     lines += [f"- {name}: {value}" for name, value in comparison.settings.items()]
     counts = sorted({row.samples for row in comparison.rows})
@@ -71,8 +71,13 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cells(row: Row, name: str) -> list[str]:
-    """The cells of one row, in the order of COLUMNS; `name` is the first."""
+def titles(comparison: Comparison) -> list[str]:
+    """The heads of the columns of a table; metrics that a sweep reports beside the usual ones are the last."""
+    return [*(title.format(distance=comparison.distance) for title in COLUMNS), *comparison.others]
+
+
+def cells(row: Row, name: str, others: Sequence[str] = ()) -> list[str]:
+    """The cells of one row, in the order of `titles`; `name` is the first."""
     nfe_per_step = row.nfe // row.steps
     flagged = "" if row.flags == () else " *"
     return [
@@ -87,6 +92,7 @@ def cells(row: Row, name: str) -> list[str]:
         "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}",
         "-" if row.image_seconds is None else f"{1e3 * row.image_seconds:.3f}",
         "-" if row.speedup is None else f"{row.speedup:,.0f}" if row.speedup >= 10 else f"{row.speedup:.2f}",
+        *(f"{row.others[other]:.4g}" if other in row.others else "-" for other in others),
     ]
 
 
@@ -143,11 +149,12 @@ def _at_one_evaluation(which: str, distance: str, rows: Sequence[Row]) -> list[s
 def table(comparison: Comparison) -> str:
     """CSV with every field of every row."""
     text = io.StringIO()
-    names = [field.name for field in fields(Row)]
+    names = [field.name for field in fields(Row) if field.name != "others"] + comparison.others
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     for row in comparison.rows:
-        writer.writerow({**vars(row), "flags": " ".join(row.flags)})
+        own = {name: value for name, value in vars(row).items() if name != "others"}
+        writer.writerow({**own, **row.others, "flags": " ".join(row.flags)})
     return text.getvalue()
 
 

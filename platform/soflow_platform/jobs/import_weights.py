@@ -61,7 +61,7 @@ def import_weights(request: ImportRequest, project: ProjectFolder, tracking_uri:
         raise UserError(f"--method {request.method!r} is not known; there are {', '.join(OBJECTIVES)}.")
     described = read_info(request.data) if request.data is not None else None
     weights = _read(request, described)
-    info = _data(request, weights.network_config, described)
+    info = _data(request, _architecture(weights), described)
     tracking = Tracking.open(tracking_uri, request.name, project)
     origin = {
         "imported_from": request.checkpoint.name,
@@ -92,7 +92,7 @@ def _read(request: ImportRequest, described: DatasetInfo | None) -> Weights:
         heads = heads or SIZES[size][2]
     try:
         weights = read_official(request.checkpoint, request.which, heads, None if classes is None else False)
-        config = weights.network_config
+        config = _architecture(weights)
         if config.classes is not None and classes is not None:
             weights = replace(weights, network_config=_with_classes(config, config.classes, classes))
         build_network(weights)
@@ -101,8 +101,14 @@ def _read(request: ImportRequest, described: DatasetInfo | None) -> Weights:
         hint = next((hint for words, hint in hints.items() if words in str(error)), "")
         raise UserError(f"{request.checkpoint} cannot be imported: {str(error).rstrip('.')}{hint}.") from None
     if request.network is not None:
-        _require_size(request.network, weights.network_config)
+        _require_size(request.network, _architecture(weights))
     return weights
+
+
+def _architecture(weights: Weights) -> DiTConfig:
+    """The architecture of an official checkpoint, which is a DiT."""
+    assert isinstance(weights.network_config, DiTConfig)
+    return weights.network_config
 
 
 def _with_classes(config: DiTConfig, rows: int, classes: int) -> DiTConfig:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from soflow_core.networks import DiTConfig
+from soflow_core.networks import Architecture
 from soflow_core.nfe import sampling_evaluations
 from soflow_core.objectives import Objective
 from soflow_pipelines.references.statistics_job import StatisticsJob
@@ -39,7 +39,7 @@ class ModelUnderTest:
     path: Path
     digest: str
     """SHA-256 of the file."""
-    config: DiTConfig
+    config: Architecture
     data: DatasetInfo | None
     """Description of the training data; None where the weights name none."""
     trained: Objective

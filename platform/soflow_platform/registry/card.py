@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from soflow_core.networks import NETWORKS
 from soflow_core.settings import to_dict
-from soflow_core.weights import Weights
+from soflow_core.weights import Weights, needed_plugins
 from soflow_platform.generation.sampling import sampling_facts
 
 FORMAT = 1
@@ -30,6 +31,7 @@ def describe(
     objective = header.objective
     assert objective is not None, "weights are registered with their method"
     network, data = header.network_config, header.data
+    plugins = needed_plugins(network, objective)
     return {
         "format": FORMAT,
         "method": objective.method,
@@ -40,6 +42,7 @@ def describe(
         "data": {key: value for key, value in data.items() if key != "left_out"},
         "normalization": _normalization(data),
         "evaluation": dict(evaluation),
+        **({"plugins": plugins} if plugins else {}),
         **origin,
     }
 
@@ -58,14 +61,14 @@ def model_card(name: str, description: Mapping[str, Any]) -> str:
     shape = " x ".join(str(network[side]) for side in ("channels", "height", "width"))
     rows = {
         "method": description["method"],
-        "network": f"DiT, width {network['hidden']}, depth {network['depth']}, patch {network['patch']}, "
-        f"{description['parameters'] / 1e6:.1f} M parameters",
+        "network": f"{_network_row(network)}, {description['parameters'] / 1e6:.1f} M parameters",
         "samples": f"{shape} in {description['normalization']['space']}",
         "data": _data_row(data),
         "classes": _classes_row(network, data),
         "autoencoder": _autoencoder_row(data),
         "trained": _training_row(description),
         "from": _origin_row(description),
+        "plugins": plugin_text(description),
     }
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items() if value)
     parts = [
@@ -90,6 +93,17 @@ def with_decision(description: str, line: str) -> str:
     while len(lines) > 1 and len(card) + len(DECISIONS) + len("\n".join(lines)) > DESCRIPTION_LIMIT:
         lines.pop()
     return (card + DECISIONS + "\n".join(lines))[:DESCRIPTION_LIMIT]
+
+
+def _network_row(network: Mapping[str, Any]) -> str:
+    if NETWORKS.name_in(network) == "dit":
+        return f"DiT, width {network['hidden']}, depth {network['depth']}, patch {network['patch']}"
+    return NETWORKS.read(network).title
+
+
+def plugin_text(description: Mapping[str, Any]) -> str:
+    """Names and digests of the plugins that a version needs; empty where it needs none."""
+    return ", ".join(f"{each['module']} (sha256 {each['digest']})" for each in description.get("plugins", ()))
 
 
 def _data_row(data: Mapping[str, Any]) -> str:

@@ -11,17 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soflow_core.networks import NETWORKS
 from soflow_core.weights import read_header
 from soflow_platform import generation
 from soflow_platform.errors import UserError
 from soflow_platform.registry.candidate import Candidate
-from soflow_platform.registry.card import describe, model_card, short_card
+from soflow_platform.registry.card import describe, model_card, plugin_text, short_card
 from soflow_platform.registry.stored_scores import NotComparableError, stored_scores
 from soflow_platform.registry.tags import (
     IMAGES_TAG,
     METHOD_TAG,
     NETWORK_TAG,
     PARAMETERS_TAG,
+    PLUGINS_TAG,
     RECIPE_TAG,
     TRIALS_TAG,
 )
@@ -165,9 +167,11 @@ def _add_version(tracking: Tracking, new: NewVersion) -> str:
     version = str(created.version)
     facts = {
         METHOD_TAG: new.description["method"],
-        NETWORK_TAG: _network_name(new.description["network"]),
+        NETWORK_TAG: NETWORKS.read(new.description["network"]).title,
         PARAMETERS_TAG: str(new.description["parameters"]),
     }
+    if plugin_text(new.description):
+        facts[PLUGINS_TAG] = plugin_text(new.description)
     for key, value in {**new.tags, **facts}.items():
         client.set_model_version_tag(name, version, key, value)
     card = short_card(model_card(f"{name}/{version}", new.description))
@@ -220,10 +224,6 @@ def _files_beside(new: NewVersion, folder: Path) -> dict[str, str]:
     for grid in [path for path in new.grids if path.is_file()][:1]:
         files["grid"] = shutil.copy(str(grid), str(folder / GRID_FILE))
     return files
-
-
-def _network_name(network: Mapping[str, Any]) -> str:
-    return f"DiT-{network['hidden']}x{network['depth']}/{network['patch']}"
 
 
 def versions_of(store: TrackingStore, name: str) -> list[Any]:

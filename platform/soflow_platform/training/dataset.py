@@ -16,7 +16,7 @@ from soflow_platform.training.model import network_config
 def expected(experiment: Experiment) -> Expected | None:
     """Sample shape and classes as far as the configuration says them. Raises UserError where built-in data have others."""
     source, wanted = experiment.data.source, experiment.data
-    if source in BUILTIN:
+    if source is not None and source in BUILTIN:
         data = BUILTIN[source]
         for name, given, actual in (
             ("shape", wanted.shape, data.shape),

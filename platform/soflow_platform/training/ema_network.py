@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from soflow_core.networks import DiT, DiTConfig
+from soflow_core.networks import Architecture, NetworkModule
 from soflow_core.train_step import TrainStep
 from soflow_platform.evaluation.ranks import Ranks
 from soflow_platform.generation.sampling import SamplingNetwork
@@ -20,7 +20,7 @@ from soflow_platform.training import distributed
 @contextlib.contextmanager
 def ema_network(
     train_step: TrainStep,
-    config: DiTConfig,
+    config: Architecture,
     device: torch.device,
     rank: int,
     world: int,
@@ -35,12 +35,12 @@ def ema_network(
     if train_step.mesh is None:
         # The initial weights of the new network are overwritten; drawing them must not advance the training's random generator.
         with torch.random.fork_rng(devices=[]):
-            network = DiT(config).to(device).eval()
+            network = config.build().to(device).eval()
         network.load_state_dict(train_step.ema_state())
         yield network, DataParallel(rank, world, should_stop)
         return
     with train_step.averaged() as shares:
-        lockstep = LockstepNetwork(cast(DiT, shares), device)
+        lockstep = LockstepNetwork(cast(NetworkModule, shares), device)
         yield lockstep, Lockstep(rank, world, lockstep)
         lockstep.drain()
 
@@ -82,7 +82,7 @@ class LockstepNetwork:
     Each forward pass of a sharded network is a collective operation. A rank that has finished runs dummy passes until all have.
     """
 
-    def __init__(self, network: DiT, device: torch.device) -> None:
+    def __init__(self, network: NetworkModule, device: torch.device) -> None:
         self.network, self.device = network, device
         self.config = network.config
 
@@ -95,7 +95,7 @@ class LockstepNetwork:
     def drain(self) -> None:
         """Run dummy passes until all ranks have run theirs."""
         config = self.config
-        x = torch.zeros(1, config.channels, config.height, config.width, device=self.device)
+        x = torch.zeros(1, *config.sample_shape, device=self.device)
         t = torch.zeros(1, device=self.device)
         labels = None if config.classes is None else torch.zeros(1, dtype=torch.long, device=self.device)
         while distributed.all_reduce_max(0, self.device):

@@ -9,11 +9,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from soflow_core.networks import DiTConfig
+from soflow_core.networks import Architecture, DiTConfig
 from soflow_core.networks.dit import FREQUENCIES
 from soflow_platform.config.experiment import Experiment
-from soflow_platform.training.flops import count_parameters
-from soflow_platform.training.step_time import FLOAT, Pass, trained_parameters
+from soflow_platform.training.step_time import FLOAT, Pass
 
 HALF = 2
 """Bytes of a bfloat16 number."""
@@ -41,23 +40,24 @@ class WorkerMemory:
 
 
 def worker_memory(
-    experiment: Experiment, network: DiTConfig, phases: Iterable[tuple[float, list[Pass]]]
+    experiment: Experiment, network: Architecture, phases: Iterable[tuple[float, list[Pass]]]
 ) -> WorkerMemory:
     """Memory of one worker in the phase of the method that takes most; `phases` are those of `step_time.work_of`."""
     training, workers = experiment.training, experiment.resources.workers
     shards = workers if training.parallel == "fsdp" else 1
-    weights, trained = FLOAT * count_parameters(network), FLOAT * trained_parameters(network)
+    weights, trained = FLOAT * network.parameters(), FLOAT * network.trained_parameters()
     teacher = experiment.objective.teacher_decay
     averages = len(training.ema) + (teacher is not None and teacher not in training.ema)
     rows = math.ceil(training.batch / (workers * training.accumulate))
     # A sharded network has two blocks whole: the one that runs and the one that is fetched.
-    whole = 2 * weights / network.depth if shards > 1 else 0.0
+    dit = network if isinstance(network, DiTConfig) else None
+    whole = (2 * weights / dit.depth if dit else weights) if shards > 1 else 0.0
     return WorkerMemory(
         parameters=weights / shards + whole,
         gradients=trained / shards,
         moments=MOMENTS * trained / shards,
         averages=averages * trained / shards,
-        activations=max(step_activations(network, passes, rows) for _, passes in phases),
+        activations=max(step_activations(dit, passes, rows) for _, passes in phases) if dit else None,
     )
 
 
@@ -67,7 +67,7 @@ def step_activations(network: DiTConfig, passes: list[Pass], rows: int) -> float
     for call in passes:
         if call.gradient:
             kept += rows * call.rows * saved_bytes(network, call.bfloat16)
-            kept += HALF * trained_parameters(network) if call.bfloat16 else 0
+            kept += HALF * network.trained_parameters() if call.bfloat16 else 0
         else:
             beside = max(beside, rows * call.rows * running_bytes(network, call))
     return kept + beside

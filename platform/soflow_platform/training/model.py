@@ -1,16 +1,16 @@
-"""Network configuration (DiTConfig) of a trial, checked against the training data."""
+"""Architecture of a trial's network, checked against the training data."""
 
 from __future__ import annotations
 
-from soflow_core.networks import DiTConfig, dit_config
+from soflow_core.networks import Architecture
 from soflow_pipelines.preparation.builtin import Expected
 from soflow_pipelines.shards.info import DataMismatch, DatasetInfo
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import UserError
 
 
-def network_config(experiment: Experiment, info: DatasetInfo) -> DiTConfig:
-    """Configuration of the network for a data set. Raises UserError, naming both sides, where the data do not match the settings."""
+def network_config(experiment: Experiment, info: DatasetInfo) -> Architecture:
+    """Architecture of the network for a data set. Raises UserError, naming both sides, where the data do not match the settings."""
     settings = experiment.data
     try:
         info.check_fits(
@@ -27,26 +27,19 @@ def network_config(experiment: Experiment, info: DatasetInfo) -> DiTConfig:
     return describe_network(experiment, Expected(tuple(info.shape), info.classes))
 
 
-def describe_network(experiment: Experiment, data: Expected) -> DiTConfig:
-    """Configuration of the network for samples of this shape and number of classes. Raises UserError where it cannot take them."""
+def describe_network(experiment: Experiment, data: Expected) -> Architecture:
+    """Architecture of the network for samples of this shape and number of classes. Raises UserError where it cannot take them."""
     channels, height, width = data.shape
     conditional = experiment.data.conditional
     classes = data.classes if conditional else None
     # Where the file leaves the number of classes to the data, the label embedding is decided when they are read.
     null_label = classes is not None and experiment.objective.needs_null_label
     guidance_scale = classes is not None and experiment.objective.conditions_on_scale
-    network = experiment.network
     try:
-        if network.size is not None:
-            return dit_config(network.size, channels, height, width, classes, null_label, guidance_scale)
-        return DiTConfig(
+        return experiment.network.architecture(
             channels=channels,
             height=height,
             width=width,
-            patch=network.patch or 0,
-            hidden=network.hidden or 0,
-            depth=network.depth or 0,
-            heads=network.heads or 0,
             classes=classes,
             null_label=null_label,
             guidance_scale=guidance_scale,

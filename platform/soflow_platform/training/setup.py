@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from soflow_core.networks import DiTConfig
+from soflow_core.networks import Architecture
 from soflow_core.nfe import training_evaluations
 from soflow_core.objectives import Draws
 from soflow_core.train_step import TrainStep
@@ -34,7 +34,7 @@ class TrialSetup:
     world: int
     """Number of ranks."""
     loader: ShardLoader
-    config: DiTConfig
+    config: Architecture
     train_step: TrainStep
     evaluator: Evaluator
 

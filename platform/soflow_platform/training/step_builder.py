@@ -6,20 +6,20 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from soflow_core.gradient_sync import DDP, FSDP, FlatAllReduce, GradientSync, Local
-from soflow_core.networks import DiT, DiTConfig
+from soflow_core.networks import Architecture
 from soflow_core.train_step import TrainStep, TrainStepConfig
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.training.distributed import rows_of
 
 
 def build_train_step(
-    experiment: Experiment, network_config: DiTConfig, device: torch.device, world: int, rank: int = 0
+    experiment: Experiment, network_config: Architecture, device: torch.device, world: int, rank: int = 0
 ) -> TrainStep:
     """The training step of a trial, with initial weights drawn from the experiment's seed."""
     training = experiment.training
     sync = choose_sync(experiment, device, world, rank)
     torch.manual_seed(experiment.seed)
-    network = DiT(network_config)
+    network = network_config.build()
     if not isinstance(sync, FSDP):
         # FSDP moves a network from the CPU block by block, so that no device holds all of it.
         network.to(device)

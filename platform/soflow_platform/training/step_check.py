@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 
 from soflow_core.failures import InputError
-from soflow_core.networks import DiT, DiTConfig
+from soflow_core.networks import Architecture
 from soflow_core.objectives import Batch
 from soflow_core.train_step import TrainStep, TrainStepConfig
 from soflow_pipelines.preparation.builtin import Expected
@@ -23,8 +22,6 @@ from soflow_platform.training.model import describe_network
 from soflow_platform.training.step_noise import step_generator
 
 ROWS = 2
-PATCHES, WIDTH, HEADS, DEPTH = 4, 32, 2, 2
-"""Largest side in patches, and the sizes, of the small network."""
 
 
 class StepCheckError(JobError):
@@ -45,7 +42,7 @@ def check_first_steps(trials: Iterable[tuple[str, Experiment]], data: Expected) 
     """
     tried = set()
     for name, experiment in trials:
-        network = small_network(describe_network(experiment, data))
+        network = describe_network(experiment, data).small()
         key = json.dumps([str(network), *_deciding(experiment)], sort_keys=True)
         if key in tried:
             continue
@@ -58,20 +55,7 @@ def check_first_steps(trials: Iterable[tuple[str, Experiment]], data: Expected) 
             raise StepCheckError(name, Failure.of(error)) from error
 
 
-def small_network(config: DiTConfig) -> DiTConfig:
-    """A network with the same inputs and conditions, of at most 4 x 4 patches, two blocks and 32 channels a token."""
-    most = PATCHES * config.patch
-    return replace(
-        config,
-        height=min(config.height, most),
-        width=min(config.width, most),
-        hidden=WIDTH,
-        depth=min(config.depth, DEPTH),
-        heads=HEADS,
-    )
-
-
-def try_step(experiment: Experiment, config: DiTConfig) -> None:
+def try_step(experiment: Experiment, config: Architecture) -> None:
     """Make one step, in float32 and uncompiled; this process's random generator stays where it was."""
     training, objective = experiment.training, experiment.objective
     settings = TrainStepConfig(
@@ -82,10 +66,10 @@ def try_step(experiment: Experiment, config: DiTConfig) -> None:
         clip_norm=training.clip_norm,
     )
     generator = step_generator(experiment.seed, 1)
-    shape = (config.channels, config.height, config.width)
+    shape = config.sample_shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed)
-        step = TrainStep(DiT(config), objective, settings)
+        step = TrainStep(config.build(), objective, settings)
         draws = objective.draw(generator, ROWS, shape, experiment.data.conditional)
         labels = None if config.classes is None else torch.arange(ROWS) % config.classes
         step(Batch(torch.randn(ROWS, *shape, generator=generator), labels), draws)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from soflow_core.networks import DiTConfig
+from soflow_core.networks import Architecture
 from soflow_core.nfe import LARGEST_COUNTED, NetworkCall, training_calls
 from soflow_core.objectives import Objective
 from soflow_core.passes import Precision
-from soflow_platform.training.flops import count_parameters, forward_gmac
+from soflow_platform.training.flops import forward_gmac
 
 FLOAT = 4
 BUCKET = 25 * 2**20
@@ -86,10 +86,14 @@ class Work:
 
 
 def work_of(
-    network: DiTConfig, objective: Objective, precision: Precision, batch: int = 256, conditional: bool = True
+    network: Architecture,
+    objective: Objective,
+    precision: Precision,
+    batch: int = 256,
+    conditional: bool = True,
 ) -> list[tuple[float, Work]]:
     """For each phase of a training: its share of the steps, and the work of a step; no row is left out, as on a GPU."""
-    trained, flops = trained_parameters(network), 2e9 * forward_gmac(network)
+    trained, flops = network.trained_parameters(), 2e9 * forward_gmac(network)
     counted = min(batch, LARGEST_COUNTED)
     return [
         (float(share), Work(trained, flops, [Pass.of(call, counted) for call in calls]))
@@ -110,12 +114,6 @@ def decoder_flops(shape: tuple[int, ...]) -> float:
 def feature_flops(features: str) -> float:
     """FLOPs of a feature network for one image; those that are not named here are small beside them or not counted."""
     return {"inception": INCEPTION_FLOPS}.get(features, 0.0)
-
-
-def trained_parameters(network: DiTConfig) -> int:
-    """Number of the parameters that a training changes: all but a DiT's positions, which are fixed."""
-    tokens = (network.height // network.patch) * (network.width // network.patch)
-    return count_parameters(network) - tokens * network.hidden
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,8 @@ def _evaluations_of_a_step(experiment: Experiment) -> float:
 
 
 def _setting_name(key: str, value: Any) -> str:
-    """Part of a trial's name for one setting: `weight_power=1`; for a section its method, or the settings in it."""
+    """Part of a trial's name for one setting: `weight_power=1`; for a section its method or kind, or the settings in it."""
     if isinstance(value, dict):
-        return str(value.get("method") or "-".join(_setting_name(k, v) for k, v in value.items()))
+        name = value.get("method") or (value.get("kind") if key == "network" else None)
+        return str(name or "-".join(_setting_name(k, v) for k, v in value.items()))
     return f"{key.rsplit('.', 1)[-1]}={f'{value:.4g}' if isinstance(value, float) else value}"

@@ -86,11 +86,14 @@ class PreparedData:
 
     def tags(self, experiment: Experiment) -> dict[str, str]:
         """Tags of the run of a sweep or of a trial with these settings."""
-        network = experiment.network
-        size = network.size or f"DiT-{network.hidden}x{network.depth}/{network.patch}"
         return {
             "method": experiment.objective.method,
-            "network": size,
+            "network": experiment.network.title,
+            **(
+                {"plugins": ", ".join(f"{p.module} (sha256 {p.digest})" for p in experiment.plugins)}
+                if experiment.plugins
+                else {}
+            ),
             "data.source": str(experiment.data.source),
             "data.digest": self.info.digest,
             **self.host_tags,
@@ -231,7 +234,7 @@ class SweepRunner:
     def _share_view(self, run: str) -> None:
         """Keep the sweep's page in MLflow: its trials, the best first, with what varies and the scores as columns."""
         experiment = self.context.experiment
-        metrics = list(experiment.evaluation.metrics(experiment.data.conditional))
+        metrics = list(experiment.evaluation.reported(experiment.data.conditional))
         params = varied_params([trial.experiment for trial in self.context.trials])
         view = view_state(run, experiment.search.metric, experiment.mode == "min", params, metrics)
         self.tracking.share_view(run, view)

@@ -59,7 +59,7 @@ MISTAKES = {
     ),
     "an unknown method": (
         ["run", DIGITS, "--set", "objective.method=soflaw"],
-        "unknown method 'soflaw' in `objective`; known are soflow",
+        "unknown method 'soflaw' in `objective`; known are alphaflow",
     ),
     "a batch that does not divide": (
         ["run", DIGITS, "--set", "resources.workers=3"],

@@ -115,12 +115,12 @@ def test_a_misspelt_override_is_named_as_one(tmp_path: Path) -> None:
         (
             "method: soflow",
             "method: so-flow",
-            "line 4: unknown method 'so-flow' in `objective`; known are soflow",
+            "line 4: unknown method 'so-flow' in `objective`; known are alphaflow",
         ),
         (
             "method: soflow",
             "flow_matching_share: 0.5",
-            "line 4: `objective.method` is missing; known are soflow",
+            "line 4: `objective.method` is missing; known are alphaflow",
         ),
         ("every: 20", "every: 50", "evaluation.every (50) is beyond training.steps (40): lower it"),
         ("heads: 2", "heads: 3", "`hidden` (32) must be a multiple of `heads` (3)"),

@@ -99,7 +99,7 @@ def test_why_a_number_is_refused_stands_in_the_log_and_on_the_run_once(
     ],
 )
 def test_the_distance_on_inception_alone_is_called_fid(features: str, metrics: list[str]) -> None:
-    assert list(EvaluationConfig(every=1, features=features).metrics(conditional=True)) == metrics
+    assert list(EvaluationConfig(every=1, features=features).reported(conditional=True)) == metrics
 
 
 def test_a_network_of_ones_own_is_found_from_any_working_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"features": "inceptoin"}, "there is no feature network 'inceptoin'; there are inception"),
     (
         {"settings": {"sampler": "ddpm"}},
-        "flow_matching: `sampler` is 'ddpm': input should be 'euler' or 'heun'",
+        "flow_matching: sampler is 'ddpm'; it is one of 'euler', 'heun'",
     ),
     (
         {"settings": {"sampling_scale": "much"}},
@@ -226,9 +226,7 @@ def test_a_sampler_setting_of_another_method_is_refused(scored: ProjectFolder) -
         InputError, match="flow_matching has no sampling setting `sampling_times`: it has samp"
     ):
         scores_of(scored, TRIAL, settings={"sampling_times": [0.5]})
-    with pytest.raises(
-        InputError, match="soflow: `sampler` is 'ddim': input should be 'consistency' or 'ode'"
-    ):
+    with pytest.raises(InputError, match="soflow: sampler is 'ddim'; it is one of 'consistency', 'ode'"):
         scores_of(scored, f"{SWEEP}/trial-00", settings={"sampler": "ddim"})
 
 

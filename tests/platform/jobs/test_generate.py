@@ -179,7 +179,7 @@ def test_sampler_settings_decide_the_images(scored_once: ProjectFolder, tmp_path
     assert images["usual"] == images["even"] != images["late"]
     with pytest.raises(InputError, match="sampling"):
         make(scored_once, checkpoint(scored_once), tmp_path / "late", steps=2)
-    with pytest.raises(InputError, match="`sampler` is 'heun': input should be 'consistency' or 'ode'"):
+    with pytest.raises(InputError, match="sampler is 'heun'; it is one of 'consistency', 'ode'"):
         make(scored_once, checkpoint(scored_once), tmp_path / "other", sampling={"sampler": "heun"})
     assert not (tmp_path / "other").exists()
 

@@ -90,7 +90,7 @@ def test_prefixes_are_taken_off_in_any_order(tmp_path: Path, prefix: str) -> Non
         ({"classes": 4, "network": "S/4"}, "patch 4; the checkpoint has width 384, depth 12, patch 2"),
         ({"classes": 4, "network": "Q/4"}, "--network 'Q/4' is not known; sizes are S, B, M, L, XL"),
         ({"classes": 4, "name": "a/b"}, "--name 'a/b': a registered model's name has letters"),
-        ({"classes": 4, "method": "gan"}, "--method 'gan' is not known; there are soflow"),
+        ({"classes": 4, "method": "gan"}, "--method 'gan' is not known; there are alphaflow"),
     ],
 )
 def test_what_does_not_fit_is_refused(

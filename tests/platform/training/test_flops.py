@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from soflow_core.networks import DiT, DiTConfig
-from soflow_core.networks.dit import FREQUENCIES
-from soflow_platform.training.flops import TIME_FREQUENCIES, count_parameters
+from soflow_core.networks import DiTConfig
 
 NETWORKS = [
     DiTConfig(1, 8, 8, patch=2, hidden=96, depth=4, heads=4, classes=10, null_label=True),
@@ -18,8 +16,4 @@ NETWORKS = [
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_parameters_are_counted_without_building_the_network(network: DiTConfig) -> None:
-    assert count_parameters(network) == sum(p.numel() for p in DiT(network).parameters())
-
-
-def test_the_width_of_time_embeddings_is_that_of_the_network() -> None:
-    assert TIME_FREQUENCIES == FREQUENCIES
+    assert network.parameters() == sum(p.numel() for p in network.build().parameters())

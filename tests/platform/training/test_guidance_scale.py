@@ -13,7 +13,7 @@ from soflow_pipelines.preparation.builtin import Expected
 from soflow_platform.config.validation import read_experiment
 from soflow_platform.errors import UserError
 from soflow_platform.generation.sampling import sampling_facts, with_sampling
-from soflow_platform.training.flops import count_parameters, forward_gmac
+from soflow_platform.training.flops import forward_gmac
 from soflow_platform.training.model import describe_network
 
 DIGITS = Path(__file__).parents[3] / "sweeps" / "digits.yaml"
@@ -35,7 +35,7 @@ def test_a_range_of_scales_makes_a_network_with_the_scale_as_a_condition() -> No
 def test_the_condition_is_counted_in_parameters_and_flops() -> None:
     network = describe_network(read_experiment(DIGITS)[0], DATA)
     conditioned, d = replace(network, guidance_scale=True), network.hidden
-    assert count_parameters(conditioned) - count_parameters(network) == 256 * d + d * d + 2 * d
+    assert conditioned.parameters() - network.parameters() == 256 * d + d * d + 2 * d
     added = forward_gmac(conditioned) - forward_gmac(network)
     assert added == pytest.approx((256 * d + d * d) / 1e9, rel=1e-6)
 

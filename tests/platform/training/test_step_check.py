@@ -13,7 +13,7 @@ from soflow_core.networks import DiT, dit_config
 from soflow_core.objectives import OBJECTIVES, FlowMatching
 from soflow_pipelines.preparation.builtin import BUILTIN
 from soflow_platform.errors import UserError
-from soflow_platform.training.step_check import StepCheckError, check_first_steps, small_network
+from soflow_platform.training.step_check import StepCheckError, check_first_steps
 from tests.platform.conftest import small_experiment
 
 DIGITS = BUILTIN["digits"]
@@ -74,7 +74,7 @@ def test_trials_that_differ_in_seed_or_length_alone_are_tried_once(monkeypatch: 
 
 def test_a_large_network_becomes_a_small_one_with_the_same_conditions() -> None:
     large = dit_config("XL/2", 4, 32, 32, classes=1000, null_label=True, guidance_scale=True)
-    small = small_network(large)
+    small = large.small()
     assert sum(p.numel() for p in DiT(small).parameters()) < 200_000
     assert (small.height, small.width, small.patch) == (8, 8, 2)
     same = {"height": 32, "width": 32, "hidden": 1152, "depth": 28, "heads": 16}

@@ -1,0 +1,109 @@
+"""docs/extending.md is true: its files are plugins that a sweep file names, keep their contracts, train and are compared."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from soflow_pipelines.metrics import METRICS
+from soflow_pipelines.preparation.builtin import Expected
+from soflow_platform.config.validation import read_experiment
+from soflow_platform.training.model import describe_network
+from soflow_platform.training.step_check import check_first_steps
+from soflow_platform.tuning.search_space import trials
+from tests.support.commands import environment
+from tests.support.documents import ROOT, blocks_of_page
+from tests.support.plugin_files import restored_registries
+
+PAGE, METHOD_PAGE = ROOT / "docs" / "extending.md", ROOT / "docs" / "new-method.md"
+SMALL = [
+    *("--set", "training.steps=20", "--set", "evaluation.every=20", "--set", "training.batch=32"),
+    *("--set", "evaluation.samples=64", "--set", "evaluation.grid=4", "--set", "comparison=[{steps: [2]}]"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder, outside the repository: the files of both pages."""
+    folder = tmp_path_factory.mktemp("mine")
+    for block in [*blocks_of_page(METHOD_PAGE), *blocks_of_page(PAGE)]:
+        if block.mark == "file" and (block.page == PAGE or block.value.startswith("soflow_core/")):
+            (folder / Path(block.value).name).write_text(block.text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(folder)
+    with restored_registries():
+        yield folder
+
+
+def test_the_sweep_of_the_page_names_its_plugins_and_takes_a_step(inside: Path) -> None:
+    experiment, document = read_experiment(inside / "mine.yaml")
+    assert [plugin.module for plugin in experiment.plugins] == [
+        "secant",
+        "small_unet",
+        "coverage",
+        "midpoint",
+    ]
+    assert experiment.search.metric in experiment.evaluation.reported(True)
+    planned = trials(document, experiment)
+    data = Expected((1, 8, 8), 10)
+    assert {describe_network(trial.experiment, data).title for trial in planned} == {"UNet-16x1"}
+    assert [trial.experiment.objective.method for trial in planned] == ["secant", "flow_matching"]
+    check_first_steps([(trial.name, trial.experiment) for trial in planned], data)
+    assert METRICS["coverage"].better == "max"
+
+
+def run(folder: Path, arguments: list[str]) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=folder,
+        env={
+            **environment(),
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "pipelines", ROOT / "platform"))),
+        },
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def commands(program: str) -> list[list[str]]:
+    blocks = [block for block in blocks_of_page(PAGE) if block.language == "sh"]
+    return [c.arguments[1:] for block in blocks for c in block.commands if c.arguments[0] == program]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_files_of_the_page_keep_their_contracts(folder: Path) -> None:
+    (shown,) = commands("python")
+    printed = run(folder, [*shown[1:], "-m", "not slow", "-p", "no:cacheprovider"])
+    assert "failed" not in printed
+    assert "passed" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_of_the_page_train_and_compare(folder: Path) -> None:
+    for command, *rest in commands("soflowctl"):
+        printed = run(
+            folder,
+            [
+                "soflow_platform.cli.main",
+                command,
+                *rest,
+                *SMALL,
+                *(["--no-costs"] if command == "compare" else []),
+            ],
+        )
+        assert "secant" in printed
+    assert "coverage" in printed
