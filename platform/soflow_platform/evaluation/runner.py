@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 
+from soflow_core.failures import InputError, summarize
 from soflow_pipelines.features.network import FeatureNetwork
 from soflow_pipelines.metrics.score_statistics import ScoreStatistics
 from soflow_pipelines.references.statistics_job import OpenedImages, StatisticsJob, compute_block
 from soflow_platform.cluster.actor_pool import ActorPool, Progress, Report, deterministic_torch, no_report
 from soflow_platform.cluster.connection import Cluster, connected
-from soflow_platform.errors import UserError
+from soflow_platform.errors import JobError, UserError
 from soflow_platform.evaluation.block_store import BlockStore
 from soflow_platform.evaluation.feature_networks import best_device, feature_network
 from soflow_platform.storage.project import ProjectFolder
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Block = tuple[BlockStore, int]
+
+RESUME_HINT = "Finished blocks are kept"
+RAY_START_SECONDS = 8.0
+"""What a start of Ray and of its actors takes on a small machine."""
 
 
 class StatisticsRunner(ABC):
@@ -81,7 +87,8 @@ class LocalStatisticsRunner(StatisticsRunner):
 class RayStatisticsRunner(StatisticsRunner):
     """Computes statistics on a Ray cluster, to which it connects when a block is missing, at most once.
 
-    A caller that is connected already passes its `cluster`.
+    A caller that is connected already passes its `cluster`. Without that and without an address, this process begins, and Ray is
+    started on this machine only where work is left after the seconds that its start takes. Where a GPU is, Ray is started at once.
     """
 
     def __init__(
@@ -104,17 +111,77 @@ class RayStatisticsRunner(StatisticsRunner):
         self._stack.__exit__(kind, error, trace)
 
     def _computed(self, blocks: list[Block], start: Progress) -> Iterator[Block]:
+        if self._cluster is None and self._address is None and not torch.cuda.is_available():
+            blocks = yield from self._begun_here(blocks, start)
+            if not blocks:
+                return
+            start = Progress(start.total - sum(store.job.size(block) for store, block in blocks), start.total)
         if self._cluster is None:
             self._cluster = self._stack.enter_context(connected(self._address))
         pool: ActorPool[Block] = ActorPool(
             self._cluster,
             StatisticsActor,
             (str(self.storage.root),),
-            describe=lambda task: f"block {task[1]} of {task[0].folder.name}",
-            resume_hint="Finished blocks are kept",
+            describe=describe_block,
+            resume_hint=RESUME_HINT,
         )
         for task, _ in pool.imap_unordered(blocks, start, self.report):
             yield task
+
+    def _begun_here(self, blocks: list[Block], start: Progress) -> Generator[Block, None, list[Block]]:
+        """Compute blocks in this process, as an actor does, for as long as a start of Ray takes.
+
+        Yields each as it is done; returns those that are left. Raises InputError and JobError as the pool of actors does.
+        """
+        done, end, left = start.done, time.monotonic() + RAY_START_SECONDS, list(blocks)
+
+        def count(images: int) -> None:
+            nonlocal done
+            done += images
+            self.report(Progress(done, start.total))
+            if time.monotonic() > end:
+                raise _TimeUp
+
+        computer = BlockComputer(self.storage, "cpu", count)
+        while left and time.monotonic() < end:
+            store, block = left[0]
+            try:
+                with one_cpu():
+                    computer.compute(store, block)
+            except _TimeUp:
+                break
+            except InputError:
+                raise
+            except Exception as error:
+                raise JobError(
+                    f"{describe_block(left[0])} failed: {summarize(error)}. {RESUME_HINT}: the same command goes on."
+                ) from error
+            left.pop(0)
+            yield store, block
+        return left
+
+
+def describe_block(task: Block) -> str:
+    """A block, for a person."""
+    store, block = task
+    return f"block {block} of {store.folder.name}"
+
+
+class _TimeUp(Exception):
+    """This process has begun for long enough; the block that it was at is computed by Ray."""
+
+
+@contextlib.contextmanager
+def one_cpu() -> Iterator[None]:
+    """In the block, torch computes in this process as in an actor with one CPU."""
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
+    deterministic_torch(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before
 
 
 class StatisticsActor:

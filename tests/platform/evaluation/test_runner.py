@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from soflow_pipelines.features.network import FeatureNetwork
 from soflow_pipelines.preparation.builtin import ensure_builtin
-from soflow_pipelines.references.statistics_job import StatisticsJob
+from soflow_pipelines.references.statistics_job import LocalStatistics, StatisticsJob
 from soflow_pipelines.references.stored_images import StoredImages
 from soflow_pipelines.shards.tables import read_info
 from soflow_pipelines.sources.digits import load_digits
@@ -108,3 +111,38 @@ def test_without_a_terminal_lines_say_how_many_real_images_are_described(
     with display.describing() as report:
         report(Progress(640, 50_000))
     assert written.getvalue().endswith("640 of 50,000 real images described\n")
+
+
+def whole(job: StatisticsJob, network: FeatureNetwork) -> dict[str, Any]:
+    return LocalStatistics(network)(job).state()
+
+
+def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_a_small_job_is_done_before_ray_could_start(storage: ProjectFolder, tmp_path: Path) -> None:
+    network = feature_network("digits-classifier", (1, 8, 8), storage)
+    job = StatisticsJob(digits_file(tmp_path / "a.npz", 0, 200), "digits-classifier", network.id, ("fd",))
+    seen: list[Progress] = []
+    with RayStatisticsRunner(storage, report=seen.append) as runner:
+        here = runner.one(job)
+        assert runner._cluster is None
+    assert seen[-1] == Progress(200, 200)
+    assert_equal(here.state(), whole(job, network))
+
+
+def test_what_this_process_leaves_is_done_by_ray(
+    cluster: Cluster, storage: ProjectFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = feature_network("digits-classifier", (1, 8, 8), storage)
+    job = StatisticsJob(digits_file(tmp_path / "a.npz", 0, 1600), "digits-classifier", network.id, ("fd",))
+    monkeypatch.setattr("soflow_platform.evaluation.runner.RAY_START_SECONDS", 0.05)
+    monkeypatch.setattr("soflow_platform.evaluation.runner.connected", lambda _: nullcontext(cluster))
+    seen: list[Progress] = []
+    with RayStatisticsRunner(storage, report=seen.append) as runner:
+        together = runner.one(job)
+        assert runner._cluster is cluster
+    assert seen[-1] == Progress(1600, 1600)
+    assert_equal(together.state(), whole(job, network))
