@@ -15,9 +15,10 @@ from soflow_core.objectives import OBJECTIVES, SoFlow
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.times import LogitNormal
 from soflow_platform.config.comparison import SamplingConfig
+from soflow_platform.config.dimensions import Dimension
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.gate import GateConfig, GuardConfig
-from soflow_platform.config.search import AshaConfig, Range
+from soflow_platform.config.search import AshaConfig, FinalConfig
 from soflow_platform.config.sections import NetworkConfig
 
 PAGE = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text(encoding="utf-8")
@@ -31,7 +32,8 @@ SECTIONS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "objective": SoFlow,
     "comparison": SamplingConfig,
-    "search.space": Range,
+    "search.space": Dimension,
+    "search.final": FinalConfig,
     "search.asha": AshaConfig,
     "registry.gate": GateConfig,
     "registry.gate.guards": GuardConfig,

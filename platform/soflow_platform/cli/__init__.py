@@ -19,4 +19,5 @@ promote    promote
 generate   generate
 evaluate   evaluate
 compare    compare
+report     report
 """

@@ -188,17 +188,15 @@ def show_result(
     screen: Console, record: SweepRecord, storage: ProjectFolder, outcomes: list[TrialOutcome] | None = None
 ) -> None:
     """The best trial, its numbers, its grid, where to look, and what to type next."""
-    for outcome in outcomes or []:
-        status = outcome.status
-        if status.state is not TrialState.FINISHED:
-            reason = f": {status.failure}" if status.failure else ""
-            screen.print(f"{outcome.name} {status.state} at step {status.step:,}{reason}", highlight=False)
+    _print_unfinished(screen, outcomes or [])
     best = record.best
     if best is None:
         return
     screen.print(styled("\n", ("best trial", "bold"), f"  {best.trial}, step {best.step:,}"), highlight=False)
     for key, value in best.metrics.items():
         screen.print(f"            {key} {value:.4g}", highlight=False)
+    if best.mean is not None and best.std is not None:
+        screen.print(f"            over seeds {best.mean:.4g} ± {best.std:.2g}", highlight=False)
     for path in best.grids:
         screen.print(f"grid        {path}", highlight=False, soft_wrap=True)
     if best.version is not None:
@@ -221,6 +219,15 @@ def show_result(
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _print_unfinished(screen: Console, outcomes: list[TrialOutcome]) -> None:
+    """A line for each trial that has not reached its last step."""
+    for outcome in outcomes:
+        status = outcome.status
+        if status.state is not TrialState.FINISHED:
+            reason = f": {status.failure}" if status.failure else ""
+            screen.print(f"{outcome.name} {status.state} at step {status.step:,}{reason}", highlight=False)
 
 
 def serves_itself(uri: str | None) -> bool:

@@ -35,6 +35,7 @@ from soflow_platform.cli.options import (
     parse_sampling,
 )
 from soflow_platform.cli.promote import promote
+from soflow_platform.cli.report import report
 from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.tracking.outages import describe_outage
 
@@ -247,6 +248,7 @@ def ui(
 
 
 app.command()(doctor)
+app.command()(report)
 app.command()(promote)
 app.command()(models)
 app.command()(export)

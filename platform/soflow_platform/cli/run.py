@@ -13,7 +13,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from soflow_platform.cli.options import Places
-from soflow_platform.cli.sweep_file import print_proxy, read, steps_of
+from soflow_platform.cli.sweep_file import later_trials, print_proxy, read, steps_of
 from soflow_platform.cli.terminal import console, plain_table, styled
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import JobError, Stopped, UserError
@@ -29,6 +29,7 @@ from soflow_platform.tuning.record import (
     new_or_resumed_record,
     sweep_id,
 )
+from soflow_platform.tuning.recorded import recorded_trials
 from soflow_platform.tuning.search_space import Trial
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def run_command(
     sweep = sweep_id(storage, experiment, options.again)
     existing = load_record(storage, sweep)
     if existing is not None:
+        planned += recorded_trials(sweep_file.document, experiment, existing, planned)
         _check_code(storage, existing, options.keep, screen)
     if existing is not None and existing.finished:
         screen.print(f"sweep {sweep} is finished; --again runs it anew.")
@@ -108,7 +110,7 @@ def run_command(
         _require_checkpoints(storage, existing, experiment)
     record = new_or_resumed_record(existing, sweep, str(path), experiment, planned)
     display = SweepDisplay(screen, experiment, planned, options.quiet)
-    context = SweepContext(record, experiment, planned, storage, display)
+    context = SweepContext(record, experiment, planned, storage, display, sweep_file.document)
     shutdown = GracefulShutdown(storage, sweep, display, experiment.training.grace_seconds)
     with shutdown, lock_sweep(storage, sweep):
         outcomes = restart_lost_ray(
@@ -307,7 +309,8 @@ def _print_plan(screen: Console, experiment: Experiment, planned: list[Trial], r
         )
     screen.print(table)
     screen.print(
-        f"{len(planned)} trials of {steps_of(planned)} steps, {experiment.training.batch} samples in each step"
+        f"{len(planned)} trials{later_trials(experiment)} of {steps_of(planned)} steps, "
+        f"{experiment.training.batch} samples in each step"
     )
     screen.print(f"compared by {experiment.search.metric} ({experiment.mode})")
     screen.print(f"asks Ray for {request(experiment)}")

@@ -63,6 +63,12 @@ def steps_of(planned: list[Trial]) -> str:
     return f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
 
 
+def later_trials(experiment: Experiment) -> str:
+    """`, and up to 8 more from results,` where the search algorithm or `search.final` adds trials."""
+    added = experiment.search.added
+    return f", and up to {added} more from results," if added else ""
+
+
 def _check_networks(planned: list[Trial]) -> None:
     """Raises UserError where a trial's network cannot take the shape that the file names."""
     from soflow_platform.training.dataset import expected

@@ -9,6 +9,8 @@ evaluation   scores during training
 gate         registry: the registered model and the gate before its champion
 comparison   ways of sampling that `compare` scores
 search       search space, budgets, scheduler
+dimensions   how one setting of a search space varies
+constraints  conditions between settings, parsed and evaluated
 locations    paths and URIs made absolute
 presets      sweep files by path, or by the name of one that comes with the package
 proxy        a sweep at the size and length of another

@@ -17,7 +17,7 @@ from soflow_platform.config.evaluation import EvaluationConfig
 from soflow_platform.config.gate import RegistryConfig
 from soflow_platform.config.parts import PartOf, network_section
 from soflow_platform.config.plugin_settings import Plugins
-from soflow_platform.config.search import SearchConfig
+from soflow_platform.config.search import LOGGED_METRICS, TRAINING_SECONDS, SearchConfig
 from soflow_platform.config.sections import (
     DataConfig,
     Section,
@@ -39,7 +39,15 @@ LATER_OBJECTIVE_SETTINGS = {
 }
 """Settings that methods of 0.1.0 have got since, with the values at which nothing changes. With these they are no part of the digest,
 so that sweeps keep it."""
-LATER_SEARCH_SETTINGS: dict[str, Any] = {"first": []}
+LATER_SEARCH_SETTINGS: dict[str, Any] = {
+    "first": [],
+    "constraints": [],
+    "seeds": 1,
+    "startup": 10,
+    "final": None,
+    "objectives": [],
+    "stop": {},
+}
 """Settings of `search` since 0.1.0, for the same reason."""
 LATER_EVALUATION_SETTINGS: dict[str, Any] = {"reference": None, "pooled": False, "metrics": []}
 """The same of `evaluation`; `final_samples` decides no number of a trial and is never part of it."""
@@ -109,6 +117,18 @@ class Experiment(Section):
                 f"search.metric {self.search.metric!r} is never reported: this sweep reports {', '.join(reported)}; "
                 "`evaluation.metrics` adds others"
             )
+        for name in self.search.stop:
+            if name not in reported and name not in LOGGED_METRICS:
+                known = ", ".join((*LOGGED_METRICS, *reported))
+                raise ValueError(
+                    f"search.stop has {name!r}, which is never reported: this sweep reports {known}"
+                )
+        for name in self.search.objectives:
+            if name not in reported and name != TRAINING_SECONDS:
+                known = ", ".join((*reported, TRAINING_SECONDS))
+                raise ValueError(
+                    f"search.objectives has {name!r}, which is never reported: this sweep reports {known}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -133,6 +153,12 @@ class Experiment(Section):
         return self.search.mode or self.evaluation.reported(self.data.conditional)[self.search.metric]
 
     @property
+    def objective_modes(self) -> dict[str, str]:
+        """`min` or `max` for `search.metric` and each of `search.objectives`, in this order."""
+        reported = {**self.evaluation.reported(self.data.conditional), TRAINING_SECONDS: "min"}
+        return {self.search.metric: self.mode, **{name: reported[name] for name in self.search.objectives}}
+
+    @property
     def model_name(self) -> str:
         """Name in the model registry."""
         return self.registry.model or self.name
@@ -150,7 +176,7 @@ class Experiment(Section):
         settings["network"] = _without(resolved["network"], LATER_NETWORK_SETTINGS)
         evaluation = _without(resolved["evaluation"], LATER_EVALUATION_SETTINGS)
         settings["evaluation"] = {key: value for key, value in evaluation.items() if key != "final_samples"}
-        settings["search"] = _without(resolved["search"], LATER_SEARCH_SETTINGS)
+        settings["search"] = _search_of_the_digest(resolved["search"])
         if self.plugins:
             settings["plugins"] = sorted((plugin.module, plugin.digest) for plugin in self.plugins)
         settings["training"] = {key: resolved["training"][key] for key in DECIDING_TRAINING}
@@ -160,6 +186,19 @@ class Experiment(Section):
 def _without(settings: dict[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
     """The settings without those that have the values of `later`."""
     return {key: value for key, value in settings.items() if key not in later or value != later[key]}
+
+
+def _search_of_the_digest(search: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `search` that decide what is trained and how it is compared."""
+    kept = _without(search, LATER_SEARCH_SETTINGS)
+    first_kinds = ("uniform", "log_uniform")
+    kept["space"] = {
+        key: {name: each for name, each in way.items() if name in first_kinds or each is not None}
+        if isinstance(way, dict)
+        else way
+        for key, way in search["space"].items()
+    }
+    return kept
 
 
 def trial_params(experiment: Experiment) -> dict[str, Any]:

@@ -1,37 +1,22 @@
-"""Settings of `search`: the space, the budgets, the scheduler, and the metric that trials are compared by."""
+"""Settings of `search`: the space, the algorithm, the budgets, the scheduler, and the metric that trials are compared by."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from soflow_platform.config.constraints import Constraint
+from soflow_platform.config.dimensions import Dimension, dimension_of, in_order
 from soflow_platform.config.sections import Positive, Section
 
 MAX_TRIALS = 1000
 """Trials of one sweep: each is checked before anything starts."""
 POINT_NAME = re.compile(r"[A-Za-z0-9][\w.=+-]{0,59}")
 """Name of a point of `first`, which becomes part of the name of its trial."""
-
-
-class Range(Section):
-    """A continuous range to draw from."""
-
-    uniform: tuple[float, float] | None = None
-    log_uniform: tuple[float, float] | None = None
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Range:
-        given = [r for r in (self.uniform, self.log_uniform) if r is not None]
-        if len(given) != 1 or given[0][0] >= given[0][1]:
-            raise ValueError(
-                "a range is {uniform: [low, high]} or {log_uniform: [low, high]} with low < high"
-            )
-        if self.log_uniform is not None and self.log_uniform[0] <= 0:
-            raise ValueError("the low end of log_uniform must be above 0")
-        return self
 
 
 class AshaConfig(Section):
@@ -42,6 +27,38 @@ class AshaConfig(Section):
     reduction: Annotated[int, Field(ge=2)] = 3
 
 
+class StopLimits(Section):
+    """Limits of a metric beyond which a trial is ended."""
+
+    above: float | None = None
+    below: float | None = None
+
+    @model_validator(mode="after")
+    def _has_a_limit(self) -> StopLimits:
+        if self.above is None and self.below is None:
+            raise ValueError("a rule of `stop` is nan, {above: value} or {below: value}")
+        return self
+
+
+StopRule = Literal["nan"] | StopLimits
+LOGGED_METRICS = ("train/loss", "train/grad_norm")
+"""Metrics of the training, beside those of evaluations, that rules of `stop` may name."""
+
+
+class FinalConfig(Section):
+    """The best points again, with seeds that no trial had before; one of these trials is registered."""
+
+    best: Positive = 3
+    """Points that are trained again."""
+    seeds: Positive = 3
+    """Seeds for each of them."""
+
+
+Algorithm = Literal["grid", "random", "sobol", "tpe"]
+"""`grid`: every combination. `random`: independent draws. `sobol`: a scrambled Sobol sequence, which fills the space evenly. `tpe`:
+after some of these, points that Optuna's TPE proposes from the trials so far."""
+TRAINING_SECONDS = "train_seconds"
+"""Name of the training time, in seconds of one worker's devices, as an objective."""
 Budget = Literal["steps", "evaluations"]
 """Budget that trials have in common: optimizer steps, or evaluations of the network."""
 
@@ -49,14 +66,21 @@ Budget = Literal["steps", "evaluations"]
 class SearchConfig(Section):
     """Which settings vary, and what decides between trials."""
 
-    space: dict[str, list[Any] | Range] = Field(default_factory=dict)
-    """From a setting's path (`objective.weight_power`) to the values it takes, or a range."""
+    space: dict[str, list[Any] | Dimension] = Field(default_factory=dict)
+    """From a setting's path (`objective.weight_power`) to the values it takes, or how it varies."""
+    constraints: Annotated[tuple[str, ...], Field(max_length=100)] = ()
+    """Conditions between settings: `objective.schedule.final < objective.schedule.initial`. Points that break one are not trained."""
     first: Annotated[tuple[dict[str, Any], ...], Field(max_length=MAX_TRIALS)] = ()
     """Points that are trained before those of `space`: from a setting's path to its value; `{}` is the file as it is written. A `name`
     beside the settings names the trial."""
-    algorithm: Literal["grid", "random"] = "grid"
+    algorithm: Algorithm = "grid"
     trials: Annotated[int, Field(gt=0, le=MAX_TRIALS)] | None = None
-    """Number of trials that `random` draws; `grid` tries every combination."""
+    """Number of points that are drawn; `grid` tries every combination."""
+    seeds: Annotated[int, Field(gt=0, le=MAX_TRIALS)] = 1
+    """Seeds with which every point is trained, from `seed` on; points are compared by their mean."""
+    startup: Positive = 10
+    """Points of a Sobol sequence with which `tpe` begins."""
+    final: FinalConfig | None = None
     budgets: Annotated[tuple[Budget, ...], Field(min_length=1)] = ("steps",)
     """`steps`: every trial trains for `training.steps`. `evaluations`: for as many steps as make the network evaluations that the
     file's own settings make in `training.steps`. With both, every point is trained once for each, and once for both where they come to
@@ -64,7 +88,11 @@ class SearchConfig(Section):
     metric: str = "eval/fd_nfe1"
     mode: Literal["min", "max"] | None = None
     """None: the metric's own direction."""
+    objectives: Annotated[tuple[str, ...], Field(max_length=4)] = ()
+    """What `tpe` looks for beside `metric`: other metrics that are reported, or `train_seconds`."""
     asha: AshaConfig | None = None
+    stop: dict[str, StopRule] = Field(default_factory=dict)
+    """When a trial that diverges is ended: `{train/loss: nan}`, `{eval/fd_nfe1: {above: 500}}`."""
 
     @model_validator(mode="after")
     def _names_of_points(self) -> SearchConfig:
@@ -80,26 +108,67 @@ class SearchConfig(Section):
 
     @model_validator(mode="after")
     def _algorithm_fits(self) -> SearchConfig:
-        ranges = [key for key, values in self.space.items() if isinstance(values, Range)]
-        if self.algorithm == "grid" and ranges:
+        empty = [key for key, values in self.space.items() if values == []]
+        if empty:
+            raise ValueError(f"`{empty[0]}` lists no values")
+        dimensions = self.dimensions()
+        in_order(dimensions)
+        drawn = [key for key, dimension in dimensions.items() if dimension.grid is None]
+        if self.algorithm == "grid" and drawn:
             raise ValueError(
-                f"`{ranges[0]}` is a range: a grid needs a list of values, or set algorithm: random"
+                f"`{drawn[0]}` is a range: a grid needs a list of values, or set algorithm: random"
             )
         if self.algorithm == "grid" and self.trials is not None:
-            raise ValueError("`trials` is for algorithm: random; a grid tries every combination")
-        if self.algorithm == "random" and self.trials is None:
-            raise ValueError("algorithm: random needs `trials`, the number of trials to draw")
-        points = math.prod(len(values) for values in self.space.values() if isinstance(values, list))
-        if self.algorithm == "grid" and points > MAX_TRIALS:
+            raise ValueError("`trials` is for algorithms that draw; a grid tries every combination")
+        if self.algorithm == "tpe" and len(drawn) < len(dimensions):
+            raise ValueError("algorithm: tpe takes no `grid` of a setting: make it a `choice`")
+        if self.algorithm == "tpe" and not dimensions:
+            raise ValueError("algorithm: tpe needs a `space` to search in")
+        if self.algorithm != "grid" and self.trials is None:
+            raise ValueError(f"algorithm: {self.algorithm} needs `trials`, the number of trials to draw")
+        grid = math.prod(len(dimension.grid) for dimension in dimensions.values() if dimension.grid)
+        points = grid * (self.trials or 1) * self.seeds
+        if points > MAX_TRIALS:
             raise ValueError(
                 f"the grid of `space` has {points} points: a sweep has at most {MAX_TRIALS} trials; "
                 "list fewer values, or draw with algorithm: random"
             )
+        for text in self.constraints:
+            Constraint.parse(text)
+        return self
+
+    @model_validator(mode="after")
+    def _budgets_fit(self) -> SearchConfig:
         if len(set(self.budgets)) < len(self.budgets):
             raise ValueError("`budgets` names one twice; keep one")
         if self.asha is not None and self.budgets != ("steps",):
             raise ValueError("`asha` compares trials at equal steps: leave `budgets` out")
-        empty = [key for key, values in self.space.items() if isinstance(values, list) and not values]
-        if empty:
-            raise ValueError(f"`{empty[0]}` lists no values")
+        if self.algorithm == "tpe" and (self.seeds > 1 or len(self.budgets) > 1):
+            raise ValueError(
+                "algorithm: tpe trains each point once: leave `seeds` and `budgets` out; `final` trains the best with several seeds"
+            )
+        if self.objectives and self.algorithm != "tpe":
+            raise ValueError("`objectives` are for algorithm: tpe; trials are compared by `metric`")
+        if self.metric in self.objectives or len(set(self.objectives)) < len(self.objectives):
+            raise ValueError("`objectives` are other metrics than `metric`, each once")
+        if self.final is not None and len(self.budgets) > 1:
+            raise ValueError("`final` compares trials of one budget: name one in `budgets`")
+        if (self.seeds > 1 or self.final is not None) and any(
+            key == "seed" for key in (*self.space, *itertools.chain(*self.first))
+        ):
+            raise ValueError("`seeds` or `final` and a `seed` that varies exclude each other: keep one")
         return self
+
+    @property
+    def drawn(self) -> int:
+        """Trials of which results decide the point."""
+        return max(0, (self.trials or 0) - self.startup) if self.algorithm == "tpe" else 0
+
+    @property
+    def added(self) -> int:
+        """At most so many trials come to those that the file lists while the sweep runs."""
+        return self.drawn + (self.final.best * self.final.seeds if self.final else 0)
+
+    def dimensions(self) -> dict[str, Dimension]:
+        """The space, with bare lists as what they are for the algorithm."""
+        return {key: dimension_of(values, self.algorithm) for key, values in self.space.items()}

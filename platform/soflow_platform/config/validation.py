@@ -71,7 +71,8 @@ def _sentence(document: Document, error: ValidationError) -> str:
     inside = (
         each
         for each in errors
-        if each["type"] not in ("list_type", "float_type") or not isinstance(each["input"], dict)
+        if each["type"] not in ("list_type", "float_type", "literal_error")
+        or not isinstance(each["input"], dict)
     )
     first = next(inside, errors[0])
     path = _document_path(document, first["loc"])

@@ -9,6 +9,11 @@ promote            decides about a candidate and moves the champion alias
 gate_scores        scores of candidate and champion under one protocol
 compare            compares the methods of a sweep: distance and cost
 compare_report     conclusions, Markdown, CSV, JSON and plot of a comparison
+report             writes a sweep as one HTML page
+report_data        what it shows, from record, checkpoints, status files and MLflow
+report_charts      its Plotly figures
+report_importance  share of the metric's variance that each setting explains
+report_page        its HTML, with style and script in the files beside it
 benchmark          seconds and memory of training and sampling
 generate           a folder of images from weights
 export             a generator as one file that runs without the platform

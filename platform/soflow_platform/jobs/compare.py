@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 
 from soflow_core.networks import Architecture
 from soflow_core.objectives import Diffusion
-from soflow_platform.config.document import Document
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.validation import resolved_experiment
 from soflow_platform.errors import JobError, UserError
@@ -22,7 +21,8 @@ from soflow_platform.jobs.log_scores import log_scores
 from soflow_platform.jobs.model_under_test import ModelUnderTest, SampleSettings
 from soflow_platform.jobs.requests import CompareRequest, ProtocolRequest
 from soflow_platform.jobs.targets import EvaluationTarget
-from soflow_platform.tuning.search_space import Trial, trials
+from soflow_platform.tuning.recorded import trials_of_record
+from soflow_platform.tuning.search_space import Trial
 
 BASELINE = Diffusion(sampler="ddpm", sampling_scale=1.0)
 BASELINE_STEPS = 1000
@@ -197,7 +197,7 @@ def _entries(
     resolver, evaluation = services.resolver, experiment.evaluation
     entries: list[Entry] = []
     left_out = []
-    for trial in trials(Document(request.record.experiment), experiment):
+    for trial in trials_of_record(request.record):
         try:
             target = resolver.trial(request.record, trial.name, newest=True)
         except UserError as error:

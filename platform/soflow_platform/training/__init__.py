@@ -19,6 +19,8 @@ step_noise     times and noise of each step, drawn one step ahead
 distributed    collective operations on Python objects and numbers
 ema_network    the network with averaged weights, whole or sharded, for evaluations
 throughput     images per second, FLOPs, time spent waiting for data, memory
+memory_pieces  smaller pieces of a batch where memory is exhausted
+stop_rules     values of a metric at which a trial is ended
 stragglers     finds a rank that is slower than the others
 resume         the checkpoint that training resumes from
 stop_request   files that ask a sweep or a trial to stop

@@ -21,6 +21,7 @@ from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import JobError
 from soflow_platform.training.failure import Failure, another_start_may_help
 from soflow_platform.training.job import TrialJob
+from soflow_platform.training.memory_pieces import with_more_pieces, with_pieces
 from soflow_platform.training.trial_log import LOG, TrialLog
 from soflow_platform.training.trial_status import (
     TrialState,
@@ -56,13 +57,22 @@ def train_here(job: TrialJob, experiment: Experiment, actor: Any) -> Generator[d
     _reset_peak_memory()
     device = torch.device("cuda" if experiment.resources.gpus_per_worker else "cpu")
     trainer: Trainer | None = None
-    try:
-        trainer = Trainer.of_job(job, device, actor=actor)
-        yield from trainer.train()
-    except Exception as error:
-        if not another_start_may_help(error):
-            _publish_failure(error, job, trainer, actor)
-        raise
+    following: TrialJob | None = with_pieces(job)
+    while following is not None:
+        job = following
+        try:
+            trainer = Trainer.of_job(job, device, actor=actor)
+            yield from trainer.train()
+            return
+        except Exception as error:
+            following = with_more_pieces(job, error)
+            if following is None:
+                if not another_start_may_help(error):
+                    _publish_failure(error, job, trainer, actor)
+                raise
+        # Here, where the error no longer holds on to the frames of the step.
+        trainer = None
+        release_memory()
 
 
 def _publish_failure(error: Exception, job: TrialJob, trainer: Trainer | None, actor: Any) -> None:
@@ -178,7 +188,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     configure_torch(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))
-    job = TrialJob(**settings)
+    job = with_pieces(TrialJob(**settings))
     rank, world = context.get_world_rank(), context.get_world_size()
     actor = progress_actor(job.sweep)
     if ray.get(actor.progress.remote(job.trial)).state is TrialState.FAILED:
@@ -191,6 +201,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         trainer = Trainer.of_job(job, ray.train.torch.get_device(), rank, world, actor)
         trainer.run()
     except Exception as error:
+        # The group that is started next reads it.
+        with_more_pieces(job, error)
         if another_start_may_help(error):
             raise
         # Training again from the checkpoint would only meet the same: report it, and do not ask for a restart.

@@ -7,7 +7,7 @@ and then split over ranks, so that one worker and N workers train the same netwo
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from soflow_platform.training.ema_network import ema_network
 from soflow_platform.training.job import TrialJob
 from soflow_platform.training.setup import TrialSetup, data_facts
 from soflow_platform.training.step_noise import StepNoisePrefetcher
+from soflow_platform.training.stop_rules import broken_rule
 from soflow_platform.training.stragglers import ForwardTimer
 from soflow_platform.training.throughput import Throughput
 from soflow_platform.training.trial_io import NullIO, RankZeroIO, TrialIO
@@ -55,6 +56,8 @@ class Trainer:
         timed = setup.world > 1 and training.parallel == "ddp"
         self.forward_timer = ForwardTimer(setup.train_step.network, setup.device) if timed else None
         self.should_stop = ShouldStop(setup, io)
+        self.diverged: str | None = None
+        """The rule of `search.stop` that ended the training."""
         self._state_copy, self._ema_copy = HostCopy(), HostCopy()
 
     @classmethod
@@ -87,16 +90,29 @@ class Trainer:
             yielded = len(self.evaluations)
             stopping = self._owes_evaluation() and not self.evaluate()
             while self.step < last and not stopping:
-                record = self.train_one_step()
-                self.log(record)
+                try:
+                    record = self.train_one_step()
+                except NonFiniteError as error:
+                    if "nan" not in self.experiment.search.stop.values():
+                        raise
+                    # The state is that of the step before, and what there is to save of it is saved.
+                    self.diverged = str(error)
+                    break
+                self._apply_rules(self.log(record))
                 evaluated = self._is_due(self.experiment.evaluation.every)
                 interrupted = evaluated and not self.evaluate()
-                stopping = interrupted or (self.should_stop() and self.step < last)
+                stopping = (
+                    interrupted
+                    or (self.should_stop() and self.step < last)
+                    or (self.diverged is not None and self.step < last)
+                )
                 if evaluated or stopping or self._is_due(self._save_every):
                     self.save(needed=stopping or self.step == last)
                     if self.step < last and not stopping:
                         yield from self.evaluations[yielded:]
                         yielded = len(self.evaluations)
+            if self.diverged is not None:
+                self.io.log(f"ended by search.stop: {self.diverged}", self.step)
             self._close_inputs()
             self.io.close()
         except BaseException as error:
@@ -105,8 +121,19 @@ class Trainer:
             if isinstance(error, GeneratorExit):
                 self.io.set_state(TrialState.PRUNED, self.step)
             raise
-        self.io.set_state(TrialState.STOPPED if stopping else TrialState.FINISHED, self.step)
+        self.io.set_state(self._end(), self.step)
         yield from self.evaluations[yielded:]
+
+    def _end(self) -> TrialState:
+        """How the training ended."""
+        if self.step == self.experiment.training.steps:
+            return TrialState.FINISHED
+        return TrialState.STOPPED if self.diverged is None else TrialState.PRUNED
+
+    def _apply_rules(self, values: Mapping[str, float]) -> None:
+        """Note where values, which are the same on every rank, break a rule of `search.stop`."""
+        if self.diverged is None:
+            self.diverged = broken_rule(self.experiment.search.stop, values)
 
     def resume(self) -> None:
         """Load the newest sound checkpoint, or begin. Every rank takes the one that rank 0 found."""
@@ -146,8 +173,8 @@ class Trainer:
         self.throughput.end(step)
         return record
 
-    def log(self, record: StepRecord) -> None:
-        """Publish a step's progress, and every so often its metrics, which are means over the ranks."""
+    def log(self, record: StepRecord) -> dict[str, float]:
+        """Publish a step's progress, and every so often its metrics, which are means over the ranks; these are returned."""
         step, logged = record.step, self._is_logged(record.step)
         values = {"train/loss": record.loss, **{f"train/{name}": v for name, v in record.terms.items()}}
         if logged and self.setup.world > 1:
@@ -156,9 +183,11 @@ class Trainer:
             self._log_slow_rank(step)
         rate, eta = self.throughput.images_per_second, self.throughput.eta_seconds(step)
         self.io.progress(step, self.loader.consumed, rate, values["train/loss"], eta)
-        if logged:
-            update = {"train/grad_norm": record.grad_norm, "train/learning_rate": record.learning_rate}
-            self.io.log_metrics(step, values | update | self.throughput.take(step))
+        if not logged:
+            return {}
+        update = {"train/grad_norm": record.grad_norm, "train/learning_rate": record.learning_rate}
+        self.io.log_metrics(step, values | update | self.throughput.take(step))
+        return values | update
 
     def evaluate(self) -> bool:
         """Score the first EMA, all ranks together.
@@ -174,6 +203,7 @@ class Trainer:
         except Interrupted:
             return False
         self.evaluations.append({"step": step, **result.metrics})
+        self._apply_rules(result.metrics)
         self.io.evaluated(step, result)
         return True
 

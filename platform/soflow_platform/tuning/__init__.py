@@ -1,13 +1,20 @@
 """A sweep of trials.
 
-search_space   the trials of a search space, each a checked experiment
+points         points of a search space: grid, draws, Sobol sequence; conditions and constraints
+search_space   the trials of a sweep, each a checked experiment
+tpe            points that Optuna's TPE proposes from results
+drawing        trials that results lead to, drawn while a sweep runs or in its end
+searcher       Tune's search algorithm over them
+ranking        points compared by the mean over their seeds
 plan           FLOPs, memory, bytes, GPU-hours and money of a sweep, before it is started
 record         sweep.json: settings, trials, result; the sweep's lock
+recorded       the trials of a sweep as its record has them
 lookup         finds a sweep or trial by what a user calls it
 status         state of a sweep and its trials, from files
 progress       Ray actor with the status of every running trial
 display        events and outcomes that the terminal shows
 ray_tune       runs the trials under Ray Tune
 trial          Tune's trial function
+context        a sweep, where it is kept and shown, and how its trials ended
 sweep          the driver: prepare, train, choose, register
 """

@@ -7,7 +7,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from soflow_core.failures import summarize
 from soflow_platform.cluster.connection import DRIVER_CPUS, Cluster
@@ -15,10 +15,14 @@ from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.training.failure import Failure
+from soflow_platform.training.job import TrialJob
 from soflow_platform.training.stop_request import stop_requested
 from soflow_platform.training.trial_log import LOG, TrialLog
 from soflow_platform.training.trial_status import TrialState, read_status
 from soflow_platform.tuning.trial import TrialTask
+
+if TYPE_CHECKING:
+    from soflow_platform.tuning.searcher import SweepSearcher
 
 PROGRESS_ACTOR_SECONDS = 60.0
 """How long the progress actor may take to answer: one whose process died takes seconds to restart."""
@@ -31,8 +35,8 @@ class TuneSettings:
     experiment: Experiment
     concurrent: int
     """Trials that run at the same time."""
-    attempt: int
-    """The start of the sweep."""
+    name: str
+    """Of Tune's own folder within the sweep's."""
     folder: Path
     """The sweep's folder."""
 
@@ -56,11 +60,15 @@ def concurrent_trials(experiment: Experiment, cluster: Cluster) -> int:
 
 
 def run_trials(
-    tasks: list[TrialTask], settings: TuneSettings, cluster: Cluster, actor: Any
+    tasks: list[TrialTask],
+    settings: TuneSettings,
+    cluster: Cluster,
+    actor: Any,
+    search: SweepSearcher | None = None,
 ) -> dict[str, Failure]:
     """Run the trials under Ray Tune. Returns, by trial name, the errors that Tune has of them.
 
-    `actor` is the sweep's progress actor.
+    `actor` is the sweep's progress actor. With `search`, which has the same list of tasks, further ones are appended to it.
 
     Raises RayLost where the Ray of this process dies, JobError where no machine comes for a trial, and Stopped where the sweep was
     asked to stop and none runs.
@@ -75,10 +83,12 @@ def run_trials(
 
     tuner = tune.Tuner(
         TrialActor,
-        param_space={"task": tune.grid_search([task.as_config() for task in tasks])},
+        param_space={} if search else {"task": tune.grid_search([task.as_config() for task in tasks])},
         tune_config=tune.TuneConfig(
             metric=experiment.search.metric,
             mode=experiment.mode,
+            search_alg=search,
+            num_samples=search.samples if search else 1,
             max_concurrent_trials=settings.concurrent,
             scheduler=_scheduler(experiment),
             trial_name_creator=trial_name,
@@ -87,25 +97,31 @@ def run_trials(
             reuse_actors=experiment.resources.in_process,
         ),
         run_config=tune.RunConfig(
-            name=f"tune-{settings.attempt}",
+            name=settings.name,
             storage_path=str(settings.folder),
             # The function that drives a trial may be on the node that is lost.
             failure_config=tune.FailureConfig(max_failures=experiment.resources.max_failures),
             # Trials save themselves; Tune need not.
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             verbose=0,
-            callbacks=[_sweep_watch(tasks, settings, cluster, actor), _silent_progress()],
+            callbacks=[_sweep_watch(settings, cluster, actor), _silent_progress()],
         ),
     )
     results = tuner.fit()
     cluster.require_alive()
-    errors = {task.job.trial: results[index].error for index, task in enumerate(tasks)}
+    # In the order in which Tune was given them.
+    errors = {task.job.trial: result.error for task, result in zip(tasks, results, strict=False)}
     return {trial: _failure(error) for trial, error in errors.items() if error is not None}
 
 
 def trial_name(trial: Any) -> str:
     """The sweep's name of one of Tune's trials."""
     return str(trial.config["task"]["job"]["trial"])
+
+
+def _job(trial: Any) -> TrialJob:
+    """The job of one of Tune's trials."""
+    return TrialJob(**trial.config["task"]["job"])
 
 
 def reported_failures(tasks: list[TrialTask], storage: ProjectFolder, actor: Any) -> dict[str, str]:
@@ -138,13 +154,12 @@ def _last_error(trial: Any) -> str:
     return _last_line(text) if text.strip() else "its process was lost"
 
 
-def _sweep_watch(tasks: list[TrialTask], settings: TuneSettings, cluster: Cluster, actor: Any) -> Any:
+def _sweep_watch(settings: TuneSettings, cluster: Cluster, actor: Any) -> Any:
     """A callback that publishes that Tune restarts a trial, and ends Tune's loop where no trial can run."""
     import ray
     from ray.tune import Callback
 
     check_ray = cluster.health_check()
-    jobs = {task.job.trial: task.job for task in tasks}
     resources = settings.experiment.resources
 
     class SweepWatch(Callback):
@@ -161,7 +176,7 @@ def _sweep_watch(tasks: list[TrialTask], settings: TuneSettings, cluster: Cluste
                 return
             now = time.monotonic()
             self.idle_since = now if self.idle_since is None else self.idle_since
-            job = tasks[0].job
+            job = _job(trials[0])
             if stop_requested(job.project, job.sweep):
                 raise Stopped(
                     "the sweep was asked to stop while its trials waited: run the same command to go on."
@@ -185,7 +200,7 @@ def _sweep_watch(tasks: list[TrialTask], settings: TuneSettings, cluster: Cluste
                 return
             actor.update.remote(name, {"state": TrialState.RESTARTING, "lost": "its process"})
             with contextlib.suppress(OSError):
-                log = TrialLog(jobs[name].folder / LOG)
+                log = TrialLog(_job(trial).folder / LOG)
                 log.write(f"it ended unexpectedly and is started again: {_last_error(trial)}")
 
     return SweepWatch()

@@ -49,6 +49,14 @@ class TrialEntry:
     """The settings that vary over the search space, with their values in this trial."""
     steps: int | None = None
     """Its optimizer steps; None in a record of an earlier version: those of the sweep."""
+    phase: str | None = None
+    """`drawn` or `final` for a trial that results have led to; None for one of the file."""
+
+    @classmethod
+    def of(cls, trial: Trial) -> TrialEntry:
+        """The entry of a planned trial."""
+        phase = None if trial.phase == "listed" else trial.phase
+        return cls(trial.name, trial.settings, trial.experiment.training.steps, phase)
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,9 @@ class BestTrial:
     """Name and version in the model registry, where it was registered."""
     outdone_by: str | None = None
     """Why another version keeps the alias `candidate`."""
+    mean: float | None = None
+    """Of the metric over the seeds of its point, where that has several."""
+    std: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}
@@ -219,7 +230,7 @@ def new_or_resumed_record(
     settings: dict[str, Any] = {
         "file": file,
         "experiment": experiment.resolved(),
-        "trials": [TrialEntry(t.name, t.settings, t.experiment.training.steps) for t in trials],
+        "trials": [TrialEntry.of(trial) for trial in trials],
         "metric": experiment.search.metric,
         "mode": experiment.mode,
     }

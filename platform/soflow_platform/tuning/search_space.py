@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import math
-import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from soflow_core.nfe import sampling_evaluations, steps_for, training_evaluations
 from soflow_platform.config.document import MAX_DEPTH, Document, KeyPath, Origin, shortened
 from soflow_platform.config.experiment import Experiment
-from soflow_platform.config.search import Budget, Range, SearchConfig
+from soflow_platform.config.search import Budget, SearchConfig
 from soflow_platform.config.validation import validate
 from soflow_platform.errors import UserError
 from soflow_platform.generation.sampling import with_sampling
+from soflow_platform.tuning.points import SearchSpace
 
 FIXED = ("search", "resources", "tracking", "registry", "name", "data")
 """Sections that all trials of a sweep have in common."""
 SPACE: KeyPath = ("search", "space")
+Phase = Literal["listed", "drawn", "final"]
+"""How a trial came into its sweep: by the file alone, by a search algorithm from the results so far, or as one of the best again."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Trial:
     experiment: Experiment
     budgets: tuple[Budget, ...]
     """Budgets that this trial was made for; several where they come to the same steps."""
+    phase: Phase = "listed"
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,11 @@ class Point:
     written: KeyPath
     """Where the settings were written: the path of their section in the document."""
     name: str | None = None
+    phase: Phase = "listed"
 
 
 def trials(document: Document, experiment: Experiment) -> list[Trial]:
-    """Every trial of a sweep, in order; the same document always gives the same list.
+    """Every trial of a sweep that its file alone decides, in order; the same document always gives the same list.
 
     Points of `search.first` come first; one of the space that stands for the same experiment is left out. A point that two budgets give
     the same steps is one trial, of both. Raises UserError where a point is not a valid experiment.
@@ -57,7 +59,7 @@ def trials(document: Document, experiment: Experiment) -> list[Trial]:
     points: list[Point] = []
     found: list[Trial] = []
     listed: list[Experiment] = []
-    for point in itertools.chain(_first_points(search), _space_points(search, experiment.seed)):
+    for point in _with_seeds([*_first_points(search), *_space_points(experiment)], experiment):
         trial = _trial(document, experiment, len(found), point, usual)
         if trial.experiment in listed:
             continue
@@ -74,7 +76,20 @@ def trials(document: Document, experiment: Experiment) -> list[Trial]:
             both = (*found[place].budgets, budget)
             settings = {**found[place].settings, "budget": ", ".join(both)}
             found[place] = replace(found[place], settings=settings, budgets=both)
+    _check_rungs(document, experiment, found)
     return found
+
+
+def _check_rungs(document: Document, experiment: Experiment, found: list[Trial]) -> None:
+    """Raises UserError where rungs would compare trials of different lengths: a schedule depends on the length."""
+    if experiment.search.asha is None:
+        return
+    lengths = {trial.experiment.training.steps for trial in found} | {experiment.training.steps}
+    if len(lengths) > 1:
+        raise UserError(
+            f"{document.origin(('search', 'asha'))}: `search.asha` compares trials at equal steps of an equal training.steps, "
+            f"and they have {', '.join(map(str, sorted(lengths)))}: leave training.steps as it is, or asha out."
+        )
 
 
 def _first_points(search: SearchConfig) -> list[Point]:
@@ -87,33 +102,23 @@ def _first_points(search: SearchConfig) -> list[Point]:
     return points
 
 
-def _space_points(search: SearchConfig, seed: int) -> Iterator[Point]:
+def _space_points(experiment: Experiment) -> Iterator[Point]:
     """The points of `search.space`; where that is empty, the file as it is written, unless `search.first` lists the points."""
+    search = experiment.search
     if search.first and not search.space:
         return
-    for settings in _points(search, seed):
+    for settings in SearchSpace(search, experiment.resolved()).points(experiment.seed):
         yield Point(settings, SPACE)
 
 
-def _points(search: SearchConfig, seed: int) -> list[dict[str, Any]]:
-    keys = list(search.space)
-    if search.algorithm == "grid":
-        lists = [values for values in search.space.values() if isinstance(values, list)]
-        return [dict(zip(keys, combination, strict=True)) for combination in itertools.product(*lists)]
-    generator = random.Random(f"search-{seed}")
-    return [
-        {key: _draw(values, generator) for key, values in search.space.items()}
-        for _ in range(search.trials or 0)
-    ]
-
-
-def _draw(values: list[Any] | Range, generator: random.Random) -> Any:
-    if isinstance(values, list):
-        return generator.choice(values)
-    if values.uniform is not None:
-        return generator.uniform(*values.uniform)
-    low, high = values.log_uniform or (1.0, 1.0)
-    return math.exp(generator.uniform(math.log(low), math.log(high)))
+def _with_seeds(points: Iterable[Point], experiment: Experiment) -> Iterator[Point]:
+    """Every point once for each of `search.seeds`."""
+    count = experiment.search.seeds
+    for point in points:
+        for seed in range(experiment.seed, experiment.seed + count):
+            settings = {**point.settings, "seed": seed} if count > 1 else point.settings
+            name = f"{point.name}-seed={seed}" if point.name and count > 1 else point.name
+            yield replace(point, settings=settings, name=name)
 
 
 def _trial(document: Document, base: Experiment, index: int, point: Point, budget: Budget) -> Trial:
@@ -142,7 +147,18 @@ def _trial(document: Document, base: Experiment, index: int, point: Point, budge
         parts.append(f"equal-{budget}")
         settings["budget"] = budget
     name = re.sub(r"[^\w.=+-]+", "_", "-".join([f"trial-{index:02d}", *parts]))[:120]
-    return Trial(index, name, settings, experiment, (budget,))
+    return Trial(index, name, settings, experiment, (budget,), point.phase)
+
+
+def added_trial(
+    document: Document, experiment: Experiment, index: int, settings: dict[str, Any], phase: Phase
+) -> Trial:
+    """A trial that results have led to, the `index`-th of its sweep. Raises UserError where its settings are no valid experiment."""
+    (budget,) = experiment.search.budgets
+    name = None
+    if phase == "final":
+        name = "-".join(["final", *(_setting_name(key, value) for key, value in settings.items())])
+    return _trial(document, experiment, index, Point(settings, SPACE, name, phase), budget)
 
 
 def _check_sampling(document: Document, experiment: Experiment) -> None:

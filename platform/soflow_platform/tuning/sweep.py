@@ -6,10 +6,10 @@ It can be interrupted at any point; the same settings go on from there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any
 
 from soflow_core.failures import summarize
 from soflow_pipelines.shards.info import DatasetInfo
@@ -20,13 +20,10 @@ from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.evaluation.evaluator import Evaluator
 from soflow_platform.evaluation.runner import RayStatisticsRunner
 from soflow_platform.registry.versions import propose
-from soflow_platform.storage.checkpoints import EMA, CheckpointState
+from soflow_platform.storage.checkpoints import CheckpointState
 from soflow_platform.storage.code_digest import MIXED_CODE_TAG, running_code
-from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.storage.retry import retry
 from soflow_platform.tracking.environment import DIFF_ARTIFACT, git_diff, host_tags
 from soflow_platform.tracking.links import view_state
-from soflow_platform.tracking.outages import is_away
 from soflow_platform.tracking.run_names import run_name
 from soflow_platform.tracking.store import TRIAL_TAG, Tracking, TrackingStore, tracked_dataset
 from soflow_platform.training.dataset import open_data
@@ -34,45 +31,27 @@ from soflow_platform.training.job import TrialJob
 from soflow_platform.training.launch import fail_trial
 from soflow_platform.training.model import network_config
 from soflow_platform.training.stop_request import clear_stops, stop_requested
-from soflow_platform.training.trial_status import TrialState, TrialStatus
-from soflow_platform.tuning.display import Display, TrialOutcome
+from soflow_platform.training.trial_status import TrialState
+from soflow_platform.tuning.context import SweepContext, finished_trials, scored_trials, trial_outcome
+from soflow_platform.tuning.display import TrialOutcome
+from soflow_platform.tuning.drawing import (
+    DrawnTrials,
+    add_trials,
+    draws_left,
+    final_settings,
+    is_complete,
+)
 from soflow_platform.tuning.progress import start_progress_actor
+from soflow_platform.tuning.ranking import RankedPoint, ranked_points
 from soflow_platform.tuning.ray_tune import (
     TuneSettings,
     concurrent_trials,
     reported_failures,
     run_trials,
 )
-from soflow_platform.tuning.record import BestTrial, ScoredStep, SweepRecord
+from soflow_platform.tuning.record import BestTrial, ScoredStep
 from soflow_platform.tuning.search_space import Trial
 from soflow_platform.tuning.trial import TrialTask
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class SweepContext:
-    """A sweep and where it is kept and shown."""
-
-    record: SweepRecord
-    experiment: Experiment
-    trials: list[Trial]
-    project: ProjectFolder
-    display: Display
-
-    @property
-    def tracking_uri(self) -> str:
-        return self.experiment.tracking.uri or self.project.tracking_uri
-
-    def patiently(self, action: Callable[[], T], description: str) -> T:
-        """What `action` returns, tried again through an outage. Raises JobError where that lasts."""
-        return retry(
-            action,
-            description=description,
-            timeout=60 * self.experiment.training.patience_minutes,
-            log=self.display.say,
-            is_transient=is_away,
-        )
 
 
 @dataclass(frozen=True)
@@ -83,6 +62,10 @@ class PreparedData:
     info: DatasetInfo
     evaluator_tags: Mapping[str, str]
     host_tags: Mapping[str, str]
+
+    def check(self, trial: Trial) -> None:
+        """Raises UserError where the data do not fit a trial's network."""
+        network_config(trial.experiment, self.info)
 
     def tags(self, experiment: Experiment) -> dict[str, str]:
         """Tags of the run of a sweep or of a trial with these settings."""
@@ -109,7 +92,7 @@ def run_sweep(context: SweepContext, address: str | None) -> list[TrialOutcome]:
     # Before anything that takes time: a stop that is requested from here on is meant for this attempt.
     clear_stops(context.project, context.record.id)
     finished = finished_trials(context)
-    if len(finished) == len(context.trials):
+    if len(finished) == len(context.trials) and is_complete(context):
         return conclude_trained(context)
     dashboard = not context.experiment.resources.in_process
     # Two threads that import the same packages at once can find them half imported: Ray's come first.
@@ -144,22 +127,6 @@ def _run_on(
                 "the sweep was asked to stop and its trials are saved: run the same command to go on."
             )
         return runner.conclude(failures)
-
-
-def finished_trials(context: SweepContext) -> dict[str, CheckpointState]:
-    """The trials with a sound checkpoint of their last step, and its state. Raises JobError where an outage lasts."""
-    if not context.record.attempts:
-        return {}
-
-    def look() -> dict[str, CheckpointState]:
-        finished = {}
-        for trial in context.trials:
-            newest, _ = context.record.checkpoints(context.project, trial.name).newest([EMA])
-            if newest is not None and newest.state.step == trial.experiment.training.steps:
-                finished[trial.name] = newest.state
-        return finished
-
-    return context.patiently(look, "reading the trials' checkpoints")
 
 
 def conclude_trained(context: SweepContext) -> list[TrialOutcome]:
@@ -198,6 +165,18 @@ def prepare(context: SweepContext, cluster: Cluster | None = None) -> PreparedDa
     if evaluator.without_grids is not None:
         context.display.say(evaluator.without_grids)
     return PreparedData(location, info, evaluator.tags(), host_tags())
+
+
+@dataclass(frozen=True)
+class TuneStage:
+    """What a run of Tune needs beside its trials."""
+
+    cluster: Cluster
+    prepared: PreparedData
+    concurrent: int
+    """Trials that run at the same time."""
+    actor: Any
+    """The sweep's progress actor."""
 
 
 @dataclass(frozen=True)
@@ -259,8 +238,8 @@ class SweepRunner:
         concurrent: int,
         finished: Mapping[str, CheckpointState],
     ) -> dict[str, str]:
-        """Train the trials that have not finished. Returns what failed: trial name -> sentence."""
-        record, project = self.context.record, self.context.project
+        """Train the trials that have not finished, and those that results lead to. Returns what failed: trial name -> sentence."""
+        context, record, project = self.context, self.context.record, self.context.project
         record.attempts += 1
         record.trained_by(project, running_code())
         record.save(project)
@@ -268,29 +247,69 @@ class SweepRunner:
             self.tracking.client.log_text(record.run or "", changes, DIFF_ARTIFACT.format(record.attempts))
         if len(record.code) > 1:
             self.tracking.client.set_tag(record.run or "", MIXED_CODE_TAG, ", ".join(record.code))
-        tasks = [self._task(trial, prepared) for trial in self._scheduled(finished)]
-        settings = TuneSettings(
-            self.context.experiment, concurrent, record.attempts, project.sweep(record.id)
-        )
         actor = start_progress_actor(record.id)
         for name, state in finished.items():
             for evaluation in state.evaluations:
                 scored = ScoredStep.of(evaluation)
                 actor.add_evaluation.remote(name, scored.step, scored.metrics)
             actor.update.remote(name, {"step": state.step, "state": TrialState.FINISHED})
-        self.context.display.start(record, cluster, actor)
+        stage = TuneStage(cluster, prepared, concurrent, actor)
+        context.display.start(record, cluster, actor)
         try:
-            errors = run_trials(tasks, settings, cluster, actor)
-            reported = reported_failures(tasks, project, actor)
-            for task in tasks:
-                trial = task.job.trial
-                if trial in errors and trial not in reported:
-                    # Its process was lost too often to say so itself.
-                    fail_trial(task.job, actor, errors[trial])
-                    reported[trial] = errors[trial].sentence
-            return reported
+            searched = [trial for trial in self._scheduled(finished) if trial.phase != "final"]
+            failures = {}
+            if searched or draws_left(context):
+                drawn = DrawnTrials(context, finished, prepared.check) if draws_left(context) else None
+                failures = self._run(stage, searched, drawn)
+            if not stop_requested(project, record.id):
+                again = self._final_trials(failures)
+                if again := [trial for trial in again if trial.name not in finished]:
+                    failures |= self._run(stage, again, final=True)
+            return failures
         finally:
-            self.context.display.stop()
+            context.display.stop()
+
+    def _run(
+        self, stage: TuneStage, trials: list[Trial], drawn: DrawnTrials | None = None, final: bool = False
+    ) -> dict[str, str]:
+        """Run trials under Tune, with those that are drawn meanwhile. Returns what failed: trial name -> sentence."""
+        record, project, experiment = self.context.record, self.context.project, self.context.experiment
+        if final:
+            # The last comparison is one of whole trainings.
+            search = experiment.search.model_copy(update={"asha": None})
+            experiment = experiment.model_copy(update={"search": search})
+        name = f"tune-{record.attempts}{'-final' if final else ''}"
+        settings = TuneSettings(experiment, stage.concurrent, name, project.sweep(record.id))
+        tasks = [self._task(trial, stage.prepared) for trial in trials]
+        searcher = None
+        if drawn is not None:
+            from soflow_platform.tuning.searcher import SweepSearcher
+
+            metric, mode = experiment.search.metric, experiment.mode
+            searcher = SweepSearcher(
+                tasks, drawn, lambda trial: self._task(trial, stage.prepared), metric, mode
+            )
+        errors = run_trials(tasks, settings, stage.cluster, stage.actor, searcher)
+        reported = reported_failures(tasks, project, stage.actor)
+        for task in tasks:
+            trial = task.job.trial
+            if trial in errors and trial not in reported:
+                # Its process was lost too often to say so itself.
+                fail_trial(task.job, stage.actor, errors[trial])
+                reported[trial] = errors[trial].sentence
+        return reported
+
+    def _final_trials(self, failures: Mapping[str, str]) -> list[Trial]:
+        """The best points with fresh seeds, which are added to the sweep where it has none yet."""
+        context = self.context
+        if is_complete(context):
+            return [trial for trial in context.trials if trial.phase == "final"]
+        outcomes = context.patiently(lambda: self.collect(failures), "reading the trials' checkpoints")
+        scored = scored_trials(context.trials, outcomes, context.experiment.search.metric)
+        points = final_settings(context, ranked_points(scored, context.experiment.mode))
+        if points:
+            context.display.say(f"the best points again, with fresh seeds: {len(points)} trials")
+        return add_trials(context, points, "final") if points else []
 
     def _scheduled(self, finished: Mapping[str, CheckpointState]) -> list[Trial]:
         """The trials for Tune: the unfinished ones, and before them those whose evaluations its scheduler compares theirs with."""
@@ -347,7 +366,7 @@ class SweepRunner:
         Raises JobError where no trial was scored.
         """
         record, experiment, project = self.context.record, self.context.experiment, self.context.project
-        best = best_outcome(outcomes, experiment.search.metric, experiment.mode)
+        point, best = self._best(outcomes)
         if best is None or best.best is None:
             reasons = "; ".join(f"{o.name}: {o.status.failure or 'not scored'}" for o in outcomes)
             raise JobError(
@@ -365,6 +384,8 @@ class SweepRunner:
             metrics=best.best.metrics,
             grids=[str(path) for path in sorted(samples.glob(f"*-step-{step:08d}.png"))],
             checkpoint=checkpoint.location,
+            mean=point.mean if point and point.std is not None else None,
+            std=point.std if point else None,
         )
         if experiment.registry.enabled:
             self.context.display.say("registering the best trial")
@@ -383,40 +404,21 @@ class SweepRunner:
         self.tracking.log_result(run, record.best.as_json())
         self.tracking.finish(run, "FAILED" if failed else "FINISHED")
 
+    def _best(self, outcomes: list[TrialOutcome]) -> tuple[RankedPoint | None, TrialOutcome | None]:
+        """The point with the best mean over its seeds, and its best trial; None where no trial was scored."""
+        experiment = self.context.experiment
+        final = {trial.name for trial in self.context.trials if trial.phase == "final"}
+        scored = [
+            trial
+            for trial in scored_trials(self.context.trials, outcomes, experiment.search.metric)
+            if trial.name in final or not final
+        ]
+        best = next((point for point in ranked_points(scored, experiment.mode) if point.values), None)
+        if best is None:
+            return None, None
+        return best, next(outcome for outcome in outcomes if outcome.name == best.trials[0].name)
+
 
 def _label(trial: Trial) -> str:
     """What the name of a trial has after its number: `paper`."""
     return trial.name.removeprefix(f"trial-{trial.index:02d}").removeprefix("-")
-
-
-def trial_outcome(context: SweepContext, trial: Trial, failure: str | None) -> TrialOutcome:
-    """How a trial ended, by its checkpoints and its failure."""
-    record, experiment = context.record, context.experiment
-    store = record.checkpoints(context.project, trial.name)
-    # Only the weights are used from here on; the rest is verified where training resumes from it.
-    newest, _ = store.newest([EMA])
-    step, steps = newest.state.step if newest else 0, trial.experiment.training.steps
-    scored = store.best(experiment.search.metric, experiment.mode)
-    if failure is not None:
-        state = TrialState.FAILED
-    elif step == steps:
-        state = TrialState.FINISHED
-    elif stop_requested(context.project, record.id, trial.name):
-        state = TrialState.STOPPED
-    else:
-        state = TrialState.PRUNED
-    status = TrialStatus(state=state, step=step, steps=steps, failure=failure)
-    return TrialOutcome(trial.name, status, ScoredStep.of(scored[1]) if scored else None)
-
-
-def best_outcome(outcomes: list[TrialOutcome], metric: str, mode: str) -> TrialOutcome | None:
-    """The trial with the best value of the metric, the earlier of two equals; failed trials do not count."""
-    sign = 1 if mode == "min" else -1
-    best: tuple[float, TrialOutcome] | None = None
-    for outcome in outcomes:
-        if outcome.best is None or outcome.status.state is TrialState.FAILED:
-            continue
-        value = sign * outcome.best.metrics[metric]
-        if best is None or value < best[0]:
-            best = value, outcome
-    return best[1] if best else None

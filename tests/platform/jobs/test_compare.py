@@ -141,8 +141,12 @@ def test_a_row_is_in_the_table_of_every_budget_of_its_trial(
 ) -> None:
     record.experiment["search"]["budgets"] = budgets
     if len(budgets) > 1:
-        for name in ("trial-00-soflow", "trial-01-flow_matching"):
-            scored.trial(SWEEP, name).rename(scored.trial(SWEEP, f"{name}-equal-steps"))
+        for place, of in enumerate(("steps, evaluations", "steps")):
+            entry = record.trials[place]
+            name, settings = f"{entry.name}-equal-steps", {**entry.settings, "budget": of}
+            scored.trial(SWEEP, entry.name).rename(scored.trial(SWEEP, name))
+            record.trials[place] = replace(entry, name=name, settings=settings)
+        record.trials.append(replace(record.trials[1], name="trial-02", settings={"budget": "evaluations"}))
     found = compared(scored, record, SamplingConfig(steps=(1,)))
     assert [(r.budget, r.method) for r in found.rows] == expected
     assert found.budgets == list(budgets)

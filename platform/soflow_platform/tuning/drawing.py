@@ -1,0 +1,140 @@
+"""Trials that results lead to: those that a search algorithm draws while the sweep runs, and the best ones again in the end.
+
+Each is stored in the record of the sweep before it starts, so that a sweep that goes on has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from soflow_platform.config.search import TRAINING_SECONDS
+from soflow_platform.errors import JobError, UserError
+from soflow_platform.storage.checkpoints import CheckpointState
+from soflow_platform.training.trial_status import read_status
+from soflow_platform.tuning.context import SweepContext
+from soflow_platform.tuning.points import SearchSpace
+from soflow_platform.tuning.ranking import RankedPoint
+from soflow_platform.tuning.record import ScoredStep, TrialEntry
+from soflow_platform.tuning.search_space import Phase, Trial, added_trial
+from soflow_platform.tuning.tpe import Proposer, Tried, TriedState
+
+ATTEMPTS = 200
+"""Proposals for one trial before a space in which hardly any point can be trained is given up."""
+
+
+def add_trials(context: SweepContext, points: Sequence[dict[str, Any]], phase: Phase) -> list[Trial]:
+    """New trials of the sweep, stored in its record. Raises UserError where settings are no valid experiment."""
+    count = len(context.trials)
+    added = [
+        added_trial(context.document, context.experiment, index, settings, phase)
+        for index, settings in enumerate(points, start=count)
+    ]
+    context.trials.extend(added)
+    context.record.trials.extend(map(TrialEntry.of, added))
+    context.patiently(lambda: context.record.save(context.project), "storing a trial")
+    return added
+
+
+class DrawnTrials:
+    """Draws the trials of a sweep whose algorithm learns from results, and remembers how those so far ended."""
+
+    def __init__(
+        self,
+        context: SweepContext,
+        finished: Mapping[str, CheckpointState],
+        check: Callable[[Trial], None],
+    ) -> None:
+        """`check` raises UserError for a trial that cannot be trained on the data."""
+        self.context, self._check = context, check
+        experiment = context.experiment
+        self._space = SearchSpace(experiment.search, experiment.resolved())
+        self._modes = experiment.objective_modes
+        self._proposer = Proposer(self._space, tuple(self._modes.values()), experiment.seed)
+        self._scores: dict[str, list[ScoredStep]] = {}
+        self._tried: dict[str, Tried] = {}
+        for trial in context.trials:
+            self._tried[trial.name] = Tried(trial.settings, TriedState.RUNNING)
+        for name, state in finished.items():
+            for evaluation in state.evaluations:
+                self.report(name, evaluation)
+            self.end(name)
+
+    @property
+    def left(self) -> int:
+        """Trials that are still to be drawn."""
+        return draws_left(self.context)
+
+    def draw(self) -> Trial:
+        """The next trial. Raises JobError where no point that can be trained is found."""
+        number = len(self.context.trials)
+        reason = "constraints leave nothing"
+        for attempt in range(ATTEMPTS):
+            point = self._proposer.propose(list(self._tried.values()), number, attempt)
+            if not self._space.allows(point):
+                continue
+            try:
+                self._check(
+                    added_trial(self.context.document, self.context.experiment, number, point, "drawn")
+                )
+            except UserError as error:
+                reason = str(error).rstrip(".")
+                continue
+            (trial,) = add_trials(self.context, [point], "drawn")
+            self._tried[trial.name] = Tried(trial.settings, TriedState.RUNNING)
+            return trial
+        raise JobError(
+            f"search.space has hardly a point that can be trained ({ATTEMPTS} were tried): {reason}; widen it or search.constraints."
+        )
+
+    def report(self, name: str, evaluation: Mapping[str, Any]) -> None:
+        """Take an evaluation of a trial."""
+        self._scores.setdefault(name, []).append(ScoredStep.of(evaluation))
+
+    def end(self, name: str) -> None:
+        """Take that a trial has ended."""
+        trial = next(trial for trial in self.context.trials if trial.name == name)
+        scores = self._scores.get(name, [])
+        status = read_status(self.context.project.trial(self.context.record.id, name))
+        metric, sign = (
+            self.context.experiment.search.metric,
+            1 if self.context.experiment.mode == "min" else -1,
+        )
+        if not scores or (status is not None and status.failure):
+            self._tried[name] = Tried(trial.settings, TriedState.FAILED)
+            return
+        best = min(scores, key=lambda scored: sign * scored.metrics[metric])
+        seconds = None
+        if status is not None and status.images and status.images_per_second:
+            seconds = status.images / status.images_per_second
+        named = {**best.metrics, TRAINING_SECONDS: seconds}
+        values = tuple(value for each in self._modes if (value := named.get(each)) is not None)
+        last = scores[-1].step
+        state = TriedState.FINISHED if last == trial.experiment.training.steps else TriedState.PRUNED
+        self._tried[name] = Tried(trial.settings, state, values, last)
+
+
+def draws_left(context: SweepContext) -> int:
+    """How many trials the sweep's algorithm has still to draw; 0 for one whose file lists them."""
+    drawn = sum(trial.phase == "drawn" for trial in context.trials)
+    return max(0, context.experiment.search.drawn - drawn)
+
+
+def is_complete(context: SweepContext) -> bool:
+    """Whether the sweep gets no more trials."""
+    final = context.experiment.search.final
+    return draws_left(context) == 0 and (final is None or any(t.phase == "final" for t in context.trials))
+
+
+def final_settings(context: SweepContext, ranked: Sequence[RankedPoint]) -> list[dict[str, Any]]:
+    """The settings of the trials that `search.final` asks for and that are not there yet, from the ranking of the others."""
+    search, seed = context.experiment.search, context.experiment.seed
+    if search.final is None or any(trial.phase == "final" for trial in context.trials):
+        return []
+    first = seed + search.seeds
+    best = [point for point in ranked if point.values][: search.final.best]
+    return [
+        {**point.settings, "seed": fresh}
+        for point in best
+        for fresh in range(first, first + search.final.seeds)
+    ]

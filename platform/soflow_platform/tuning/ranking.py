@@ -1,0 +1,76 @@
+"""Ranking of the points of a sweep: each by the mean over its seeds, with their spread."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SEED = "seed"
+
+
+@dataclass(frozen=True)
+class ScoredTrial:
+    """A trial with its best value of the metric; None where it has none or has failed."""
+
+    name: str
+    settings: Mapping[str, Any]
+    value: float | None
+
+
+@dataclass(frozen=True)
+class RankedPoint:
+    """Trials that differ in their seed alone."""
+
+    settings: Mapping[str, Any]
+    """What they have in common."""
+    trials: tuple[ScoredTrial, ...]
+    """Best first; those without a value last."""
+
+    @property
+    def values(self) -> list[float]:
+        return [trial.value for trial in self.trials if trial.value is not None]
+
+    @property
+    def mean(self) -> float | None:
+        """Over the seeds that have a value; None where none has."""
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over the seeds; None for fewer than two."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every seed has a value."""
+        return len(self.values) == len(self.trials)
+
+
+def ranked_points(trials: Sequence[ScoredTrial], mode: str) -> list[RankedPoint]:
+    """The points, best mean first; of equals the earlier. Those of which a seed failed come after those of which none did."""
+    groups: dict[str, list[ScoredTrial]] = {}
+    for trial in trials:
+        groups.setdefault(_key(trial.settings), []).append(trial)
+    sign = 1 if mode == "min" else -1
+
+    def order(value: float | None) -> float:
+        return math.inf if value is None or math.isnan(value) else sign * value
+
+    points = [
+        RankedPoint(
+            {key: value for key, value in group[0].settings.items() if key != SEED},
+            tuple(sorted(group, key=lambda trial: order(trial.value))),
+        )
+        for group in groups.values()
+    ]
+    return sorted(points, key=lambda point: (not point.values, not point.complete, order(point.mean)))
+
+
+def _key(settings: Mapping[str, Any]) -> str:
+    return json.dumps(
+        {key: value for key, value in settings.items() if key != SEED}, sort_keys=True, default=str
+    )
