@@ -6,7 +6,6 @@ from pathlib import Path
 
 from soflow_pipelines.preparation.builtin import BUILTIN, Expected, ensure_builtin
 from soflow_pipelines.shards.info import DatasetInfo, ShardError
-from soflow_pipelines.shards.tables import read_info
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import UserError
 from soflow_platform.storage.project import ProjectFolder
@@ -86,6 +85,9 @@ def _location(source: str) -> str:
 
 
 def _read(experiment: Experiment, location: str) -> DatasetInfo:
+    # Reading needs pyarrow, which takes longer to import than a sweep file to check.
+    from soflow_pipelines.shards.tables import read_info
+
     try:
         return read_info(location)
     except (ShardError, OSError) as error:
