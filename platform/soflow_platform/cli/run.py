@@ -96,9 +96,7 @@ def run_command(
     if existing is not None and existing.finished:
         screen.print(f"sweep {sweep} is finished; --again runs it anew.")
         show_result(screen, existing, storage)
-        _score_best(
-            screen, existing, planned, experiment, Places(address, storage_option, existing.tracking_uri)
-        )
+        _score_best(screen, existing, experiment, Places(address, storage_option, existing.tracking_uri))
         return
     if options.check:
         _check_first_steps(planned, data)
@@ -125,12 +123,10 @@ def run_command(
             f"{len(failed)} of {len(outcomes)} trials failed ({failed[0].name}: {failed[0].status.failure}); "
             "the same command tries them again."
         )
-    _score_best(screen, record, planned, experiment, Places(address, storage_option, record.tracking_uri))
+    _score_best(screen, record, experiment, Places(address, storage_option, record.tracking_uri))
 
 
-def _score_best(
-    screen: Console, record: SweepRecord, planned: list[Trial], experiment: Experiment, places: Places
-) -> None:
+def _score_best(screen: Console, record: SweepRecord, experiment: Experiment, places: Places) -> None:
     """Score the best trial with `evaluation.final_samples`; scores that were computed before are read."""
     evaluation, best = experiment.evaluation, record.best
     if evaluation.final_samples is None or best is None:
@@ -139,7 +135,8 @@ def _score_best(
     from soflow_platform.cli.evaluate import evaluate_command
     from soflow_platform.jobs.requests import EvaluateRequest, ProtocolRequest, SamplingRequest
 
-    trial = next(each for each in planned if each.name == best.trial).experiment
+    # The trial may be none of the file's: search algorithms and finals add some from results.
+    trial = Experiment(**record.recipe(best.trial))
     steps = tuple(steps_for(trial.objective, nfe, trial.data.conditional) for nfe in evaluation.nfe)
     screen.print(f"scoring {best.trial} with {evaluation.final_samples:,} samples")
     request = EvaluateRequest(

@@ -315,6 +315,13 @@ def _notes(
             f"{gpus - busy:g} of {gpus:g} GPUs have nothing to do: {len(planned)} trial(s), "
             f"{busy:g} GPUs at a time (resources.workers, resources.concurrent_trials)."
         )
+    added = experiment.search.added
+    if added:
+        each = sum(trial.gpu_hours for trial in planned) / len(planned)
+        notes.append(
+            f"up to {added} more trials come from results (search.algorithm, search.final) and are in no sum above: some "
+            f"{added * each:,.3g} GPU-hours."
+        )
     if largest.memory.activations is None:
         notes.append("activations are not counted for this kind of network.")
     return notes

@@ -76,6 +76,12 @@ def test_what_does_not_fit_is_said_with_what_to_do() -> None:
     assert "set training.parallel to fsdp" in plan_of(read("xl2", large), gpu="l40s").notes[0]
 
 
+def test_trials_that_come_from_results_are_named() -> None:
+    sweep = read("b4", (*PAPER, "search.final={best: 2, seeds: 3}"))
+    (note,) = plan_of(sweep).notes
+    assert note.startswith("up to 6 more trials come from results (search.algorithm, search.final)")
+
+
 def test_sharded_training_has_a_share_of_the_state_and_sends_more() -> None:
     whole, sharded = (
         plan_of(read("xl2", (*PAPER, f"training.parallel={kind}"))).trials[0] for kind in ("ddp", "fsdp")
