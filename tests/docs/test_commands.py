@@ -126,7 +126,10 @@ PARSERS: dict[str, Callable[[list[str]], None]] = {
     "python": python_parses,
     "make": make_parses,
 }
-SHELL = {"touch", "pip", "pre-commit", "git", "uv", "ruff", "mypy", "source"}
+SHELL = {
+    *("touch", "pip", "pre-commit", "git", "uv", "ruff", "mypy", "source", "cp", "mkdir"),
+    *("docker", "kubectl", "sbatch"),
+}
 """Programs whose arguments are not ours to check."""
 
 

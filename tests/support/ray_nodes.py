@@ -15,17 +15,21 @@ PACKAGES = ("soflow_core", "soflow_pipelines", "soflow_platform")
 
 
 @contextlib.contextmanager
-def ray_nodes(folder: Path, nodes: int = 2, ray_version: str | None = None) -> Iterator[str]:
+def ray_nodes(
+    folder: Path, nodes: int = 2, ray_version: str | None = None, token: str | None = None
+) -> Iterator[str]:
     """Address of a head without work of its own, with nodes of one CPU each.
 
     What the nodes find under the names of soflow's packages, before anything that is installed, raises ImportError: a worker that
-    imports them has been sent others. `ray_version` is what the head says of itself.
+    imports them has been sent others. `ray_version` is what the head says of itself. With a `token` the nodes ask for it.
     """
     for package in PACKAGES:
         (folder / package).mkdir(parents=True)
         (folder / package / "__init__.py").write_text("raise ImportError('the code of the node')\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_AUTH_MODE", "token" if token else "disabled")
+        if token:
+            patch.setenv("RAY_AUTH_TOKEN", token)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", ""))))
         import ray

@@ -207,13 +207,17 @@ def require_answer(address: str | None) -> None:
         address,
     ]
     try:
-        healthy = (
-            subprocess.run(check, capture_output=True, timeout=HEALTH_SECONDS, check=False).returncode == 0
-        )
+        done = subprocess.run(check, capture_output=True, text=True, timeout=HEALTH_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        healthy = False
-    if not healthy:
-        raise _no_answer(address, "something else listens there")
+        raise _no_answer(address, "something else listens there") from None
+    if done.returncode == 0:
+        return
+    if re.search(r"InvalidAuthToken|no authentication token|AuthenticationError", done.stderr, re.IGNORECASE):
+        raise UserError(
+            f"Ray at {address} asks for another token than this command's: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the "
+            "cluster's, or put it into ~/.ray/auth_token."
+        )
+    raise _no_answer(address, "something else listens there")
 
 
 def _no_answer(address: str, reason: str) -> UserError:
