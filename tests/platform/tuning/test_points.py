@@ -15,6 +15,7 @@ from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.search import SearchConfig
 from soflow_platform.config.validation import read_experiment
 from soflow_platform.errors import UserError
+from soflow_platform.tuning.plan import Assumptions, plan_sweep
 from soflow_platform.tuning.points import PointSettings, SearchSpace
 from soflow_platform.tuning.ranking import ScoredTrial, ranked_points
 from soflow_platform.tuning.search_space import trials
@@ -207,8 +208,11 @@ def test_every_point_is_trained_with_each_seed(tmp_path: Path) -> None:
 def test_a_search_by_results_lists_what_it_begins_with(tmp_path: Path) -> None:
     search = "search={algorithm: tpe, trials: 12, startup: 3, first: [{}], space: {optimizer.lr: {log_uniform: [1e-4, 1e-2]}}}"
     experiment, document = read_experiment(write(tmp_path, MINIMAL), (search,))
-    assert len(trials(document, experiment)) == 4
+    listed = trials(document, experiment)
+    assert len(listed) == 4
     assert experiment.search.drawn == 9
+    plan = plan_sweep(experiment, listed, Assumptions())
+    assert any(note.startswith("up to 9 more trials come from results") for note in plan.notes)
 
 
 def test_points_are_ranked_by_the_mean_over_their_seeds() -> None:

@@ -1,0 +1,106 @@
+"""Trials that results lead to: stored before they start, the same when a sweep goes on, and the best again in the end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from soflow_platform.config.validation import read_experiment
+from soflow_platform.errors import JobError, UserError
+from soflow_platform.storage.checkpoints import CheckpointState
+from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tuning.context import SweepContext
+from soflow_platform.tuning.display import Display
+from soflow_platform.tuning.drawing import DrawnTrials, add_trials, final_settings, is_complete
+from soflow_platform.tuning.ranking import ScoredTrial, ranked_points
+from soflow_platform.tuning.record import load_record, new_or_resumed_record
+from soflow_platform.tuning.recorded import recorded_trials, trials_of_record
+from soflow_platform.tuning.search_space import Trial, trials
+from tests.support.sweep_files import MINIMAL, write
+
+SEARCH = (
+    "search={algorithm: tpe, trials: 5, startup: 2, final: {best: 1, seeds: 2}, "
+    "space: {objective.weight_power: {uniform: [0, 2]}, optimizer.lr: {log_uniform: [1e-4, 1e-2]}}}"
+)
+
+
+def started(storage: ProjectFolder, folder: Path, *overrides: str) -> SweepContext:
+    """The sweep as a command finds it: what it has recorded so far, with its place."""
+    experiment, document = read_experiment(write(folder, MINIMAL), (SEARCH, *overrides))
+    planned = trials(document, experiment)
+    existing = load_record(storage, "small")
+    if existing is not None:
+        planned += recorded_trials(document, experiment, existing, planned)
+    record = new_or_resumed_record(existing, "small", "sweep.yaml", experiment, planned)
+    record.attempts = 1
+    record.save(storage)
+    return SweepContext(record, experiment, planned, storage, Display(), document)
+
+
+def ended(trial: Trial) -> CheckpointState:
+    """The state of a trial whose score is the distance of its weight power from 1.5."""
+    score = abs(trial.experiment.objective.weight_power - 1.5)
+    evaluations: list[dict[str, Any]] = [
+        {"step": step, "eval/fd_nfe1": score + 1 / step} for step in (20, 40)
+    ]
+    return CheckpointState(40, 640, "run", evaluations)
+
+
+def anything(trial: Trial) -> None:
+    assert trial.experiment.optimizer.lr <= 1e-2
+
+
+def test_a_sweep_that_goes_on_draws_what_it_would_have_drawn(storage: ProjectFolder, tmp_path: Path) -> None:
+    context = started(storage, tmp_path)
+    drawn = DrawnTrials(context, {}, anything)
+    whole = []
+    for place in range(3):
+        for trial in context.trials[place + 1 :]:
+            for evaluation in ended(trial).evaluations:
+                drawn.report(trial.name, evaluation)
+            drawn.end(trial.name)
+        assert drawn.left == 3 - place
+        whole.append(drawn.draw())
+    assert [trial.phase for trial in context.trials] == ["listed"] * 2 + ["drawn"] * 3
+    assert drawn.left == 0
+    stored = load_record(storage, "small")
+    assert stored is not None
+    assert [entry.name for entry in stored.trials] == [trial.name for trial in context.trials]
+    assert [trial.experiment for trial in trials_of_record(stored)] == [t.experiment for t in context.trials]
+
+    # Killed before the last one was drawn: the trials that it has are as they were, and the next one is the same.
+    replace(stored, trials=stored.trials[:4]).save(storage)
+    again = started(storage, tmp_path)
+    assert [trial.experiment for trial in again.trials] == [trial.experiment for trial in context.trials[:4]]
+    finished = {trial.name: ended(trial) for trial in again.trials[1:]}
+    assert DrawnTrials(again, finished, anything).draw() == whole[2]
+
+
+def test_the_best_point_comes_again_with_seeds_that_no_trial_had(
+    storage: ProjectFolder, tmp_path: Path
+) -> None:
+    context = started(storage, tmp_path)
+    scores = [ScoredTrial(trial.name, trial.settings, place) for place, trial in enumerate(context.trials, 1)]
+    points = final_settings(context, ranked_points(scores, "min"))
+    assert points == [{**context.trials[0].settings, "seed": seed} for seed in (1, 2)]
+    add_trials(context, points, "final")
+    assert [trial.experiment.seed for trial in context.trials] == [0, 0, 1, 2]
+    assert final_settings(context, ranked_points(scores, "min")) == []
+    assert not is_complete(context)
+    assert started(storage, tmp_path).trials == context.trials
+
+
+def test_a_space_in_which_nothing_can_be_trained_ends_in_a_sentence(
+    storage: ProjectFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(trial: Trial) -> None:
+        raise UserError(f"the data do not fit {trial.experiment.network.hidden}.")
+
+    monkeypatch.setattr("soflow_platform.tuning.drawing.ATTEMPTS", 3)
+    context = started(storage, tmp_path)
+    with pytest.raises(JobError, match=r"\(3 were tried\): the data do not fit 32; widen it"):
+        DrawnTrials(context, {}, refuse).draw()
+    assert len(context.trials) == 2
