@@ -47,7 +47,7 @@ def test_doctor_asks_every_node_and_names_the_one_that_sees_another_folder(
     assert not (tmp_path / "runs").exists()
 
     checks = environment_of_the_cluster(soflowctl, "xl2", *storage, "--tracking", "http://127.0.0.1:9")
-    assert {name for name, check in checks.items() if check["state"] == "wrong"} == {"mlflow", "data"}
+    assert {name for name, check in checks.items() if check["state"] == "wrong"} >= {"mlflow", "data"}
     assert "http://127.0.0.1:9 does not answer" in checks["mlflow"]["text"]
     assert "soflowctl data prepare" in f"{checks['data']['text']} {checks['data']['mend']}"
 
