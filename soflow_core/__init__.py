@@ -28,3 +28,6 @@ failures            errors about input, and one-line summaries of exceptions
 `ema.posthoc_weights`, `ema.combine` and `TrainStepConfig.power_ema_widths` are library API: no soflowctl command
 uses them.
 """
+
+# A registry looks for plugins where it is asked for a name that it does not know.
+import soflow_core.plugins  # noqa: F401

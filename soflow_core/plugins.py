@@ -15,7 +15,6 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -136,6 +135,8 @@ def load_named() -> None:
     global _asked
     if _asked:
         return
+    from importlib import metadata
+
     _asked = True
     for reference in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
         load(reference)

@@ -448,37 +448,6 @@ def test_flow_matching_predicts_the_velocity_and_drops_labels() -> None:
     assert_close(objective.loss(network, batch, draws, 0, 1).loss, expected)
 
 
-@pytest.mark.parametrize("method", OBJECTIVES)
-def test_draws_depend_on_the_generator_alone_and_split_over_ranks(method: str) -> None:
-    objective = OBJECTIVES[method]()
-    assert objective.method == method
-    network = random_network()
-    batch, draws = random_inputs(objective, size=24)
-    again = random_inputs(objective, size=24)[1]
-    assert torch.equal(draws.noise, again.noise)
-    assert torch.equal(draws.t, again.t)
-    whole = objective.loss(network, batch, draws, 30, 100).loss
-    parts = [
-        objective.loss(network, Batch(batch.x0[r::2], batch.labels[r::2]), draws.rows(r, 2), 30, 100).loss
-        for r in range(2)
-    ]
-    assert_close(sum(parts) / 2, whole)
-
-
-@pytest.mark.parametrize("method", OBJECTIVES)
-def test_every_method_samples_and_works_without_labels(method: str) -> None:
-    objective = OBJECTIVES[method]()
-    network = random_network()
-    batch, draws = random_inputs(objective, conditional=False)
-    assert draws.dropped is None
-    assert objective.loss(network, batch, draws, 3, 10).loss.isfinite()
-    noise = torch.randn(3, *SHAPE, dtype=torch.float64)
-    with torch.no_grad():
-        samples = objective.sample(network, noise, torch.tensor([0, 1, 2]), 2, [noise.flip(0)])
-    assert samples.shape == noise.shape
-    assert samples.isfinite().all()
-
-
 def test_methods_that_use_no_null_label_train_without_one() -> None:
     from dataclasses import replace
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +61,15 @@ def test_the_variable_is_read_when_a_name_is_not_known(
     assert "weighted_flow" in OBJECTIVES
     assert "convolution" in NETWORKS
     assert [plugin.module for plugin in plugins.loaded()] == ["weighted_flow", "convolution_net"]
+
+
+def test_every_registry_looks_for_plugins_whatever_was_imported_before(tmp_path: Path) -> None:
+    """In a process that imports a registry and nothing else."""
+    method, _ = write_plugins(tmp_path)
+    script = "from soflow_core.objectives.base import OBJECTIVES; print('weighted_flow' in OBJECTIVES)"
+    environment = {**os.environ, "SOFLOW_PLUGINS": str(method)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("True\n", "")
 
 
 def test_entry_points_are_read_when_a_name_is_not_known(
