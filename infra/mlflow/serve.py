@@ -306,9 +306,6 @@ def main() -> None:
 
     def leave(number: int, frame: FrameType | None) -> None:
         del frame
-        # A second signal would leave services running that are about to be ended.
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -336,6 +333,9 @@ def main() -> None:
                 service.keep_running()
             time.sleep(0.2)
     finally:
+        # A signal from here on would leave services running that are about to be ended.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         for service in reversed(services):
             service.stop(signal.SIGINT if service.name == "database" else signal.SIGTERM)
 
