@@ -228,12 +228,12 @@ def read_official(
         content = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise WeightsError(f"{path} has no {which}; it holds {content}")
     named = state[which].items() if isinstance(state[which], dict) else ()
-    tensors = {_plain_name(str(name)): tensor for name, tensor in named if isinstance(tensor, Tensor)}
+    tensors = {plain_name(str(name)): tensor for name, tensor in named if isinstance(tensor, Tensor)}
     if "pos_embed" not in tensors or "x_embedder.proj.weight" not in tensors:
         raise WeightsError(f"{path} is not a DiT checkpoint: it lacks pos_embed or x_embedder.proj.weight")
     require_finite(tensors, path)
     try:
-        config = _infer_config(tensors, heads, null_label)
+        config = infer_config(tensors, heads, null_label)
     except WeightsError:
         raise
     except (ValueError, LookupError, ZeroDivisionError) as error:
@@ -241,14 +241,15 @@ def read_official(
     return Weights(config, objective=None, tensors=tensors)
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """The name without the prefixes of what a network was wrapped in, in whatever order it was."""
     while name.startswith(WRAPPERS):
         name = name.partition(".")[2]
     return name
 
 
-def _infer_config(tensors: Mapping[str, Tensor], heads: int | None, null_label: bool | None) -> DiTConfig:
+def infer_config(tensors: Mapping[str, Tensor], heads: int | None, null_label: bool | None) -> DiTConfig:
+    """Architecture of a DiT by the shapes of its tensors. Raises WeightsError where they do not say all of it."""
     hidden, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
     side = math.isqrt(tensors["pos_embed"].shape[1]) * patch

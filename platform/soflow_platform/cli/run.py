@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from soflow_pipelines.preparation.builtin import Expected
     from soflow_platform.cli.display import SweepDisplay
     from soflow_platform.training.flops import Cost
+    from soflow_platform.training.start import Start
 
 T = TypeVar("T")
 
@@ -98,15 +99,20 @@ def run_command(
         show_result(screen, existing, storage)
         _score_best(screen, existing, experiment, Places(address, storage_option, existing.tracking_uri))
         return
+    starts = find_starts(planned, data, storage, experiment, existing)
     if options.check:
         _check_first_steps(planned, data)
     from soflow_platform.cluster.connection import require_answer
+    from soflow_platform.training.start import start_key
     from soflow_platform.tuning.sweep import SweepContext, run_sweep
 
     require_answer(address)
     if existing is not None:
         _require_checkpoints(storage, existing, experiment)
     record = new_or_resumed_record(existing, sweep, str(path), experiment, planned)
+    for trial in planned:
+        if trial.name in starts:
+            record.starts[start_key(trial.experiment)] = starts[trial.name].as_dict()
     display = SweepDisplay(screen, experiment, planned, options.quiet)
     context = SweepContext(record, experiment, planned, storage, display, sweep_file.document)
     shutdown = GracefulShutdown(storage, sweep, display, experiment.training.grace_seconds)
@@ -178,6 +184,27 @@ def _check_first_steps(planned: list[Trial], data: Expected) -> None:
     except StepCheckError as error:
         print(error.traceback, end="", file=sys.stderr)
         raise
+
+
+def find_starts(
+    planned: list[Trial],
+    data: Expected,
+    storage: ProjectFolder,
+    experiment: Experiment,
+    record: SweepRecord | None = None,
+) -> dict[str, Start]:
+    """The weights that trials start from, by trial. Raises UserError where there are none, or where they do not fit."""
+    starting = [
+        (trial.name, trial.experiment)
+        for trial in planned
+        if trial.experiment.training.start_from is not None
+    ]
+    if not starting:
+        return {}
+    from soflow_platform.jobs.start_from import resolve_starts
+
+    known = {} if record is None else record.starts
+    return resolve_starts(starting, data, storage, experiment.tracking.uri or storage.tracking_uri, known)
 
 
 def restart_lost_ray(run: Callable[[], T], restarts: int, say: Callable[[str], None]) -> T:

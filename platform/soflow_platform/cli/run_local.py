@@ -6,6 +6,7 @@ import bdb
 import sys
 
 from soflow_core.failures import InputError
+from soflow_platform.cli.run import find_starts
 from soflow_platform.cli.sweep_file import read
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage.project import find_project, require_writable
@@ -16,16 +17,25 @@ def run_local_command(
     name: str, overrides: tuple[str, ...], trial: str | None, storage_option: str | None
 ) -> None:
     """Train one trial of a sweep here, and print its losses and scores. Raises JobError where its code raises, after the traceback."""
-    planned = read(name, overrides).trials
+    sweep = read(name, overrides)
+    experiment, planned = sweep.experiment, sweep.trials
     chosen = _chosen(planned, trial)
     project = find_project(storage_option)
     require_writable(project)
+    from soflow_platform.training.dataset import check_data
     from soflow_platform.training.failure import Failure
     from soflow_platform.training.in_process import train_locally
 
+    starts = find_starts([chosen], check_data(chosen.experiment), project, experiment)
     print(f"training {chosen.name} in this process; nothing of it is kept", flush=True)
     try:
-        train_locally(chosen.experiment, chosen.name, project, lambda text: print(text, flush=True))
+        train_locally(
+            chosen.experiment,
+            chosen.name,
+            project,
+            lambda text: print(text, flush=True),
+            starts.get(chosen.name),
+        )
     except bdb.BdbQuit:
         raise SystemExit(130) from None
     except (InputError, JobError):

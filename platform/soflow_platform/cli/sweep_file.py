@@ -76,5 +76,8 @@ def _check_networks(planned: list[Trial]) -> None:
 
     for trial in planned:
         data = expected(trial.experiment)
-        if data is not None:
-            describe_network(trial.experiment, data)
+        config = None if data is None else describe_network(trial.experiment, data)
+        if trial.experiment.training.start_from is not None:
+            from soflow_platform.training.start import check_start_file
+
+            check_start_file(trial.experiment, config)

@@ -53,6 +53,8 @@ LATER_EVALUATION_SETTINGS: dict[str, Any] = {"reference": None, "pooled": False,
 """The same of `evaluation`; `final_samples` decides no number of a trial and is never part of it."""
 LATER_NETWORK_SETTINGS = {"kind": "dit"}
 """The same of `network`."""
+LATER_TRAINING_SETTINGS = {"start_from": None, "start_weights": "ema", "start_layout": None}
+"""The same of `training`."""
 
 
 class Experiment(Section):
@@ -179,7 +181,10 @@ class Experiment(Section):
         settings["search"] = _search_of_the_digest(resolved["search"])
         if self.plugins:
             settings["plugins"] = sorted((plugin.module, plugin.digest) for plugin in self.plugins)
-        settings["training"] = {key: resolved["training"][key] for key in DECIDING_TRAINING}
+        training = resolved["training"]
+        later = {key: training[key] for key in LATER_TRAINING_SETTINGS}
+        deciding = {key: training[key] for key in DECIDING_TRAINING}
+        settings["training"] = deciding | _without(later, LATER_TRAINING_SETTINGS)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 

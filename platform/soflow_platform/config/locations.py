@@ -42,6 +42,21 @@ def absolute_place(place: str) -> str:
     return place
 
 
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+
+
+def is_file_name(name: str) -> bool:
+    """Whether the name of weights is that of a file or folder, and not of a registered model, a sweep or a trial."""
+    if name.startswith("models:/") or "://" in name:
+        return False
+    return name.startswith((".", "/", "~")) or Path(name).suffix in WEIGHT_SUFFIXES
+
+
+def absolute_weights(name: str) -> str:
+    """A file or folder of weights as processes with other working folders find it; other names as they are."""
+    return str(Path(name).expanduser().absolute()) if is_file_name(name) else name
+
+
 SECRET = re.compile(r"pass|pwd|secret|token|key|sig|auth|cred", re.IGNORECASE)
 """In names of a URI's query parameters whose values are secret."""
 

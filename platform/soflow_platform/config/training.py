@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from soflow_platform.config.locations import absolute_place
+from soflow_platform.config.locations import absolute_place, absolute_weights
 from soflow_platform.config.sections import Minutes, Positive, Samples, Section
 
 
@@ -23,6 +23,13 @@ class TrainingConfig(Section):
     """`auto`: mixed on a GPU and on a CPU with bfloat16 matrix units, float32 elsewhere."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Gradient norm limit; the paper's recipe has none."""
+    start_from: Annotated[str, Field(min_length=1)] | None = None
+    """Weights that the network starts from: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, SWEEP/TRIAL, a checkpoint folder or a file;
+    None: fresh ones."""
+    start_weights: Literal["ema", "raw"] = "ema"
+    """Which of them: the average, or those that were trained."""
+    start_layout: Literal["soflow", "sit", "dit"] | None = None
+    """Whose official code wrote the file; None: SoFlow's, or this platform."""
     accumulate: Positive = 1
     """Pieces that each worker takes its samples of a step in, one after the other: less memory, the same gradients."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -50,6 +57,11 @@ class TrainingConfig(Section):
         if twice:
             raise ValueError(f"{twice[0]:g} is given twice: keep one")
         return decays
+
+    @field_validator("start_from")
+    @classmethod
+    def _absolute_weights(cls, name: str | None) -> str | None:
+        return name if name is None else absolute_weights(name)
 
     @field_validator("checkpoints")
     @classmethod

@@ -69,6 +69,7 @@ def model_card(name: str, description: Mapping[str, Any]) -> str:
         "trained": _training_row(description),
         "from": _origin_row(description),
         "plugins": plugin_text(description),
+        "started from": _start_row(description),
     }
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items() if value)
     parts = [
@@ -139,6 +140,15 @@ def _origin_row(description: Mapping[str, Any]) -> str:
     if description.get("sweep"):
         return f"sweep {description['sweep']}, trial {description['trial']}"
     return str(description.get("imported_from") or "")
+
+
+def _start_row(description: Mapping[str, Any]) -> str:
+    lineage = [entry for entry in description.get("started_from") or [] if isinstance(entry, Mapping)]
+    return ", before that ".join(
+        f"{entry.get('from')} ({entry.get('method') or 'unknown method'}, {entry.get('weights')} weights, "
+        f"digest {str(entry.get('digest'))[:16]})"
+        for entry in lineage
+    )
 
 
 def _scores(evaluation: Mapping[str, Any]) -> str:

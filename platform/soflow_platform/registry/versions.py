@@ -113,7 +113,7 @@ def _add_checkpoint(tracking: Tracking, candidate: Candidate, checkpoint: Checkp
         TRIALS_TAG: str(candidate.trials),
         **({CODE_TAG: checkpoint.state.code} if checkpoint.state.code else {}),
         **{key: repr(value) for key, value in candidate.metrics.items()},
-        **{key: value for key, value in inherited.items() if key.startswith(("eval.", "data."))},
+        **{key: value for key, value in inherited.items() if key.startswith(("eval.", "data.", "start."))},
     }
     evaluation = {
         "metric": candidate.metric,
@@ -129,6 +129,7 @@ def _add_checkpoint(tracking: Tracking, candidate: Candidate, checkpoint: Checkp
         "commit": inherited.get("mlflow.source.git.commit"),
         "code": checkpoint.state.code,
         "recipe": dict(candidate.recipe),
+        "started_from": checkpoint.state.start,
     }
     with checkpoint.opened(EMA) as weights:
         new = NewVersion(

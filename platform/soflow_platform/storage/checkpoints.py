@@ -58,6 +58,9 @@ class CheckpointState:
     code: str | None = None
     """Digest of the code that trained since the checkpoint before (`storage.code_digest`); None in one of an earlier version."""
 
+    start: list[dict[str, Any]] | None = None
+    """Lineage of the weights that training started from; None: fresh ones."""
+
     def as_record(self) -> dict[str, Any]:
         record = asdict(self)
         record["unsent"] = record.pop("pending_metrics")

@@ -15,6 +15,7 @@ launch         starts a trial's workers with Ray Train
 in_process     trains a trial without Ray and keeps nothing
 step_check     one step of a trial with a small network, before it is started
 worker         Trainer: the training loop of one rank
+start          weights that a trial starts from, and their lineage
 step_noise     times and noise of each step, drawn one step ahead
 distributed    collective operations on Python objects and numbers
 ema_network    the network with averaged weights, whole or sharded, for evaluations

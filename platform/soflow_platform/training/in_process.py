@@ -14,6 +14,7 @@ from soflow_platform.training.dataset import open_data
 from soflow_platform.training.job import TrialJob
 from soflow_platform.training.launch import configure_torch
 from soflow_platform.training.setup import TrialSetup
+from soflow_platform.training.start import Start
 from soflow_platform.training.trial_io import NullIO
 from soflow_platform.training.worker import Trainer
 
@@ -44,7 +45,11 @@ class PrintingIO(NullIO):
 
 
 def train_locally(
-    experiment: Experiment, trial: str, project: ProjectFolder, say: Callable[[str], None]
+    experiment: Experiment,
+    trial: str,
+    project: ProjectFolder,
+    say: Callable[[str], None],
+    start: Start | None = None,
 ) -> Trainer:
     """Train a trial to its last step with one worker, in this thread, and return its trainer.
 
@@ -67,6 +72,7 @@ def train_locally(
         storage=str(project.root),
         tracking_uri="",
         run="",
+        start=None if start is None else start.as_dict(),
     )
     setup = TrialSetup.build(job, torch.device("cuda" if resources.gpus_per_worker else "cpu"))
     trainer = Trainer(setup, PrintingIO(say, experiment.training.log_every))

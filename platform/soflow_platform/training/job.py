@@ -24,6 +24,8 @@ class TrialJob:
     tracking_uri: str
     run: str
     """MLflow run id; empty where nothing of the trial is kept."""
+    start: dict[str, Any] | None = None
+    """The weights that it starts from: the arguments of `Start`. None: fresh ones."""
     attempt: int = 1
     """Number of the sweep's present start, from 1."""
 

@@ -45,7 +45,7 @@ class TrialSetup:
         batch, seed = experiment.training.batch, experiment.seed
         loader = ShardLoader(job.data, batch_size=batch, rank=rank, world=world, seed=seed)
         config = network_config(experiment, loader.info)
-        train_step = build_train_step(experiment, config, device, world, rank)
+        train_step = build_train_step(experiment, config, device, world, rank, job.start)
         conditional = experiment.data.conditional
         evaluator = Evaluator.open(experiment.evaluation, loader.info, job.data, conditional, job.project)
         return cls(job, experiment, device, rank, world, loader, config, train_step, evaluator)

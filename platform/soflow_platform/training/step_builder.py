@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -10,16 +13,24 @@ from soflow_core.networks import Architecture
 from soflow_core.train_step import TrainStep, TrainStepConfig
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.training.distributed import rows_of
+from soflow_platform.training.start import Start
 
 
 def build_train_step(
-    experiment: Experiment, network_config: Architecture, device: torch.device, world: int, rank: int = 0
+    experiment: Experiment,
+    network_config: Architecture,
+    device: torch.device,
+    world: int,
+    rank: int = 0,
+    start: Mapping[str, Any] | None = None,
 ) -> TrainStep:
-    """The training step of a trial, with initial weights drawn from the experiment's seed."""
+    """The training step of a trial, with initial weights drawn from the experiment's seed, or those of `start`, as in `TrialJob`."""
     training = experiment.training
     sync = choose_sync(experiment, device, world, rank)
     torch.manual_seed(experiment.seed)
     network = network_config.build()
+    if start is not None:
+        Start(**start).apply(network, experiment.objective.method)
     if not isinstance(sync, FSDP):
         # FSDP moves a network from the CPU block by block, so that no device holds all of it.
         network.to(device)

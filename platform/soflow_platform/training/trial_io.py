@@ -22,6 +22,7 @@ from soflow_platform.training.checkpointer import AsyncCheckpointer
 from soflow_platform.training.failure import Failure
 from soflow_platform.training.resume import find_resume_point
 from soflow_platform.training.setup import TrialSetup
+from soflow_platform.training.start import Start
 from soflow_platform.training.stop_request import stop_requested
 from soflow_platform.training.trial_status import TrialState, TrialStatusWriter
 
@@ -171,6 +172,7 @@ class RankZeroIO:
             self.patience,
             partial(self.status.report, "curves"),
         )
+        self._lineage = None if job.start is None else Start(**job.start).lineage
         self._data: str | None = None
         self._flagged: set[str] = set()
         self._looked = 0.0
@@ -233,7 +235,7 @@ class RankZeroIO:
     ) -> None:
         scored = [dict(evaluation) for evaluation in evaluations]
         points, code = self.metrics.pending_points(), running_code().digest
-        state = CheckpointState(step, images, self.job.run, scored, points, self._data, code)
+        state = CheckpointState(step, images, self.job.run, scored, points, self._data, code, self._lineage)
         ranking = ranked(scored, self.experiment.search.metric, self.experiment.mode)
         self.checkpointer.submit(state, [evaluation["step"] for evaluation in ranking], write)
 

@@ -27,6 +27,7 @@ from soflow_platform.training import distributed
 from soflow_platform.training.ema_network import ema_network
 from soflow_platform.training.job import TrialJob
 from soflow_platform.training.setup import TrialSetup, data_facts
+from soflow_platform.training.start import Start, describe_lineage
 from soflow_platform.training.step_noise import StepNoisePrefetcher
 from soflow_platform.training.stop_rules import broken_rule
 from soflow_platform.training.stragglers import ForwardTimer
@@ -154,9 +155,19 @@ class Trainer:
                 if setup.rank == 0:
                     grids = setup.evaluator.grids(network, self.experiment.objective, setup.device)
                     self.io.show(0, grids)
+            self._log_start()
         begin = "starting" if checkpoint is None else "going on"
         self.io.log(f"{begin} with {setup.world} worker(s) on {setup.device}", self.step)
         self.io.set_state(TrialState.RUNNING, self.step)
+
+    def _log_start(self) -> None:
+        """Say which weights the training starts from, and what of them is not taken as it is."""
+        if self.setup.job.start is None:
+            return
+        start = Start(**self.setup.job.start)
+        self.io.log(f"weights of {describe_lineage(start.lineage)}", self.step)
+        for note in start.notes(self.experiment, self.setup.config):
+            self.io.log(note, self.step)
 
     def train_one_step(self) -> StepRecord:
         """One optimizer step. Raises NonFiniteError on every rank where some rank's loss or gradient is not finite."""

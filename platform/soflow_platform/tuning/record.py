@@ -97,6 +97,8 @@ class SweepRecord:
     mode: str
     """`min` or `max`: which value of the metric is better."""
     created: float = field(default_factory=time.time)
+    starts: dict[str, Any] = field(default_factory=dict)
+    """Weights that trials start from, by their settings: the arguments of `training.start.Start`."""
     attempts: int = 0
     """Number of times that the sweep was started."""
     run: str | None = None

@@ -30,6 +30,7 @@ from soflow_platform.training.dataset import open_data
 from soflow_platform.training.job import TrialJob
 from soflow_platform.training.launch import fail_trial
 from soflow_platform.training.model import network_config
+from soflow_platform.training.start import start_of
 from soflow_platform.training.stop_request import clear_stops, stop_requested
 from soflow_platform.training.trial_status import TrialState
 from soflow_platform.tuning.context import SweepContext, finished_trials, scored_trials, trial_outcome
@@ -322,6 +323,7 @@ class SweepRunner:
     def _task(self, trial: Trial, prepared: PreparedData) -> TrialTask:
         record = self.context.record
         varied = {f"search.{key}": str(value) for key, value in trial.settings.items()}
+        start = start_of(trial.experiment, record.starts)
         job = TrialJob(
             sweep=record.id,
             trial=trial.name,
@@ -330,6 +332,7 @@ class SweepRunner:
             storage=str(self.context.project.root),
             tracking_uri=self.context.tracking_uri,
             run="",
+            start=None if start is None else start.as_dict(),
             attempt=record.attempts,
         )
         return TrialTask(
@@ -337,7 +340,7 @@ class SweepRunner:
             tracking_experiment_id=self.tracking.experiment_id,
             parent=record.run or "",
             name=run_name(trial.index, trial.settings, None if trial.settings else _label(trial)),
-            tags={**prepared.tags(trial.experiment), **varied},
+            tags={**prepared.tags(trial.experiment), **varied, **({} if start is None else start.tags())},
         )
 
     def conclude(self, failures: Mapping[str, str]) -> list[TrialOutcome]:

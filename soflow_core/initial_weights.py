@@ -1,0 +1,277 @@
+"""Initial weights of a network from those of another one, trained with any method, and the official SiT and DiT checkpoints.
+
+A network that was trained at s = t alone (Flow Matching, diffusion) computes the same at every s at the start: its second time is
+embedded anew, with an output layer of zeros whose bias is the embedding that it always had.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from soflow_core.networks import DiT, DiTConfig
+from soflow_core.networks.dit import FREQUENCIES, MAX_PERIOD
+from soflow_core.objectives import Diffusion, FlowMatching, SoFlow
+from soflow_core.weights import (
+    Weights,
+    WeightsError,
+    infer_config,
+    plain_name,
+    read_torch_file,
+    require_finite,
+)
+
+Layout = Literal["soflow", "sit", "dit"]
+"""Whose conventions of time and output a checkpoint in torch's own format follows."""
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+Which = Literal["ema", "raw"]
+
+ONE_TIME = ("flow_matching", "diffusion")
+"""Methods that train a network at s = t alone."""
+TRUNK = ("hidden", "depth", "heads", "mlp_ratio")
+"""Settings in which the two networks must agree: all layers between input and output have these sizes."""
+ENDS = {"x_embedder.": "the patch embedding", "final_layer.linear.": "the output layer"}
+KEYS: dict[Which, tuple[str, ...]] = {"ema": ("ema_model", "ema"), "raw": ("model",)}
+"""Names of the weights in checkpoints of the official code of SoFlow, SiT and DiT."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the weights of one network are taken over by another."""
+
+    copied: tuple[str, ...]
+    """Tensors that are taken as they are."""
+    notes: tuple[str, ...]
+    """What is not taken as it is, one phrase each; none where the network is that of the weights."""
+
+
+def fit(source: Weights, target: DiTConfig, method: str) -> Fit:
+    """What of a network's weights another one takes that is trained with `method`.
+
+    `source` needs no tensors: shapes follow from its configuration. Raises WeightsError where their trunks differ.
+    """
+    old = source.network_config
+    for name in TRUNK:
+        before, now = getattr(old, name), getattr(target, name)
+        if before != now:
+            raise WeightsError(
+                f"the weights are those of a network with {name} {before:g} and this one has {now:g}: give both the same"
+            )
+    shapes, wanted = _shapes(old), _shapes(target)
+    notes = [
+        f"{title} is new ({_sizes(old)} before, {_sizes(target)} now)"
+        for prefix, title in ENDS.items()
+        if any(shapes[name] != wanted[name] for name in wanted if name.startswith(prefix))
+    ]
+    if shapes["pos_embed"] != wanted["pos_embed"]:
+        notes.append(f"positions are those of {target.height} x {target.width}")
+    trained = None if source.objective is None else source.objective.method
+    anew = second_time_is_new(trained, method)
+    if anew:
+        notes.append("the embedding of the second time is new and has no effect at the start")
+    notes += _label_notes(old, target)
+    if old.guidance_scale != target.guidance_scale:
+        notes.append(
+            "the guidance scale is a new condition without effect at the start"
+            if target.guidance_scale
+            else "the guidance scale is no condition any longer and has the effect of scale 1"
+        )
+    if (trained == "diffusion") != (method == "diffusion"):
+        notes.append(
+            f"{trained or 'the old method'} and {method} predict different things, at times of other ranges"
+        )
+    own = ("y_embedder.", "w_embedder.", *(["s_embedder."] if anew else []))
+    copied = [n for n in wanted if shapes.get(n) == wanted[n] and not n.startswith(own)]
+    return Fit(tuple(copied), tuple(notes))
+
+
+def second_time_is_new(trained: str | None, method: str) -> bool:
+    """Whether a network of `trained` has not learned a second time that `method` uses."""
+    return trained in ONE_TIME and method not in ONE_TIME
+
+
+@torch.no_grad()
+def start_from(network: DiT, source: Weights, method: str) -> Fit:
+    """Give a network with fresh weights those of another one, in place, as `fit` says. Raises WeightsError where they do not fit."""
+    old, target = source.network_config, network.config
+    found = fit(source, target, method)
+    tensors, state = source.tensors, network.state_dict()
+    for name in found.copied:
+        if name in tensors:
+            state[name].copy_(tensors[name])
+        elif not name.startswith("s_embedder."):
+            raise WeightsError(f"the weights lack {name}, which a network of this configuration has")
+    trained = None if source.objective is None else source.objective.method
+    if second_time_is_new(trained, method) or "s_embedder.mlp.2.weight" not in tensors:
+        state["s_embedder.mlp.2.weight"].zero_()
+        state["s_embedder.mlp.2.bias"].copy_(_embedding_of_zero(tensors, "s_embedder.", old.hidden))
+    constant = state["t_embedder.mlp.2.bias"]
+    if target.guidance_scale and old.guidance_scale:
+        for name in state:
+            if name.startswith("w_embedder."):
+                state[name].copy_(tensors[name])
+    elif old.guidance_scale:
+        constant += _embedding_of_zero(tensors, "w_embedder.", old.hidden).to(constant)
+    _take_labels(state, tensors, old, target, constant)
+    return found
+
+
+def _take_labels(
+    state: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    old: DiTConfig,
+    target: DiTConfig,
+    constant: Tensor,
+) -> None:
+    """Fill the label table; without one, add the null label's row of the old table to `constant`."""
+    name = "y_embedder.embedding_table.weight"
+    rows = tensors.get(name)
+    if target.classes is None:
+        if rows is not None and old.null_label:
+            constant += rows[-1].to(constant)
+        return
+    table = state[name]
+    if rows is None:
+        # Labels have no effect until they are learned.
+        table.zero_()
+    elif old.classes == target.classes:
+        known = min(len(rows), len(table))
+        table[:known].copy_(rows[:known])
+        if target.null_label and not old.null_label:
+            table[-1].copy_(rows.mean(dim=0))
+
+
+def _label_notes(old: DiTConfig, target: DiTConfig) -> list[str]:
+    if old.classes is None and target.classes is None:
+        return []
+    if target.classes is None:
+        return [
+            "there are no labels any longer"
+            + ("" if old.null_label else ", and no null label says what without means")
+        ]
+    if old.classes is None:
+        return ["labels are new and have no effect at the start"]
+    if old.classes != target.classes:
+        return [f"the label table is new ({old.classes} classes before, {target.classes} now)"]
+    if target.null_label and not old.null_label:
+        return ["the null label is new, the mean of all labels"]
+    if old.null_label and not target.null_label:
+        return ["there is no null label any longer"]
+    return []
+
+
+def _shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in DiT(config).state_dict().items()}
+
+
+def _sizes(config: DiTConfig) -> str:
+    return f"{config.channels} channels in patches of {config.patch}"
+
+
+def _embedding_of_zero(tensors: Mapping[str, Tensor], prefix: str, hidden: int) -> Tensor:
+    """(hidden,): the embedding of time 0 by the embedder of this name, zeros where there is none."""
+    if f"{prefix}mlp.0.weight" not in tensors:
+        return torch.zeros(hidden)
+    names = (f"{prefix}mlp.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias"))
+    # At least float32: half precision has few operations on a CPU.
+    dtype = torch.promote_types(tensors[f"{prefix}mlp.0.weight"].dtype, torch.float32)
+    first, shift, second, bias = (tensors[name].to(dtype) for name in names)
+    sinusoids = torch.cat([torch.ones(FREQUENCIES // 2), torch.zeros(FREQUENCIES // 2)]).to(dtype)
+    return second @ torch.nn.functional.silu(first @ sinusoids + shift) + bias
+
+
+def read_checkpoint(
+    path: str | Path, target: DiTConfig, which: Which = "ema", layout: Layout | None = None
+) -> Weights:
+    """Reads a checkpoint in torch's own format, as tensors only: of the official code of SoFlow, SiT or DiT.
+
+    Shapes give the architecture; heads and null label, which they do not show, are those of `target`. The weights are those of a
+    network in this package's conventions. Without `layout` it is SoFlow's where the file has two time embeddings. Raises
+    WeightsError where it has one and `layout` is not given, and for files that are no such checkpoint.
+    """
+    tensors = _named_tensors(read_torch_file(path), which, path)
+    require_finite(tensors, path)
+    two_times = "s_embedder.mlp.0.weight" in tensors
+    if layout is None and not two_times:
+        raise WeightsError(
+            f"{path} has one time embedding, and its shapes do not show whose conventions it follows: say sit or dit"
+        )
+    if (layout or "soflow") == "soflow" and not two_times:
+        raise WeightsError(
+            f"{path} is no SoFlow checkpoint: it lacks s_embedder.mlp.0.weight; say sit or dit"
+        )
+    table = tensors.get("y_embedder.embedding_table.weight")
+    null = table is not None and (target.classes is None or len(table) == target.classes + 1)
+    try:
+        config = infer_config(tensors, target.heads, null)
+    except WeightsError:
+        raise
+    except (ValueError, LookupError, ZeroDivisionError) as error:
+        raise WeightsError(f"{path} is not a DiT checkpoint: {error}") from error
+    config = replace(config, mlp_ratio=target.mlp_ratio if _same_mlp(config, target) else config.mlp_ratio)
+    if layout in (None, "soflow"):
+        return Weights(config, SoFlow(), tensors=tensors)
+    _keep_first_half(tensors, config)
+    if layout == "dit":
+        return Weights(config, Diffusion(), tensors=tensors)
+    _reverse_time(tensors)
+    return Weights(config, FlowMatching(), tensors=tensors)
+
+
+def _same_mlp(config: DiTConfig, target: DiTConfig) -> bool:
+    """Whether the inner widths agree: a ratio that is read from shapes is rounded."""
+    return config.hidden == target.hidden and int(config.hidden * config.mlp_ratio) == int(
+        target.hidden * target.mlp_ratio
+    )
+
+
+def _named_tensors(content: Any, which: Which, path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, or of a bare state dict, without the prefixes of wrappers."""
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds {type(content).__name__} and no weights")
+    found = next((content[key] for key in KEYS[which] if isinstance(content.get(key), dict)), None)
+    if found is None:
+        bare = bool(content) and all(isinstance(value, Tensor) for value in content.values())
+        if not bare or which == "raw":
+            raise WeightsError(
+                f"{path} has none of {', '.join(KEYS[which])}; it holds {', '.join(map(str, list(content)[:8]))}"
+            )
+        # Published weights stand alone; they are averaged ones.
+        found = content
+    named = {plain_name(str(name)): value for name, value in found.items() if isinstance(value, Tensor)}
+    if "pos_embed" not in named or "x_embedder.proj.weight" not in named:
+        raise WeightsError(f"{path} is not a DiT checkpoint: it lacks pos_embed or x_embedder.proj.weight")
+    return named
+
+
+def _keep_first_half(tensors: dict[str, Tensor], config: DiTConfig) -> None:
+    """Leave out the output channels beyond those of the input: a variance that DiT learns and SiT drops."""
+    rows = config.patch**2 * config.channels
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        tensor = tensors[name]
+        if len(tensor) == 2 * rows:
+            by_pixel = tensor.unflatten(0, (config.patch**2, 2 * config.channels))
+            tensors[name] = by_pixel[:, : config.channels].flatten(0, 1).contiguous()
+
+
+def _reverse_time(tensors: dict[str, Tensor]) -> None:
+    """From a velocity towards data at a time of 1 for data, as in SiT, to one towards noise at a time of 1 for noise.
+
+    With w the frequencies, cos(w (1 - t)) and sin(w (1 - t)) are linear in cos(w t) and sin(w t): the first layer takes both.
+    """
+    weight = tensors["t_embedder.mlp.0.weight"]
+    half = weight.shape[1] // 2
+    frequency = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float64) / half)
+    cosine, sine = frequency.cos(), frequency.sin()
+    of_cos, of_sin = weight.double().split(half, dim=1)
+    turned = [of_cos * cosine + of_sin * sine, of_cos * sine - of_sin * cosine]
+    tensors["t_embedder.mlp.0.weight"] = torch.cat(turned, dim=1).to(weight.dtype)
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        tensors[name] = -tensors[name]
