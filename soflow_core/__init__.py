@@ -25,9 +25,6 @@ weights             weights files: safetensors with a header, official SoFlow ch
 initial_weights     weights of one network as the start of another; official SiT and DiT checkpoints
 settings            checks and (de)serialization of settings dataclasses
 failures            errors about input, and one-line summaries of exceptions
-
-`ema.posthoc_weights`, `ema.combine` and `TrainStepConfig.power_ema_widths` are library API: no soflowctl command
-uses them.
 """
 
 # A registry looks for plugins where it is asked for a name that it does not know.

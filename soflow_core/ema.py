@@ -1,7 +1,6 @@
 """Averages of parameters over training: exponential, and power-function EMAs (EDM2, arXiv 2312.02696, section 3).
 
-`posthoc_weights` and `combine`, which reconstruct a power-function EMA from stored ones, are library API: no
-soflowctl command uses them.
+`posthoc_weights` and `combine` reconstruct a power-function EMA of any width from stored ones.
 """
 
 from __future__ import annotations
@@ -137,6 +136,19 @@ def posthoc_weights(snapshots: Sequence[tuple[int, float]], target: tuple[int, f
     return torch.linalg.lstsq(gram, right[:, None], driver="gelsd").solution[:, 0]
 
 
+def posthoc_residual(
+    snapshots: Sequence[tuple[int, float]], target: tuple[int, float], weights: Tensor
+) -> float:
+    """Norm of the target profile less the weighted sum of the stored ones, over the norm of the target profile."""
+    stored = [(float(step), Power(width).gamma) for step, width in snapshots]
+    fitted = (float(target[0]), Power(target[1]).gamma)
+    gram = torch.tensor([[_profile_product(a, b) for b in stored] for a in stored], dtype=torch.float64)
+    right = torch.tensor([_profile_product(a, fitted) for a in stored], dtype=torch.float64)
+    whole = _profile_product(fitted, fitted)
+    left = whole - 2 * weights @ right + weights @ gram @ weights
+    return math.sqrt(max(float(left), 0.0) / whole)
+
+
 def _profile_product(a: tuple[float, float], b: tuple[float, float]) -> float:
     """Integral of p_a p_b, with p(u) = (gamma + 1) u^gamma / t^(gamma + 1) on 0 < u < t (EDM2, Eq. 151)."""
     (t_a, gamma_a), (t_b, gamma_b) = a, b
@@ -145,11 +157,18 @@ def _profile_product(a: tuple[float, float], b: tuple[float, float]) -> float:
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * share
 
 
-def combine(snapshots: Sequence[Mapping[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:
-    """N sets of parameters, (N,) -> their weighted sum in float32, accumulated in float64."""
-    return {
-        name: sum(
-            (w * s[name].double() for w, s in zip(weights, snapshots, strict=True)), torch.zeros(())
-        ).float()
-        for name in snapshots[0]
-    }
+def combine(snapshots: Iterable[Mapping[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:
+    """N sets of parameters, (N,) -> their weighted sum in float32, accumulated in float64, one set after the other.
+
+    Tensors that are the same in all sets are no averages (fixed tables of positions) and are taken as they are.
+    """
+    sums: dict[str, Tensor] = {}
+    first: dict[str, Tensor] = {}
+    varied: set[str] = set()
+    for weight, snapshot in zip(weights.tolist(), snapshots, strict=True):
+        for name, tensor in snapshot.items():
+            first.setdefault(name, tensor)
+            if name not in varied and not torch.equal(first[name], tensor):
+                varied.add(name)
+            sums[name] = sums[name] + weight * tensor.double() if name in sums else weight * tensor.double()
+    return {name: total.float() if name in varied else first[name].float() for name, total in sums.items()}

@@ -16,6 +16,7 @@ ui         ui
 data       data prepare, inspect and verify
 doctor     doctor
 promote    promote
+averages   ema
 generate   generate
 evaluate   evaluate
 compare    compare

@@ -16,6 +16,7 @@ import typer
 
 from soflow_core.failures import InputError, printable
 from soflow_platform.cli import data
+from soflow_platform.cli.averages import ema
 from soflow_platform.cli.doctor import doctor
 from soflow_platform.cli.export import export, import_checkpoint
 from soflow_platform.cli.generate import generate
@@ -252,6 +253,7 @@ app.command()(report)
 app.command()(promote)
 app.command()(models)
 app.command()(export)
+app.command()(ema)
 app.command("import")(import_checkpoint)
 app.command()(generate)
 

@@ -53,7 +53,12 @@ LATER_EVALUATION_SETTINGS: dict[str, Any] = {"reference": None, "pooled": False,
 """The same of `evaluation`; `final_samples` decides no number of a trial and is never part of it."""
 LATER_NETWORK_SETTINGS = {"kind": "dit"}
 """The same of `network`."""
-LATER_TRAINING_SETTINGS = {"start_from": None, "start_weights": "ema", "start_layout": None}
+LATER_TRAINING_SETTINGS: dict[str, Any] = {
+    "start_from": None,
+    "start_weights": "ema",
+    "start_layout": None,
+    "ema_profiles": [],
+}
 """The same of `training`."""
 
 
@@ -145,6 +150,7 @@ class Experiment(Section):
         """Settings that name a step of the training."""
         return {
             "evaluation.every": self.evaluation.every,
+            "training.ema_snapshot_every": self.training.ema_snapshot_every,
             "optimizer.warmup_steps": self.optimizer.warmup_steps,
             "search.asha.first_rung": self.search.asha.first_rung if self.search.asha else None,
         }

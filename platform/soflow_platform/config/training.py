@@ -19,6 +19,10 @@ class TrainingConfig(Section):
     """Samples in one optimizer step, over all workers."""
     ema: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.9999,)
     """Decays of the exponential moving averages of the weights; the first is evaluated and registered."""
+    ema_profiles: Annotated[tuple[Annotated[float, Field(gt=0, lt=0.28)], ...], Field(max_length=8)] = ()
+    """Relative widths of power-function averages, whose snapshots `soflowctl ema` makes averages of other widths of; two are usual."""
+    ema_snapshot_every: Positive | None = None
+    """Steps between these snapshots; None: at each evaluation."""
     precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
     """`auto`: mixed on a GPU and on a CPU with bfloat16 matrix units, float32 elsewhere."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
@@ -50,7 +54,7 @@ class TrainingConfig(Section):
     grace_seconds: Annotated[float, Field(gt=0, le=86_400)] = 25
     """How long trials may take to save after SIGTERM before the command ends; what sends it usually sends SIGKILL after 30."""
 
-    @field_validator("ema")
+    @field_validator("ema", "ema_profiles")
     @classmethod
     def _different(cls, decays: tuple[float, ...]) -> tuple[float, ...]:
         twice = [decay for decay in decays if decays.count(decay) > 1]

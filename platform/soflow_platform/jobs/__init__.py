@@ -18,6 +18,7 @@ benchmark          seconds and memory of training and sampling
 generate           a folder of images from weights
 export             a generator as one file that runs without the platform
 import_weights     registers a checkpoint of the official code
+posthoc_ema        averages of a trial's weights over other lengths
 start_from         finds the weights that trials start from, and keeps a copy
 doctor             checks that a machine or a cluster can run sweeps
 doctor_checks      judges what machines say of themselves

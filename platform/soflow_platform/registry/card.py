@@ -133,7 +133,12 @@ def _training_row(description: Mapping[str, Any]) -> str:
     if description.get("step") is None:
         return ""
     images = description.get("images")
-    return f"{description['step']:,} steps" + (f", {images:,} images" if images is not None else "")
+    length = description.get("ema_length")
+    return (
+        f"{description['step']:,} steps"
+        + (f", {images:,} images" if images is not None else "")
+        + (f"; power-function average of relative width {length:g}" if length is not None else "")
+    )
 
 
 def _origin_row(description: Mapping[str, Any]) -> str:

@@ -57,7 +57,6 @@ class CheckpointState:
     """Digest of the training data; None in a checkpoint of an earlier version."""
     code: str | None = None
     """Digest of the code that trained since the checkpoint before (`storage.code_digest`); None in one of an earlier version."""
-
     start: list[dict[str, Any]] | None = None
     """Lineage of the weights that training started from; None: fresh ones."""
 

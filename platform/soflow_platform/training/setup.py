@@ -16,6 +16,7 @@ from soflow_pipelines.shards.loader import ShardLoader
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.evaluation.evaluator import Evaluator
 from soflow_platform.storage.checkpoints import CheckpointStore
+from soflow_platform.storage.ema_snapshots import snapshot_store
 from soflow_platform.training.flops import forward_gmac
 from soflow_platform.training.job import TrialJob
 from soflow_platform.training.model import network_config
@@ -55,6 +56,12 @@ class TrialSetup:
         """The trial's checkpoints."""
         job, base = self.job, self.experiment.training.checkpoints
         return CheckpointStore.of_trial(job.project, job.sweep, job.trial, base)
+
+    @property
+    def snapshots(self) -> CheckpointStore:
+        """Snapshots of the trial's power-function averages."""
+        job, base = self.job, self.experiment.training.checkpoints
+        return snapshot_store(job.project, job.sweep, job.trial, base)
 
     def draw(self, step: int) -> Draws:
         """This rank's rows of the step's times and noise, which are drawn for the global batch and do not depend on `world`."""

@@ -38,6 +38,7 @@ def build_train_step(
         total_steps=training.steps,
         optimizer=experiment.optimizer,
         ema_decays=training.ema,
+        power_ema_widths=training.ema_profiles,
         precision=training.precision,
         clip_norm=training.clip_norm,
         accumulate=training.accumulate,

@@ -62,6 +62,7 @@ def try_step(experiment: Experiment, config: Architecture) -> None:
         total_steps=training.steps,
         optimizer=experiment.optimizer,
         ema_decays=training.ema,
+        power_ema_widths=training.ema_profiles,
         precision="float32",
         clip_norm=training.clip_norm,
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from soflow_core.ema import Power
 from soflow_core.host_copy import HostCopy
 from soflow_core.objectives import Batch
 from soflow_core.train_step import StepRecord
@@ -23,6 +24,7 @@ from soflow_platform.evaluation.evaluator import Interrupted
 from soflow_platform.evaluation.ranks import Ranks
 from soflow_platform.generation.sampling import SamplingNetwork
 from soflow_platform.storage import checkpoints
+from soflow_platform.storage.ema_snapshots import snapshot_file
 from soflow_platform.training import distributed
 from soflow_platform.training.ema_network import ema_network
 from soflow_platform.training.job import TrialJob
@@ -107,7 +109,7 @@ class Trainer:
                     or (self.should_stop() and self.step < last)
                     or (self.diverged is not None and self.step < last)
                 )
-                if evaluated or stopping or self._is_due(self._save_every):
+                if evaluated or stopping or self._is_saved():
                     self.save(needed=stopping or self.step == last)
                     if self.step < last and not stopping:
                         yield from self.evaluations[yielded:]
@@ -235,8 +237,19 @@ class Trainer:
         ema = self.train_step.host_ema_state(copy=self._ema_copy)
         self.io.log_metrics(step, {"system/checkpoint_stall_seconds": time.perf_counter() - started})
         objective, facts = self.experiment.objective, data_facts(self.loader.info, self.experiment)
+        snapshot = self._owes_snapshot()
+        progress = checkpoints.CheckpointState(step, self.loader.consumed, setup.job.run)
+
+        def write_averages(folder: Path) -> None:
+            for width in self.experiment.training.ema_profiles:
+                name = Power(width).name
+                tensors = {**state["network"], **state["ema"][name]}
+                save_weights(folder / snapshot_file(name), tensors, setup.config, objective, facts)
 
         def write(folder: Path) -> None:
+            if snapshot:
+                # Before the checkpoint: training never goes on from a step whose snapshot is missing.
+                setup.snapshots.publish(progress, write_averages)
             torch.save(state, folder / checkpoints.STATE)
             save_weights(folder / checkpoints.EMA, ema, setup.config, objective, facts)
 
@@ -245,6 +258,16 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         """Whether something that is done every so many steps, and after the last one, is to be done now."""
         return self.step % every == 0 or self.step == self.experiment.training.steps
+
+    def _is_saved(self) -> bool:
+        """Whether this step is one of those with a checkpoint, whether it is evaluated or not."""
+        return self._is_due(self._save_every) or self._owes_snapshot()
+
+    def _owes_snapshot(self) -> bool:
+        """Whether this step is one of those with a snapshot of the power-function averages."""
+        training = self.experiment.training
+        every = training.ema_snapshot_every or self.experiment.evaluation.every
+        return bool(training.ema_profiles) and self._is_due(every)
 
     @property
     def _save_every(self) -> int:
