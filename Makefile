@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest
 # Tests run in so many processes, a file's tests in one of them; `make test JOBS=0` runs them in one.
 JOBS ?= 2
 
-.PHONY: run test test-slow test-faults test-all lint format wheel clean help
+.PHONY: run test test-slow test-faults test-all bench lint format wheel clean help
 
 run: .venv/.installed
 	@echo "run: soflowctl run sweeps/digits.yaml"
@@ -33,6 +33,10 @@ test-faults: .venv/.installed
 test-all: .venv/.installed
 	@$(MAKE) lint test test-slow test-faults
 
+bench: .venv/.installed
+	@echo "bench: every benchmark in a small form, compared with the newest of benchmarks/results"
+	@$(BIN)/python benchmarks/all.py
+
 lint: .venv/.installed
 	@echo "lint: ruff and mypy"
 	@$(BIN)/ruff check .
@@ -49,7 +53,7 @@ clean:
 	@rm -rf .venv dist build
 
 help:
-	@echo "run  test  test-slow  test-faults  test-all (lint and every test)  lint  format  wheel  clean"
+	@echo "run  test  test-slow  test-faults  test-all (lint and every test)  bench  lint  format  wheel  clean"
 
 .venv/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "install: no Python 3.10 to 3.12 found; install one or set PYTHON=/path/to/python" >&2; exit 2; }

@@ -1,0 +1,70 @@
+"""Measurements are compared with those of another run: what differs by more than the noise of both is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from measurements import Results, moved
+
+
+def results(**values: float) -> Results:
+    made = Results("run", {"torch": "2"})
+    for name, value in values.items():
+        made.add("steps", name, [0.95 * value, value, 1.05 * value], "ms", "lower")
+    return made
+
+
+def test_what_moved_beyond_its_noise_is_named_and_the_rest_is_not(tmp_path: Path) -> None:
+    before = results(same=100.0, slower=100.0, faster=100.0, gone=1.0)
+    before.write(tmp_path / "before.json")
+    now = results(same=108.0, slower=130.0, faster=70.0, added=2.0)
+    assert moved(Results.read(tmp_path / "before.json"), now) == [
+        "steps: slower: 100 -> 130 ms (+30.0 %), WORSE",
+        "steps: faster: 100 -> 70 ms (-30.0 %), better",
+        "steps: added: 2 ms (new)",
+        "steps: gone: no longer measured",
+    ]
+
+
+def test_exact_numbers_move_by_more_than_two_percent() -> None:
+    before, now = Results("a", {}), Results("a", {})
+    before.add("parity", "loss", 1.0)
+    now.add("parity", "loss", 1.01)
+    assert moved(before, now) == []
+    assert moved(before, before) == []
+    now.measurements.clear()
+    now.add("parity", "loss", 1.03)
+    assert moved(before, now) == ["parity: loss: 1 -> 1.03  (+3.0 %)"]
+
+
+def test_the_table_has_every_number_and_what_was_left_out() -> None:
+    made = results(one=2.0)
+    made.skipped["step of XL/2"] = "no time was left"
+    text = made.markdown()
+    assert "| one | 2 ms | 5.0 % |" in text
+    assert "| step of XL/2 | no time was left |" in text
+
+
+def test_numbers_are_read_from_tables_and_lines() -> None:
+    from all import numbers
+
+    text = (
+        "S/8, batch 4\n| step | s | of plain | F |\n|---|---|---|---|\n| plain | 0.030 | 1.000 | - |\n\n"
+        "time of soflow / plain = 1.48, bar 1.55: holds\n        memmap, float32    12,345     0.88\n"
+    )
+    assert list(numbers(text)) == [
+        ("S/8, batch #", 4.0),
+        ("plain, s", 0.03),
+        ("plain, of plain", 1.0),
+        ("time of soflow / plain = #", 1.48),
+        ("memmap, float32    #     # [1]", 12345.0),
+        ("memmap, float32    #     # [2]", 0.88),
+    ]
+
+
+def test_every_benchmark_is_run_or_says_why_not() -> None:
+    from all import BENCHMARKS, FINISHED
+
+    root = Path(__file__).parents[2]
+    scripts = {path.stem for path in (root / "benchmarks").glob("*.py") if "def main(" in path.read_text()}
+    assert scripts - {"all", "gpu_suite"} == BENCHMARKS.keys() | FINISHED.keys()
