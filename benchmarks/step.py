@@ -30,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -133,7 +133,8 @@ class Bench:
 
         def step() -> None:
             self.step.objective = objective
-            self.step.accumulate = PIECES if row == "in pieces" else 1
+            pieces = PIECES if row == "in pieces" else 1
+            self.step.config = replace(self.step.config, accumulate=pieces)
             draws = objective.draw(self.generator, self.batch_size, SHAPE, conditional=True)
             with eager() if row == UNCOMPILED else nullcontext():
                 record = self.step(self.batch, draws)
