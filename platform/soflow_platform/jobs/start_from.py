@@ -59,12 +59,22 @@ def resolve_starts(
         config = describe_network(experiment, data)
         try:
             if key not in found or not Path(found[key].weights).is_file():
-                found[key] = finder.find(experiment, config)
+                found[key] = _same(finder.find(experiment, config), found.get(key))
             found[key].notes(experiment, config)
         except InputError as error:
             raise UserError(f"trial {name}: {SETTING}: {str(error).rstrip('.')}.") from None
         starts[name] = found[key]
     return starts
+
+
+def _same(start: Start, known: Start | None) -> Start:
+    """A start that was found again, because its copy is gone. Raises UserError where it is no longer that of the sweep."""
+    if known is not None and start.lineage[0].get("digest") != known.lineage[0].get("digest"):
+        raise UserError(
+            f"the sweep started from weights of which {known.weights} was the copy; it is gone, and {start.lineage[0]['from']} has "
+            "others: put it back, or pass --again"
+        )
+    return start
 
 
 @dataclass(frozen=True)

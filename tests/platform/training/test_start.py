@@ -113,6 +113,14 @@ def test_the_lineage_is_in_checkpoint_registered_version_and_card(scored: Projec
     tracking.client.delete_registered_model_alias("second", "candidate")
     kept = resolve_starts([("t", moved)], DATA, scored, scored.tracking_uri, known)
     assert kept["t"] == again
+    tracking.client.set_registered_model_alias("second", "candidate", version)
+    Path(again.weights).unlink()
+    found_again = resolve_starts([("t", moved)], DATA, scored, scored.tracking_uri, known)
+    assert found_again["t"].lineage == again.lineage
+    Path(again.weights).unlink()
+    other = {"models:/second@candidate ema": {**again.as_dict(), "lineage": [{"from": "x", "digest": "0"}]}}
+    with pytest.raises(UserError, match="put it back, or pass --again"):
+        resolve_starts([("t", moved)], DATA, scored, scored.tracking_uri, other)
 
 
 def test_weights_that_are_not_there_or_do_not_fit_are_refused(scored: ProjectFolder, tmp_path: Path) -> None:
