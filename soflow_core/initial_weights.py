@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from soflow_core.networks import DiT, DiTConfig
+from soflow_core.networks import Architecture, DiTConfig, NetworkModule
 from soflow_core.networks.dit import FREQUENCIES, MAX_PERIOD
 from soflow_core.objectives import Diffusion, FlowMatching, SoFlow
 from soflow_core.weights import (
@@ -51,12 +51,19 @@ class Fit:
     """What is not taken as it is, one phrase each; none where the network is that of the weights."""
 
 
-def fit(source: Weights, target: DiTConfig, method: str) -> Fit:
+def fit(source: Weights, target: Architecture, method: str) -> Fit:
     """What of a network's weights another one takes that is trained with `method`.
 
-    `source` needs no tensors: shapes follow from its configuration. Raises WeightsError where their trunks differ.
+    `source` needs no tensors: shapes follow from its configuration. Raises WeightsError where they are networks of two kinds, where
+    the trunks of two DiTs differ, and where two other networks differ at all.
     """
     old = source.network_config
+    if not isinstance(old, DiTConfig) or not isinstance(target, DiTConfig):
+        if old != target:
+            raise WeightsError(
+                f"the weights are those of a {old.title} and this network is a {target.title}: give both the same settings"
+            )
+        return Fit(tuple(_shapes(target)), ())
     for name in TRUNK:
         before, now = getattr(old, name), getattr(target, name)
         if before != now:
@@ -97,7 +104,7 @@ def second_time_is_new(trained: str | None, method: str) -> bool:
 
 
 @torch.no_grad()
-def start_from(network: DiT, source: Weights, method: str) -> Fit:
+def start_from(network: NetworkModule, source: Weights, method: str) -> Fit:
     """Give a network with fresh weights those of another one, in place, as `fit` says. Raises WeightsError where they do not fit."""
     old, target = source.network_config, network.config
     found = fit(source, target, method)
@@ -107,6 +114,8 @@ def start_from(network: DiT, source: Weights, method: str) -> Fit:
             state[name].copy_(tensors[name])
         elif not name.startswith("s_embedder."):
             raise WeightsError(f"the weights lack {name}, which a network of this configuration has")
+    if not isinstance(old, DiTConfig) or not isinstance(target, DiTConfig):
+        return found
     trained = None if source.objective is None else source.objective.method
     if second_time_is_new(trained, method) or "s_embedder.mlp.2.weight" not in tensors:
         state["s_embedder.mlp.2.weight"].zero_()
@@ -166,9 +175,9 @@ def _label_notes(old: DiTConfig, target: DiTConfig) -> list[str]:
     return []
 
 
-def _shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(config: Architecture) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in DiT(config).state_dict().items()}
+        return {name: tuple(tensor.shape) for name, tensor in config.build().state_dict().items()}
 
 
 def _sizes(config: DiTConfig) -> str:
@@ -188,7 +197,7 @@ def _embedding_of_zero(tensors: Mapping[str, Tensor], prefix: str, hidden: int) 
 
 
 def read_checkpoint(
-    path: str | Path, target: DiTConfig, which: Which = "ema", layout: Layout | None = None
+    path: str | Path, target: Architecture, which: Which = "ema", layout: Layout | None = None
 ) -> Weights:
     """Reads a checkpoint in torch's own format, as tensors only: of the official code of SoFlow, SiT or DiT.
 
@@ -196,6 +205,8 @@ def read_checkpoint(
     network in this package's conventions. Without `layout` it is SoFlow's where the file has two time embeddings. Raises
     WeightsError where it has one and `layout` is not given, and for files that are no such checkpoint.
     """
+    if not isinstance(target, DiTConfig):
+        raise WeightsError(f"{path} is a checkpoint of a DiT, and this network is a {target.title}")
     tensors = _named_tensors(read_torch_file(path), which, path)
     require_finite(tensors, path)
     two_times = "s_embedder.mlp.0.weight" in tensors

@@ -17,7 +17,7 @@ import torch
 
 from soflow_core.failures import InputError
 from soflow_core.initial_weights import read_checkpoint
-from soflow_core.networks import DiTConfig
+from soflow_core.networks import Architecture
 from soflow_core.weights import Weights, load_weights, read_header, save_weights
 from soflow_pipelines.preparation.builtin import Expected
 from soflow_pipelines.storage.files import sha256
@@ -86,7 +86,7 @@ class _Finder:
     def folder(self) -> Path:
         return self.project.root / FOLDER
 
-    def find(self, experiment: Experiment, config: DiTConfig) -> Start:
+    def find(self, experiment: Experiment, config: Architecture) -> Start:
         """The weights that a trial starts from, copied."""
         training = experiment.training
         name, which = str(training.start_from), training.start_weights

@@ -10,7 +10,7 @@ from typing import Any
 
 from soflow_core.failures import InputError
 from soflow_core.initial_weights import fit, start_from
-from soflow_core.networks import DiT, DiTConfig
+from soflow_core.networks import Architecture, NetworkModule
 from soflow_core.weights import load_weights, read_header
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.locations import is_file_name
@@ -34,11 +34,11 @@ class Start:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def notes(self, experiment: Experiment, config: DiTConfig) -> tuple[str, ...]:
+    def notes(self, experiment: Experiment, config: Architecture) -> tuple[str, ...]:
         """What the network does not take over as it is. Raises InputError where the weights do not fit it."""
         return fit(read_header(self.weights)[0], config, experiment.objective.method).notes
 
-    def apply(self, network: DiT, method: str) -> None:
+    def apply(self, network: NetworkModule, method: str) -> None:
         """Give the network these weights. Raises JobError where the file is no longer there."""
         if not Path(self.weights).is_file():
             raise JobError(
@@ -85,7 +85,7 @@ def describe_lineage(lineage: list[dict[str, Any]]) -> str:
     return ", which started from ".join(parts)
 
 
-def check_start_file(experiment: Experiment, config: DiTConfig | None) -> None:
+def check_start_file(experiment: Experiment, config: Architecture | None) -> None:
     """Raises UserError where a trial starts from a file that is not there, or from weights that do not fit its network.
 
     Names of models and sweeps, and checkpoints that take long to read, are not looked at.
