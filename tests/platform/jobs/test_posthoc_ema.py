@@ -24,7 +24,6 @@ LONG = (
     f"training.steps={STEPS}",
     "evaluation.every=60",
     "training.ema_snapshot_every=5",
-    "evaluation.grid=0",
 )
 
 
