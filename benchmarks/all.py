@@ -52,6 +52,7 @@ BENCHMARKS = {
     "generate": Small("--num 256 --latents 0 --repeat 1"),
     "startup": Small("--rounds 1"),
     "overhead": Small("--rounds 1 --size S/8 --batch 8"),
+    "sweep": Small("--trials 1 --steps 20"),
 }
 FINISHED = {"recognition": "needs a finished sweep: run it alone"}
 """Benchmarks that have no small form."""
