@@ -21,8 +21,9 @@ sharding            FSDP2: a network whose parameters are split over ranks
 rank_check          compares tensors of all ranks bit for bit
 host_copy           copies of nested states in host memory
 kernels             TF32 and deterministic kernels within a step
-weights             weights files: safetensors with a header, official SoFlow checkpoints
+weights             weights files: safetensors with a header
 initial_weights     weights of one network as the start of another; official SiT and DiT checkpoints
+published           checkpoints of published code: official SoFlow, α-Flow, MeanFlow in PyTorch, SiT
 settings            checks and (de)serialization of settings dataclasses
 failures            errors about input, and one-line summaries of exceptions
 """

@@ -1,16 +1,18 @@
-"""Weights files: safetensors with a JSON header, and the official SoFlow checkpoints."""
+"""Weights files: safetensors with a JSON header; and files of torch, read as tensors alone."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import pickle
 import secrets
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +32,8 @@ HEADER = "soflow"
 WRAPPERS = ("module.", "network.", "_orig_mod.")
 """Prefixes of DDP, of the official code's model and of torch.compile."""
 FORMAT = 1
+SMALL_FILE = 2**20
+"""Bytes beyond the size of a file that what it holds may always have."""
 
 
 class WeightsError(InputError, ValueError):
@@ -105,6 +109,19 @@ def read_header(path: str | Path) -> tuple[Weights, int]:
     return Weights(*header), parameters
 
 
+def require_finite_file(path: str | Path) -> None:
+    """Raises WeightsError for a file that save_weights has not written, or with a weight that is not finite.
+
+    It holds one tensor in memory at a time.
+    """
+
+    def check(file: Any) -> None:
+        for name in file.keys():  # noqa: SIM118
+            require_finite({name: file.get_tensor(name)}, path)
+
+    _read_file(Path(path), check)
+
+
 def _read_file(
     path: Path, read: Callable[[Any], T]
 ) -> tuple[tuple[Architecture, Objective, dict[str, Any]], T]:
@@ -116,6 +133,8 @@ def _read_file(
         raise WeightsError(f"{path} is not a complete safetensors file ({error})") from error
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
+    except WeightsError:
+        raise
     except ValueError as error:
         raise WeightsError(f"the {HEADER} header of {path} cannot be used: {error}") from error
 
@@ -156,12 +175,17 @@ def _object(header: Mapping[str, Any], name: str) -> dict[str, Any]:
 def require_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Raises WeightsError where a tensor has a value that is not finite."""
     for name, tensor in tensors.items():
-        # Tensors of 8 bits have few operations of their own.
-        values = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
-        if not torch.isfinite(values).all():
+        if not is_finite(tensor):
             raise WeightsError(
                 f"{path} has weights that are not finite ({name}): it comes from a training that failed, or is damaged"
             )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every value of a tensor is finite."""
+    # Tensors of 8 bits have few operations of their own.
+    values = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+    return bool(torch.isfinite(values).all())
 
 
 def build_network(weights: Weights) -> NetworkModule:
@@ -195,13 +219,19 @@ def build_network(weights: Weights) -> NetworkModule:
     return network.eval()
 
 
-def read_torch_file(path: str | Path) -> Any:
+def read_torch_file(path: str | Path, mmap: bool = False) -> Any:
     """Content of a file in torch's own format, as tensors and plain containers; code in it is never run.
 
+    With `mmap` the tensors stay in the file, which must not be changed while they are used.
     Raises WeightsError where it holds more than that, or is damaged.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        _refuse_packed(path)
+        # The arguments of a training script, which many checkpoints hold; unpickling a Namespace runs no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except WeightsError:
+        raise
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} holds more than tensors, which only running its code would read; save its state dicts alone"
@@ -209,36 +239,6 @@ def read_torch_file(path: str | Path) -> Any:
     except Exception as error:
         # The reader has no class of error of its own: damaged files end it in many ways.
         raise WeightsError(f"{path} is not a complete checkpoint file: {summarize(error)}") from error
-
-
-def read_official(
-    path: str | Path,
-    which: Literal["ema_model", "model"] = "ema_model",
-    heads: int | None = None,
-    null_label: bool | None = None,
-) -> Weights:
-    """Reads an official SoFlow checkpoint of the latent DiT, as tensors only; shapes give the architecture.
-
-    `heads` is needed where width and depth are those of no named size. `null_label` is needed where there is a
-    label table, whose shape does not show whether its last row is the null label, as it is in guided models.
-    Raises WeightsError where one of these is missing, or for any other file.
-    """
-    state = read_torch_file(path)
-    if not isinstance(state, dict) or which not in state:
-        content = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        raise WeightsError(f"{path} has no {which}; it holds {content}")
-    named = state[which].items() if isinstance(state[which], dict) else ()
-    tensors = {plain_name(str(name)): tensor for name, tensor in named if isinstance(tensor, Tensor)}
-    if "pos_embed" not in tensors or "x_embedder.proj.weight" not in tensors:
-        raise WeightsError(f"{path} is not a DiT checkpoint: it lacks pos_embed or x_embedder.proj.weight")
-    require_finite(tensors, path)
-    try:
-        config = infer_config(tensors, heads, null_label)
-    except WeightsError:
-        raise
-    except (ValueError, LookupError, ZeroDivisionError) as error:
-        raise WeightsError(f"{path} is not a DiT checkpoint: {summarize(error)}") from error
-    return Weights(config, objective=None, tensors=tensors)
 
 
 def plain_name(name: str) -> str:
@@ -274,3 +274,24 @@ def infer_config(tensors: Mapping[str, Tensor], heads: int | None, null_label: b
         classes=None if table is None else len(table) - bool(null_label),
         null_label=table is not None and bool(null_label),
     )
+
+
+def _refuse_packed(path: str | Path) -> None:
+    """Raises WeightsError for a file in torch's format that would unpack to more than it has; torch stores tensors as they are."""
+    size = os.path.getsize(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > 2 * size + SMALL_FILE:
+            raise WeightsError(
+                f"{path} has {size:,} bytes, its parts {unpacked:,}: it is compressed, or damaged"
+            )
+
+
+def require_stored(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raises WeightsError where tensors have far more values than their file has bytes, as views that repeat one value have."""
+    size, needed = os.path.getsize(path), sum(tensor.nbytes for tensor in tensors.values())
+    if needed > 2 * size + SMALL_FILE:
+        raise WeightsError(
+            f"{path} has {size:,} bytes, its tensors {needed:,}: they are no weights as they are saved"
+        )

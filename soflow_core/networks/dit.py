@@ -1,6 +1,7 @@
 """Diffusion transformer with adaLN-Zero (DiT, arXiv 2212.09748), conditioned on two times and a label.
 
-The condition of a block is t_embedding(t) + s_embedding(t - s) + label_embedding(y). Parameters have the names of
+The condition of a block is t_embedding(t) + s_embedding(t - s) + label_embedding(y); networks of other code may be given s
+instead of t - s, or no second time (`DiTConfig.second_time`). Parameters have the names of
 the official SoFlow checkpoints without their `network.` prefix.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from soflow_core.networks import base
 from soflow_core.networks.base import Architecture, NetworkModule
 from soflow_core.networks.layers import Attention, Mlp, PatchEmbed
 from soflow_core.registration import register
+
+SecondTime = Literal["difference", "time", "none"]
 
 FREQUENCIES = 256
 """Width of the sinusoidal time embedding."""
@@ -53,6 +56,10 @@ class DiTConfig(Architecture):
     depth: int
     heads: int
     mlp_ratio: float = 4.0
+    second_time: SecondTime = "difference"
+    """What the second embedding is given: t - s, as in SoFlow, MeanFlow and α-Flow, or s. `none`: there is no second embedding,
+    as in networks of velocities.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +87,11 @@ class DiTConfig(Architecture):
         return (self.height // self.patch) * (self.width // self.patch)
 
     @property
+    def times(self) -> int:
+        """Number of embeddings of times."""
+        return 1 if self.second_time == "none" else 2
+
+    @property
     def least_tensors(self) -> int:
         return self.depth
 
@@ -95,7 +107,7 @@ class DiTConfig(Architecture):
         d, mlp = self.hidden, int(self.hidden * self.mlp_ratio)
         pixels = self.channels * self.patch**2
         labels = 0 if self.classes is None else (self.classes + int(self.null_label)) * d
-        conditions = (2 + self.guidance_scale) * (linear(FREQUENCIES, d) + linear(d, d))
+        conditions = (self.times + self.guidance_scale) * (linear(FREQUENCIES, d) + linear(d, d))
         block = linear(d, 3 * d) + linear(d, d) + linear(d, mlp) + linear(mlp, d) + linear(d, 6 * d)
         output = linear(d, pixels) + linear(d, 2 * d)
         return linear(pixels, d) + conditions + labels + self.tokens * d + self.depth * block + output
@@ -110,7 +122,7 @@ class DiTConfig(Architecture):
         per_block = (4 + 2 * self.mlp_ratio) * tokens * d * d + 2 * tokens * tokens * d + 6 * d * d
         patch = self.channels * self.patch**2 * d * tokens
         # Times, the guidance scale where it is a condition, and the output layer's modulation.
-        embeddings = (2 + self.guidance_scale) * (FREQUENCIES * d + d * d) + 2 * d * d
+        embeddings = (self.times + self.guidance_scale) * (FREQUENCIES * d + d * d) + 2 * d * d
         return 2 * (self.depth * per_block + 2 * patch + embeddings)
 
     @classmethod
@@ -216,7 +228,7 @@ class DiT(NetworkModule):
         self.checkpoint_blocks = checkpoint_blocks
         self.x_embedder = PatchEmbed(config.channels, config.patch, config.hidden)
         self.t_embedder = TimeEmbedder(config.hidden)
-        self.s_embedder = TimeEmbedder(config.hidden)
+        self.s_embedder = None if config.second_time == "none" else TimeEmbedder(config.hidden)
         self.w_embedder = TimeEmbedder(config.hidden) if config.guidance_scale else None
         self.y_embedder = (
             None
@@ -285,7 +297,10 @@ class DiT(NetworkModule):
         Difference quotients over times need it, and it costs next to nothing.
         """
         with torch.autocast(t.device.type, enabled=False):
-            condition: Tensor = self.t_embedder(t) + self.s_embedder(t - s)
+            condition: Tensor = self.t_embedder(t)
+            if self.s_embedder is not None:
+                second = s if self.config.second_time == "time" else t - s
+                condition = condition + self.s_embedder(second)
             if self.w_embedder is not None:
                 condition = condition + self.w_embedder(
                     torch.zeros_like(t) if scale is None else 1 - 1 / scale

@@ -1,4 +1,4 @@
-"""Weights files: round trips, damaged files, official checkpoints."""
+"""Weights files: round trips, damaged files."""
 
 import json
 import resource
@@ -14,10 +14,10 @@ from torch import Tensor
 from soflow_core.guidance import Guidance
 from soflow_core.networks import DiT, DiTConfig
 from soflow_core.objectives import OBJECTIVES, FlowMatching, Objective, SoFlow
+from soflow_core.published import Conventions, read_published
 from soflow_core.settings import to_dict
 from soflow_core.times import LogitNormal
-from soflow_core.weights import HEADER, WeightsError, build_network, load_weights, read_official, save_weights
-from tests.support.reference_cases import load_case
+from soflow_core.weights import HEADER, WeightsError, build_network, load_weights, save_weights
 
 CONFIG = DiTConfig(channels=1, height=4, width=8, patch=2, hidden=16, depth=1, heads=2, classes=3)
 OBJECTIVE = SoFlow(path="trigonometric", guidance=Guidance(scale=2.0, drop=0.2), weight_power=0.5)
@@ -179,50 +179,4 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float, d
         load_weights(path)
     torch.save({"ema_model": tensors}, tmp_path / "official.pt")
     with pytest.raises(WeightsError, match="not finite"):
-        read_official(tmp_path / "official.pt", heads=2, null_label=False)
-
-
-@pytest.mark.parametrize(
-    "content", [{"ema_model": 5}, {"ema_model": {"pos_embed": torch.zeros(2)}}, [1], {"ema_model": {}}]
-)
-def test_an_official_file_of_other_content_is_refused(tmp_path: Path, content: object) -> None:
-    torch.save(content, tmp_path / "official.pt")
-    with pytest.raises(WeightsError, match=r"official.pt"):
-        read_official(tmp_path / "official.pt", heads=2)
-
-
-@pytest.mark.parametrize("prefix", ["network.", "module.network."])
-def test_official_files_load_as_tensors_by_their_shapes(
-    tmp_path: Path, reference_settings: dict[str, Any], reference_tensors: dict[str, Tensor], prefix: str
-) -> None:
-    case = load_case("imagenet", reference_settings, reference_tensors)
-    state = {prefix + name: tensor for name, tensor in case.network.state_dict().items()}
-    other = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-    torch.save({"model": other, "ema_model": state, "step": 3}, tmp_path / "official.pt")
-    weights = read_official(tmp_path / "official.pt", "ema_model", heads=2, null_label=True)
-    assert weights.network_config == case.network.config
-    loaded = build_network(weights)
-    x, t, s = case.tensors["x1"], case.tensors["t"], case.tensors["s"]
-    with torch.no_grad():
-        assert torch.equal(loaded(x, t, s, case.labels), case.network(x, t, s, case.labels))
-    other = read_official(tmp_path / "official.pt", "model", heads=2, null_label=True)
-    assert not other.tensors["pos_embed"].any()
-    with pytest.raises(ValueError, match="how many heads"):
-        read_official(tmp_path / "official.pt")
-    with pytest.raises(ValueError, match="11 rows; say whether the last one is the null label"):
-        read_official(tmp_path / "official.pt", heads=2)
-    with pytest.raises(ValueError, match="has no optimizer; it holds model, ema_model, step"):
-        read_official(tmp_path / "official.pt", "optimizer", heads=2)
-
-
-def test_a_file_with_more_than_tensors_is_not_run(tmp_path: Path) -> None:
-    torch.save({"ema_model": {}, "settings": CONFIG}, tmp_path / "official.pt")
-    with pytest.raises(ValueError, match="holds more than tensors"):
-        read_official(tmp_path / "official.pt")
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04junk", b"junk"])
-def test_an_official_file_that_is_damaged_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "official.pt").write_bytes(content)
-    with pytest.raises(WeightsError, match=r"official.pt"):
-        read_official(tmp_path / "official.pt")
+        read_published(tmp_path / "official.pt", conventions=Conventions(2, False))

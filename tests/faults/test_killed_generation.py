@@ -26,12 +26,19 @@ PARTS = 8
 
 
 def start(
-    model: Path, out: Path, log: Path, steps: int = STEPS, kind: str = "webdataset", workers: int = 2
+    model: Path,
+    out: Path,
+    log: Path,
+    steps: int = STEPS,
+    kind: str = "webdataset",
+    workers: int = 2,
+    address: str | None = None,
 ) -> subprocess.Popen[str]:
     command = [
         *(sys.executable, "-m", "soflow_platform.cli.main", "generate", "--model", str(model)),
         *("--out", str(out), "--num", str(IMAGES), "--steps", str(steps), "--format", kind),
         *("--workers", str(workers), "--json"),
+        *(() if address is None else ("--address", address)),
     ]
     with log.open("w") as file:
         return subprocess.Popen(
@@ -98,6 +105,33 @@ def test_a_killed_worker_costs_its_part_alone(model: Path, tmp_path: Path) -> No
     assert len(workers) == 2
     workers[0].kill()
     assert finished(driver, log)["made"] == IMAGES
+    assert_whole(model, out, tmp_path)
+
+
+def pool_actors(process: psutil.Process) -> list[psutil.Process]:
+    """The processes of a pool's actors below one of Ray's."""
+    return [child for child in process.children(recursive=True) if "PoolActor" in " ".join(child.cmdline())]
+
+
+def test_a_killed_node_costs_its_part_alone_also_where_no_other_node_comes(
+    cluster: Any, model: Path, tmp_path: Path
+) -> None:
+    """The place of the lost actor is gone with its node: its part is made where another actor has ended."""
+    raylets = [
+        psutil.Process(node.all_processes["raylet"][0].process.pid)
+        for node in (cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1))
+    ]
+    out, log = tmp_path / "out", tmp_path / "log"
+    driver = start(model, out, log, address=str(cluster.address))
+    until_parts(out, driver, log, 2)
+    assert [len(pool_actors(raylet)) for raylet in raylets] == [1, 1]
+    everyone = [raylets[1], *raylets[1].children(recursive=True)]
+    before = len(records(out))
+    assert before < PARTS
+    raylets[1].kill()
+    psutil.wait_procs(everyone, timeout=60)
+    done = finished(driver, log)
+    assert (done["made"], done["kept"]) == (IMAGES, 0)
     assert_whole(model, out, tmp_path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import pytest
 from soflow_platform.cluster.ray_internals import start_autoscaling_coordinator
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.training.stop_request import request_stop
-from tests.support.object_store import free_port
 from tests.support.watched import BATCH, LOG_EVERY, Outcome, Watched
 
 pytestmark = pytest.mark.faults
@@ -133,21 +132,6 @@ def test_sigterm_saves_marks_the_runs_and_exits_143(tmp_path: Path, outcome: Not
             lost,
         )
     )
-
-
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head without work of its own, as processes on this machine; nodes are added by the test."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    from ray.cluster_utils import Cluster
-
-    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": free_port()}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        yield cluster
-    finally:
-        cluster.shutdown()
 
 
 def removed_node(

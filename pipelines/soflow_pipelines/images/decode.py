@@ -36,6 +36,26 @@ def check_size(size: int, name: str, limits: ImageLimits = DEFAULT_LIMITS) -> No
         )
 
 
+def check_sides(width: int, height: int, name: str, limits: ImageLimits = DEFAULT_LIMITS) -> None:
+    """Raises ImageError for an image with more pixels, or longer in proportion, than the limits allow."""
+    if width * height > limits.pixels:
+        raise ImageError(
+            f"{name}: {width} x {height} pixels, more than the {limits.megapixels} million that are read (--max-megapixels)."
+        )
+    if max(width, height) > limits.ratio * min(width, height):
+        raise ImageError(
+            f"{name}: {width} x {height} pixels, sides further apart than the {limits.ratio:,} to 1 that are read (--max-ratio)."
+        )
+
+
+def check_growth(packed: int, size: int, name: str, limits: ImageLimits = DEFAULT_LIMITS) -> None:
+    """Raises ImageError for a compressed member whose bytes grow by more than the limits allow; it need not be unpacked for that."""
+    if size > limits.growth * packed:
+        raise ImageError(
+            f"{name}: {packed:,} bytes that unpack to {size:,}, more than the {limits.growth:,} times that are read (--max-growth)."
+        )
+
+
 def decode_image(content: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """An encoded image -> RGB, upright. Raises ImageError with its name where it is damaged, too large or no image.
 
@@ -48,11 +68,7 @@ def decode_image(content: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, limits.pixels)
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
-        if image.width * image.height > limits.pixels:
-            raise ImageError(
-                f"{name}: {image.width} x {image.height} pixels, more than the {limits.megapixels} million that are read "
-                "(--max-megapixels)."
-            )
+        check_sides(image.width, image.height, name, limits)
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image), name)
     except ImageError:
@@ -95,6 +111,7 @@ def pixels_of_npy(content: bytes, name: str, limits: ImageLimits = DEFAULT_LIMIT
         pixels = pixels.transpose(1, 2, 0)
     if pixels.shape[2] not in (1, 3):
         raise ImageError(f"{name}: damaged (uint8 {pixels.shape} are not the pixels of an image).")
+    check_sides(pixels.shape[1], pixels.shape[0], name, limits)
     return Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels))
 
 

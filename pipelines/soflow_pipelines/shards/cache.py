@@ -13,7 +13,8 @@ from pathlib import Path
 from threading import Event
 
 from soflow_core.failures import summarize
-from soflow_pipelines.shards.tables import ShardRecord
+from soflow_pipelines.shards.info import ShardError
+from soflow_pipelines.shards.tables import MANIFEST_NAME, ShardRecord
 from soflow_pipelines.storage.object_store import LocationError, ObjectStore, StorageError
 
 FOLDER_VARIABLE = "SOFLOW_CACHE"
@@ -53,7 +54,7 @@ class ShardCache:
         return cls(Path(folder).expanduser(), limit)
 
     def open(self, store: ObjectStore, record: ShardRecord) -> int:
-        """A file descriptor for reading the shard, which is downloaded where it is missing. Raises StorageError."""
+        """A file descriptor for reading the shard, which is downloaded where it is missing. Raises as `fetch` does."""
         while True:
             path = self.fetch(store, record)
             try:
@@ -67,7 +68,8 @@ class ShardCache:
     def fetch(self, store: ObjectStore, record: ShardRecord, stop: Event | None = None) -> Path:
         """The local path of the shard, downloaded where it is missing; another process may remove it again for room.
 
-        Raises StorageError where it cannot be downloaded and once `stop` is set, LocationError where it is larger than the cache.
+        Raises StorageError where it cannot be downloaded and once `stop` is set, ShardError where its checksum differs, LocationError
+        where it is larger than the cache.
         """
         path = self.folder / f"{record.sha256}.tar"
         if path.exists():
@@ -168,7 +170,7 @@ def _remove_abandoned(part: Path) -> bool:
 def _download(store: ObjectStore, record: ShardRecord, descriptor: int, stop: Event) -> None:
     """Fills the file. A connection that breaks is opened again where it stopped.
 
-    Raises StorageError after ATTEMPTS that bring no byte, once `stop` is set, and where the checksum differs.
+    Raises StorageError after ATTEMPTS that bring no byte and once `stop` is set, ShardError where the checksum differs.
     """
     checksum, done, failures = hashlib.sha256(), 0, 0
     while done < record.bytes:
@@ -193,6 +195,8 @@ def _download(store: ObjectStore, record: ShardRecord, descriptor: int, stop: Ev
                 )
             stop.wait(FIRST_PAUSE * 2 ** (failures - 1))
     if checksum.hexdigest() != record.sha256:
-        raise StorageError(
-            f"{store.uri}: {record.name} has not the bytes that the manifest lists (SHA-256 differs)."
+        # Another attempt would bring the same bytes: it is the set that is wrong, not the connection.
+        raise ShardError(
+            f"{store.uri}: {record.name} has not the bytes that {MANIFEST_NAME} lists (SHA-256 differs): the set is damaged, or was "
+            "changed while it was read; copy it there again from where it was prepared."
         )

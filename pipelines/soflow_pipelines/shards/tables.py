@@ -26,6 +26,9 @@ MOST_BYTES = {INFO_NAME: 2**28, MANIFEST_NAME: 2**30, INDEX_NAME: 2**35}
 FEW_ROWS = 10**6
 FEW_BYTES = 2**27
 """Rows and unpacked bytes of a table that are always read."""
+MANY_ROWS = 10**7
+ROWS_IN_A_BYTE = 64
+"""Rows of another table that are always read, and rows for each byte of a larger one."""
 LONGEST_TEXT = 4096
 """Bytes of a key or name in a table."""
 SMALLEST_SAMPLE = 1024
@@ -206,6 +209,15 @@ def _check_extent(metadata: pq.FileMetaData, size: int) -> None:
     # The checksums of different samples do not compress: a row takes at least their four bytes.
     if metadata.num_rows > max(FEW_ROWS, size) or unpacked > max(FEW_BYTES, 64 * size):
         raise ValueError(f"{size} bytes unpack to {metadata.num_rows} rows in {unpacked} bytes")
+
+
+def check_rows(metadata: pq.FileMetaData, size: int) -> None:
+    """Raises ValueError for a table with far more rows than its file of so many bytes has room for.
+
+    Runs of equal values take next to nothing in a file, and eight bytes a row in memory.
+    """
+    if metadata.num_rows > max(MANY_ROWS, ROWS_IN_A_BYTE * size):
+        raise ValueError(f"{size:,} bytes unpack to {metadata.num_rows:,} rows")
 
 
 def _check_columns(found: pa.Schema, expected: pa.Schema) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from soflow_core.failures import printable, summarize
-from soflow_pipelines.images.decode import ImageError, check_size, decode_image
+from soflow_pipelines.images.decode import ImageError, check_growth, check_size, decode_image
 from soflow_pipelines.images.limits import DEFAULT_LIMITS, ImageLimits
 from soflow_pipelines.sources.listing import UNREADABLE, is_leftover, list_folder
 from soflow_pipelines.sources.source import IMAGE_SUFFIXES, SourceError, listing_digest
@@ -142,8 +142,10 @@ class ZipSource(FileSource):
         return self._opened[1]
 
     def _read(self, path: str) -> bytes:
+        entry = self._archive.getinfo(self._prefix + path)
+        check_growth(entry.compress_size, entry.file_size, printable(path), self._limits)
         try:
-            return self._archive.read(self._prefix + path)
+            return self._archive.read(entry)
         except MemoryError as error:
             raise ImageError(f"{printable(path)}: there is not enough memory to unpack it.") from error
         except Exception as error:

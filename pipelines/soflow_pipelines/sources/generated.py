@@ -26,6 +26,7 @@ from soflow_core.failures import printable, summarize
 from soflow_pipelines.images.decode import decode_image
 from soflow_pipelines.images.limits import DEFAULT_LIMITS, ImageLimits
 from soflow_pipelines.shards.schema import MAX_CLASSES, is_shard_name
+from soflow_pipelines.shards.tables import check_rows
 from soflow_pipelines.sources.parquet import ParquetSource
 from soflow_pipelines.sources.source import SourceError, listing_digest
 from soflow_pipelines.sources.webdataset import TarKeys, TarSource
@@ -167,7 +168,9 @@ def _settings(folder: Path) -> dict[str, Any] | None:
 def _read_manifest(path: Path) -> pa.Table:
     """The manifest, with its types, plain names and possible labels. Raises SourceError."""
     try:
-        manifest = pq.read_table(path)
+        file = pq.ParquetFile(path)
+        check_rows(file.metadata, path.stat().st_size)
+        manifest = file.read()
         if not manifest.schema.equals(MANIFEST_SCHEMA):
             raise pa.ArrowInvalid(f"its columns are {', '.join(manifest.column_names)}")
         parts = set(manifest["part"].to_pylist())

@@ -5,6 +5,7 @@ Such a file holds `latents` (N, 2C, h, w), posterior means and then standard dev
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,10 +15,13 @@ from PIL import Image
 
 from soflow_core.failures import printable, summarize
 from soflow_pipelines.images.decode import ImageError
+from soflow_pipelines.images.limits import DEFAULT_LIMITS, ImageLimits
 from soflow_pipelines.shards.schema import MAX_CLASSES
 from soflow_pipelines.sources.source import OpenedPerThread, SourceError, listing_digest
 
 LATENTS, LABELS = "latents", "labels"
+FEW_BYTES = 2**20
+"""Bytes of a data set that is always read."""
 
 
 @runtime_checkable
@@ -43,8 +47,11 @@ class Hdf5Latents(OpenedPerThread):
     class_names: tuple[str, ...] = ()
     block_ends: NDArray[np.int64] | None = None
 
-    def __init__(self, path: Path, name: str, unlabelled: bool = False) -> None:
+    def __init__(
+        self, path: Path, name: str, unlabelled: bool = False, limits: ImageLimits = DEFAULT_LIMITS
+    ) -> None:
         self.name = name
+        self._limits = limits
         self._path = str(path)
         super().__init__()
         latents = self._dataset(LATENTS)
@@ -103,11 +110,27 @@ class Hdf5Latents(OpenedPerThread):
             found = file[name] if isinstance(link, h5py.HardLink) else None
             if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
                 raise SourceError(f"{self._path}: `{name}` does not lie in the file itself as a data set.")
+            self._check_storage(name, found)
         except (OSError, RuntimeError, KeyError, ValueError) as error:
             raise SourceError(
                 f"{self._path} cannot be read as HDF5: {printable(summarize(error))}."
             ) from error
         return found
+
+    def _check_storage(self, name: str, found: Any) -> None:
+        """Raises SourceError for a data set of far more bytes than the file has for it, and for pieces too large to unpack one."""
+        stored = found.id.get_storage_size()
+        if found.nbytes > FEW_BYTES and found.nbytes > self._limits.growth * stored:
+            raise SourceError(
+                f"{self._path}: `{name}` has {found.nbytes:,} bytes, of which {stored:,} are in the file: more than the "
+                f"{self._limits.growth:,} times that are read (--max-growth)."
+            )
+        chunk = math.prod(found.chunks) * found.dtype.itemsize if found.chunks else 0
+        if chunk > self._limits.file_bytes:
+            raise SourceError(
+                f"{self._path}: `{name}` is stored in pieces of {chunk / 2**20:,.0f} MiB, more than the {self._limits.file_megabytes} "
+                "MiB that are read (--max-file-mb)."
+            )
 
     def _read_labels(self) -> NDArray[np.int64] | None:
         found = self._dataset(LABELS)

@@ -26,18 +26,43 @@ def parse_number(content: bytes) -> int | None:
     return int(content) if WHOLE_NUMBER.fullmatch(content) else None
 
 
-def parse_json_label(content: bytes, wanted: str | None) -> int | str | None:
-    """The label in a JSON text: a number, a text, or a field of an object. None where there is none."""
-    try:
-        value: Any = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    if isinstance(value, dict):
-        fields = (wanted,) if wanted else LABEL_FIELDS
-        value = next((value[field] for field in fields if field in value), None)
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        return None
-    return value
+class JsonLabels:
+    """Reads the labels of JSON texts: numbers, texts, or a field of objects; notes which fields they are from."""
+
+    def __init__(self, wanted: str | None = None) -> None:
+        self._wanted = wanted
+        self._used: set[str] = set()
+        self._differing: set[str] = set()
+        """Fields that might have held the label as well, and hold something else."""
+
+    def __call__(self, content: bytes) -> int | str | None:
+        """The label in a JSON text; None where there is none."""
+        try:
+            value: Any = json.loads(content)
+        except (ValueError, RecursionError):
+            return None
+        if isinstance(value, dict):
+            fields = [field for field in (self._wanted,) if field] or LABEL_FIELDS
+            present = [field for field in fields if field in value]
+            if not present:
+                return None
+            self._used.add(present[0])
+            self._differing |= {field for field in present if value[field] != value[present[0]]}
+            value = value[present[0]]
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            return None
+        return value
+
+    def describe(self, extension: str) -> str:
+        """Where the labels are from, in words: the extension, the fields, and fields that hold other labels."""
+        names = [printable(field) for field in (self._wanted, *LABEL_FIELDS) if field in self._used]
+        origin = f".{extension}"
+        if names:
+            origin = f"{' or '.join(f'`{name}`' for name in dict.fromkeys(names))} in {origin}"
+        others = [field for field in LABEL_FIELDS if field in self._differing - self._used]
+        if not others:
+            return origin
+        return f"{origin}, where `{others[0]}` holds others: --label-key {extension}:{others[0]} takes those"
 
 
 def number_labels(values: Sequence[int | str], name: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:

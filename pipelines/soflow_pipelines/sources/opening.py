@@ -133,7 +133,7 @@ def _open_file(path: Path, name: str, cifar10: bool, options: SourceOptions) -> 
     if path.suffix == ".tar":
         return _open_tars([path], name, options)
     if path.suffix.lower() in HDF5_SUFFIXES:
-        return Hdf5Latents(path, name, options.unlabelled)
+        return Hdf5Latents(path, name, options.unlabelled, options.limits)
     refuse_foreign_files(path, [path.name])
     raise SourceError(f"{path} is no folder, .zip, .parquet, .tar or .h5.")
 

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from soflow_core.failures import printable, summarize
-from soflow_pipelines.images.decode import ImageError, decode_image
+from soflow_pipelines.images.decode import ImageError, check_growth, decode_image
 from soflow_pipelines.images.limits import DEFAULT_LIMITS, ImageLimits
 from soflow_pipelines.shards.schema import MAX_CLASSES
+from soflow_pipelines.shards.tables import check_rows
 from soflow_pipelines.sources.label_files import number_labels
 from soflow_pipelines.sources.source import OpenedPerThread, SourceError, listing_digest
 
@@ -88,11 +89,43 @@ class ParquetSource(OpenedPerThread):
         if number not in opened:
             try:
                 opened[number] = pq.ParquetFile(self._files[number])
+                check_rows(opened[number].metadata, Path(self._files[number]).stat().st_size)
             except (OSError, ValueError, pa.ArrowException) as error:
                 raise SourceError(
                     f"{self._files[number]} cannot be read as Parquet: {printable(summarize(error))}."
                 ) from error
         return opened[number]
+
+    def _image_file(self, number: int) -> pq.ParquetFile:
+        """A file for its images, opened once in each thread.
+
+        Where the images have a dictionary they are read as one: a small file may name an image of many bytes in every row.
+        """
+        opened = self._local.__dict__.setdefault("image_files", {})
+        if number not in opened:
+            metadata = self._file(number).metadata
+            columns = [
+                metadata.row_group(group).column(column)
+                for group in range(metadata.num_row_groups)
+                for column in self._image_columns(metadata)
+            ]
+            shared = sorted({c.path_in_schema for c in columns if c.has_dictionary_page})
+            opened[number] = (
+                pq.ParquetFile(self._files[number], read_dictionary=shared) if shared else self._file(number)
+            )
+        return opened[number]
+
+    def _image_columns(self, metadata: pq.FileMetaData) -> list[int]:
+        """Numbers of the stored columns that the images are in."""
+        paths = [metadata.schema.column(column).path for column in range(metadata.num_columns)]
+        return [n for n, path in enumerate(paths) if path.split(".")[0] == self._image_column]
+
+    def _check_growth(self, number: int, group: int, name: str) -> None:
+        """Raises ImageError for images of a row group that unpack to far more than they take in the file."""
+        metadata = self._file(number).metadata
+        stored = [metadata.row_group(group).column(n) for n in self._image_columns(metadata)]
+        packed = sum(column.total_compressed_size for column in stored)
+        check_growth(packed, sum(column.total_uncompressed_size for column in stored), name, self._limits)
 
     def _labels(
         self, tables: Sequence[pq.ParquetFile], schema: pa.Schema, column: str | None
@@ -153,8 +186,9 @@ class ParquetSource(OpenedPerThread):
         group, row = self._place(item)
         if getattr(self._local, "group", None) != group:
             number, number_in_file = self._groups[group]
+            self._check_growth(number, number_in_file, self.item_name(item))
             try:
-                read = self._file(number).read_row_group(number_in_file, [self._image_column])
+                read = self._image_file(number).read_row_group(number_in_file, [self._image_column])
             except (OSError, ValueError, pa.ArrowException) as error:
                 raise ImageError(
                     f"{self.item_name(item)}: its row group cannot be read ({printable(summarize(error))})."

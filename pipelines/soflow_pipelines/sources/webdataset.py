@@ -18,7 +18,7 @@ from soflow_pipelines.images.decode import ImageError, check_size, decode_image,
 from soflow_pipelines.images.limits import DEFAULT_LIMITS, ImageLimits
 from soflow_pipelines.shards.info import INFO_NAME
 from soflow_pipelines.shards.tables import read_info
-from soflow_pipelines.sources.label_files import LABEL_BYTES, number_labels, parse_json_label, parse_number
+from soflow_pipelines.sources.label_files import LABEL_BYTES, JsonLabels, number_labels, parse_number
 from soflow_pipelines.sources.listing import is_leftover
 from soflow_pipelines.sources.source import IMAGE_SUFFIXES, SourceError, listing_digest
 
@@ -155,7 +155,7 @@ class TarSource:
         for ending, parse in self._label_kinds():
             found = self._read_labels(members, ending, parse)
             if any(label is not None for label in found):
-                self.label_origin = f".{ending}"
+                self.label_origin = parse.describe(ending) if isinstance(parse, JsonLabels) else f".{ending}"
                 break
         else:
             if self._keys.label is not None:
@@ -164,7 +164,7 @@ class TarSource:
         missing = found.count(None)
         if missing:
             raise SourceError(
-                f"{self.name}: {missing} of {len(found)} samples have no label in {self.label_origin}, such as "
+                f"{self.name}: {missing} of {len(found)} samples have no label in .{ending}, such as "
                 f"{self.item_name(found.index(None))}; --unlabelled leaves labels aside."
             )
         return number_labels([label for label in found if label is not None], self.name)
@@ -174,11 +174,11 @@ class TarSource:
         if self._keys.label is not None:
             extension, _, wanted = self._keys.label.partition(":")
             if extension.lower().rpartition(".")[2] == "json":
-                return [(extension.lower(), lambda content: parse_json_label(content, wanted or None))]
+                return [(extension.lower(), JsonLabels(wanted or None))]
             return [(extension.lower(), parse_number)]
         return [
             ("cls", parse_number),
-            ("json", lambda content: parse_json_label(content, None)),
+            ("json", JsonLabels()),
             ("txt", parse_number),
         ]
 

@@ -106,6 +106,16 @@ def prepare(
     max_file_mb: Annotated[
         int, typer.Option(min=1, help="MiB of an image's file, unpacked, beyond which it counts as damaged.")
     ] = DEFAULT_LIMITS.file_megabytes,
+    max_ratio: Annotated[
+        int, typer.Option(min=1, help="Longer side by shorter side beyond which an image counts as damaged.")
+    ] = DEFAULT_LIMITS.ratio,
+    max_growth: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="How many times its size a zip file's member may unpack to, else it counts as damaged.",
+        ),
+    ] = DEFAULT_LIMITS.growth,
     address: AddressOption = None,
 ) -> None:
     """Turn images into a shard set, of pixels or of latents.
@@ -134,7 +144,7 @@ def prepare(
             label_key=label_key,
             unlabelled=unlabelled,
             follow_links=follow_links,
-            limits=ImageLimits(max_megapixels, max_file_mb),
+            limits=ImageLimits(max_megapixels, max_file_mb, max_ratio, max_growth),
         ),
     )
     quiet_libraries()

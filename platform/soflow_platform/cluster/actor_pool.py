@@ -179,6 +179,9 @@ class ActorPool(Generic[TaskT]):
             while idle and waiting:
                 actor, number = idle.pop(), waiting.pop()
                 working[actor.run.remote(tasks[number])] = (actor, number)
+            # A task of a lost node may wait in a new actor for a place, which one that has nothing left to do holds.
+            while idle and working:
+                ray.kill(idle.pop())
             ready, _ = ray.wait(list(working), timeout=POLL_SECONDS)
             for reference in ready:
                 actor, number = working.pop(reference)

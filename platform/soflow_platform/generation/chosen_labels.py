@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from soflow_core.failures import printable, summarize
 from soflow_core.samplers.noise import sample_labels
+from soflow_pipelines.shards.tables import check_rows
 from soflow_platform.errors import UserError
 
 BALANCED, UNIFORM = "balanced", "uniform"
@@ -105,14 +107,16 @@ def labels_of_table(path: Path, classes: int | None, skip_bad: bool) -> ChosenLa
 
 def _read_column(path: Path) -> pa.ChunkedArray:
     try:
-        table = pq.read_table(path)
+        file = pq.ParquetFile(path)
+        check_rows(file.metadata, path.stat().st_size)
+        names = file.schema_arrow.names
+        column = file.read([LABEL_COLUMN])[LABEL_COLUMN] if LABEL_COLUMN in names else None
     except FileNotFoundError:
         raise UserError(f"there is no table {path}.") from None
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {error}.") from None
-    if LABEL_COLUMN not in table.column_names:
-        raise UserError(f"{path} has no column `{LABEL_COLUMN}`; it has {', '.join(table.column_names)}.")
-    column = table[LABEL_COLUMN]
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {printable(summarize(error))}.") from None
+    if column is None:
+        raise UserError(f"{path} has no column `{LABEL_COLUMN}`; it has {printable(', '.join(names))}.")
     if not pa.types.is_integer(column.type):
         raise UserError(f"{path}: the column `{LABEL_COLUMN}` is {column.type}; labels are integers.")
     return column

@@ -16,8 +16,9 @@ report_importance  share of the metric's variance that each setting explains
 report_page        its HTML, with style and script in the files beside it
 benchmark          seconds and memory of training and sampling
 generate           a folder of images from weights
-export             a generator as one file that runs without the platform
-import_weights     registers a checkpoint of the official code
+export             a generator as one file that runs without the platform, or as a folder for diffusers
+export_diffusers   that folder: written, and loaded by diffusers
+import_weights     registers a checkpoint of published code
 posthoc_ema        averages of a trial's weights over other lengths
 start_from         finds the weights that trials start from, and keeps a copy
 doctor             checks that a machine or a cluster can run sweeps

@@ -1,4 +1,4 @@
-"""`soflowctl export`: a generator as one file that runs without this platform, checked by running it.
+"""`soflowctl export`: a generator as one file that runs without this platform, or as a folder for diffusers, checked by running it.
 
 The program takes noise (B, C, H, W) float32, and labels (B,) int64 where the network is conditional, for any B, and gives images
 (B, C, H, W) float32 in [-1, 1]: the sampler's steps are in it, and the decoder where the network makes latents, then for B up to 63.
@@ -7,6 +7,7 @@ The program takes noise (B, C, H, W) float32, and labels (B,) int64 where the ne
 from __future__ import annotations
 
 import importlib.util
+import secrets
 import shutil
 import tempfile
 import warnings
@@ -26,13 +27,14 @@ from soflow_pipelines.storage.files import atomic
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.generation.decoding import decode_samples
 from soflow_platform.generation.generator import Generator
+from soflow_platform.jobs.export_diffusers import load_folder, write_folder
 from soflow_platform.jobs.targets import TargetResolver
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import TrackingStore
 
-ExportFormat = Literal["safetensors", "torch-export", "onnx"]
+ExportFormat = Literal["safetensors", "torch-export", "onnx", "diffusers"]
 FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
-SUFFIXES = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
+SUFFIXES = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx", "diffusers": ""}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CHECKED = (1, 3)
 """Batch sizes that a program is checked with; it was traced with another one."""
@@ -56,7 +58,7 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class Exported:
-    """The file that was written."""
+    """The file or folder that was written."""
 
     out: Path
     bytes: int
@@ -97,8 +99,7 @@ def export(request: ExportRequest, project: ProjectFolder, store: TrackingStore)
     Raises InputError where the model cannot be exported so, JobError where the images differ.
     """
     _require_packages(request.format)
-    if request.out.is_dir() or not request.out.absolute().parent.is_dir():
-        raise UserError(f"--out {request.out} cannot be written: name a file in a folder that exists.")
+    _check_place(request)
     with tempfile.TemporaryDirectory(prefix="soflow-export-") as folder:
         target = TargetResolver(project, store, Path(folder), accepts_images=False).find(request.model)
         assert target.weights is not None
@@ -107,9 +108,41 @@ def export(request: ExportRequest, project: ProjectFolder, store: TrackingStore)
         generator = Generator.open(target.weights, autoencoder=request.autoencoder, decode=decode)
         aside = Path(folder) / f"exported{SUFFIXES[request.format]}"
         difference = _written(request, generator, target.weights, aside)
-        with aside.open("rb") as source, atomic(request.out) as published:
-            shutil.copyfileobj(source, published)
-    return Exported(request.out, request.out.stat().st_size, difference)
+        if aside.is_dir():
+            size = _publish_folder(aside, request.out)
+        else:
+            size = aside.stat().st_size
+            with aside.open("rb") as source, atomic(request.out) as published:
+                shutil.copyfileobj(source, published)
+    return Exported(request.out, size, difference)
+
+
+def _check_place(request: ExportRequest) -> None:
+    """Raises UserError where the file or folder cannot be written, or a folder is there already."""
+    out = request.out.absolute()
+    try:
+        there, in_folder = out.exists(), out.parent.is_dir()
+    except OSError as error:
+        raise UserError(f"--out {request.out} cannot be written: {error.strerror}.") from None
+    if request.format == "diffusers":
+        if there or not in_folder:
+            raise UserError(
+                f"--out {request.out} cannot be written: name a new folder in a folder that exists."
+            )
+    elif out.is_dir() or not in_folder:
+        raise UserError(f"--out {request.out} cannot be written: name a file in a folder that exists.")
+
+
+def _publish_folder(folder: Path, out: Path) -> int:
+    """Copy a folder to its place, complete or not at all. Returns its bytes."""
+    aside = out.absolute().with_name(f".{out.name}.{secrets.token_hex(8)}.part")
+    try:
+        # Not with the permissions of a private file, which safetensors gives its own.
+        shutil.copytree(folder, aside, copy_function=shutil.copyfile)
+        aside.rename(out.absolute())
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 
 def _written(request: ExportRequest, generator: Generator, weights: Path, path: Path) -> float:
@@ -118,6 +151,9 @@ def _written(request: ExportRequest, generator: Generator, weights: Path, path: 
         shutil.copyfile(weights, path)
         again = Generator.open(path, decode=False)
         return _largest_difference(generator, _sampled(again, request.steps), request)
+    if request.format == "diffusers":
+        write_folder(generator, path, request.steps)
+        return _largest_difference(generator, load_folder(path, request.steps), request)
     _require_deterministic(generator, request.steps)
     program = SamplingProgram(_on_cpu(generator), request.steps).eval()
     try:
@@ -210,12 +246,12 @@ def _largest_difference(generator: Generator, run: Run, request: ExportRequest) 
         made, wanted = run(noise, labels), expected(noise, labels)
         if made.shape != wanted.shape:
             raise JobError(
-                f"the exported program makes images {tuple(made.shape)} where {tuple(wanted.shape)} are due: nothing was written."
+                f"the export makes images {tuple(made.shape)} where {tuple(wanted.shape)} are due: nothing was written."
             )
         largest = max(largest, float((made - wanted).abs().max()))
     if not largest <= TOLERANCE:
         raise JobError(
-            f"the exported program's images differ by {largest:.2g} from those of {request.model}: nothing was written."
+            f"the export's images differ by {largest:.2g} from those of {request.model}: nothing was written."
         )
     return largest
 

@@ -1,4 +1,4 @@
-"""`soflowctl import`: registers a checkpoint of the official SoFlow code as a version."""
+"""`soflowctl import`: registers a checkpoint of published code as a version."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from soflow_core.networks import SIZES, DiTConfig
 from soflow_core.objectives import OBJECTIVES
-from soflow_core.weights import Weights, build_network, read_official, save_weights
+from soflow_core.published import Conventions, Kept, read_published
+from soflow_core.weights import Weights, build_network, save_weights
 from soflow_pipelines.images.autoencoder import load_autoencoder
 from soflow_pipelines.shards.info import DatasetInfo, format_shape
 from soflow_pipelines.shards.tables import read_info
@@ -24,6 +25,10 @@ from soflow_platform.tracking.store import Tracking
 
 PIXELS = (1, 3)
 """Channels of a network of pixels; others make latents."""
+ONE_TIME = ("flow_matching",)
+"""Methods whose networks need no second time and take any time from 0 to 1."""
+SAME = 1e-3
+"""Relative difference up to which two normalizations of latents are one, written with fewer digits."""
 DIGEST_TAG = "soflow.imported_digest"
 
 
@@ -36,8 +41,9 @@ class ImportRequest:
     """Registered model."""
     network: str | None = None
     """Named size such as `XL/2`, which the shapes must be of. None: the shapes alone."""
-    method: str = "soflow"
-    which: Literal["ema_model", "model"] = "ema_model"
+    method: str | None = None
+    """Method that it was trained with. None: that of the code whose names the tensors have."""
+    which: Kept = "ema"
     classes: int | None = None
     """Number of classes; a label table with one row more has a null label."""
     data: str | None = None
@@ -46,6 +52,10 @@ class ImportRequest:
     """Autoencoder of its latents. None: that of `data`."""
     heads: int | None = None
     """Attention heads, which shapes do not show. None: those of the named size with its width and depth."""
+    second_time: Literal["difference", "time"] = "difference"
+    """What the second time embedding is given: t - s or s."""
+    noise_at: Literal[0, 1] | None = None
+    """The time of pure noise of a network with one time."""
 
 
 def import_weights(request: ImportRequest, project: ProjectFolder, tracking_uri: str) -> str:
@@ -57,11 +67,13 @@ def import_weights(request: ImportRequest, project: ProjectFolder, tracking_uri:
         model_name(request.name)
     except ValueError as error:
         raise UserError(f"--name {request.name!r}: {error}.") from None
-    if request.method not in OBJECTIVES:
+    if request.method is not None and request.method not in OBJECTIVES:
         raise UserError(f"--method {request.method!r} is not known; there are {', '.join(OBJECTIVES)}.")
     described = read_info(request.data) if request.data is not None else None
     weights = _read(request, described)
-    info = _data(request, _architecture(weights), described)
+    info = _data(request, weights, described)
+    assert weights.objective is not None
+    objective = OBJECTIVES[request.method]() if request.method is not None else weights.objective
     tracking = Tracking.open(tracking_uri, request.name, project)
     origin = {
         "imported_from": request.checkpoint.name,
@@ -74,7 +86,7 @@ def import_weights(request: ImportRequest, project: ProjectFolder, tracking_uri:
     with tempfile.TemporaryDirectory(prefix="soflow-import-") as folder:
         path = Path(folder) / EMA
         facts: dict[str, Any] = {} if info is None else asdict(info)
-        save_weights(path, weights.tensors, weights.network_config, OBJECTIVES[request.method](), facts)
+        save_weights(path, weights.tensors, weights.network_config, objective, facts)
         description = describe_weights(path, origin, {"metrics": {}, "settings": {}})
         return register_weights(tracking, NewVersion(request.name, path, description, tags))
 
@@ -91,22 +103,33 @@ def _read(request: ImportRequest, described: DatasetInfo | None) -> Weights:
             )
         heads = heads or SIZES[size][2]
     try:
-        weights = read_official(request.checkpoint, request.which, heads, None if classes is None else False)
+        null_label = None if classes is None else False
+        conventions = Conventions(heads, null_label, request.second_time, request.noise_at)
+        weights = read_published(request.checkpoint, request.which, conventions)
         config = _architecture(weights)
         if config.classes is not None and classes is not None:
             weights = replace(weights, network_config=_with_classes(config, config.classes, classes))
         build_network(weights)
     except (OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
-        hints = {"null label": " (--classes says it)", "how many heads": " (--heads says it)"}
+        hints = {
+            "null label": " (--classes says it)",
+            "how many heads": " (--heads says it)",
+            "noise is at": " (--noise-at says it)",
+        }
         hint = next((hint for words, hint in hints.items() if words in str(error)), "")
         raise UserError(f"{request.checkpoint} cannot be imported: {str(error).rstrip('.')}{hint}.") from None
     if request.network is not None:
         _require_size(request.network, _architecture(weights))
+    if _architecture(weights).second_time == "none" and request.method not in (None, *ONE_TIME):
+        raise UserError(
+            f"{request.checkpoint} has one embedding of the time, and {request.method} needs two: its method is --method "
+            f"{' or '.join(ONE_TIME)}."
+        )
     return weights
 
 
 def _architecture(weights: Weights) -> DiTConfig:
-    """The architecture of an official checkpoint, which is a DiT."""
+    """The architecture of a published checkpoint, which is a DiT."""
     assert isinstance(weights.network_config, DiTConfig)
     return weights.network_config
 
@@ -131,8 +154,22 @@ def _require_size(name: str, config: DiTConfig) -> None:
         )
 
 
-def _data(request: ImportRequest, config: DiTConfig, described: DatasetInfo | None) -> DatasetInfo | None:
+def _data(request: ImportRequest, weights: Weights, described: DatasetInfo | None) -> DatasetInfo | None:
     """The description of the data that the samples are like; None for pixels of unknown data."""
+    info = _described(request, _architecture(weights), described)
+    known = {"scaling": 1.0, "shift": 0.0} if info is None else {"scaling": info.scaling, "shift": info.shift}
+    for name, value in weights.data.items():
+        if abs(value - known[name]) > SAME * max(abs(value), abs(known[name])):
+            raise UserError(
+                f"{request.checkpoint} was trained on latents with a {name} of {value:.6g}, the {name} of "
+                f"{request.data or request.autoencoder or 'pixels'} is {known[name]:.6g}: samples would be decoded wrongly."
+            )
+    return info
+
+
+def _described(
+    request: ImportRequest, config: DiTConfig, described: DatasetInfo | None
+) -> DatasetInfo | None:
     shape = (config.channels, config.height, config.width)
     if described is not None:
         described.check_fits(shape, config.classes, where=f"--data {request.data}")

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from soflow_core.weights import WeightsError, require_finite_file
 from soflow_platform.errors import UserError
 from soflow_platform.jobs.evaluate import Services
 from soflow_platform.jobs.gate_scores import (
@@ -52,6 +53,7 @@ def promote(request: PromoteRequest, services: Services) -> Outcome:
     Raises InputError where the request is refused, JobError where a version cannot be scored or another command was faster.
     """
     name, number, contender = _candidate(request, services)
+    _require_finite(contender)
     champions = Champions(services.store, services.project, name)
     present = champions.present()
     if number is not None and present == number:
@@ -164,6 +166,15 @@ def _register_trial(record: SweepRecord, trial: str, model: str, services: Servi
         )
     tracking = Tracking(services.store, record.experiment_id)
     return register(tracking, chosen.candidate(model), checkpoint)
+
+
+def _require_finite(candidate: Contender) -> None:
+    """Raises UserError for weights that make no images, which not every way to promote finds out by scoring them."""
+    assert candidate.target.weights is not None
+    try:
+        require_finite_file(candidate.target.weights)
+    except WeightsError as error:
+        raise UserError(f"{candidate.label} cannot become champion: {error}.") from None
 
 
 def _registered(services: Services, name: str, number: str, what: str) -> Contender:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from soflow_core.networks import NETWORKS
-from soflow_core.weights import read_header
+from soflow_core.weights import read_header, require_finite_file
 from soflow_platform import generation
 from soflow_platform.errors import UserError
 from soflow_platform.registry.candidate import Candidate
@@ -147,7 +147,8 @@ def _add_checkpoint(tracking: Tracking, candidate: Candidate, checkpoint: Checkp
 def describe_weights(
     weights: Path, origin: Mapping[str, Any], evaluation: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The description of a weights file; see `card.describe`."""
+    """The description of a weights file; see `card.describe`. Raises WeightsError where a weight is not finite."""
+    require_finite_file(weights)
     header, parameters = read_header(weights)
     return describe(header, origin, parameters, evaluation)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soflow_core.failures import summarize
+from soflow_core.failures import printable, summarize
 from soflow_pipelines.storage.files import move_if_absent, short_digest, temporary_folder
 from soflow_platform.config.locations import require_no_secret
 from soflow_platform.errors import UserError
@@ -44,6 +44,10 @@ TAG_LIMIT = 5000
 """Most characters in a tag's value, a limit of MLflow."""
 PARAM_LIMIT = 100
 """Largest number of params in one request, a limit of MLflow."""
+
+
+SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+"""Of the tracking URIs that MLflow keeps runs and models with."""
 
 
 class TrackingStore:
@@ -76,12 +80,23 @@ class TrackingStore:
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        self._require_known_scheme()
         try:
             return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
         except ModuleNotFoundError as error:
             raise UserError(
                 f"the tracking store {self.uri} needs the Python package {error.name}: install it beside soflow."
             ) from None
+
+    def _require_known_scheme(self) -> None:
+        """Raises UserError for a URI that MLflow opens no runs and models with; it no longer does so in plain folders."""
+        scheme = self.uri.partition(":")[0].partition("+")[0].lower() if ":" in self.uri else ""
+        folders = os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() == "true"
+        if scheme not in (*SCHEMES, *(("", "file") if folders else ())):
+            raise UserError(
+                f"the tracking URI {printable(self.uri)!r} is of no server and of no database: name http://HOST:PORT, "
+                "sqlite:///FILE or postgresql://HOST/NAME."
+            )
 
     def select(self) -> None:
         """Make this store the one of MLflow's global functions, whatever MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI say."""

@@ -23,7 +23,7 @@ throughput     images per second, FLOPs, time spent waiting for data, memory
 memory_pieces  smaller pieces of a batch where memory is exhausted
 stop_rules     values of a metric at which a trial is ended
 stragglers     finds a rank that is slower than the others
-resume         the checkpoint that training resumes from
+resume         the checkpoint that training resumes from, and its state
 stop_request   files that ask a sweep or a trial to stop
 
 What it writes (rank 0 alone):

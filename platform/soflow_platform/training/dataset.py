@@ -93,5 +93,5 @@ def _read(experiment: Experiment, location: str) -> DatasetInfo:
     except (ShardError, OSError) as error:
         source = experiment.data.source
         raise UserError(
-            f"data.source {source!r} cannot be read: {error} To make a set, {how_to_make(experiment)}."
+            f"data.source {source!r} cannot be read: {error} Otherwise {how_to_make(experiment)}."
         ) from None

@@ -28,6 +28,7 @@ from soflow_platform.storage.ema_snapshots import snapshot_file
 from soflow_platform.training import distributed
 from soflow_platform.training.ema_network import ema_network
 from soflow_platform.training.job import TrialJob
+from soflow_platform.training.resume import load_state
 from soflow_platform.training.setup import TrialSetup, data_facts
 from soflow_platform.training.start import Start, describe_lineage
 from soflow_platform.training.step_noise import StepNoisePrefetcher
@@ -145,11 +146,7 @@ class Trainer:
             lambda: self.io.open(self.loader.info.digest), setup.rank, setup.world
         )
         if checkpoint is not None:
-            with checkpoint.opened(checkpoints.STATE) as path:
-                # From the file to its place: on a GPU there is no room for two of a state.
-                self.train_step.load_state_dict(
-                    torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-                )
+            load_state(checkpoint, self.train_step)
             self.loader.consumed = checkpoint.state.images
             self.evaluations = checkpoint.state.evaluations
         else:

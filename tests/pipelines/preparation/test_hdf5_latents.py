@@ -112,3 +112,29 @@ def test_a_file_that_is_cut_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(SourceError, match="cannot be read as HDF5"):
         open_source(str(path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"shape": (10**11, 8, 4, 4), "chunks": (1, 8, 4, 4)},
+            r"`latents` has [\d,]+ bytes, of which 0 are .*--max-growth",
+        ),
+        (
+            {"shape": (2**20, 8, 4, 4), "chunks": (2**20, 8, 4, 4), "compression": "gzip"},
+            "pieces of 512 MiB, .*--max-file-mb",
+        ),
+    ],
+)
+def test_what_would_unpack_to_far_more_is_refused_before_it_is_read(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with h5py.File(tmp_path / "train.h5", "w") as file:
+        data = file.create_dataset("latents", dtype="f4", **settings)
+        if "compression" in settings:
+            # One piece is written as if it were whole: the file has its bytes, and nothing unpacks them here.
+            data.id.write_direct_chunk((0, 0, 0, 0), bytes(2**19))
+    assert (tmp_path / "train.h5").stat().st_size < 2**20
+    with pytest.raises(SourceError, match=message):
+        open_source(str(tmp_path / "train.h5"))

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from soflow_pipelines.shards.cache import ShardCache
-from soflow_pipelines.shards.info import DatasetInfo
+from soflow_pipelines.shards.info import DatasetInfo, ShardError
 from soflow_pipelines.shards.loader import ShardLoader
 from soflow_pipelines.shards.tables import ShardRecord, read_manifest
 from soflow_pipelines.shards.writer import Sample, write_shards
@@ -57,6 +58,16 @@ def test_what_is_fetched_is_kept_by_content(origin: Path, tmp_path: Path) -> Non
     assert path.name == f"{record.sha256}.tar"
     assert path.read_bytes() == (origin / record.name).read_bytes()
     assert cache.fetch(store, record) == path
+
+
+def test_other_bytes_than_the_manifest_lists_are_a_damaged_set_and_no_outage(
+    origin: Path, tmp_path: Path
+) -> None:
+    cache = ShardCache(tmp_path, 10**8)
+    record = replace(read_manifest(origin)[3], sha256="0" * 64)
+    with pytest.raises(ShardError, match=r"shard-000003\.tar has not the bytes .* copy it there again"):
+        cache.fetch(open_storage(origin), record)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 def test_the_least_recently_opened_goes_first(origin: Path, tmp_path: Path) -> None:

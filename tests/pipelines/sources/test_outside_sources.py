@@ -120,7 +120,9 @@ def test_a_thin_image_takes_no_memory(width: int, side: int) -> None:
         "from soflow_pipelines.images.decode import centre_crop, decode_image\n"
         f"content = bytes.fromhex({content.hex()!r})\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        f"assert centre_crop(decode_image(content, 'x'), {side}).size == ({side}, {side})\n"
+        "from soflow_pipelines.images.limits import ImageLimits\n"
+        "limits = ImageLimits(ratio=10**7)\n"
+        f"assert centre_crop(decode_image(content, 'x', limits), {side}).size == ({side}, {side})\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -150,6 +152,11 @@ def test_an_image_beyond_a_limit_names_the_setting(tmp_path: Path) -> None:
         ImageError, match=r"x: 2000 x 1000 pixels, more than the 1 million .*--max-megapixels"
     ):
         decode_image(thin_png(2000, 1000), "x", ImageLimits(megapixels=1))
+    for width, height in ((1001, 1), (1, 1001), (2100, 2)):
+        with pytest.raises(ImageError, match=rf"x: {width} x {height} pixels, .* 1,000 to 1 .*--max-ratio"):
+            decode_image(thin_png(width, height), "x")
+    assert decode_image(thin_png(1000, 1), "x").size == (1000, 1)
+    assert decode_image(thin_png(2100, 1), "x", ImageLimits(ratio=2100)).size == (2100, 1)
     bomb = write_zip(tmp_path / "bomb.zip", [("a/g.png", bytes(3 * 2**20)), ("a/h.png", PNG)])
     source = open_source(bomb, SourceOptions(limits=ImageLimits(file_megabytes=1)))
     with pytest.raises(
@@ -157,6 +164,30 @@ def test_an_image_beyond_a_limit_names_the_setting(tmp_path: Path) -> None:
     ):
         source.image(0)
     assert source.image(1).size == (12, 9)
+
+
+def test_a_member_that_grows_beyond_the_limit_is_not_unpacked(tmp_path: Path) -> None:
+    """Deflate cannot grow that much; bzip2 and LZMA can, to gigabytes of a few kilobytes."""
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("a/g.bmp", encoded("BMP", (600, 600)))
+        archive.writestr("a/h.png", PNG)
+    source = open_source(str(path))
+    with pytest.raises(
+        ImageError, match=r"a/g\.bmp: [\d,]+ bytes that unpack to 1,080,054, .*1,100 times .*--max-growth"
+    ):
+        source.image(0)
+    assert source.image(1).size == (12, 9)
+    free = open_source(str(path), SourceOptions(limits=ImageLimits(growth=10**6)))
+    assert free.image(0).size == (600, 600)
+
+
+def test_npy_members_have_the_limits_of_images(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros((1, 5000, 3), np.uint8))
+    path = write_tar(tmp_path / "x.tar", [("a.npy", buffer.getvalue())])
+    with pytest.raises(ImageError, match=r"a\.npy: 3 x 5000 pixels, .*--max-ratio"):
+        open_source(path).image(0)
 
 
 NPY_BAD = [
@@ -299,6 +330,21 @@ def test_labels_are_read_from_what_people_write(
     assert (source.label_origin is None) == (expected is None)
 
 
+def test_the_field_of_json_labels_is_named_and_so_is_one_that_differs(tmp_path: Path) -> None:
+    def origin(*contents: dict[str, object], **options: str) -> str | None:
+        members = []
+        for number, content in enumerate(contents):
+            members += [(f"{number}.png", PNG), (f"{number}.json", json.dumps(content).encode())]
+        return open_source(write_tar(tmp_path / "x.tar", members), SourceOptions(**options)).label_origin
+
+    assert origin({"label": 1, "class": 1}, {"label": 0}) == "`label` in .json"
+    assert origin({"label": 1, "class": "owl"}, {"label": 0, "class": "cat"}) == (
+        "`label` in .json, where `class` holds others: --label-key json:class takes those"
+    )
+    assert origin({"label": 1, "class": "owl"}, label_key="json:class") == "`class` in .json"
+    assert origin({"label": 1}, {"cls": 0}) == "`label` or `cls` in .json"
+
+
 def test_symlink_loops_neither_hang_nor_multiply_images(tmp_path: Path) -> None:
     (tmp_path / "src" / "a").mkdir(parents=True)
     (tmp_path / "src" / "a" / "x.png").write_bytes(PNG)
@@ -414,6 +460,45 @@ def test_the_one_column_that_may_hold_labels_is_taken_and_said(tmp_path: Path) -
         open_source(several)
     assert open_source(several, SourceOptions(label_column="coarse_label")).class_names == ("0", "1")
     assert open_source(several, SourceOptions(unlabelled=True)).labels is None
+
+
+def test_a_table_that_names_one_image_in_every_row_takes_the_memory_of_one(tmp_path: Path) -> None:
+    """The file has it once, in a dictionary; as a column it would take 230 MB."""
+    path = tmp_path / "x.parquet"
+    image = encoded("BMP", (500, 500))
+    rows = [{"bytes": image, "path": "x"}] * 300
+    pq.write_table(pa.table({"image": rows}), path, dictionary_pagesize_limit=1 << 30)
+    assert path.stat().st_size < 3 * len(image)
+    code = (
+        "import resource\n"
+        "from soflow_pipelines.sources.opening import open_source\n"
+        f"source = open_source({str(path)!r})\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert source.image(299).size == (500, 500)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 60_000
+
+
+def test_a_table_of_more_rows_than_its_file_has_room_for_is_refused(tmp_path: Path) -> None:
+    count = 10**7 + 1
+    columns = {"image": pa.nulls(count, pa.binary()), "label": pa.array(np.zeros(count, np.int8))}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    assert (tmp_path / "x.parquet").stat().st_size < 150_000
+    with pytest.raises(SourceError, match=r"unpack to 10,000,001 rows"):
+        open_source(str(tmp_path / "x.parquet"))
+
+
+def test_images_of_a_table_that_grow_beyond_the_limit_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    table = pa.table({"image": pa.array([bytes(30 * 2**20)])})
+    pq.write_table(table, path, compression="zstd", use_dictionary=False)
+    source = open_source(str(path))
+    with pytest.raises(
+        ImageError, match=r"row group 0, row 0: [\d,]+ bytes that unpack to 31,.*--max-growth"
+    ):
+        source.image(0)
 
 
 @pytest.mark.parametrize(

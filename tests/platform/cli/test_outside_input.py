@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from soflow_core.objectives import SoFlow
 from soflow_core.settings import to_dict
 from soflow_core.weights import HEADER, save_weights
 from soflow_pipelines.preparation.builtin import ensure_builtin
-from soflow_platform.cli.main import main
-from tests.support.fuzz import AMOUNTS, EDITS, JSON, Edit, edited, examples, refused_or_read
+from tests.support.checked_command import CheckedCommand
+from tests.support.fuzz import AMOUNTS, EDITS, JSON, Edit, edited, examples
 
 SWEEP = """\
 name: small
@@ -59,39 +58,8 @@ KEYS = st.sampled_from(
 TEXT = st.text(max_size=30) | st.text(alphabet="&*[]{}:,-'\"|>!%@`?#\n ab01.=", max_size=40)
 
 
-class Command:
-    """Runs commands in this process and checks how they end."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch, self._capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: str) -> int:
-        self._monkeypatch.setattr(sys, "argv", ["soflowctl", *arguments])
-        codes: list[int] = []
-
-        def run() -> None:
-            with pytest.raises(SystemExit) as ended:
-                main()
-            codes.append(ended.value.code)
-
-        refused_or_read(run)
-        shown = self._capsys.readouterr()
-        assert codes[0] in (0, 1, 2), shown.err
-        assert (codes[0] == 0) == ("soflowctl: " not in shown.err), shown.err
-        assert "bug" not in shown.err
-        assert "Traceback" not in shown.err
-        assert (shown.out + shown.err).replace("\n", "").isprintable()
-        return codes[0]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    monkeypatch.setenv("COLUMNS", "200")
-    return Command(monkeypatch, capsys)
-
-
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_any_value_of_a_setting(tmp_path: Path, command: Command, amount: int) -> None:
+def test_any_value_of_a_setting(tmp_path: Path, command: CheckedCommand, amount: int) -> None:
     path = tmp_path / "sweep.yaml"
     path.write_text(SWEEP)
     assert command("validate", str(path)) == 0
@@ -107,7 +75,7 @@ def test_any_value_of_a_setting(tmp_path: Path, command: Command, amount: int) -
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_any_damage_to_a_sweep_file(tmp_path: Path, command: Command, amount: int) -> None:
+def test_any_damage_to_a_sweep_file(tmp_path: Path, command: CheckedCommand, amount: int) -> None:
     path = tmp_path / "sweep.yaml"
 
     @examples(amount, EDITS)
@@ -119,7 +87,9 @@ def test_any_damage_to_a_sweep_file(tmp_path: Path, command: Command, amount: in
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_any_text_as_a_sweep_file_and_as_an_override(tmp_path: Path, command: Command, amount: int) -> None:
+def test_any_text_as_a_sweep_file_and_as_an_override(
+    tmp_path: Path, command: CheckedCommand, amount: int
+) -> None:
     path = tmp_path / "sweep.yaml"
 
     @examples(amount, TEXT)
@@ -139,7 +109,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["dataset.json", "manifest.parquet", "index.parquet"])
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_any_damage_to_a_sidecar(
-    tmp_path: Path, digits: Path, command: Command, name: str, amount: int
+    tmp_path: Path, digits: Path, command: CheckedCommand, name: str, amount: int
 ) -> None:
     folder = Path(shutil.copytree(digits, tmp_path / "set"))
     content = (folder / name).read_bytes()
@@ -155,7 +125,7 @@ def test_any_damage_to_a_sidecar(
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_any_damage_to_a_weights_file(tmp_path: Path, command: Command, amount: int) -> None:
+def test_any_damage_to_a_weights_file(tmp_path: Path, command: CheckedCommand, amount: int) -> None:
     path = tmp_path / "w.safetensors"
     save_weights(path, DiT(CONFIG).state_dict(), CONFIG, SoFlow(), {})
     content = path.read_bytes()
@@ -173,7 +143,7 @@ def test_any_damage_to_a_weights_file(tmp_path: Path, command: Command, amount: 
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_any_value_in_the_header_of_weights(tmp_path: Path, command: Command, amount: int) -> None:
+def test_any_value_in_the_header_of_weights(tmp_path: Path, command: CheckedCommand, amount: int) -> None:
     path, out = tmp_path / "w.safetensors", tmp_path / "images"
     header: dict[str, Any] = {
         "format": 1,
@@ -198,7 +168,7 @@ def test_any_value_in_the_header_of_weights(tmp_path: Path, command: Command, am
 
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_any_text_as_a_place(
-    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, amount: int
+    tmp_path: Path, command: CheckedCommand, monkeypatch: pytest.MonkeyPatch, amount: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = st.sampled_from(

@@ -103,3 +103,17 @@ def test_a_table_leaves_no_choice_of_number_and_labels(tmp_path: Path) -> None:
     for settings in ({"num": 2}, {"num": None, "labels": "1"}):
         with pytest.raises(UserError, match="leave --num and labels out"):
             make_set(model, tmp_path / "out", table=path, **settings)
+
+
+def test_a_small_file_of_very_many_rows_is_not_read(tmp_path: Path) -> None:
+    """A run of equal labels takes no room in a file."""
+    rows = pa.array(np.zeros(10**7 + 1, np.int8))
+    pq.write_table(pa.table({"label": rows}), tmp_path / "many.parquet", row_group_size=10**8)
+    assert (tmp_path / "many.parquet").stat().st_size < 100_000
+    with pytest.raises(UserError, match=r"many\.parquet cannot be read .* unpack to 10,000,001 rows"):
+        labels_of_table(tmp_path / "many.parquet", 10, skip_bad=False)
+    pq.write_table(
+        pa.table([pa.array([1]), pa.array([2])], names=["label", "label"]), tmp_path / "two.parquet"
+    )
+    with pytest.raises(UserError, match=r"two\.parquet cannot be read"):
+        labels_of_table(tmp_path / "two.parquet", 10, skip_bad=False)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from soflow_core.networks import DiT, DiTConfig
@@ -140,3 +146,56 @@ def test_packages_that_onnx_needs_are_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(export_module, "ONNX_PACKAGES", ("onnx_that_is_not_there",))
     with pytest.raises(UserError, match=r"needs onnx_that_is_not_there: pip install 'soflow\[onnx\]'"):
         exported(weights_file(tmp_path / "ema.safetensors"), "onnx", tmp_path / "digits.onnx")
+
+
+def loaded(folder: Path) -> Any:
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(str(folder), custom_pipeline=str(folder), trust_remote_code=True)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_diffusers_loads_a_folder_and_makes_the_generators_images(tmp_path: Path, steps: int) -> None:
+    weights = weights_file(tmp_path / "ema.safetensors")
+    done = exported(weights, "diffusers", tmp_path / "digits", steps)
+    assert done.difference < 1e-6
+    pipeline = loaded(done.out)
+    labels = [3, 1, 9]
+    images = pipeline(class_labels=labels, seed=5, num_inference_steps=steps, output_type="pt").images
+    (expected,) = Generator.open(weights).decoded(torch.arange(3), labels, 5, steps)
+    assert torch.allclose(2 * images - 1, expected.clamp(-1, 1), atol=1e-5)
+    assert images.std() > 0.01
+    assert pipeline(class_labels=2).images[0].size == (8, 8)
+    assert pipeline(class_labels=2, num_images=3, output_type="latent").images.shape == (3, 1, 8, 8)
+    for wrong, message in ((None, "give class_labels from 0 to 9"), ([10], "class_labels are from 0 to 9")):
+        with pytest.raises(ValueError, match=message):
+            pipeline(class_labels=wrong)
+    with pytest.raises(UserError, match="name a new folder"):
+        exported(weights, "diffusers", tmp_path / "digits")
+
+
+@pytest.mark.slow
+def test_a_folder_of_latents_holds_their_autoencoder_and_an_example_that_runs(tmp_path: Path) -> None:
+    autoencoder, place, _ = latent_set(tmp_path)
+    info = read_info(str(place))
+    config = DiTConfig(channels=4, height=8, width=8, patch=4, hidden=16, depth=1, heads=2, classes=4)
+    weights = weights_file(tmp_path / "ema.safetensors", config, data=info)
+    done = exported(weights, "diffusers", tmp_path / "latents", autoencoder=str(autoencoder))
+    held = {str(path.relative_to(done.out)) for path in done.out.rglob("*") if path.is_file()}
+    assert held == {
+        "README.md",
+        "model_index.json",
+        "pipeline.py",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "transformer/soflow_transformer.py",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+    (example,) = re.findall(r"```python\n(.*?)```", (done.out / "README.md").read_text(), re.DOTALL)
+    ran = subprocess.run([sys.executable, "-c", example], cwd=done.out, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    generator = Generator.open(weights, autoencoder=str(autoencoder))
+    (expected,) = generator.images(torch.arange(2), [0, 3], 0, 1)
+    shown = np.asarray(Image.open(done.out / "image.png"), int)
+    assert np.abs(shown - expected[0].permute(1, 2, 0).numpy()).max() <= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from soflow_core.failures import InputError
 from soflow_core.networks import DiT, DiTConfig
+from soflow_core.published import Conventions, read_published
 from soflow_platform.cli.export import scoring_command
 from soflow_platform.errors import UserError
 from soflow_platform.generation.generator import Generator
@@ -70,10 +72,8 @@ def test_latents_of_an_official_checkpoint_become_images(
     "prefix", ["", "module._orig_mod.", "_orig_mod.module.network.", "network._orig_mod.module."]
 )
 def test_prefixes_are_taken_off_in_any_order(tmp_path: Path, prefix: str) -> None:
-    from soflow_core.weights import read_official
-
     path, network = official(tmp_path / "official.pt", PIXELS, prefix)
-    weights = read_official(path, heads=2, null_label=False)
+    weights = read_published(path, conventions=Conventions(2, False))
     assert weights.tensors.keys() == network.state_dict().keys()
 
 
@@ -137,3 +137,53 @@ def test_the_command_that_scores_an_import_names_what_it_needs(
     request = ImportRequest(tmp_path / "official.pt", "official", **named)
     expected = f"soflowctl evaluate models:/official/2{rest}".replace("FOLDER", str(tmp_path))
     assert scoring_command(request, "2") == expected
+
+
+def test_a_sit_checkpoint_becomes_a_version_that_flows(
+    imported: Any, storage: ProjectFolder, tracking: Tracking, tmp_path: Path
+) -> None:
+    """Its noise is at time 0, it predicts variances as well, and its arguments lie beside its weights."""
+    _, network = official(tmp_path / "official.pt", PIXELS)
+    tensors = {name: t for name, t in network.state_dict().items() if not name.startswith("s_embedder")}
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        tensors[name] = torch.cat([tensors[name], tensors[name]])
+    path = tmp_path / "sit.pt"
+    torch.save({"model": tensors, "ema": tensors, "args": Namespace(num_classes=10)}, path)
+    with pytest.raises(
+        UserError, match=r"whether the noise is at 0, as in SiT, or at 1 \(--noise-at says it\)"
+    ):
+        imported(path, classes=10, heads=2)
+    with pytest.raises(
+        UserError, match=r"one embedding of the time, and soflow needs two: .* --method flow_matching"
+    ):
+        imported(path, classes=10, heads=2, noise_at=0, method="soflow")
+    number = imported(path, classes=10, heads=2, noise_at=0)
+    version = find_version(tracking.store, f"official/{number}")
+    assert version.tags["soflow.method"] == "flow_matching"
+    target = local_services(storage).resolver.find(f"models:/official/{number}")
+    assert target.weights is not None
+    (images,) = Generator.open(target.weights).images([0, 1], [1, 2], 0, 4)
+    assert images.shape == (2, 1, 8, 8)
+
+
+def test_latents_with_another_scaling_are_refused(imported: Any, tmp_path: Path) -> None:
+    autoencoder, _, _ = latent_set(tmp_path / "latents")
+    _, network = official(tmp_path / "official.pt", CONFIG)
+    names = {"t_embedder": "noise_labels_embedder", "s_embedder": "noise_labels_next_embedder"}
+    state = {}
+    for name, tensor in network.state_dict().items():
+        head, dot, rest = name.partition(".")
+        state[f"model.{names.get(head, head)}{dot}{rest}"] = tensor
+
+    def checkpoint(deviation: float) -> Path:
+        beside = {
+            "autoencoder_mean": torch.zeros(1, 4, 1, 1),
+            "autoencoder_var": torch.full((1, 4, 1, 1), deviation**2),
+        }
+        torch.save({"ema": {**state, **beside}}, tmp_path / "alpha.pt")
+        return tmp_path / "alpha.pt"
+
+    settings = {"classes": 4, "autoencoder": str(autoencoder)}
+    with pytest.raises(UserError, match=r"latents with a scaling of 0\.25, the scaling of .* is 0\.5"):
+        imported(checkpoint(4.0), **settings)
+    assert imported(checkpoint(2.0), **settings) == "1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +12,21 @@ import numpy as np
 import pytest
 import torch
 
+from soflow_core.ema import Exponential
 from soflow_core.objectives import OBJECTIVES
 from soflow_core.weights import load_weights
+from soflow_pipelines.storage.files import sha256
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage import checkpoints
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
+from soflow_platform.training.resume import load_state
 from soflow_platform.training.trial_status import TrialState, TrialStatusWriter
 from soflow_platform.training.worker import NonFiniteError, Trainer
 from tests.support.trained_state import differing_tensors, final_state
 
 Make = Callable[..., Trainer]
+EMA_NAME = Exponential(0.5).name
 
 
 class Killed(BaseException):
@@ -127,6 +132,67 @@ def test_a_trial_does_not_go_on_with_other_data(worker: Make) -> None:
     ):
         again.resume()
     assert [c.state.data for c in again.setup.checkpoints.published()] == [seen]
+
+
+def make_non_finite(folder: Path, place: tuple[Any, ...]) -> None:
+    """Puts a NaN into a tensor of a checkpoint's state, and makes its checksum that of the file."""
+    path = folder / checkpoints.STATE
+    state = torch.load(path, weights_only=True)
+    part = state
+    for key in place:
+        part = part[key]
+    part.view(-1)[0] = float("nan")
+    torch.save(state, path)
+    record = json.loads((folder / checkpoints.RECORD).read_text())
+    record["files"][checkpoints.STATE] = sha256(path)
+    (folder / checkpoints.RECORD).write_text(json.dumps(record))
+
+
+def test_no_training_goes_on_from_values_that_are_not_finite(worker: Make) -> None:
+    run_until(worker("sick"), 3)
+    for place, named in (
+        (("network", "final_layer.linear.bias"), r"network\.final_layer\.linear\.bias"),
+        (("optimizer", "state", 0, "exp_avg_sq"), r"optimizer\.state\.0\.exp_avg_sq"),
+        (("ema", EMA_NAME, "final_layer.linear.bias"), r"ema\..*final_layer\.linear\.bias"),
+    ):
+        again = worker("sick")
+        (checkpoint,) = again.setup.checkpoints.published()
+        folder = Path(checkpoint.location)
+        sound = {path: path.read_bytes() for path in folder.iterdir()}
+        make_non_finite(folder, place)
+        with pytest.raises(
+            JobError, match=rf"step-00000002/state\.pt has values that are not finite \({named}"
+        ):
+            again.resume()
+        assert all(torch.isfinite(parameter).all() for parameter in again.train_step.parameters)
+        for path, content in sound.items():
+            path.write_bytes(content)
+    again = worker("sick")
+    again.resume()
+    assert again.train_step.step == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _: [1], "is not the state of a training: it lacks step, total_steps"),
+        (
+            lambda state: {**state, "total_steps": 9},
+            "is not the state of this training: the state is of 9 total",
+        ),
+    ],
+)
+def test_a_state_of_something_else_is_refused_by_its_place(
+    worker: Make, change: Callable[[Any], Any], message: str
+) -> None:
+    run_until(worker("other"), 3)
+    again = worker("other")
+    (checkpoint,) = again.setup.checkpoints.published()
+    path = Path(checkpoint.location, checkpoints.STATE)
+    torch.save(change(torch.load(path, weights_only=True)), path)
+    checkpoint.files[checkpoints.STATE] = sha256(path)
+    with pytest.raises(JobError, match=rf"step-00000002/state\.pt {message}"):
+        load_state(checkpoint, again.train_step)
 
 
 def test_evaluating_changes_no_random_number_of_the_training(worker: Make) -> None:
