@@ -115,6 +115,11 @@ def make_parses(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def gpu_suite_parses(arguments: list[str]) -> None:
+    """The script passes its arguments on."""
+    python_parses(["benchmarks/gpu_suite.py", *arguments])
+
+
 def tool_exists(arguments: list[str]) -> None:
     assert arguments
 
@@ -125,6 +130,7 @@ PARSERS: dict[str, Callable[[list[str]], None]] = {
     "mlflow": mlflow_parses,
     "python": python_parses,
     "make": make_parses,
+    "benchmarks/gpu.sh": gpu_suite_parses,
 }
 SHELL = {
     *("touch", "pip", "pre-commit", "git", "uv", "ruff", "mypy", "source", "cp", "mkdir"),
