@@ -2,23 +2,25 @@
 
 Heavy imports stand inside the commands, so that `--help` answers at once.
 
-main       commands with their options, and exit codes
-options    options that several commands share
-terminal   console, tables, progress bars
-sweep_file a sweep file by path or name, checked, with its trials
-run        run
-validate   validate
-plan       plan
-display    live table and result of a sweep
-runs       runs
-status     status, logs and stop
-ui         ui
-data       data prepare, inspect and verify
-doctor     doctor
-promote    promote
-averages   ema
-generate   generate
-evaluate   evaluate
-compare    compare
-report     report
+main              the commands, and exit codes
+sweep_commands    options of run, validate, plan, runs, status, logs, stop and ui
+scoring_commands  options of evaluate and compare
+options           options that several commands share
+terminal          console, tables, progress bars
+sweep_file        a sweep file by path or name, checked, with its trials
+run               run
+validate          validate
+plan              plan
+display           live table and result of a sweep
+runs              runs
+status            status, logs and stop
+ui                ui
+data              data prepare, inspect and verify
+doctor            doctor
+promote           promote
+averages          ema
+generate          generate
+evaluate          evaluate
+compare           compare
+report            report
 """

@@ -86,8 +86,6 @@ def run_command(
     from soflow_platform.training.dataset import check_data
 
     data = check_data(experiment)
-    if not options.quiet:
-        _print_short_plan(screen, experiment, planned, data)
     require_writable(storage)
     sweep = sweep_id(storage, experiment, options.again)
     existing = load_record(storage, sweep)
@@ -102,6 +100,8 @@ def run_command(
     starts = find_starts(planned, data, storage, experiment, existing)
     if options.check:
         _check_first_steps(planned, data)
+    if not options.quiet:
+        _print_short_plan(screen, experiment, planned, data)
     from soflow_platform.cluster.connection import require_answer
     from soflow_platform.training.start import start_key
     from soflow_platform.tuning.sweep import SweepContext, run_sweep
@@ -307,7 +307,7 @@ def _print_short_plan(
     from soflow_platform.tuning.plan import Assumptions, plan_sweep
 
     with contextlib.suppress(UserError):
-        # Where the shape of the samples is not known.
+        # Where the shape of the samples is not known, or the method makes no passes that can be counted.
         screen.print(short_plan(plan_sweep(experiment, planned, Assumptions(), data)))
 
 

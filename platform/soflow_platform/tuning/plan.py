@@ -10,6 +10,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from soflow_core.failures import InputError, summarize
+from soflow_core.networks import Architecture
 from soflow_core.passes import Precision
 from soflow_pipelines.preparation.builtin import Expected
 from soflow_platform.config.experiment import Experiment
@@ -220,7 +222,7 @@ def plan_trial(trial: Trial, assumptions: Assumptions, data: Expected | None = N
     network = describe_network(experiment, data)
     training, workers = experiment.training, experiment.resources.workers
     precision: Precision = "mixed" if training.precision == "auto" else training.precision
-    phases = work_of(network, experiment.objective, precision, training.batch, experiment.data.conditional)
+    phases = _phases(trial, network, precision)
     forwards = sum(share * work.executed for share, work in phases)
     work = phases[0][1]
     image_flops = forwards * work.forward_flops
@@ -257,6 +259,23 @@ def plan_trial(trial: Trial, assumptions: Assumptions, data: Expected | None = N
         * workers
         * statistics.fmean(_sent_bytes(experiment, phase) for _, phase in phases),
     )
+
+
+def _phases(trial: Trial, network: Architecture, precision: Precision) -> list[tuple[float, Work]]:
+    """The work of a step in each phase. Raises UserError where the method's passes cannot be counted."""
+    experiment = trial.experiment
+    method, batch, conditional = experiment.objective, experiment.training.batch, experiment.data.conditional
+    try:
+        phases = work_of(network, method, precision, batch, conditional)
+    except InputError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"trial {trial.name}: the passes of {method.method} cannot be counted, because its loss raises {summarize(error)}"
+        ) from error
+    if not all(any(each.gradient for each in work.passes) for _, work in phases):
+        raise UserError(f"trial {trial.name}: {method.method} makes no pass of the network with a gradient.")
+    return phases
 
 
 def _step(experiment: Experiment, work: Work, device: Device) -> Step:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from soflow_core.objectives import SoFlow
 from soflow_platform.cli.plan import amount, as_record, plan_command, short_plan
 from soflow_platform.cli.sweep_file import CheckedSweep, read
 from soflow_platform.config.search import AshaConfig
@@ -142,3 +143,14 @@ def test_json_holds_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> 
 )
 def test_amounts_have_three_digits(value: float, text: str) -> None:
     assert amount(value, "B") == text
+
+
+def test_a_method_whose_loss_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise KeyError("weights")
+
+    monkeypatch.setattr(SoFlow, "loss", broken)
+    with pytest.raises(
+        UserError, match=r"trial trial-00: the passes of soflow cannot be counted, because .*weights"
+    ):
+        plan_of(read("b4", PAPER))
