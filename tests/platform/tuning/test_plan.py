@@ -147,7 +147,7 @@ def test_amounts_have_three_digits(value: float, text: str) -> None:
 
 def test_a_method_whose_loss_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: object) -> None:
-        raise KeyError("weights")
+        raise KeyError(f"weights of {len(arguments)}")
 
     monkeypatch.setattr(SoFlow, "loss", broken)
     with pytest.raises(
