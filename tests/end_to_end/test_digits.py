@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import Tracking, TrackingStore
+from soflow_platform.tracking.store import TRIAL_TAG, Tracking, TrackingStore
 from soflow_platform.tuning.record import SweepRecord, all_records
 from tests.support.commands import REDUCED, Run
 
@@ -59,7 +59,9 @@ def test_every_trial_is_a_child_run_with_params_metrics_grids_and_tags(
     tracking = Tracking(TrackingStore(storage.tracking_uri), parent.info.experiment_id)
     assert parent.info.status == "FINISHED"
     children = tracking.children(record.run or "")
-    assert sorted(run.info.run_name for run in children) == [trial.name for trial in record.trials]
+    assert sorted(run.data.tags[TRIAL_TAG] for run in children) == [trial.name for trial in record.trials]
+    names = ["p=0.5 r0=0.1 #00", "p=0.5 r0=0.5 #01", "p=1 r0=0.1 #02", "p=1 r0=0.5 #03"]
+    assert sorted(run.info.run_name for run in children) == names
     assert len(children) == 4
     for run in children:
         assert run.info.status == "FINISHED"
@@ -95,7 +97,7 @@ def test_the_best_trial_is_the_one_with_the_lowest_distance_at_one_step(
     tracking = Tracking(TrackingStore(swept[0].tracking_uri), parent.info.experiment_id)
     assert record.best is not None
     values = {
-        (run.info.run_name, m.step): m.value
+        (run.data.tags[TRIAL_TAG], m.step): m.value
         for run in tracking.children(record.run or "")
         for m in client.get_metric_history(run.info.run_id, "eval/fd_nfe1")
     }

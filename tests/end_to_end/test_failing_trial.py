@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import Tracking, TrackingStore
+from soflow_platform.tracking.store import TRIAL_TAG, Tracking, TrackingStore
 from soflow_platform.training.trial_log import LOG
 from soflow_platform.training.trial_status import read_status
 from soflow_platform.tuning.record import all_records
@@ -76,7 +76,9 @@ def test_an_exception_in_a_loss_is_named_kept_and_not_tried_again(broken_core: P
     assert log.count("Traceback (most recent call last):") == 1
 
     tracking = Tracking(TrackingStore(project.tracking_uri), record.experiment_id or "")
-    (run,) = (r for r in tracking.children(record.run or "") if r.info.run_name == "trial-01-flow_matching")
+    (run,) = (
+        r for r in tracking.children(record.run or "") if r.data.tags[TRIAL_TAG] == "trial-01-flow_matching"
+    )
     assert run.info.status == "FAILED"
     assert run.data.tags["failure"] == status.failure
     (artifact,) = (f.path for f in tracking.client.list_artifacts(run.info.run_id) if f.path == "failure.txt")

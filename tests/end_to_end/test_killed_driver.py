@@ -13,7 +13,7 @@ import pytest
 
 from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import Tracking, TrackingStore
+from soflow_platform.tracking.store import TRIAL_TAG, Tracking, TrackingStore
 from soflow_platform.tuning.record import SweepRecord, all_records
 from tests.support.commands import REDUCED, ROOT, Run, command, environment
 
@@ -71,7 +71,7 @@ def test_finished_trials_are_kept_and_the_killed_one_is_resumed(soflowctl: Run, 
     assert [run.info.run_id for run in parents] == [record.run]
     tracking = Tracking(TrackingStore(storage.tracking_uri), after.experiment_id or "")
     children = tracking.children(record.run)
-    assert sorted(run.info.run_name for run in children) == [trial.name for trial in after.trials]
+    assert sorted(run.data.tags[TRIAL_TAG] for run in children) == [trial.name for trial in after.trials]
     for run in children:
         assert run.info.status == "FINISHED"
         for metric, expected in (("eval/fd_nfe1", [10, 20, 30, 40]), ("train/loss", [1, *range(5, 41, 5)])):
