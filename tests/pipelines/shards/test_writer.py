@@ -171,5 +171,5 @@ def test_processes_that_build_the_digits_at_once_agree_on_one_complete_set(tmp_p
 
 
 def test_an_unknown_builtin_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is 'digits'"):
+    with pytest.raises(ValueError, match="no built-in data set 'letters'; there is digits"):
         ensure_builtin("letters", tmp_path / "letters")

@@ -191,7 +191,7 @@ def test_a_shard_that_was_changed_in_s3_is_not_taken(server: S3Server, local: Pa
     store.write("shard-000002.tar", bytes(content))
     with (
         ShardLoader(store.uri, 120, cache=ShardCache(tmp_path, 10**9)) as loader,
-        pytest.raises(StorageError, match=r"shard-000002\.tar has not the bytes"),
+        pytest.raises(ShardError, match=r"shard-000002\.tar has not the bytes"),
     ):
         next(loader)
     assert str(verify(store.uri)[0]).startswith("shard-000002.tar, sample")

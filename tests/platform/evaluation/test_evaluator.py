@@ -267,7 +267,9 @@ def test_pooled_features_are_scored_beside_others_on_the_same_samples(
 
 def test_pooled_has_its_metric_beside_fid_and_not_beside_another_fd() -> None:
     beside = EvaluationConfig(every=1, features="inception", pooled=True)
-    assert list(beside.metrics(True)) == [f"eval/{name}_nfe{nfe}" for name in ("fid", "fd") for nfe in (1, 2)]
+    assert list(beside.reported(True)) == [
+        f"eval/{name}_nfe{nfe}" for name in ("fid", "fd") for nfe in (1, 2)
+    ]
     with pytest.raises(ValueError, match="have a metric of the same name"):
         EvaluationConfig(every=1, features="file:net.pt2", pooled=True)
     assert not EvaluationConfig(every=1, features="pooled", pooled=True).also_pooled
