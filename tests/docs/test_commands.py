@@ -29,6 +29,7 @@ NEEDS = {
     "a GPU",
     "a quiet machine",
     "a running sweep",
+    "snapshots",
     "a better candidate",
     "a model hub and S3",
     "published weights",

@@ -8,16 +8,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from soflow_pipelines.metrics import METRICS
 from soflow_pipelines.preparation.builtin import Expected
+from soflow_pipelines.sources.digits import load_digits
 from soflow_platform.config.validation import read_experiment
 from soflow_platform.training.model import describe_network
 from soflow_platform.training.step_check import check_first_steps
 from soflow_platform.tuning.search_space import trials
 from tests.support.commands import environment
-from tests.support.documents import ROOT, blocks_of_page
+from tests.support.documents import ROOT, Command, blocks_of_page
 from tests.support.plugin_files import restored_registries
 
 PAGE, METHOD_PAGE = ROOT / "docs" / "extending.md", ROOT / "docs" / "new-method.md"
@@ -61,13 +63,14 @@ def test_the_sweep_of_the_page_names_its_plugins_and_takes_a_step(inside: Path) 
     assert METRICS["coverage"].better == "max"
 
 
-def run(folder: Path, arguments: list[str]) -> str:
+def run(folder: Path, arguments: list[str], **variables: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=folder,
         env={
             **environment(),
             "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "pipelines", ROOT / "platform"))),
+            **variables,
         },
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -77,33 +80,33 @@ def run(folder: Path, arguments: list[str]) -> str:
     return done.stdout
 
 
-def commands(program: str) -> list[list[str]]:
+def commands(program: str) -> list[Command]:
     blocks = [block for block in blocks_of_page(PAGE) if block.language == "sh"]
-    return [c.arguments[1:] for block in blocks for c in block.commands if c.arguments[0] == program]
+    return [c for block in blocks for c in block.commands if c.arguments[0] == program]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_files_of_the_page_keep_their_contracts(folder: Path) -> None:
     (shown,) = commands("python")
-    printed = run(folder, [*shown[1:], "-m", "not slow", "-p", "no:cacheprovider"])
+    printed = run(folder, [*shown.arguments[2:], "-m", "not slow", "-p", "no:cacheprovider"])
     assert "failed" not in printed
     assert "passed" in printed
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_commands_of_the_page_train_and_compare(folder: Path) -> None:
-    for command, *rest in commands("soflowctl"):
-        printed = run(
-            folder,
-            [
-                "soflow_platform.cli.main",
-                command,
-                *rest,
-                *SMALL,
-                *(["--no-costs"] if command == "compare" else []),
-            ],
-        )
-        assert "secant" in printed
-    assert "coverage" in printed
+def test_the_commands_of_the_page_prepare_train_and_compare(folder: Path) -> None:
+    digits = load_digits()
+    np.save(folder / "train.npy", digits.images[:200].transpose(0, 2, 3, 1))
+    np.save(folder / "train.labels.npy", digits.labels[:200])
+    printed = {}
+    for shown in commands("soflowctl"):
+        variables = dict(word.split("=", 1) for word in shown.words[: -len(shown.arguments)])
+        _, command, *rest = shown.arguments
+        small = {"run": SMALL, "compare": ["--no-costs"]}.get(command, [])
+        printed[command] = run(folder, ["soflow_platform.cli.main", command, *rest, *small], **variables)
+    assert "200 samples" in printed["data"]
+    assert "secant" in printed["run"]
+    assert "secant" in printed["compare"]
+    assert "coverage" in printed["compare"]

@@ -55,7 +55,16 @@ def test_doctor_asks_every_node_and_names_the_one_that_sees_another_folder(
 @pytest.mark.slow
 def test_two_workers_on_two_nodes_train_one_network(soflowctl: Run, address: str, tmp_path: Path) -> None:
     storage = ProjectFolder(tmp_path / "runs")
-    arguments = ["run", "digits", "--storage", str(storage.root), *REDUCED, *ONE_TRIAL]
+    arguments = [
+        "run",
+        "digits",
+        "--storage",
+        str(storage.root),
+        *REDUCED,
+        *ONE_TRIAL,
+        "--set",
+        "resources.cpus_per_worker=0.5",
+    ]
     done = soflowctl(*arguments, "--address", address)
     assert done.returncode == 0, done.stderr
     assert "on 2 CPU, 0 GPU, 3 node(s)" in done.stdout

@@ -204,6 +204,8 @@ def test_database_and_server_that_go_away_in_mid_run_cost_no_point_and_leave_no_
     promoted = soflowctl("promote", "models:/digits@candidate", "--force", "the first one", *places)
     assert promoted.returncode == 0, promoted.stderr
     images = tmp_path / "images"
-    made = soflowctl("generate", "models:/digits@champion", "--num", "4", "--out", str(images), *places)
+    made = soflowctl(
+        "generate", "--model", "models:/digits@champion", "--num", "4", "--out", str(images), *places
+    )
     assert made.returncode == 0, made.stderr
     assert len(list(images.glob("*label*.png"))) == 4

@@ -207,7 +207,15 @@ def require_answer(address: str | None) -> None:
         address,
     ]
     try:
-        done = subprocess.run(check, capture_output=True, text=True, timeout=HEALTH_SECONDS, check=False)
+        done = subprocess.run(
+            check,
+            # A copy: the process's own may be changed by another thread's imports while the program is started.
+            env=dict(os.environ),
+            capture_output=True,
+            text=True,
+            timeout=HEALTH_SECONDS,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         raise _no_answer(address, "something else listens there") from None
     if done.returncode == 0:

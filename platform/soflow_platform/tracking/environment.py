@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import socket
 import subprocess
@@ -66,6 +67,8 @@ def git_diff(folder: Path = CODE) -> str:
 def _git(folder: Path, *arguments: str) -> str:
     done = subprocess.run(
         ["git", "-C", str(folder), *arguments],
+        # A copy: the process's own may be changed by another thread's imports while the program is started.
+        env=dict(os.environ),
         capture_output=True,
         text=True,
         errors="replace",

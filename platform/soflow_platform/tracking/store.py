@@ -83,6 +83,10 @@ class TrackingStore:
         self._require_known_scheme()
         try:
             return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        except ValueError as error:
+            raise UserError(
+                f"the tracking URI {printable(self.uri)!r} is none: {summarize(error)}."
+            ) from None
         except ModuleNotFoundError as error:
             raise UserError(
                 f"the tracking store {self.uri} needs the Python package {error.name}: install it beside soflow."
