@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from soflow_core.failures import InputError, summarize
 from soflow_platform.cluster.connection import Cluster
@@ -199,15 +199,15 @@ class ActorPool(Generic[TaskT]):
                     waiting.append(number)
                     idle.append(new_actor())
                 except ray.exceptions.RayTaskError as error:
-                    self._raise(task, error.cause)
+                    raise_failure(self.describe(task), self.resume_hint, error.cause)
             yield None
 
-    def _raise(self, task: TaskT, cause: BaseException) -> None:
-        if isinstance(cause, InputError):
-            raise cause
-        raise JobError(
-            f"{self.describe(task)} failed: {summarize(cause)}. {self.resume_hint}: the same command goes on."
-        ) from cause
+
+def raise_failure(task: str, resume_hint: str, cause: BaseException) -> NoReturn:
+    """Raises why a task failed: an InputError as it is, anything else as a JobError that names the task and says what is kept."""
+    if isinstance(cause, InputError):
+        raise cause
+    raise JobError(f"{task} failed: {summarize(cause)}. {resume_hint}: the same command goes on.") from cause
 
 
 def _with_counter(actor_class: type) -> type:

@@ -13,13 +13,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from soflow_core.failures import InputError, summarize
 from soflow_pipelines.features.network import FeatureNetwork
 from soflow_pipelines.metrics.score_statistics import ScoreStatistics
 from soflow_pipelines.references.statistics_job import OpenedImages, StatisticsJob, compute_block
-from soflow_platform.cluster.actor_pool import ActorPool, Progress, Report, deterministic_torch, no_report
+from soflow_platform.cluster.actor_pool import (
+    ActorPool,
+    Progress,
+    Report,
+    deterministic_torch,
+    no_report,
+    raise_failure,
+)
 from soflow_platform.cluster.connection import Cluster, connected
-from soflow_platform.errors import JobError, UserError
+from soflow_platform.errors import UserError
 from soflow_platform.evaluation.block_store import BlockStore
 from soflow_platform.evaluation.feature_networks import best_device, feature_network
 from soflow_platform.storage.project import ProjectFolder
@@ -150,12 +156,8 @@ class RayStatisticsRunner(StatisticsRunner):
                     computer.compute(store, block)
             except _TimeUp:
                 break
-            except InputError:
-                raise
             except Exception as error:
-                raise JobError(
-                    f"{describe_block(left[0])} failed: {summarize(error)}. {RESUME_HINT}: the same command goes on."
-                ) from error
+                raise_failure(describe_block(left[0]), RESUME_HINT, error)
             left.pop(0)
             yield store, block
         return left
