@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from soflow_platform.cluster.connection import connected
 from soflow_platform.storage.code_digest import running_code
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
+from soflow_platform.training.trial_status import TrialState
+from soflow_platform.tuning.progress import start_progress_actor
 from soflow_platform.tuning.record import all_records
-from tests.support.commands import REDUCED, Run
+from tests.support.commands import REDUCED, ROOT, Run
 from tests.support.ray_nodes import ray_nodes
 
 ONE_TRIAL = ["--set", "search.space={objective.weight_power: [1.0]}", "--set", "resources.workers=2"]
@@ -50,6 +56,49 @@ def test_doctor_asks_every_node_and_names_the_one_that_sees_another_folder(
     assert {name for name, check in checks.items() if check["state"] == "wrong"} >= {"mlflow", "data"}
     assert "http://127.0.0.1:9 does not answer" in checks["mlflow"]["text"]
     assert "soflowctl data prepare" in f"{checks['data']['text']} {checks['data']['mend']}"
+
+
+@pytest.mark.slow
+def test_a_nodes_metrics_port_has_the_trials_numbers(address: str) -> None:
+    import ray
+
+    with connected(address):
+        actor = start_progress_actor("digits-1", exported=True)
+        changes = {
+            "state": TrialState.RUNNING,
+            "images_per_second": 12.5,
+            "loss": 0.25,
+            "step": 7,
+            "eta_seconds": 60.0,
+        }
+        ray.get(actor.update.remote("trial-00", changes))
+        ray.get(actor.update.remote("trial-00", {"state": TrialState.RESTARTING}))
+        ray.get(actor.update.remote("trial-00", changes))
+        wanted = {"images_per_second": "12.5", "loss": "0.25", "step": "7.0", "restarts_total": "1.0"}
+        ports = {node["MetricsExportPort"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        until = time.monotonic() + 90
+        found: dict[str, str] = {}
+        while found != wanted and time.monotonic() < until:
+            time.sleep(1)
+            lines = [line for port, host in ports.items() for line in metrics(host, port)]
+            found = {
+                name: line.rsplit(" ", 1)[1]
+                for name in wanted
+                for line in lines
+                if line.startswith(f"ray_soflow_{name}{{") and 'trial="trial-00"' in line
+            }
+        ray.kill(actor)
+    assert found == wanted
+    dashboard = (ROOT / "infra" / "grafana" / "soflow.json").read_text(encoding="utf-8")
+    shown = set(re.findall(r"\bray_\w+", dashboard)) - {"ray_node_gpus_utilization", "ray_node_gram_used"}
+    exported = {re.split(r"[{ ]", line)[0] for line in lines}
+    assert shown - exported == set()
+
+
+def metrics(host: str, port: int) -> list[str]:
+    """Lines that a node's metrics port gives to Prometheus."""
+    with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=20) as answer:
+        return str(answer.read().decode()).splitlines()
 
 
 @pytest.mark.slow

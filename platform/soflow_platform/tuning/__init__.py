@@ -12,6 +12,7 @@ recorded       the trials of a sweep as its record has them
 lookup         finds a sweep or trial by what a user calls it
 status         state of a sweep and its trials, from files
 progress       Ray actor with the status of every running trial
+trial_gauges   metrics of the trials for Prometheus
 display        events and outcomes that the terminal shows
 ray_tune       runs the trials under Ray Tune
 trial          Tune's trial function

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from soflow_platform.training.trial_status import TrialState, TrialStatus, progress_actor_name
+from soflow_platform.tuning.trial_gauges import TrialGauges
 
 STATES_OF_WORKERS = (TrialState.RUNNING, TrialState.EVALUATING, TrialState.STOPPING, TrialState.RESTARTING)
 
@@ -14,7 +15,9 @@ STATES_OF_WORKERS = (TrialState.RUNNING, TrialState.EVALUATING, TrialState.STOPP
 class ProgressActor:
     """Latest status of each trial, and its evaluations in order, so that a trial's driver can report each to Tune once."""
 
-    def __init__(self) -> None:
+    def __init__(self, exported: str | None = None) -> None:
+        """`exported` names the sweep whose trials' metrics Ray is to export; None exports none."""
+        self._gauges = TrialGauges(exported) if exported else None
         self._statuses: dict[str, TrialStatus] = {}
         self._evaluations: dict[str, list[dict[str, Any]]] = {}
 
@@ -32,6 +35,8 @@ class ProgressActor:
         if changes.get("state", before.state) != before.state:
             changes = {**changes, "since": time.time()}
         self._statuses[trial] = replace(before, **changes)
+        if self._gauges is not None:
+            self._gauges.set(trial, before, self._statuses[trial])
 
     def add_evaluation(self, trial: str, step: int, metrics: dict[str, float]) -> None:
         """Record an evaluation; after a restart the same step may come again and is recorded once."""
@@ -53,8 +58,8 @@ class ProgressActor:
         return dict(self._statuses)
 
 
-def start_progress_actor(sweep: str) -> Any:
-    """Start the sweep's progress actor on this driver's node, and return its handle.
+def start_progress_actor(sweep: str, exported: bool = False) -> Any:
+    """Start the sweep's progress actor on this driver's node, and return its handle; with `exported` it exports metrics of the trials.
 
     The actor restarts empty where its process dies; trials send their state again within seconds.
     """
@@ -71,5 +76,5 @@ def start_progress_actor(sweep: str) -> Any:
             max_restarts=-1,
             max_task_retries=-1,
         )
-        .remote()
+        .remote(sweep if exported else None)
     )

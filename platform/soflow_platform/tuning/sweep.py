@@ -248,7 +248,7 @@ class SweepRunner:
             self.tracking.client.log_text(record.run or "", changes, DIFF_ARTIFACT.format(record.attempts))
         if len(record.code) > 1:
             self.tracking.client.set_tag(record.run or "", MIXED_CODE_TAG, ", ".join(record.code))
-        actor = start_progress_actor(record.id)
+        actor = start_progress_actor(record.id, exported=not cluster.local)
         for name, state in finished.items():
             for evaluation in state.evaluations:
                 scored = ScoredStep.of(evaluation)
