@@ -80,8 +80,13 @@ def test_a_progress_actor_that_is_killed_costs_nothing(tmp_path: Path, outcome: 
 def test_a_ray_that_dies_again_and_again_ends_the_command_with_a_sentence(
     tmp_path: Path, outcome: Note
 ) -> None:
+    # Long enough for the trial not to end before its process knows that the raylet is dead.
     sweep = Watched(
-        ProjectFolder(tmp_path / "runs"), "resources.max_failures=0", steps=STEPS, every=500, save_every=100
+        ProjectFolder(tmp_path / "runs"),
+        "resources.max_failures=0",
+        steps=5 * STEPS,
+        every=500,
+        save_every=100,
     )
     sweep.trains()
     (raylet,) = sweep.processes("raylet/raylet")
@@ -91,7 +96,7 @@ def test_a_ray_that_dies_again_and_again_ends_the_command_with_a_sentence(
     seconds = time.monotonic() - since
     assert message.startswith("soflowctl: failed: the Ray node that this command is connected to has died.")
     assert message.count("\n") == 1
-    again = Watched(sweep.storage, "resources.max_failures=0", steps=STEPS, every=500, save_every=100)
+    again = Watched(sweep.storage, "resources.max_failures=0", steps=5 * STEPS, every=500, save_every=100)
     _, lost = again.recovery(time.monotonic())
     again.succeeds()
     again.expect_whole_curves()

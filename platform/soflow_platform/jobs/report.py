@@ -12,6 +12,7 @@ from soflow_pipelines.storage.files import write_bytes
 from soflow_platform.jobs.report_data import base_settings, gather
 from soflow_platform.jobs.report_page import page
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.page_texts import link_artifact
 from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.tuning.record import SweepRecord
 
@@ -53,6 +54,7 @@ def _logged(record: SweepRecord, store: TrackingStore, files: list[Path]) -> str
     try:
         for file in files:
             store.client.log_artifact(record.run, str(file), ARTIFACTS)
+        link_artifact(store.client, record.run, "Report", f"{ARTIFACTS}/{PAGE}")
     except Exception as error:
         return summarize(error)[:200]
     return None

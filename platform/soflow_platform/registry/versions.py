@@ -29,6 +29,7 @@ from soflow_platform.registry.tags import (
 )
 from soflow_platform.storage.checkpoints import EMA, Checkpoint
 from soflow_platform.storage.code_digest import CODE_TAG
+from soflow_platform.tracking.page_texts import grids_text
 from soflow_platform.tracking.store import STEP_TAG, SWEEP_TAG, TRIAL_TAG, Tracking, TrackingStore
 
 CANDIDATE = "candidate"
@@ -177,7 +178,8 @@ def _add_version(tracking: Tracking, new: NewVersion) -> str:
     for key, value in {**new.tags, **facts}.items():
         client.set_model_version_tag(name, version, key, value)
     card = short_card(model_card(f"{name}/{version}", new.description))
-    client.update_model_version(name, version, card)
+    grids = grids_text(client, new.run) if new.run else ""
+    client.update_model_version(name, version, f"{card}\n\n{grids}".strip())
     return version
 
 

@@ -4,6 +4,7 @@ Modules that write:
 store          opens the client; creates and closes the runs of a sweep and of its trials, with their params and result
 metric_logger  metrics and sample grids of a trial during training, in the background
 run_writer     the requests that metric_logger sends, each of which can be repeated after a failure
+page_texts     sample grids and links in the descriptions of runs and versions
 score_log      scores of `evaluate` and results of `compare`, on runs and registered versions
 
 Modules that do not:

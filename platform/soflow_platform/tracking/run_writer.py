@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from soflow_platform.tracking.page_texts import show_grids
 from soflow_platform.tracking.store import FLAGS_TAG, TrackingStore
 
 if TYPE_CHECKING:
@@ -47,12 +48,13 @@ class RunWriter:
         self._uncertain = False
 
     def write_image(self, step: int, key: str, image: np.ndarray[Any, Any]) -> None:
-        """Add an image (H, W, 3) uint8 to the series `key`."""
+        """Add an image (H, W, 3) uint8 to the series `key`, and to the run's description."""
         client = self.store.client
         # MLflow names the file "samples~nfe1+step+200+timestamp+...".
         marker = f"{key.replace('/', '~')}+step+{step}+"
         if not any(marker in Path(item.path).name for item in client.list_artifacts(self.run, "images")):
             client.log_image(self.run, image, key=key, step=step, synchronous=True)
+        show_grids(client, self.run)
 
     def add_flag(self, sentence: str) -> None:
         """Append a sentence to the tag `eval.flags`."""

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 PROGRESS_ACTOR_SECONDS = 60.0
 """How long the progress actor may take to answer: one whose process died takes seconds to restart."""
 
+SAVED = "the sweep was asked to stop and its trials are saved: run the same command to go on."
+WAITED = "the sweep was asked to stop while its trials waited: run the same command to go on."
+
 
 @dataclass(frozen=True)
 class TuneSettings:
@@ -178,9 +181,8 @@ def _sweep_watch(settings: TuneSettings, cluster: Cluster, actor: Any) -> Any:
             self.idle_since = now if self.idle_since is None else self.idle_since
             job = _job(trials[0])
             if stop_requested(job.project, job.sweep):
-                raise Stopped(
-                    "the sweep was asked to stop while its trials waited: run the same command to go on."
-                )
+                # Those that have run are saved; the others wait for their turn, or for a machine.
+                raise Stopped(SAVED if states != {"PENDING"} else WAITED)
             if now - self.idle_since > 60 * resources.wait_minutes:
                 raise JobError(
                     f"no machine for a trial came within {resources.wait_minutes:g} min (resources.wait_minutes): add a node, or lower "

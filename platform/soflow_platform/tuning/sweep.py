@@ -24,6 +24,7 @@ from soflow_platform.storage.checkpoints import CheckpointState
 from soflow_platform.storage.code_digest import MIXED_CODE_TAG, running_code
 from soflow_platform.tracking.environment import DIFF_ARTIFACT, git_diff, host_tags
 from soflow_platform.tracking.links import view_state
+from soflow_platform.tracking.page_texts import NOTE_TAG
 from soflow_platform.tracking.run_names import run_name
 from soflow_platform.tracking.store import TRIAL_TAG, Tracking, TrackingStore, tracked_dataset
 from soflow_platform.training.dataset import open_data
@@ -45,6 +46,7 @@ from soflow_platform.tuning.drawing import (
 from soflow_platform.tuning.progress import start_progress_actor
 from soflow_platform.tuning.ranking import RankedPoint, ranked_points
 from soflow_platform.tuning.ray_tune import (
+    SAVED,
     TuneSettings,
     concurrent_trials,
     reported_failures,
@@ -124,9 +126,7 @@ def _run_on(
     with runner.tracked_run(prepared.tags(context.experiment)):
         failures = runner.train(cluster, prepared, concurrent, finished)
         if stop_requested(context.project, context.record.id):
-            raise Stopped(
-                "the sweep was asked to stop and its trials are saved: run the same command to go on."
-            )
+            raise Stopped(SAVED)
         return runner.conclude(failures)
 
 
@@ -194,7 +194,7 @@ class SweepRunner:
         Where they cannot be marked, a line says so.
         """
         record, experiment = self.context.record, self.context.experiment
-        note = {"mlflow.note.content": experiment.description} if experiment.description else {}
+        note = {NOTE_TAG: experiment.description} if experiment.description else {}
         record.run = self.tracking.open_run(
             record.id,
             record.id,
