@@ -117,12 +117,44 @@ def sampling_evaluations(objective: Objective, steps: int, conditional: bool = T
 
 
 def steps_for(objective: Objective, evaluations: int, conditional: bool = True) -> int:
-    """Number of sampling steps with this many evaluations. Raises ValueError where there is none."""
-    each = sampling_evaluations(objective, 1, conditional)
-    steps, rest = divmod(evaluations, each)
-    if rest:
+    """Number of sampling steps with this many evaluations, by what the method's sampler says they cost.
+
+    Raises ValueError where there is none, and where the sampler makes others than it says.
+    """
+    steps = _steps_below(objective, evaluations, conditional)
+    made = 0 if steps == 0 else sampling_evaluations(objective, steps, conditional)
+    if made == evaluations:
+        return steps
+    method, said = objective.method, _said(objective, steps, conditional)
+    if made != said:
+        assert objective.used_sampler is not None
+        name = objective.used_sampler.name
         raise ValueError(
-            f"{evaluations} evaluations cannot be had, for {objective.method} makes {each} in a step as it is sampled"
+            f"{method} makes {made} evaluations in {steps} steps, and its sampler {name} says {said}: mend its `evaluations`"
         )
-    sampling_evaluations(objective, steps, conditional)
-    return steps
+    following = _said(objective, steps + 1, conditional)
+    makes = f"{made} in {steps} and {following} in {steps + 1} steps" if steps else f"{following} in a step"
+    raise ValueError(f"{evaluations} evaluations cannot be had, for {method} makes {makes} as it is sampled")
+
+
+def _steps_below(objective: Objective, evaluations: int, conditional: bool) -> int:
+    """The largest number of steps that is said to cost at most this many evaluations; 0 where one costs more."""
+    fitting, beyond = 0, evaluations + 1
+    while beyond - fitting > 1:
+        middle = (fitting + beyond) // 2
+        if _said(objective, middle, conditional) <= evaluations:
+            fitting = middle
+        else:
+            beyond = middle
+    return fitting
+
+
+def _said(objective: Objective, steps: int, conditional: bool) -> int:
+    """Evaluations in `steps` steps by the method's sampler, with what guidance adds; in proportion where it has no such part."""
+    if steps == 0:
+        return 0
+    sampler = objective.used_sampler
+    first = sampling_evaluations(objective, 1, conditional)
+    if sampler is None:
+        return steps * first
+    return sampler.evaluations(steps) * first // sampler.evaluations(1)

@@ -15,8 +15,37 @@ SettingsT = TypeVar("SettingsT")
 STRICT: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
 """How pydantic reads a settings dataclass: unknown keys and numbers that are not finite are refused at their own key."""
 
+INERT = "inert"
+SAMPLING = "sampling"
+"""Marks in a field's metadata."""
 SHOWN = 80
 """Characters of a value that an error shows."""
+
+
+def setting(default: Any, *, inert: bool = False, sampling: bool = False) -> Any:
+    """A field of a settings dataclass, given by keyword, with marks.
+
+    `inert`: it came after the class was in use, and at its default the class is as it was before: with the default it is no part
+    of what identifies a sweep (`identifying`). `sampling`: it acts at sampling alone, so that a trained network can be sampled with
+    others.
+    """
+    marks = {INERT: inert, SAMPLING: sampling}
+    return dataclasses.field(default=default, kw_only=True, metadata=marks)
+
+
+def marked(kind: Any, mark: str) -> tuple[str, ...]:
+    """Names of the fields of a settings dataclass that have a mark."""
+    return tuple(field.name for field in dataclasses.fields(kind) if field.metadata.get(mark))
+
+
+def identifying(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain settings of the dataclass `kind` without the inert ones at their default, in nested dataclasses too."""
+    defaults = {field.name: field.default for field in dataclasses.fields(kind) if field.metadata.get(INERT)}
+    kept = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+    for name, hint in _hints(kind).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(kept.get(name), Mapping):
+            kept[name] = identifying(hint, kept[name])
+    return kept
 
 
 def check_values(settings: Any) -> None:

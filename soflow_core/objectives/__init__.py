@@ -1,11 +1,13 @@
 """Training methods, one file each; a method is a frozen dataclass of its settings.
 
 base                 interface of a method; batch, draws and loss of a step
+step_times           the times at which the steps of sampling end
 solution_model       how methods that learn the solution are sampled
 soflow               Solution Flow Models
 flow_matching        Flow Matching
 diffusion            DDPM and DDIM
 consistency          consistency models: iCT, ECT, sCM
+total_derivative     dF/dt in a target, by a Jacobian-vector product or a difference quotient
 average_velocity     shared by the next four
 meanflow             MeanFlow
 improved_meanflow    improved MeanFlow (iMF)

@@ -154,7 +154,7 @@ class AlphaFlow(DifferentialModel):
         with torch.no_grad():
             velocity = guided_target(passes, start, self.guidance, nowhere, prediction)
             if alpha == 0:
-                target = differential_target(passes, start, velocity, difference=self.difference_step)
+                target = differential_target(passes, start, velocity, self.total_derivative)
             else:
                 target = self._discrete_target(passes, start, velocity, alpha)
         mse = row_mean((prediction - target).square())

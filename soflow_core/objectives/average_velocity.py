@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from soflow_core.guidance import VelocityGuidance, null_labels
 from soflow_core.objectives.base import Draws
 from soflow_core.objectives.solution_model import FlowMapModel
+from soflow_core.objectives.total_derivative import DerivativeModel, TotalDerivative
 from soflow_core.passes import Network, Passes
 from soflow_core.rows import choose_rows, per_row
 from soflow_core.times import LogitNormal
@@ -78,13 +79,13 @@ def differential_target(
     passes: Passes,
     start: Start,
     velocity: Tensor,
+    total_derivative: TotalDerivative,
     tangent: Tensor | None = None,
-    difference: float | None = None,
 ) -> Tensor:
     """(B, C, H, W) -> (B, C, H, W): u_tgt = v - (t - s) du/dt, with the derivative taken in rows with s < t.
 
     The identity u = v - (t - s) du/dt is MeanFlow's (arXiv 2505.13447, Eq. 6). `tangent` (B, C, H, W) is the velocity
-    along which x moves in du/dt, by default `velocity`; `difference` is that of `Passes.total_derivative`.
+    along which x moves in du/dt, by default `velocity`.
     """
     first = start.first
     if first == len(start.x) and not passes.policy.uniform:
@@ -93,7 +94,7 @@ def differential_target(
     labels = None if start.labels is None else start.labels[first:]
     along = (velocity if tangent is None else tangent)[first:]
     scale = None if start.scale is None else start.scale[first:]
-    derivative = passes.total_derivative(start.x[first:], t, s, labels, along, difference, scale)
+    derivative = total_derivative(passes, (start.x[first:], t, s, labels), along, scale)
     gap = per_row((t - s).clamp(0, 1), derivative)
     return torch.cat([velocity[:first], velocity[first:] - gap * derivative])
 
@@ -108,26 +109,8 @@ class AverageVelocityModel(FlowMapModel):
         return x - per_row(t - s, x) * network(x, t, s, labels)
 
 
-@dataclass(frozen=True)
-class DifferentialModel(AverageVelocityModel):
+class DifferentialModel(DerivativeModel, AverageVelocityModel):
     """A method whose target holds the total derivative du/dt of the average velocity."""
-
-    derivative: Literal["jvp", "finite_difference"] = "jvp"
-    """How du/dt is computed: by a Jacobian-vector product, or as a quotient of two passes without one."""
-    difference: float = 0.005
-    """Half the time between those passes."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.difference <= 0.5:
-            raise ValueError(
-                f"difference is {self.difference}; it must be above 0 and at most 0.5, half of all time"
-            )
-
-    @property
-    def difference_step(self) -> float | None:
-        """The `difference` of `Passes.total_derivative`: None where it is a Jacobian-vector product."""
-        return None if self.derivative == "jvp" else self.difference
 
 
 def leading_rows(generator: torch.Generator | None, draws_rows: int, probability: float) -> Tensor:

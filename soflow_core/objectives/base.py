@@ -15,6 +15,7 @@ from torch import Tensor
 
 from soflow_core.passes import Network, PassPolicy
 from soflow_core.registration import Registry
+from soflow_core.samplers.base import Sampler
 from soflow_core.settings import STRICT
 
 DrawsT = TypeVar("DrawsT", bound="Draws")
@@ -148,6 +149,11 @@ class Objective(ABC):
         """
         del total_steps
         return step
+
+    @property
+    def used_sampler(self) -> Sampler | None:
+        """The sampler that `sample` uses, which says how many evaluations a number of steps costs; None where it has no such part."""
+        return None
 
     @abstractmethod
     def draw(

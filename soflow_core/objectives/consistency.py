@@ -16,6 +16,7 @@ from torch import Tensor
 
 from soflow_core.objectives.base import DEFAULT_POLICY, Batch, Draws, Loss, draw_noise
 from soflow_core.objectives.solution_model import SolutionModel
+from soflow_core.objectives.total_derivative import DerivativeModel
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
 from soflow_core.registration import register
@@ -212,7 +213,7 @@ class EasyConsistency(ConsistencyModel):
 
 @register("scm")
 @dataclass(frozen=True)
-class ContinuousConsistency(ConsistencyModel):
+class ContinuousConsistency(DerivativeModel, ConsistencyModel):
     """Settings of sCM (arXiv 2410.11081) on the linear path: the limit of equal times, with a normalized tangent.
 
     Where f is constant along the sample's velocity, v_c - F - t dF/dt is 0. The paper's learned weight of each time is
@@ -235,7 +236,7 @@ class ContinuousConsistency(ConsistencyModel):
 
     @property
     def uses_jvp(self) -> bool:
-        return True
+        return self.derivative == "jvp"
 
     def phase(self, step: int, total_steps: int) -> Hashable:
         del step, total_steps
@@ -256,7 +257,7 @@ class ContinuousConsistency(ConsistencyModel):
         path = linear(t)
         x_t, v_c = path.state(batch.x0, draws.noise), path.velocity(batch.x0, draws.noise)
         prediction = passes.low_precision(x_t, t, zero, batch.labels)
-        derivative = passes.total_derivative(x_t, t, zero, batch.labels, v_c)
+        derivative = self.total_derivative(passes, (x_t, t, zero, batch.labels), v_c)
         warmup = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
         tangent = (v_c - prediction.detach()) - warmup * per_row(t, x_t) * derivative
         size = row_mean(tangent.square()).sqrt()

@@ -18,17 +18,17 @@ from soflow_core.objectives.base import (
     Batch,
     Draws,
     Loss,
-    Objective,
     draw_noise,
     dropped_rows,
 )
+from soflow_core.objectives.step_times import SteppedModel
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.registration import register
 from soflow_core.rows import per_row, row_mean
 from soflow_core.samplers.base import NoiseSampler, check_sampler, sampler
-from soflow_core.samplers.diffusion import linear_alpha_bar
+from soflow_core.samplers.diffusion import linear_alpha_bar, numbers_at, respaced
 from soflow_core.samplers.ode import guided_prediction
-from soflow_core.settings import check_drop, check_values
+from soflow_core.settings import check_drop, setting
 
 MOST_STEPS = 100_000
 """Of a diffusion; the variance that each adds is a number in a table."""
@@ -36,7 +36,7 @@ MOST_STEPS = 100_000
 
 @register("diffusion")
 @dataclass(frozen=True)
-class Diffusion(Objective):
+class Diffusion(SteppedModel):
     """Settings of diffusion; the defaults are DiT's."""
 
     diffusion_steps: int = 1000
@@ -47,12 +47,12 @@ class Diffusion(Objective):
     """Variance added at the last step."""
     drop: float = 0.1
     """Probability that a sample's label is replaced by the null label, for guidance at sampling."""
-    sampler: str = "ddim"
-    sampling_scale: float = 1.0
+    sampler: str = setting("ddim", sampling=True)
+    sampling_scale: float = setting(1.0, sampling=True)
     """Guidance scale at sampling; 1 is none."""
 
     def __post_init__(self) -> None:
-        check_values(self)
+        super().__post_init__()
         if not 1 <= self.diffusion_steps <= MOST_STEPS:
             raise ValueError(f"diffusion_steps is {self.diffusion_steps}; give 1 to {MOST_STEPS:,}")
         if not 0 < self.beta_first <= self.beta_last < 1:
@@ -60,7 +60,7 @@ class Diffusion(Objective):
                 f"betas from {self.beta_first} to {self.beta_last}; give 0 < beta_first <= beta_last < 1"
             )
         check_drop("drop", self.drop)
-        check_sampler(self, NoiseSampler, self.sampler)
+        check_sampler(self, NoiseSampler, self.sampler)  # type: ignore[type-abstract]
         if self.sampling_scale != 1 and self.drop == 0:
             raise ValueError(
                 "sampling_scale needs an unconditional prediction; set drop above 0 or sampling_scale to 1"
@@ -74,6 +74,10 @@ class Diffusion(Objective):
     def alpha_bar(self) -> Tensor:
         """(T,) float64: share of the data's variance left after each step."""
         return linear_alpha_bar(self.diffusion_steps, self.beta_first, self.beta_last)
+
+    @property
+    def used_sampler(self) -> NoiseSampler:
+        return sampler(NoiseSampler, self.sampler)  # type: ignore[type-abstract]
 
     def phase(self, step: int, total_steps: int) -> Hashable:
         del step, total_steps
@@ -121,5 +125,7 @@ class Diffusion(Objective):
         def predict(x: Tensor, number: Tensor) -> Tensor:
             return guided_prediction(network, x, number, labels, self.sampling_scale)
 
-        chosen = sampler(NoiseSampler, self.sampler)  # type: ignore[type-abstract]
-        return chosen.sample(predict, noise, self.alpha_bar, steps, renoise)
+        times = self.set_times(steps)
+        total = self.diffusion_steps
+        numbers = respaced(total, steps) if times is None else numbers_at(total, times)
+        return self.used_sampler.sample(predict, noise, self.alpha_bar, numbers, renoise)

@@ -14,23 +14,23 @@ from soflow_core.objectives.base import (
     Batch,
     Draws,
     Loss,
-    Objective,
     draw_noise,
     dropped_rows,
 )
+from soflow_core.objectives.step_times import SteppedModel
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import PATHS, PathName
 from soflow_core.registration import register
 from soflow_core.rows import row_mean
 from soflow_core.samplers.base import VelocitySampler, check_sampler, sampler
 from soflow_core.samplers.ode import guided_prediction
-from soflow_core.settings import check_drop, check_values
+from soflow_core.settings import check_drop, setting
 from soflow_core.times import LogitNormal
 
 
 @register("flow_matching")
 @dataclass(frozen=True)
-class FlowMatching(Objective):
+class FlowMatching(SteppedModel):
     """Settings of Flow Matching; the defaults are SiT's."""
 
     path: PathName = "linear"
@@ -38,15 +38,15 @@ class FlowMatching(Objective):
     """Distribution of t; None is uniform on (0, 1)."""
     drop: float = 0.1
     """Probability that a sample's label is replaced by the null label, for guidance at sampling."""
-    sampler: str = "euler"
+    sampler: str = setting("euler", sampling=True)
     """A solver of the velocity; `heun` makes two evaluations a step."""
-    sampling_scale: float = 1.0
+    sampling_scale: float = setting(1.0, sampling=True)
     """Guidance scale at sampling; 1 is none."""
 
     def __post_init__(self) -> None:
-        check_values(self)
+        super().__post_init__()
         check_drop("drop", self.drop)
-        check_sampler(self, VelocitySampler, self.sampler)
+        check_sampler(self, VelocitySampler, self.sampler)  # type: ignore[type-abstract]
         if self.sampling_scale != 1 and self.drop == 0:
             raise ValueError(
                 "sampling_scale needs an unconditional prediction; set drop above 0 or sampling_scale to 1"
@@ -55,6 +55,10 @@ class FlowMatching(Objective):
     @property
     def needs_null_label(self) -> bool:
         return self.drop > 0
+
+    @property
+    def used_sampler(self) -> VelocitySampler:
+        return sampler(VelocitySampler, self.sampler)  # type: ignore[type-abstract]
 
     def phase(self, step: int, total_steps: int) -> Hashable:
         del step, total_steps
@@ -108,5 +112,4 @@ class FlowMatching(Objective):
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             return guided_prediction(network, x, t, labels, self.sampling_scale)
 
-        chosen = sampler(VelocitySampler, self.sampler)  # type: ignore[type-abstract]
-        return chosen.sample(velocity, noise, steps)
+        return self.used_sampler.sample(velocity, noise, self.step_times(steps))

@@ -41,7 +41,7 @@ from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
 from soflow_core.registration import register
 from soflow_core.rows import choose_rows, row_mean, row_sum
-from soflow_core.settings import check_share, check_weight_eps
+from soflow_core.settings import check_share, check_weight_eps, setting
 from soflow_core.times import LogitNormal
 
 
@@ -59,7 +59,7 @@ class ImprovedMeanFlow(DifferentialModel):
     time: LogitNormal = field(default_factory=lambda: LogitNormal(-0.4, 1.0))
     """Distribution of both times; t is the larger."""
     guidance: IntervalGuidance = field(default_factory=IntervalGuidance)
-    sampling_scale: float | None = None
+    sampling_scale: float | None = setting(None, inert=True, sampling=True)
     """Guidance scale at sampling, of a network trained on a range of scales; None is the middle of that range."""
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class ImprovedMeanFlow(DifferentialModel):
         with torch.no_grad():
             velocity, own = self._velocities(passes, start, dropped, prediction)
             # |u - target|^2 = |V - v_g|^2 with V = u + (t - s) sg(du/dt).
-            target = differential_target(passes, start, velocity, own, self.difference_step)
+            target = differential_target(passes, start, velocity, self.total_derivative, own)
         squares = (prediction - target).square()
         total = row_sum(squares)
         loss = (total / (total.detach() + self.weight_eps) ** self.weight_power).mean()

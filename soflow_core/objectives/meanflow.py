@@ -103,7 +103,7 @@ class MeanFlow(DifferentialModel):
         prediction = passes.low_precision(x_t, draws.t, draws.s, labels)
         with torch.no_grad():
             velocity = guided_target(passes, start, self.guidance, dropped, prediction)
-            target = differential_target(passes, start, velocity, difference=self.difference_step)
+            target = differential_target(passes, start, velocity, self.total_derivative)
         squares = (prediction - target).square()
         total = row_sum(squares)
         # Adaptive weight (MeanFlow, section 4.3): S / sg(S + eps)^p.

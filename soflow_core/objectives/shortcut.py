@@ -133,7 +133,9 @@ class Shortcut(AverageVelocityModel):
         steps: int,
         renoise: Sequence[Tensor] = (),
     ) -> Tensor:
-        if steps < 1 or (self.sampling_times is None and self.base_steps % steps):
+        if steps < 1 or (
+            self.sampling_times is None and self.sampling_grid is None and self.base_steps % steps
+        ):
             raise ValueError(
                 f"{steps} steps are not on the grid of {self.base_steps}; give a power of 2 up to it"
             )

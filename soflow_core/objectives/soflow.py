@@ -39,7 +39,7 @@ from soflow_core.passes import Arguments, Network, Passes, PassPolicy
 from soflow_core.paths import PATHS, PathName, PathPoint
 from soflow_core.registration import register
 from soflow_core.rows import choose_rows, per_row, row_mean
-from soflow_core.settings import STRICT, check_share, check_values, check_weight_eps
+from soflow_core.settings import STRICT, check_share, check_values, check_weight_eps, setting
 from soflow_core.times import LogitNormal, RatioSchedule, consistency_times, middle_time
 
 
@@ -86,7 +86,7 @@ class SoFlow(FlowMapModel):
     guidance: Guidance = field(default_factory=Guidance)
     schedule: RatioSchedule = field(default_factory=RatioSchedule)
     """The middle-time ratio r(k, K)."""
-    sampling_scale: float | None = None
+    sampling_scale: float | None = setting(None, inert=True, sampling=True)
     """Guidance scale at sampling, of a network trained on a range of scales; None is the middle of that range."""
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """Samplers: from noise to data.
 
-base         interface of a sampler
+base         interface of a sampler, and the loop over its steps
+grids        time grids: where the steps end
 solution     with a solution function f(x, t, s), in one or several steps
 ode          fixed-step ODE solvers, Euler and Heun
 diffusion    DDPM and DDIM

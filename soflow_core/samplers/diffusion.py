@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from soflow_core.registration import register
-from soflow_core.samplers.base import NoiseSampler, PredictNoise
+from soflow_core.samplers.base import Fresh, NoiseSampler, PredictNoise, at_time
 
 
 @register("ddim")
@@ -17,11 +17,17 @@ from soflow_core.samplers.base import NoiseSampler, PredictNoise
 class Ddim(NoiseSampler):
     """Deterministic, along the chain's probability flow."""
 
-    def sample(
-        self, predict: PredictNoise, noise: Tensor, alpha_bar: Tensor, steps: int, renoise: Sequence[Tensor]
+    def step(
+        self, predict: PredictNoise, x: Tensor, number: int, shares: tuple[float, float], fresh: Fresh
     ) -> Tensor:
-        del renoise
-        return ddim(predict, noise, alpha_bar, steps)
+        """sqrt(abar') x0 + sqrt(1 - abar') eps (DDIM, Eq. 12, sigma = 0)."""
+        del fresh
+        here, there = shares
+        eps = predict(x, at_time(x, float(number)))
+        return there**0.5 * predicted_data(x, eps, here) + (1 - there) ** 0.5 * eps
+
+    def evaluations(self, steps: int) -> int:
+        return steps
 
 
 @register("ddpm")
@@ -29,10 +35,20 @@ class Ddim(NoiseSampler):
 class Ddpm(NoiseSampler):
     """Samples of the posterior of the respaced chain."""
 
-    def sample(
-        self, predict: PredictNoise, noise: Tensor, alpha_bar: Tensor, steps: int, renoise: Sequence[Tensor]
+    def step(
+        self, predict: PredictNoise, x: Tensor, number: int, shares: tuple[float, float], fresh: Fresh
     ) -> Tensor:
-        return ddpm(predict, noise, alpha_bar, steps, renoise)
+        """A sample of q(x' | x, x0) (DDPM, Eqs. 6, 7), and x0 at the end, where no noise is added."""
+        abar, abar_next = shares
+        x0 = predicted_data(x, predict(x, at_time(x, float(number))), abar)
+        if abar_next == 1:
+            return x0
+        beta = 1 - abar / abar_next
+        mean = abar_next**0.5 * beta / (1 - abar) * x0 + (1 - beta) ** 0.5 * (1 - abar_next) / (1 - abar) * x
+        return mean + ((1 - abar_next) / (1 - abar) * beta) ** 0.5 * fresh()
+
+    def evaluations(self, steps: int) -> int:
+        return steps
 
 
 def linear_alpha_bar(steps: int, beta_first: float, beta_last: float) -> Tensor:
@@ -55,37 +71,11 @@ def predicted_data(x: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
     return (x - (1 - alpha_bar) ** 0.5 * noise) / alpha_bar**0.5
 
 
-@torch.no_grad()
-def ddim(predict: PredictNoise, noise: Tensor, alpha_bar: Tensor, steps: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, H, W): x' = sqrt(abar') x0 + sqrt(1 - abar') eps (DDIM, Eq. 12, sigma = 0)."""
-    x, numbers = noise, respaced(len(alpha_bar), steps)
-    for now, following in zip(numbers, [*numbers[1:], None], strict=True):
-        eps = predict(x, torch.full((x.shape[0],), float(now), device=x.device))
-        x0 = predicted_data(x, eps, float(alpha_bar[now]))
-        abar_next = 1.0 if following is None else float(alpha_bar[following])
-        x = abar_next**0.5 * x0 + (1 - abar_next) ** 0.5 * eps
-    return x
-
-
-@torch.no_grad()
-def ddpm(
-    predict: PredictNoise, noise: Tensor, alpha_bar: Tensor, steps: int, renoise: Sequence[Tensor]
-) -> Tensor:
-    """(B, C, H, W) -> (B, C, H, W): samples of the posterior q(x' | x, x0) of the respaced chain (DDPM, Eqs. 6, 7).
-
-    renoise[i] is the noise added after step i; none is added after the last. Raises ValueError for too few.
-    """
-    if len(renoise) < steps - 1:
-        raise ValueError(f"{steps} steps need {steps - 1} noises in renoise; {len(renoise)} were given")
-    x, numbers = noise, respaced(len(alpha_bar), steps)
-    for i, now in enumerate(numbers):
-        eps = predict(x, torch.full((x.shape[0],), float(now), device=x.device))
-        abar = float(alpha_bar[now])
-        x0 = predicted_data(x, eps, abar)
-        if i == steps - 1:
-            return x0
-        abar_next = float(alpha_bar[numbers[i + 1]])
-        beta = 1 - abar / abar_next
-        mean = abar_next**0.5 * beta / (1 - abar) * x0 + (1 - beta) ** 0.5 * (1 - abar_next) / (1 - abar) * x
-        x = mean + ((1 - abar_next) / (1 - abar) * beta) ** 0.5 * renoise[i]
-    return x
+def numbers_at(total: int, times: Sequence[float]) -> list[int]:
+    """Step numbers of a diffusion of `total` at times that fall from 1 to 0, but at 0, the end. Raises ValueError for repeats."""
+    numbers = [round(time * (total - 1)) for time in times[:-1]]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(
+            f"{len(numbers)} sampling steps fall on {len(set(numbers))} of {total} step numbers; take fewer steps"
+        )
+    return numbers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,8 +10,7 @@ from torch import Tensor
 from soflow_core.guidance import guide_prediction, null_labels
 from soflow_core.passes import Network
 from soflow_core.registration import register
-from soflow_core.samplers.base import Velocity, VelocitySampler
-from soflow_core.samplers.solution import uniform_times
+from soflow_core.samplers.base import Velocity, VelocitySampler, at_time
 
 
 @register("euler")
@@ -20,8 +18,12 @@ from soflow_core.samplers.solution import uniform_times
 class Euler(VelocitySampler):
     """First order, one evaluation a step."""
 
-    def sample(self, velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
-        return euler(velocity, noise, steps)
+    def step(self, velocity: Velocity, x: Tensor, start: float, end: float) -> Tensor:
+        """x - h v(x, t)."""
+        return x - (start - end) * velocity(x, at_time(x, start))
+
+    def evaluations(self, steps: int) -> int:
+        return steps
 
 
 @register("heun")
@@ -29,31 +31,15 @@ class Euler(VelocitySampler):
 class Heun(VelocitySampler):
     """Second order, two evaluations a step."""
 
-    def sample(self, velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
-        return heun(velocity, noise, steps)
-
-
-@torch.no_grad()
-def euler(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, H, W): x <- x - h v(x, t); first order, one evaluation a step."""
-    zero = torch.zeros(noise.shape[0], device=noise.device)
-    x = noise
-    for start, end in pairwise(uniform_times(steps)):
-        x = x - (start - end) * velocity(x, zero + start)
-    return x
-
-
-@torch.no_grad()
-def heun(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, H, W): the trapezoid of an Euler step; second order, two evaluations a step."""
-    zero = torch.zeros(noise.shape[0], device=noise.device)
-    x = noise
-    for start, end in pairwise(uniform_times(steps)):
+    def step(self, velocity: Velocity, x: Tensor, start: float, end: float) -> Tensor:
+        """The trapezoid of an Euler step."""
         h = start - end
-        first = velocity(x, zero + start)
-        second = velocity(x - h * first, zero + end)
-        x = x - h / 2 * (first + second)
-    return x
+        first = velocity(x, at_time(x, start))
+        second = velocity(x - h * first, at_time(x, end))
+        return x - h / 2 * (first + second)
+
+    def evaluations(self, steps: int) -> int:
+        return 2 * steps
 
 
 def guided_prediction(network: Network, x: Tensor, t: Tensor, labels: Tensor | None, scale: float) -> Tensor:

@@ -1,5 +1,7 @@
 """MeanFlow, alpha-Flow, consistency models, Shortcut, Flow Matching and diffusion against their definitions."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -201,9 +203,17 @@ def test_the_difference_quotient_stays_between_s_and_the_noise() -> None:
     assert_close(found, exact, rtol=0.02, atol=0.02 * exact.abs().max().item())
 
 
-@pytest.mark.parametrize("kind", [MeanFlow, ImprovedMeanFlow, AlphaFlow], ids=lambda kind: kind().method)
+@pytest.mark.parametrize(
+    "kind",
+    [MeanFlow, ImprovedMeanFlow, AlphaFlow, ContinuousConsistency],
+    ids=lambda kind: kind().method,
+)
 def test_a_difference_quotient_takes_the_place_of_the_jacobian_vector_product(kind: type[Objective]) -> None:
-    settings = {"schedule": AlphaSchedule("constant", value=0.0)} if kind is AlphaFlow else {}
+    needed: dict[Any, dict[str, Any]] = {
+        AlphaFlow: {"schedule": AlphaSchedule("constant", value=0.0)},
+        ContinuousConsistency: {"warmup_steps": 0},
+    }
+    settings = needed.get(kind, {})
     network = random_network()
     exact, quotient = kind(**settings), kind(derivative="finite_difference", difference=1e-4, **settings)
     assert (exact.uses_jvp, quotient.uses_jvp) == (True, False)

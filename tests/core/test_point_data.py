@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 from soflow_core.guidance import Guidance
 from soflow_core.objectives import SoFlow
-from soflow_core.samplers.ode import euler
+from soflow_core.samplers.grids import uniform_times
+from soflow_core.samplers.ode import Euler
 from soflow_core.times import RatioSchedule
 from tests.support.gaussian import column, rows_along, runge_kutta
 
@@ -91,7 +92,7 @@ def test_oracle_step_from_noise_lands_on_the_nearer_of_two_points() -> None:
 
 def test_euler_steps_find_the_two_points_and_between_them_their_mean() -> None:
     x = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64).reshape(-1, 1, 1, 1)
-    found = euler(two_points_velocity, x, 400)
+    found = Euler().sample(two_points_velocity, x, uniform_times(400))
     assert_close(found.flatten(), torch.tensor([-A, 0.0, A], dtype=torch.float64), rtol=0, atol=1e-2)
 
 

@@ -1,7 +1,8 @@
 """Samplers with exact functions: distributions, orders of error and end points; and the noise of a sample."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -11,12 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from soflow_core.nfe import sampling_evaluations, steps_for
 from soflow_core.objectives import OBJECTIVES, Diffusion, FlowMatching, MeanFlow, Objective, Shortcut, SoFlow
 from soflow_core.paths import linear
-from soflow_core.samplers.diffusion import ddim, ddpm, linear_alpha_bar, respaced
+from soflow_core.registration import register
+from soflow_core.samplers.base import SAMPLERS, NoiseSampler, Velocity, VelocitySampler
+from soflow_core.samplers.diffusion import Ddim, Ddpm, linear_alpha_bar, numbers_at, respaced
+from soflow_core.samplers.grids import GRIDS, TimeGrid, time_grid, uniform_times
 from soflow_core.samplers.noise import MASK, philox, sample_labels, sample_noise
-from soflow_core.samplers.ode import euler, heun
-from soflow_core.samplers.solution import sample_by_steps, sample_with_renoising, uniform_times
+from soflow_core.samplers.ode import Euler, Heun
+from soflow_core.samplers.solution import ConsistencySampler, StepSampler
 from tests.support.gaussian import Gaussian
 from tests.support.random_networks import SHAPE, random_network
 
@@ -37,14 +42,15 @@ def affine_response(sampler: Callable[[Tensor, Sequence[Tensor]], Tensor], steps
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
 def test_renoising_with_the_exact_solution_keeps_the_distribution(steps: int) -> None:
     def sampler(noise: Tensor, renoise: Sequence[Tensor]) -> Tensor:
-        return sample_with_renoising(DATA.solution, noise, uniform_times(steps), renoise, linear)
+        return ConsistencySampler().sample(DATA.solution, noise, uniform_times(steps), renoise, linear)
 
     assert affine_response(sampler, steps) == pytest.approx((0.7, 0.25), abs=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
 def test_steps_of_the_exact_solution_end_where_one_step_does(steps: int) -> None:
-    assert_close(sample_by_steps(DATA.solution, X, uniform_times(steps)), 0.7 + 0.5 * X)
+    found = StepSampler().sample(DATA.solution, X, uniform_times(steps), [], linear)
+    assert_close(found, 0.7 + 0.5 * X)
 
 
 @pytest.mark.parametrize("objective", [SoFlow(), MeanFlow(), Shortcut()], ids=lambda o: o.method)
@@ -52,10 +58,12 @@ def test_one_step_objectives_sample_exactly_with_the_exact_field(objective: Obje
     assert_close(objective.sample(DATA.network, X, None, 1), 0.7 + 0.5 * X)
 
 
-@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
-def test_a_solver_has_its_order(solver: Callable[..., Tensor], order: int) -> None:
+@pytest.mark.parametrize(("solver", "order"), [(Euler(), 1), (Heun(), 2)])
+def test_a_solver_has_its_order(solver: VelocitySampler, order: int) -> None:
     exact = 0.7 + 0.5 * X
-    errors = [(solver(DATA.velocity, X, n) - exact).abs().max().item() for n in (32, 64, 128)]
+    errors = [
+        (solver.sample(DATA.velocity, X, uniform_times(n)) - exact).abs().max().item() for n in (32, 64, 128)
+    ]
     for coarse, fine in ((errors[0], errors[1]), (errors[1], errors[2])):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.2)
 
@@ -67,10 +75,10 @@ def test_solvers_evaluate_as_often_as_they_say() -> None:
         calls.append(t[0].item())
         return torch.zeros_like(x)
 
-    euler(velocity, X, 4)
+    Euler().sample(velocity, X, uniform_times(4))
     assert calls == [1, 0.75, 0.5, 0.25]
     calls.clear()
-    heun(velocity, X, 2)
+    Heun().sample(velocity, X, uniform_times(2))
     assert calls == [1, 0.5, 0.5, 0]
 
 
@@ -79,6 +87,18 @@ def test_sampling_keeps_no_graph_of_its_passes(objective: Objective) -> None:
     network = random_network(torch.float32)
     noise = [torch.randn(2, *SHAPE) for _ in range(4)]
     assert not objective.sample(network, noise[0], None, 4, noise[1:]).requires_grad
+
+
+def along(
+    sampler: NoiseSampler,
+    predict: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    alpha_bar: Tensor,
+    steps: int,
+) -> Callable[[Sequence[Tensor]], Tensor]:
+    """The sampler in evenly spaced steps, as a function of the noise that it adds."""
+    numbers = respaced(len(alpha_bar), steps)
+    return lambda renoise: sampler.sample(predict, x, alpha_bar, numbers, renoise)
 
 
 def exact_noise(alpha_bar: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -97,7 +117,7 @@ def test_ddim_ends_at_the_exact_end_point_to_first_order() -> None:
     scale = DATA.std / (last * DATA.std**2 + 1 - last).sqrt()
     exact = DATA.mean + scale * (X - last.sqrt() * DATA.mean)
     errors = {
-        n: (ddim(exact_noise(alpha_bar), X, alpha_bar, n) - exact).abs().max().item()
+        n: (along(Ddim(), exact_noise(alpha_bar), X, alpha_bar, n)([]) - exact).abs().max().item()
         for n in (10, 50, 250, 1000)
     }
     assert errors[1000] < 6e-3
@@ -110,7 +130,7 @@ def test_ddpm_with_exact_noise_gives_the_data_distribution() -> None:
     alpha_bar = linear_alpha_bar(1000, 1e-4, 2e-2)
 
     def sampler(noise: Tensor, renoise: Sequence[Tensor]) -> Tensor:
-        return ddpm(exact_noise(alpha_bar), noise, alpha_bar, 250, renoise)
+        return along(Ddpm(), exact_noise(alpha_bar), noise, alpha_bar, 250)(renoise)
 
     mean, variance = affine_response(sampler, 250)
     assert mean == pytest.approx(0.7, abs=0.01)
@@ -133,7 +153,8 @@ def test_ddpm_keeps_the_forward_marginals_of_a_single_datum_at_any_spacing(steps
             here = alpha_bar[numbers.long()].reshape(-1, 1, 1, 1)
             return (x - here.sqrt() * datum) / (1 - here).sqrt()
 
-        ddpm(predict, first**0.5 * datum + (1 - first) ** 0.5 * noise, alpha_bar, steps, renoise)
+        start = first**0.5 * datum + (1 - first) ** 0.5 * noise
+        along(Ddpm(), predict, start, alpha_bar, steps)(renoise)
         return seen[number]
 
     for number in (numbers[1], numbers[steps // 2], numbers[-1]):
@@ -144,8 +165,8 @@ def test_ddpm_keeps_the_forward_marginals_of_a_single_datum_at_any_spacing(steps
 
 def test_one_step_from_pure_noise_to_data_leaves_no_noise_to_add() -> None:
     alpha_bar = linear_alpha_bar(1000, 1e-4, 2e-2)
-    once = ddpm(exact_noise(alpha_bar), X, alpha_bar, 1, [])
-    assert_close(once, ddim(exact_noise(alpha_bar), X, alpha_bar, 1))
+    once, other = (along(kind, exact_noise(alpha_bar), X, alpha_bar, 1)([]) for kind in (Ddpm(), Ddim()))
+    assert_close(once, other)
 
 
 @given(total=st.integers(2, 1000), data=st.data())
@@ -180,6 +201,95 @@ def test_too_few_noises_or_steps_are_refused() -> None:
             Shortcut().sample(DATA.network, X, None, steps)
     with pytest.raises(ValueError, match="give 1 to 1000"):
         Diffusion().sample(lambda x, *_: x, X, None, 1001)
+
+
+# Time grids, and the evaluations of a number of steps
+
+
+@pytest.mark.parametrize("grid", [*(kind() for kind in GRIDS.values()), time_grid("power:0.5")], ids=str)
+def test_the_times_of_a_grid_fall_from_1_to_0(grid: TimeGrid) -> None:
+    for steps in (1, 2, 7, 100):
+        times = grid.times(steps)
+        assert (len(times), times[0], times[-1]) == (steps + 1, 1.0, 0.0)
+        assert times == sorted(set(times), reverse=True)
+    with pytest.raises(ValueError, match="at least 1"):
+        grid.times(0)
+
+
+def test_grids_have_the_times_of_their_formulas() -> None:
+    assert time_grid("power:2").times(4) == pytest.approx([1, 9 / 16, 1 / 4, 1 / 16, 0])
+    assert time_grid("shifted:3").times(4) == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    assert time_grid("shifted:1").times(4) == pytest.approx(uniform_times(4))
+    assert time_grid("uniform").times(3) == uniform_times(3)
+
+
+@pytest.mark.parametrize("text", ["linear", "", "power:", "power:two", "power:0", "uniform:1", "shifted:nan"])
+@pytest.mark.parametrize("kind", [FlowMatching, Diffusion, MeanFlow])
+def test_an_unknown_grid_or_value_is_refused(kind: type[Objective], text: str) -> None:
+    with pytest.raises(ValueError, match=f"sampling_grid is '{text}'"):
+        kind(sampling_grid=text)  # type: ignore[call-arg]
+
+
+def test_steps_end_at_the_times_of_the_grid_or_those_that_are_set() -> None:
+    seen: list[float] = []
+
+    def network(x: Tensor, t: Tensor, _s: Tensor, _labels: Tensor | None) -> Tensor:
+        seen.append(t[0].item())
+        return torch.zeros_like(x)
+
+    for objective, expected in (
+        (FlowMatching(sampling_grid="power"), [1, 4 / 9, 1 / 9]),
+        (FlowMatching(sampling_times=(0.75, 0.25)), [1, 0.75, 0.25]),
+        (FlowMatching(sampling_times=(0.5,), sampling_grid="power"), [1, 4 / 9, 1 / 9]),
+        (MeanFlow(sampling_grid="power"), [1, 4 / 9, 1 / 9]),
+        (Diffusion(sampling_grid="power"), [999, 444, 111]),
+        (Diffusion(sampling_times=(0.5, 0.1)), [999, round(0.5 * 999), 100]),
+        (Diffusion(), [999, 500, 0]),
+    ):
+        seen.clear()
+        objective.sample(network, X.float(), None, 3)
+        assert seen == pytest.approx(expected)
+
+
+def test_steps_that_fall_on_one_step_number_of_a_diffusion_are_refused() -> None:
+    assert numbers_at(1000, uniform_times(4)) == [999, 749, 500, 250]
+    with pytest.raises(ValueError, match="3 sampling steps fall on 2 of 4 step numbers; take fewer steps"):
+        Diffusion(diffusion_steps=4, sampling_times=(0.6, 0.55)).sample(lambda x, *_: x, X, None, 3)
+
+
+@pytest.fixture
+def last_step_euler() -> Iterator[str]:
+    """Heun's method with an Euler step at the end, as in EDM: 2 N - 1 evaluations."""
+
+    @register("last-step-euler")
+    @dataclass(frozen=True)
+    class LastStepEuler(VelocitySampler):
+        """Second order, but for the last step."""
+
+        def step(self, velocity: Velocity, x: Tensor, start: float, end: float) -> Tensor:
+            return (Heun() if end else Euler()).step(velocity, x, start, end)
+
+    yield "last-step-euler"
+    del SAMPLERS.parts["last-step-euler"]
+
+
+def test_a_number_of_evaluations_is_that_of_the_sampler_not_a_multiple_of_a_step(
+    last_step_euler: str,
+) -> None:
+    objective = FlowMatching(sampler=last_step_euler)
+    assert [sampling_evaluations(objective, steps) for steps in (1, 2, 4)] == [1, 3, 7]
+    assert [steps_for(objective, evaluations) for evaluations in (1, 3, 7, 199)] == [1, 2, 4, 100]
+    assert steps_for(replace(objective, sampling_scale=2.0), 6) == 2
+    with pytest.raises(
+        ValueError, match="4 evaluations cannot be had, for flow_matching makes 3 in 2 and 5 in 3 steps"
+    ):
+        steps_for(objective, 4)
+
+
+def test_a_sampler_that_says_a_wrong_number_of_evaluations_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Heun, "evaluations", lambda _, steps: 2 * steps - 1)
+    with pytest.raises(ValueError, match="makes 4 evaluations in 2 steps, and its sampler heun says 3"):
+        steps_for(FlowMatching(sampler="heun"), 3)
 
 
 # Noise of a sample

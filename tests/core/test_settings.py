@@ -18,6 +18,7 @@ from soflow_core.objectives import (
 )
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.passes import PassPolicy
+from soflow_core.settings import SAMPLING, identifying, marked, setting, to_dict
 from soflow_core.times import LogitNormal, RatioSchedule
 
 
@@ -100,3 +101,23 @@ def test_a_scale_that_is_no_number_and_no_range_is_refused(kind: type[Any], valu
     sentence = rf"{kind.__name__}\.scale is {value!r}; a finite number is needed, or ScaleRange\(low, high\)"
     with pytest.raises(ValueError, match=sentence):
         kind(scale=value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    depth: int = 1
+    later: int = setting(2, inert=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inner: Inner = Inner()
+    sampler: str | None = setting(None, inert=True, sampling=True)
+    method: str = setting("a", sampling=True)
+
+
+def test_an_inert_default_is_no_part_of_what_identifies_settings() -> None:
+    assert identifying(Outer, to_dict(Outer())) == {"inner": {"depth": 1}, "method": "a"}
+    changed = to_dict(Outer(Inner(later=3), sampler="ode"))
+    assert identifying(Outer, changed) == changed
+    assert marked(Outer(), SAMPLING) == ("sampler", "method")

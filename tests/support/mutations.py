@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SOFLOW = "soflow_core/objectives/soflow.py"
 AVERAGE = "soflow_core/objectives/average_velocity.py"
+STEP_TIMES = "soflow_core/objectives/step_times.py"
+DERIVATIVE = "soflow_core/objectives/total_derivative.py"
 MEANFLOW = "soflow_core/objectives/meanflow.py"
 SAMPLING = "soflow_core/objectives/solution_model.py"
 IMPROVED = "soflow_core/objectives/improved_meanflow.py"
@@ -161,12 +163,12 @@ MUTATIONS = [
     Mutation("difference: beyond the noise", PASSES, "(t + difference).clamp(max=1)", "t + difference"),
     Mutation("difference: divided by its half", PASSES, "per_row(later - earlier, x)", "per_row(later - t, x)"),
     Mutation("difference: in low precision", PASSES, "values = self.high_precision(", "values = self.low_precision("),
-    Mutation("difference: setting ignored", AVERAGE, 'None if self.derivative == "jvp" else self.difference', "None"),
+    Mutation("difference: setting ignored", DERIVATIVE, 'None if self.derivative == "jvp" else self.difference', "None"),
     Mutation(
         "improved MeanFlow: along the target's velocity",
         IMPROVED,
-        "start, velocity, own, self.difference_step",
-        "start, velocity, velocity, self.difference_step",
+        "self.total_derivative, own)",
+        "self.total_derivative, velocity)",
     ),
     Mutation("improved MeanFlow: w for 1 - 1/w", GUIDANCE, "(1 - 1 / self.scale) *", "(self.scale - 1) *"),
     Mutation("improved MeanFlow: guided away", GUIDANCE, "(predicted - unconditional)", "(unconditional - predicted)", times=2),
@@ -191,11 +193,11 @@ MUTATIONS = [
     Mutation("scale: improved MeanFlow's v_u at w", IMPROVED, "torch.ones_like(start.scale), start", "start.scale, start"),
     Mutation("scale: improved MeanFlow's derivative at 1", AVERAGE, "along, difference, scale)", "along, difference, None)"),
     Mutation("scale: sampled without", SAMPLING, "= at_scale(network, scale, noise)", "= network"),
-    Mutation("sampling: times of another number of steps", SAMPLING, "steps == len(self.sampling_times) + 1", "steps > 1"),
+    Mutation("sampling: times of another number of steps", STEP_TIMES, "steps == len(self.sampling_times) + 1", "steps > 1"),
     Mutation("sampling: own sampler only", SAMPLING, "self.sampler or self.own_sampler", "self.own_sampler"),
     Mutation("sampling: consistency on the linear path", SOFLOW, "return PATHS[self.path]\n", "return PATHS['linear']\n"),
     Mutation("sampling: MeanFlow by consistency", AVERAGE, 'ClassVar[str] = "ode"', 'ClassVar[str] = "consistency"'),
-    Mutation("sampling: rising times", "soflow_core/samplers/solution.py", "if any(end >= start", "if any(end == start"),
+    Mutation("sampling: rising times", "soflow_core/samplers/grids.py", "if any(end >= start", "if any(end == start"),
     Mutation("sampling: Shortcut off its grid", SHORTCUT, "not in sizes or start % (start - end)", "not in sizes"),
     Mutation("scale: uniform", GUIDANCE, "self.low * (self.high / self.low) ** torch", "self.low + (self.high - self.low) * torch"),
     Mutation("scale: dropped rows have one", GUIDANCE, "torch.where(dropped, 1.0, scale", "torch.where(dropped & False, 1.0, scale"),

@@ -12,6 +12,7 @@ import typer
 
 from soflow_platform.cli.options import (
     AddressOption,
+    GridOption,
     GuidanceOption,
     Places,
     SamplerOption,
@@ -75,6 +76,7 @@ def generate(
     sampler: SamplerOption = None,
     guidance: GuidanceOption = None,
     times: TimesOption = None,
+    grid: GridOption = None,
     file_format: Annotated[
         OutputFormat | None, typer.Option("--format", help="How images are stored; default png.")
     ] = None,
@@ -110,7 +112,7 @@ def generate(
         raise typer.BadParameter("--model and --out are needed, or --verify.")
     from soflow_platform.jobs.requests import GenerateRequest
 
-    sampling, (number,) = parse_sampling(sampler, guidance, times, None if steps is None else (steps,))
+    sampling, (number,) = parse_sampling(sampler, guidance, times, grid, None if steps is None else (steps,))
     request = GenerateRequest(
         model=model,
         out=out,

@@ -51,7 +51,7 @@ SamplerOption = Annotated[
     str | None,
     typer.Option(
         "--sampler",
-        help="Sampler, for methods that have several: consistency, ode, euler, heun, ddim, ddpm.",
+        help="Sampler, for methods that have several: consistency, ode, euler, heun, ddim, ddpm, or one of a plugin.",
     ),
 ]
 GuidanceOption = Annotated[
@@ -67,6 +67,14 @@ TimesOption = Annotated[
         "--times",
         metavar="TIMES",
         help="Times between 1 (noise) and 0 at which the steps end, such as 0.55 for two steps; default: even steps.",
+    ),
+]
+GridOption = Annotated[
+    str | None,
+    typer.Option(
+        "--grid",
+        metavar="GRID",
+        help="Time grid of the steps: uniform, power or shifted, with a value such as shifted:3; default: that of the training.",
     ),
 ]
 NameArgument = typer.Argument(
@@ -85,14 +93,20 @@ class Places:
 
 
 def parse_sampling(
-    sampler: str | None, guidance: float | None, times: str | None, steps: tuple[int, ...] | None
+    sampler: str | None,
+    guidance: float | None,
+    times: str | None,
+    grid: str | None,
+    steps: tuple[int, ...] | None,
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Values of --sampler, --guidance, --times and --steps -> sampler settings, and numbers of steps: 1, or those of the times.
+    """Values of --sampler, --guidance, --times, --grid and --steps -> sampler settings, and numbers of steps: 1, or those of the times.
 
     Raises UserError where a time is no number, and where the times do not make the steps.
     """
-    settings: dict[str, Any] = {"sampler": sampler, "sampling_scale": guidance}
+    settings: dict[str, Any] = {"sampler": sampler, "sampling_scale": guidance, "sampling_grid": grid}
     if times is not None:
+        if grid is not None:
+            raise UserError("--times and --grid both say where the steps end: leave one of them out.")
         try:
             parsed = [float(time) for time in times.split(",")]
         except ValueError:

@@ -9,6 +9,7 @@ import typer
 
 from soflow_platform.cli.options import (
     AddressOption,
+    GridOption,
     GuidanceOption,
     Places,
     SamplerOption,
@@ -77,6 +78,7 @@ def evaluate(
     sampler: SamplerOption = None,
     guidance: GuidanceOption = None,
     times: TimesOption = None,
+    grid: GridOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
     address: AddressOption = None,
     storage: StorageOption = None,
@@ -90,7 +92,7 @@ def evaluate(
     from soflow_platform.jobs.requests import EvaluateRequest, ProtocolRequest, SamplingRequest
 
     settings, numbers = parse_sampling(
-        sampler, guidance, times, None if steps is None else parse_steps(steps)
+        sampler, guidance, times, grid, None if steps is None else parse_steps(steps)
     )
     request = EvaluateRequest(
         target=target,

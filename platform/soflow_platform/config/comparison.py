@@ -23,6 +23,8 @@ class SamplingConfig(Section):
     """Guidance at sampling, of methods that have it; None: the trial's own."""
     sampling_times: tuple[float, ...] | None = None
     """Times at which the steps end, one fewer than `steps`, of methods that have them; None: the trial's own."""
+    sampling_grid: str | None = None
+    """Time grid of the steps, of methods that have one; None: the trial's own."""
     samples: Positive | None = None
     """Images that are scored; None: `evaluation.samples`."""
 
@@ -48,6 +50,7 @@ class SamplingConfig(Section):
             "sampler": self.sampler,
             "sampling_scale": self.sampling_scale,
             "sampling_times": self.sampling_times,
+            "sampling_grid": self.sampling_grid,
         }
         return {name: value for name, value in given.items() if value is not None}
 

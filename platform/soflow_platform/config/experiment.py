@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from soflow_core.networks import NETWORKS
 from soflow_core.objectives import OBJECTIVES
 from soflow_core.optimizer import OptimizerConfig
+from soflow_core.settings import identifying
 from soflow_platform.config.comparison import USUAL_COMPARISON, SamplingConfig
 from soflow_platform.config.evaluation import EvaluationConfig
 from soflow_platform.config.gate import RegistryConfig
@@ -30,15 +31,6 @@ DECIDING_SECTIONS = ("seed", "data", "network", "objective", "optimizer", "evalu
 DECIDING_TRAINING = ("steps", "batch", "ema", "precision", "clip_norm")
 """Settings that decide a sweep's numbers and what they are compared by. The others (machines, pace of logs and checkpoints, places,
 descriptions) may differ each time that the sweep is started."""
-LATER_OBJECTIVE_SETTINGS = {
-    "derivative": "jvp",
-    "difference": 0.005,
-    "sampler": None,
-    "sampling_scale": None,
-    "sampling_times": None,
-}
-"""Settings that methods of 0.1.0 have got since, with the values at which nothing changes. With these they are no part of the digest,
-so that sweeps keep it."""
 LATER_SEARCH_SETTINGS: dict[str, Any] = {
     "first": [],
     "constraints": [],
@@ -48,7 +40,8 @@ LATER_SEARCH_SETTINGS: dict[str, Any] = {
     "objectives": [],
     "stop": {},
 }
-"""Settings of `search` since 0.1.0, for the same reason."""
+"""Settings that `search` has got since 0.1.0, with the values at which nothing changes. With these they are no part of the digest, so
+that sweeps keep it; of methods and networks, the settings that are marked as inert."""
 LATER_EVALUATION_SETTINGS: dict[str, Any] = {"reference": None, "pooled": False, "metrics": []}
 """The same of `evaluation`; `final_samples` decides no number of a trial and is never part of it."""
 LATER_NETWORK_SETTINGS = {"kind": "dit"}
@@ -180,7 +173,7 @@ class Experiment(Section):
         """Eight characters that change with what decides the numbers: a sweep is the same sweep when its digest is."""
         resolved = self.resolved()
         settings = {section: resolved[section] for section in DECIDING_SECTIONS}
-        settings["objective"] = _without(resolved["objective"], LATER_OBJECTIVE_SETTINGS)
+        settings["objective"] = identifying(type(self.objective), resolved["objective"])
         settings["network"] = _without(resolved["network"], LATER_NETWORK_SETTINGS)
         evaluation = _without(resolved["evaluation"], LATER_EVALUATION_SETTINGS)
         settings["evaluation"] = {key: value for key, value in evaluation.items() if key != "final_samples"}

@@ -9,6 +9,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from soflow_core.settings import SAMPLING, marked
 from soflow_platform.config.experiment import Experiment, flatten
 from soflow_platform.config.presets import sweeps_folder
 from soflow_platform.config.validation import read_experiment
@@ -20,8 +21,6 @@ LATENTS, CIFAR10 = (4, 32, 32), (3, 32, 32)
 SECTIONS = ("objective", "optimizer")
 TRAINING = ("steps", "batch", "ema", "clip_norm")
 EVALUATION = ("labels", "features")
-SAMPLING = ("objective.sampler", "objective.sampling_scale", "objective.sampling_times")
-"""Settings of sampling, which decide no weights."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,9 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     kept["training"] = {key: resolved["training"][key] for key in TRAINING}
     kept["evaluation"] = {key: resolved["evaluation"][key] for key in EVALUATION}
     kept["network"] = {"size": experiment.network.size}
-    return {key: value for key, value in flatten(kept).items() if key not in SAMPLING}
+    # Settings of sampling decide no weights.
+    sampling = {f"objective.{name}" for name in marked(experiment.objective, SAMPLING)}
+    return {key: value for key, value in flatten(kept).items() if key not in sampling}
 
 
 def _below(settings: dict[str, Any], key: str) -> dict[str, Any]:

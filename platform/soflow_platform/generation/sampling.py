@@ -14,10 +14,8 @@ from torch import Tensor
 from soflow_core.networks import Architecture
 from soflow_core.objectives import Objective
 from soflow_core.samplers.noise import sample_noise
+from soflow_core.settings import SAMPLING, marked
 from soflow_platform.errors import UserError
-
-SAMPLING_SETTINGS = ("sampler", "sampling_scale", "sampling_times")
-"""Settings of a method that act at sampling alone, so that a trained network can be sampled with others."""
 
 
 class SamplingNetwork(Protocol):
@@ -80,13 +78,16 @@ def generate(
 
 def with_sampling(objective: Objective, settings: Mapping[str, Any]) -> Objective:
     """The same method, sampled with other settings. Raises UserError for a setting it does not have, or a value it refuses."""
-    known = {field.name for field in dataclasses.fields(objective)} & set(SAMPLING_SETTINGS)  # type: ignore[arg-type]
+    known = marked(objective, SAMPLING)
     for name in settings:
         if name not in known:
             has = f"it has {', '.join(sorted(known))}" if known else "it has one way of sampling"
             raise UserError(f"{objective.method} has no sampling setting `{name}`: {has}.")
     if not settings:
         return objective
+    if "sampling_grid" in settings and "sampling_times" in known:
+        # Times of the training would go before the grid.
+        settings = {"sampling_times": None, **settings}
     try:
         kind = TypeAdapter(type(objective))
         return kind.validate_python({**dataclasses.asdict(objective), **settings})  # type: ignore[call-overload]
@@ -100,7 +101,7 @@ def with_sampling(objective: Objective, settings: Mapping[str, Any]) -> Objectiv
 
 def sampling_facts(objective: Objective) -> dict[str, str]:
     """The settings by which this method is sampled, as tags."""
-    facts = {name: getattr(objective, name, None) for name in SAMPLING_SETTINGS}
+    facts = {name: getattr(objective, name) for name in sorted(marked(objective, SAMPLING))}
     if objective.conditions_on_scale:
         facts["sampling_scale"] = objective.trained_guidance
     return {name: _as_tag(value) for name, value in facts.items() if value is not None}

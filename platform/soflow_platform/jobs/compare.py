@@ -333,9 +333,10 @@ def _flags(entry: Entry, score: Score) -> list[str]:
 
 
 def _sampling(tags: dict[str, str]) -> str:
-    """Sampler, guidance and times: `euler, guidance 3`, `consistency, times 0.55`."""
+    """Sampler, guidance, times and grid: `euler, guidance 3`, `consistency, times 0.55`."""
     scale = float(tags.get("sampling_scale", "1"))
     parts = [tags["sampler"]] if "sampler" in tags else []
     parts += [f"guidance {scale:g}"] if scale != 1 else []
     parts += [f"times {tags['sampling_times']}"] if "sampling_times" in tags else []
+    parts += [f"grid {tags['sampling_grid']}"] if "sampling_grid" in tags else []
     return ", ".join(parts)

@@ -192,6 +192,7 @@ def _refuse_unused(request: EvaluateRequest, name: str, places: Sequence[str]) -
         "--sampler": "sampler" in sampling.settings,
         "--guidance": "sampling_scale" in sampling.settings,
         "--times": "sampling_times" in sampling.settings,
+        "--grid": "sampling_grid" in sampling.settings,
     }
     for option, is_set in set_by_user.items():
         if is_set:

@@ -147,6 +147,10 @@ MISTAKES = {
         ["generate", "--model", "digits", "--out", "images", "--times", "0.6,0.3", "--steps", "2"],
         "--times 0.6,0.3 makes 3 steps: leave --steps out.",
     ),
+    "times and a grid": (
+        ["evaluate", "digits", "--times", "0.5", "--grid", "power"],
+        "--times and --grid both say where the steps end: leave one of them out.",
+    ),
     "times of a comparison that do not make its steps": (
         ["validate", DIGITS, "--set", "comparison=[{steps: [2, 4], sampling_times: [0.6]}]"],
         "sampling_times [0.6] make 2 steps: give steps: [2].",
@@ -165,7 +169,7 @@ MISTAKES = {
     ),
     "a way of sampling that a method does not have": (
         ["validate", "methods-digits", "--set", "comparison=[{steps: [1], methods: [ict], sampler: ode}]"],
-        "--set comparison: `comparison`: ict has no sampling setting `sampler`: it has sampling_times.",
+        "--set comparison: `comparison`: ict has no sampling setting `sampler`: it has sampling_grid, sampling_times.",
     ),
     "a number of evaluations that cannot be had": (
         [

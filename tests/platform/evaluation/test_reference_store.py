@@ -190,6 +190,7 @@ UNUSED: list[tuple[dict[str, Any], str]] = [
     ({"settings": {"sampler": "heun"}}, "--sampler"),
     ({"settings": {"sampling_scale": 2.0}}, "--guidance"),
     ({"settings": {"sampling_times": [0.5]}}, "--times"),
+    ({"settings": {"sampling_grid": "power"}}, "--grid"),
     ({"autoencoder": "/nowhere"}, "--autoencoder"),
 ]
 

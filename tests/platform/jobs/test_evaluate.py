@@ -223,9 +223,9 @@ def test_features_of_the_training_space_need_no_autoencoder(tmp_path: Path) -> N
 
 def test_a_sampler_setting_of_another_method_is_refused(scored: ProjectFolder) -> None:
     with pytest.raises(
-        InputError, match="flow_matching has no sampling setting `sampling_times`: it has samp"
+        InputError, match="flow_matching has no sampling setting `drop`: it has sampler, sampling_grid, samp"
     ):
-        scores_of(scored, TRIAL, settings={"sampling_times": [0.5]})
+        scores_of(scored, TRIAL, settings={"drop": 0.5})
     with pytest.raises(InputError, match="soflow: sampler is 'ddim'; it is one of 'consistency', 'ode'"):
         scores_of(scored, f"{SWEEP}/trial-00", settings={"sampler": "ddim"})
 
@@ -237,6 +237,7 @@ def test_one_network_is_scored_with_each_sampler_at_any_times(scored: ProjectFol
         {"sampling_times": [0.3]},
         {"sampler": "ode"},
         {"sampler": "ode", "sampling_times": [0.3]},
+        {"sampling_grid": "power:3"},
     ]
     usual, even, *others = (
         scores_of(scored, f"{SWEEP}/trial-00", steps=(2,), settings=way)[0] for way in ways
@@ -246,7 +247,8 @@ def test_one_network_is_scored_with_each_sampler_at_any_times(scored: ProjectFol
     assert (others[2].tags["sampler"], others[2].tags["sampling_times"]) == ("ode", "0.3")
     assert {score.tags["nfe"] for score in (usual, even, *others)} == {"2"}
     assert usual.values == even.values
-    assert len({score.values["fd"] for score in (usual, *others)}) == 4
+    assert len({score.values["fd"] for score in (usual, *others)}) == 5
+    assert others[-1].tags["sampling_grid"] == "power:3"
 
 
 def test_images_need_a_reference_and_the_requested_number(scored: ProjectFolder, tmp_path: Path) -> None:
