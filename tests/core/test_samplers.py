@@ -287,9 +287,9 @@ def test_a_number_of_evaluations_is_that_of_the_sampler_not_a_multiple_of_a_step
 
 
 def test_a_sampler_that_says_a_wrong_number_of_evaluations_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Heun, "evaluations", lambda _, steps: 2 * steps - 1)
-    with pytest.raises(ValueError, match="makes 4 evaluations in 2 steps, and its sampler heun says 3"):
-        steps_for(FlowMatching(sampler="heun"), 3)
+    monkeypatch.setattr(Heun, "evaluations", lambda _, steps: 3 * steps - 1)
+    with pytest.raises(ValueError, match="makes 4 evaluations in 2 steps, and its sampler heun says 5"):
+        steps_for(FlowMatching(sampler="heun"), 5)
 
 
 # Noise of a sample
