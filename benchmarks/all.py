@@ -48,7 +48,7 @@ BENCHMARKS = {
     "step": Small("--sizes S/8 --batch 4 --rounds 3 --threads 1 --clock cpu --no-memory"),
     "host_copy": Small("--size S/8 --batch 2 --rounds 2"),
     "loader": Small("--samples 2000"),
-    "prepare": Small("--repeat 1"),
+    "prepare": Small("--repeat 1 --copies 1"),
     "generate": Small("--num 256 --latents 0 --repeat 1"),
     "startup": Small("--rounds 1"),
     "overhead": Small("--rounds 1 --size S/8 --batch 8"),

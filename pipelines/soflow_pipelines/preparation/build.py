@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -96,12 +96,12 @@ class ShardBuilder:
         ]
         if not usable:
             return
-        arrays: NDArray[Any] = np.stack([pixels for _, pixels in usable])
+        arrays: Sequence[NDArray[Any]] = [pixels for _, pixels in usable]
         if self.plan.encoded is not None:
-            arrays = arrays.astype(self.plan.info.dtype)
+            arrays = [moments.astype(self.plan.info.dtype) for moments in arrays]
         elif self.encoder is not None:
-            moments = self.encoder.encode(to_unit_range(torch.from_numpy(arrays)))
-            arrays = moments.numpy().astype(self.plan.info.dtype)
+            moments = self.encoder.encode(to_unit_range(torch.from_numpy(np.stack(arrays))))
+            arrays = list(moments.numpy().astype(self.plan.info.dtype))
         for (number, _), array in zip(usable, arrays, strict=True):
             writer.add(self.plan.sample(number, array))
 

@@ -60,13 +60,6 @@ def npy_header(dtype: str, shape: Sequence[int]) -> bytes:
     return buffer.getvalue()
 
 
-def npy_bytes(array: NDArray[Any]) -> bytes:
-    """An array as an .npy file of version 1.0."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
-
-
 class ShardWriter:
     """Writes the samples of one tar file: USTAR, every time and owner zero, so that equal samples make equal bytes."""
 
@@ -78,17 +71,23 @@ class ShardWriter:
         self._rows: list[tuple[int, str, int, int, int, int]] = []
         self._bytes = 0
         self._keys: set[str] = set()
+        self._npy_header = npy_header(info.dtype, info.stored_shape)
+        self._npy_checksum = zlib.crc32(self._npy_header)
 
     def add(self, sample: Sample) -> None:
         """Appends a sample. Raises ValueError where it does not fit `dataset.json`, or its key was added before."""
         self._check(sample)
-        content = npy_bytes(sample.array)
-        offset = self._member(f"{sample.key}.npy", content)
+        # The array's own memory: a copy of it beside its header would cost as much as writing it.
+        content = np.ascontiguousarray(sample.array).data.cast("B")
+        size = len(self._npy_header) + len(content)
+        offset = self._member(f"{sample.key}.npy", size, self._npy_header, content)
         label = UNLABELLED
         if sample.label is not None:
             label = int(sample.label)
-            self._member(f"{sample.key}.cls", str(label).encode())
-        self._rows.append((self._number, sample.key, label, offset, len(content), zlib.crc32(content)))
+            text = str(label).encode()
+            self._member(f"{sample.key}.cls", len(text), text)
+        checksum = zlib.crc32(content, self._npy_checksum)
+        self._rows.append((self._number, sample.key, label, offset, size, checksum))
 
     def _check(self, sample: Sample) -> None:
         info = self._info
@@ -108,15 +107,18 @@ class ShardWriter:
             raise ValueError(f"{name} has label {sample.label}, the set has classes 0 to {info.classes - 1}")
         self._keys.add(sample.key)
 
-    def _member(self, name: str, content: bytes) -> int:
+    def _member(self, name: str, size: int, *content: bytes | memoryview) -> int:
+        """Writes a file of `size` bytes, given in parts; returns its offset in the tar file."""
         header = tarfile.TarInfo(name)
-        header.size, header.mode, header.mtime = len(content), 0o644, 0
+        header.size, header.mode, header.mtime = size, 0o644, 0
         self._write(header.tobuf(tarfile.USTAR_FORMAT))
         offset = self._bytes
-        self._write(content + bytes(-len(content) % BLOCK))
+        for part in content:
+            self._write(part)
+        self._write(bytes(-size % BLOCK))
         return offset
 
-    def _write(self, content: bytes) -> None:
+    def _write(self, content: bytes | memoryview) -> None:
         self._file.write(content)
         self._sha.update(content)
         self._bytes += len(content)

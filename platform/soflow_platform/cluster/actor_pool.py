@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,21 @@ def deterministic_torch(threads: int) -> str:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
     return "cuda" if on_gpu else "cpu"
+
+
+@contextlib.contextmanager
+def one_cpu() -> Iterator[None]:
+    """In the block, torch computes in this process, and in threads begun in it, as in an actor with one CPU."""
+    import torch
+
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
+    deterministic_torch(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before
 
 
 class ProgressCounter:

@@ -23,6 +23,8 @@ from soflow_platform.cluster.ray_internals import keep_keys_out_of_logs, own_pro
 from soflow_platform.cluster.session_folder import session_root
 from soflow_platform.errors import JobError, UserError
 
+RAY_START_SECONDS = 8.0
+"""What a start of Ray and of its actors takes on a small machine."""
 PROBE_SECONDS = 5.0
 HEALTH_CHECK_SECONDS = 5.0
 """Interval at which a loop that waits for Ray checks that it is alive."""

@@ -22,9 +22,10 @@ from soflow_platform.cluster.actor_pool import (
     Report,
     deterministic_torch,
     no_report,
+    one_cpu,
     raise_failure,
 )
-from soflow_platform.cluster.connection import Cluster, connected
+from soflow_platform.cluster.connection import RAY_START_SECONDS, Cluster, connected
 from soflow_platform.errors import UserError
 from soflow_platform.evaluation.block_store import BlockStore
 from soflow_platform.evaluation.feature_networks import best_device, feature_network
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 Block = tuple[BlockStore, int]
 
 RESUME_HINT = "Finished blocks are kept"
-RAY_START_SECONDS = 8.0
-"""What a start of Ray and of its actors takes on a small machine."""
 
 
 class StatisticsRunner(ABC):
@@ -171,19 +170,6 @@ def describe_block(task: Block) -> str:
 
 class _TimeUp(Exception):
     """This process has begun for long enough; the block that it was at is computed by Ray."""
-
-
-@contextlib.contextmanager
-def one_cpu() -> Iterator[None]:
-    """In the block, torch computes in this process as in an actor with one CPU."""
-    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
-    deterministic_torch(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before
 
 
 class StatisticsActor:

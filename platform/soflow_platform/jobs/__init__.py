@@ -26,5 +26,6 @@ doctor_checks      judges what machines say of themselves
 doctor_services    checks the tracking store, the data and the weights that a sweep needs
 node_report        versions, devices, limits and disks of one machine
 node_survey        reports of all nodes of a cluster, and a sum between them
-prepare            builds a shard set on a Ray cluster
+prepare            builds a shard set, here or on a Ray cluster
+prepare_here       builds shards on threads of this process, where that is sooner done
 """

@@ -1,8 +1,8 @@
-"""`soflowctl data prepare`: builds a shard set on all machines of a Ray cluster.
+"""`soflowctl data prepare`: builds a shard set, in this process where that is soon done, else on all machines of a Ray cluster.
 
-Each shard is one task of a `BuilderActor`, which decodes on threads while it encodes. The shards of a lost actor are built by
-another; the driver writes index, manifest and `dataset.json` at the end. What each shard holds and how progress is recorded is in
-`soflow_pipelines.preparation`.
+On a cluster each shard is one task of a `BuilderActor`, which decodes on threads while it encodes. The shards of a lost actor are
+built by another; the driver writes index, manifest and `dataset.json` at the end. What each shard holds and how progress is
+recorded is in `soflow_pipelines.preparation`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
+
+import torch
 
 from soflow_pipelines.images.autoencoder import load_autoencoder
 from soflow_pipelines.preparation.build import DamagedImages, ShardBuilder
@@ -22,6 +24,7 @@ from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.cluster.actor_pool import ActorPool, Progress, Report, deterministic_torch, no_report
 from soflow_platform.cluster.connection import Cluster, connected
 from soflow_platform.errors import JobError
+from soflow_platform.jobs.prepare_here import build_here
 
 NAMED_DAMAGES = 20
 """Damaged images that an error lists by name."""
@@ -63,7 +66,9 @@ class Prepared:
 
 
 def prepare(request: PrepareRequest, address: str | None = None, report: Report = no_report) -> Prepared:
-    """Prepares a shard set, or what is missing of it, on the Ray cluster at `address` or on a local one.
+    """Prepares a shard set, or what is missing of it, on the Ray cluster at `address`.
+
+    Without an address this process builds it, and leaves to a local Ray what would take long.
 
     Raises InputError for a request that cannot be carried out, JobError where a shard fails.
     """
@@ -74,8 +79,7 @@ def prepare(request: PrepareRequest, address: str | None = None, report: Report 
         if pending is None:
             return Prepared(read_info(request.out), 0, plan.source.label_origin, plan.source.ignored)
         if pending:
-            with connected(address) as cluster:
-                _build(plan, request, pending, cluster, report)
+            _build(plan, request, pending, address, _never_less(report))
         return Prepared(finish(plan, store), len(pending), plan.source.label_origin, plan.source.ignored)
 
 
@@ -103,8 +107,7 @@ class BuilderActor:
     ) -> None:
         # One thread for torch also where several decode: a shard that is built again has the same bytes.
         device = deterministic_torch(1)
-        encodes = request.autoencoder is not None and plan.encoded is None
-        encoder = load_autoencoder(str(request.autoencoder), device) if encodes else None
+        encoder = load_autoencoder(str(request.autoencoder), device) if _encodes(plan) else None
         self._builder = ShardBuilder(plan, open_storage(request.out), encoder, threads, count)
 
     def run(self, shard: int) -> list[str]:
@@ -117,22 +120,53 @@ class BuilderActor:
 
 
 def _build(
-    plan: ShardPlan, request: PrepareRequest, pending: list[int], cluster: Cluster, report: Report
+    plan: ShardPlan, request: PrepareRequest, pending: list[int], address: str | None, report: Report
 ) -> None:
-    """Builds the pending shards on the cluster. Raises InputError, JobError."""
+    """Builds the pending shards. Raises InputError, JobError."""
+    left, damaged = pending, []
+    if address is None and not (_encodes(plan) and torch.cuda.is_available()):
+        encoder = load_autoencoder(str(request.autoencoder)) if _encodes(plan) else None
+        here = build_here(plan, open_storage(request.out), encoder, pending, report)
+        left, damaged = here.left, here.damaged
+    if left:
+        with connected(address) as cluster:
+            damaged += build_on(cluster, plan, request, left, report)
+    if damaged:
+        raise JobError(_list_damaged(damaged))
+    report(Progress(plan.samples, plan.samples))
+
+
+def _never_less(report: Report) -> Report:
+    """A report whose number of images does not fall where a shard that was begun here is built anew by Ray."""
+    most = 0
+
+    def reported(progress: Progress) -> None:
+        nonlocal most
+        most = max(most, progress.done)
+        report(Progress(most, progress.total))
+
+    return reported
+
+
+def _encodes(plan: ShardPlan) -> bool:
+    """Whether images go through an autoencoder."""
+    return plan.autoencoder is not None and plan.encoded is None
+
+
+def build_on(
+    cluster: Cluster, plan: ShardPlan, request: PrepareRequest, pending: list[int], report: Report
+) -> list[str]:
+    """Builds the pending shards on a cluster; returns the damaged images that prevent some. Raises InputError, JobError."""
     pool: ActorPool[int] = ActorPool(
         cluster,
         BuilderActor,
         (plan, request),
         describe=lambda shard: f"shard {shard}",
         resume_hint="Finished shards are kept",
-        uses_gpu=plan.autoencoder is not None and plan.encoded is None,
+        uses_gpu=_encodes(plan),
     )
     start = Progress(plan.samples - sum(len(plan.shard_samples(shard)) for shard in pending), plan.samples)
-    damaged = [image for _, images in pool.imap_unordered(pending, start, report) for image in images]
-    if damaged:
-        raise JobError(_list_damaged(damaged))
-    report(Progress(plan.samples, plan.samples))
+    return [image for _, images in pool.imap_unordered(pending, start, report) for image in images]
 
 
 def _list_damaged(images: list[str]) -> str:

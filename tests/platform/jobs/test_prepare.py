@@ -1,4 +1,4 @@
-"""Preparation on a Ray cluster: the same bytes as in one process, whichever process is killed."""
+"""Preparation here and on a Ray cluster: the same bytes as by one thread, whichever process is killed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from typer.testing import CliRunner
 
 from soflow_core.failures import InputError
 from soflow_pipelines.preparation.build import prepare_locally
+from soflow_pipelines.preparation.state import begin
 from soflow_pipelines.shards.tables import read_info
 from soflow_pipelines.shards.verify import verify
 from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.cli.data import app
 from soflow_platform.cluster.actor_pool import Progress, share_cluster
-from soflow_platform.cluster.connection import Cluster
+from soflow_platform.cluster.connection import RAY_START_SECONDS, Cluster
 from soflow_platform.errors import JobError
+from soflow_platform.jobs import prepare_here
 from soflow_platform.jobs.prepare import PrepareRequest, make_plan, prepare
+from soflow_platform.jobs.prepare_here import LONGEST_SECONDS, longest_here
 
 SECONDS = 120
 
@@ -51,10 +54,22 @@ def expected(request: PrepareRequest, folder: Path) -> dict[str, bytes]:
     return contents(folder)
 
 
-@pytest.mark.slow
-def test_a_cluster_writes_the_bytes_of_one_process_and_nothing_again(tmp_path: Path) -> None:
+def leave_to_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has this process leave every shard, as one does that has observed that it would take too long."""
+    monkeypatch.setattr(prepare_here, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(prepare_here, "longest_here", lambda *_: 0.0)
+
+
+@pytest.mark.parametrize("on_ray", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_bytes_are_those_of_one_thread_and_nothing_is_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_ray: bool
+) -> None:
     request = request_for(write_images(tmp_path / "images", 80), tmp_path / "out")
     seen: list[Progress] = []
+    if on_ray:
+        leave_to_ray(monkeypatch)
+    else:
+        monkeypatch.setattr("soflow_platform.jobs.prepare.connected", None)
     first = prepare(request, report=seen.append)
     assert (first.built, first.info.samples) == (8, 80)
     assert contents(tmp_path / "out") == expected(request, tmp_path / "here")
@@ -62,6 +77,33 @@ def test_a_cluster_writes_the_bytes_of_one_process_and_nothing_again(tmp_path: P
     assert [p.done for p in seen] == sorted(p.done for p in seen)
     again = prepare(request)
     assert (again.built, again.info) == (0, first.info)
+
+
+def test_what_would_take_long_is_left_whole_and_the_next_command_builds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_for(write_images(tmp_path / "images", 80), tmp_path / "out")
+    plan, store = make_plan(request), open_storage(request.out)
+    pending = begin(plan, store)
+    assert pending is not None
+    with monkeypatch.context() as patched:
+        leave_to_ray(patched)
+        patched.setattr(prepare_here, "POLL_SECONDS", 0.0)
+        result = prepare_here.build_here(plan, store, None, pending, lambda _: None)
+    built = [shard for shard in pending if shard not in result.left]
+    assert result.left
+    assert begin(plan, store) == result.left
+    assert len(list((tmp_path / "out").glob("shard-*.tar"))) == len(built)
+    assert prepare(request).built == len(result.left)
+    assert contents(tmp_path / "out") == expected(request, tmp_path / "here")
+
+
+def test_a_ray_is_started_only_where_its_cores_make_up_for_its_start() -> None:
+    assert longest_here(2, 2) == LONGEST_SECONDS
+    assert longest_here(64, 4) < 1.1 * RAY_START_SECONDS
+    # 16 cores: after t s on 4 threads a Ray would have ended in its start and t / 4.
+    t = longest_here(16, 4)
+    assert t == pytest.approx(RAY_START_SECONDS + t / 4)
 
 
 def test_damaged_images_of_all_shards_are_named_and_the_rest_is_kept(tmp_path: Path) -> None:
@@ -84,11 +126,14 @@ def test_damaged_images_of_all_shards_are_named_and_the_rest_is_kept(tmp_path: P
         prepare(request)
 
 
-def start_driver(request: PrepareRequest, log: Path) -> subprocess.Popen[bytes]:
+def start_driver(request: PrepareRequest, log: Path, on_ray: bool = True) -> subprocess.Popen[bytes]:
     code = (
         "from soflow_pipelines.images.limits import ImageLimits\n"
         "from soflow_pipelines.sources.opening import SourceOptions\n"
         "from soflow_platform.jobs.prepare import PrepareRequest, prepare\n"
+        "from soflow_platform.jobs import prepare_here\n"
+        f"prepare_here.LOOK_SECONDS = {0.0 if on_ray else 600.0}\n"
+        f"prepare_here.longest_here = lambda *_: {0.0 if on_ray else 600.0}\n"
         f"prepare({request!r})"
     )
     with log.open("wb") as file:
@@ -114,13 +159,14 @@ def builders_of(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 @pytest.mark.faults
-def test_a_killed_driver_and_the_same_command_end_with_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_ray", [False, True])
+def test_a_killed_driver_and_the_same_command_end_with_the_same_bytes(tmp_path: Path, on_ray: bool) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     request = request_for(write_images(tmp_path / "images", 160, side=1000, kind="bmp"), out)
-    driver = start_driver(request, log)
+    driver = start_driver(request, log, on_ray)
     records = out / ".preparing"
     wait_for(lambda: len(list(records.glob("*.tar.parquet"))) >= 2, driver, log)
-    builders = builders_of(driver)
+    builders = builders_of(driver) if on_ray else []
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     assert not (out / "dataset.json").exists()
