@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from soflow_core.networks import Architecture, DiTConfig, NetworkModule
-from soflow_core.networks.dit import FREQUENCIES, MAX_PERIOD
+from soflow_core.networks.dit import FREQUENCIES, MAX_PERIOD, PARITY
 from soflow_core.objectives import Diffusion, FlowMatching, SoFlow
 from soflow_core.weights import (
     Weights,
@@ -34,7 +34,7 @@ Which = Literal["ema", "raw"]
 
 ONE_TIME = ("flow_matching", "diffusion")
 """Methods that train a network at s = t alone."""
-TRUNK = ("hidden", "depth", "heads", "mlp_ratio")
+TRUNK = ("hidden", "depth", "heads", "mlp_ratio", *PARITY)
 """Settings in which the two networks must agree: all layers between input and output have these sizes."""
 ENDS = {"x_embedder.": "the patch embedding", "final_layer.linear.": "the output layer"}
 KEYS: dict[Which, tuple[str, ...]] = {"ema": ("ema_model", "ema"), "raw": ("model",)}
@@ -55,7 +55,7 @@ def fit(source: Weights, target: Architecture, method: str) -> Fit:
     """What of a network's weights another one takes that is trained with `method`.
 
     `source` needs no tensors: shapes follow from its configuration. Raises WeightsError where they are networks of two kinds, where
-    the trunks of two DiTs differ, and where two other networks differ at all.
+    the trunks of two DiTs differ, or the conditions that have tokens, and where two other networks differ at all.
     """
     old = source.network_config
     if not isinstance(old, DiTConfig) or not isinstance(target, DiTConfig):
@@ -68,8 +68,13 @@ def fit(source: Weights, target: Architecture, method: str) -> Fit:
         before, now = getattr(old, name), getattr(target, name)
         if before != now:
             raise WeightsError(
-                f"the weights are those of a network with {name} {before:g} and this one has {now:g}: give both the same"
+                f"the weights are those of a network with {name} {_shown(before)} and this one has {_shown(now)}: give both the same"
             )
+    if target.condition_tokens and _conditions(old) != _conditions(target):
+        raise WeightsError(
+            f"the weights are those of a network with condition tokens for {_conditions(old)} and this one has them for "
+            f"{_conditions(target)}: a new token has an effect from the start, so give both the same conditions"
+        )
     shapes, wanted = _shapes(old), _shapes(target)
     notes = [
         f"{title} is new ({_sizes(old)} before, {_sizes(target)} now)"
@@ -96,6 +101,17 @@ def fit(source: Weights, target: Architecture, method: str) -> Fit:
     own = ("y_embedder.", "w_embedder.", *(["s_embedder."] if anew else []))
     copied = [n for n in wanted if shapes.get(n) == wanted[n] and not n.startswith(own)]
     return Fit(tuple(copied), tuple(notes))
+
+
+def _conditions(config: DiTConfig) -> str:
+    """The conditions of a network, in words."""
+    names = (("the guidance scale", config.guidance_scale), ("labels", config.classes is not None))
+    times = "one time" if config.times == 1 else "two times"
+    return ", ".join([times, *(name for name, there in names if there)])
+
+
+def _shown(value: bool | float) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
 
 
 def second_time_is_new(trained: str | None, method: str) -> bool:

@@ -1,9 +1,12 @@
 """Networks F(x, t, s, labels).
 
-base      interface of a network: its architecture, and the module that it builds
-dit       diffusion transformer with two times (DiT)
-layers    its patch embedding, attention and MLP
-sizes     the named sizes, S/2 to XL/8
+base        interface of a network: its architecture, and the module that it builds
+dit         diffusion transformer with two times (DiT)
+blocks      its blocks and output layer
+layers      its patch embedding, norm, attention and MLPs
+embeddings  embeddings of times and labels
+positions   table of positions, and rotations of queries and keys
+sizes       the named sizes, S/2 to XL/8
 """
 
 import importlib

@@ -3,11 +3,12 @@
 The condition of a block is t_embedding(t) + s_embedding(t - s) + label_embedding(y); networks of other code may be given s
 instead of t - s, or no second time (`DiTConfig.second_time`). Parameters have the names of
 the official SoFlow checkpoints without their `network.` prefix.
+
+Five settings depart from that network, each on its own: `qk_norm`, `rope`, `swiglu`, `registers` and `condition_tokens`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -19,16 +20,26 @@ from torch.utils.checkpoint import checkpoint
 from soflow_core.labels import NULL_LABEL
 from soflow_core.networks import base
 from soflow_core.networks.base import Architecture, NetworkModule
-from soflow_core.networks.layers import Attention, Mlp, PatchEmbed
+from soflow_core.networks.blocks import Block, FinalLayer
+from soflow_core.networks.embeddings import FREQUENCIES, MAX_PERIOD, LabelEmbedder, TimeEmbedder
+from soflow_core.networks.layers import GatedMlp, Mlp, PatchEmbed
+from soflow_core.networks.positions import rotary_positions, sincos_positions
 from soflow_core.registration import register
 
+__all__ = [
+    "FREQUENCIES",
+    "LARGEST",
+    "MAX_PERIOD",
+    "DiT",
+    "DiTConfig",
+    "FinalLayer",
+    "LabelEmbedder",
+    "SecondTime",
+    "TimeEmbedder",
+    "sincos_positions",
+]
+
 SecondTime = Literal["difference", "time", "none"]
-
-FREQUENCIES = 256
-"""Width of the sinusoidal time embedding."""
-
-MAX_PERIOD = 10_000.0
-"""Longest period of the sinusoids of times and positions."""
 
 LARGEST = {
     **base.LARGEST,
@@ -40,7 +51,19 @@ LARGEST = {
 }
 """Upper bounds of the settings of a DiT, far above any that was trained: a typing error is refused before memory is taken."""
 
-SMALL_SIDE, SMALL_HIDDEN, SMALL_HEADS, SMALL_DEPTH = 4, 32, 2, 2
+MOST_TOKENS = {"registers": 2**12, "condition_tokens": 2**10}
+"""Upper bounds of the numbers of tokens beside the patches, which may be 0."""
+
+PARITY: dict[str, Any] = {
+    "qk_norm": False,
+    "rope": False,
+    "swiglu": False,
+    "registers": 0,
+    "condition_tokens": 0,
+}
+"""Settings that the paper's network does not have, with the values at which this one is the paper's."""
+
+SMALL_SIDE, SMALL_HIDDEN, SMALL_HEADS, SMALL_DEPTH, SMALL_TOKENS = 4, 32, 2, 2, 2
 """Largest side in patches, and the sizes, of the small network that tries a step."""
 
 
@@ -60,11 +83,24 @@ class DiTConfig(Architecture):
     """What the second embedding is given: t - s, as in SoFlow, MeanFlow and α-Flow, or s. `none`: there is no second embedding,
     as in networks of velocities.
     """
+    qk_norm: bool = False
+    """Root mean square norm of each query and key, with learned factors (arXiv 2302.05442)."""
+    rope: bool = False
+    """Queries and keys turned by row and column of their patch (RoPE), beside the table of positions that is added to patches."""
+    swiglu: bool = False
+    """MLP with a gate (SwiGLU), two thirds as wide, so that it has about as many parameters."""
+    registers: int = 0
+    """Learned tokens beside the patches (arXiv 2309.16588), which no output is read from."""
+    condition_tokens: int = 0
+    """Tokens for each condition (times, guidance scale, label) before the patches, in place of adaLN; 0 is adaLN."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, largest in LARGEST.items():
             self.check_bound(name, largest)
+        for name, largest in MOST_TOKENS.items():
+            if not 0 <= getattr(self, name) <= largest:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to {largest}")
         if self.height % self.patch or self.width % self.patch:
             raise ValueError(
                 f"an input of {self.height} x {self.width} is not divisible by a patch of {self.patch};"
@@ -76,20 +112,41 @@ class DiTConfig(Architecture):
             )
         if self.hidden % 4:
             raise ValueError(f"a width of {self.hidden} has no 2-D sin-cos positions; choose a multiple of 4")
+        if self.rope and self.hidden // self.heads % 4:
+            raise ValueError(
+                f"rope turns channels of a head in fours, and {self.hidden} over {self.heads} heads is"
+                f" {self.hidden // self.heads} each; choose a number of heads that leaves a multiple of 4"
+            )
 
     @property
     def title(self) -> str:
         return f"DiT-{self.hidden}x{self.depth}/{self.patch}"
 
     @property
-    def tokens(self) -> int:
+    def patches(self) -> int:
         """Number of patches of a sample."""
         return (self.height // self.patch) * (self.width // self.patch)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in a block: patches, and those of conditions and registers before them."""
+        return self.patches + self.registers + self.conditions * self.condition_tokens
 
     @property
     def times(self) -> int:
         """Number of embeddings of times."""
         return 1 if self.second_time == "none" else 2
+
+    @property
+    def conditions(self) -> int:
+        """Number of conditions: times, guidance scale, label."""
+        return self.times + self.guidance_scale + (self.classes is not None)
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the MLP's hidden layer; that of a gated one is two thirds of it, rounded up to a multiple of 8."""
+        width = int(self.hidden * self.mlp_ratio)
+        return -(-2 * width // 24) * 8 if self.swiglu else width
 
     @property
     def least_tensors(self) -> int:
@@ -99,31 +156,42 @@ class DiTConfig(Architecture):
         return DiT(self)
 
     def parameters(self) -> int:
-        """Number of values in the parameters, the fixed position table included."""
+        """Number of values in the parameters, the fixed tables of positions included."""
 
         def linear(inputs: int, outputs: int) -> int:
             return inputs * outputs + outputs
 
-        d, mlp = self.hidden, int(self.hidden * self.mlp_ratio)
+        d, mlp, adaln = self.hidden, self.mlp_width, not self.condition_tokens
         pixels = self.channels * self.patch**2
         labels = 0 if self.classes is None else (self.classes + int(self.null_label)) * d
-        conditions = (self.times + self.guidance_scale) * (linear(FREQUENCIES, d) + linear(d, d))
-        block = linear(d, 3 * d) + linear(d, d) + linear(d, mlp) + linear(mlp, d) + linear(d, 6 * d)
-        output = linear(d, pixels) + linear(d, 2 * d)
-        return linear(pixels, d) + conditions + labels + self.tokens * d + self.depth * block + output
+        embedders = (self.times + self.guidance_scale) * (linear(FREQUENCIES, d) + linear(d, d)) + labels
+        added = (self.registers + self.conditions * self.condition_tokens) * d
+        block = linear(d, 3 * d) + linear(d, d) + (1 + self.swiglu) * linear(d, mlp) + linear(mlp, d)
+        # Modulation; or factors and shifts of two norms, and two gates.
+        block += linear(d, 6 * d) if adaln else 6 * d
+        block += 2 * (d // self.heads) if self.qk_norm else 0
+        output = linear(d, pixels) + (linear(d, 2 * d) if adaln else 2 * d)
+        return linear(pixels, d) + embedders + added + self.depth * block + output + self._fixed()
+
+    def _fixed(self) -> int:
+        """Number of values in the tables of positions."""
+        return self.patches * self.hidden + (self.tokens * self.hidden // self.heads if self.rope else 0)
 
     def trained_parameters(self) -> int:
-        """All but the table of positions."""
-        return self.parameters() - self.tokens * self.hidden
+        """All but the tables of positions."""
+        return self.parameters() - self._fixed()
 
     def forward_flops(self) -> float:
-        """FLOPs of one forward pass of one sample: patches, blocks, attention products, output; additions are left out."""
-        tokens, d = self.tokens, self.hidden
-        per_block = (4 + 2 * self.mlp_ratio) * tokens * d * d + 2 * tokens * tokens * d + 6 * d * d
-        patch = self.channels * self.patch**2 * d * tokens
+        """FLOPs of one forward pass of one sample: all matrix products, as torch's FlopCounterMode counts them."""
+        n, d, adaln = self.tokens, self.hidden, not self.condition_tokens
+        mlp = (2 + self.swiglu) * n * d * self.mlp_width
+        per_block = 4 * n * d * d + mlp + 2 * n * n * d + (6 * d * d if adaln else 0)
+        patch = self.channels * self.patch**2 * d * self.patches
         # Times, the guidance scale where it is a condition, and the output layer's modulation.
-        embeddings = (self.times + self.guidance_scale) * (FREQUENCIES * d + d * d) + 2 * d * d
-        return 2 * (self.depth * per_block + 2 * patch + embeddings)
+        embeddings = (self.times + self.guidance_scale) * (FREQUENCIES * d + d * d) + (
+            2 * d * d if adaln else 0
+        )
+        return float(2 * (self.depth * per_block + 2 * patch + embeddings))
 
     @classmethod
     def example(cls, **given: Any) -> DiTConfig:
@@ -139,77 +207,9 @@ class DiTConfig(Architecture):
             hidden=SMALL_HIDDEN,
             depth=min(self.depth, SMALL_DEPTH),
             heads=SMALL_HEADS,
+            registers=min(self.registers, SMALL_TOKENS),
+            condition_tokens=min(self.condition_tokens, SMALL_TOKENS),
         )
-
-
-class TimeEmbedder(nn.Module):
-    """Embedding of a time, unscaled: sinusoids, then two linear layers. (B,) -> (B, hidden)."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
-
-    def forward(self, t: Tensor) -> Tensor:
-        half, weight = FREQUENCIES // 2, cast(nn.Linear, self.mlp[0]).weight
-        # At least float32, also with bfloat16 weights: a time in bfloat16 has three digits.
-        precise = torch.promote_types(weight.dtype, torch.float32)
-        exponents = torch.arange(half, dtype=precise, device=t.device) / half
-        angles = t[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
-        sinusoids = torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
-        embedded: Tensor = self.mlp(sinusoids.to(weight.dtype))
-        return embedded
-
-
-class LabelEmbedder(nn.Module):
-    """Table of label embeddings, with a last row for the null label if any: (B,) int64 -> (B, hidden)."""
-
-    def __init__(self, classes: int, null_label: bool, hidden: int) -> None:
-        super().__init__()
-        self.classes = classes
-        self.null_label = null_label
-        self.embedding_table = nn.Embedding(classes + int(null_label), hidden)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        rows: Tensor = self.embedding_table(torch.where(labels == NULL_LABEL, self.classes, labels))
-        return rows
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(B, N, D), (B, D), (B, D) -> (B, N, D): x (1 + scale) + shift."""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
-class Block(nn.Module):
-    """Transformer block: attention and MLP, each modulated and gated by the condition (adaLN-Zero)."""
-
-    def __init__(self, hidden: int, heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden, heads)
-        self.norm2 = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden, int(hidden * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 6 * hidden))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """(B, N, D), (B, D) -> (B, N, D)."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
-        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
-        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
-
-
-class FinalLayer(nn.Module):
-    """Output layer, tokens to pixels: (B, N, D), (B, D) -> (B, N, patch * patch * channels)."""
-
-    def __init__(self, hidden: int, patch: int, channels: int) -> None:
-        super().__init__()
-        self.norm_final = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden, patch * patch * channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
-        pixels: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
-        return pixels
 
 
 class DiT(NetworkModule):
@@ -239,11 +239,33 @@ class DiT(NetworkModule):
             config.hidden, config.height // config.patch, config.width // config.patch
         )
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
-        self.blocks = nn.ModuleList(
-            Block(config.hidden, config.heads, config.mlp_ratio) for _ in range(config.depth)
+        self.rope = self._rotations()
+        added = config.condition_tokens
+        self.condition_embed = (
+            nn.Parameter(torch.empty(config.conditions, added, config.hidden)) if added else None
         )
-        self.final_layer = FinalLayer(config.hidden, config.patch, config.channels)
+        self.registers = (
+            nn.Parameter(torch.empty(config.registers, config.hidden)) if config.registers else None
+        )
+        mlp = GatedMlp if config.swiglu else Mlp
+        self.blocks = nn.ModuleList(
+            Block(
+                config.hidden, config.heads, mlp(config.hidden, config.mlp_width), config.qk_norm, not added
+            )
+            for _ in range(config.depth)
+        )
+        self.final_layer = FinalLayer(config.hidden, config.patch, config.channels, adaln=not added)
         self.initialize()
+
+    def _rotations(self) -> nn.Parameter | None:
+        """The fixed table of rotations of all tokens; it is part of the state, as the table of positions is."""
+        c = self.config
+        if not c.rope:
+            return None
+        table = rotary_positions(
+            c.hidden // c.heads, c.height // c.patch, c.width // c.patch, c.tokens - c.patches
+        )
+        return nn.Parameter(table, requires_grad=False)
 
     @property
     def repeated_blocks(self) -> Sequence[nn.Module]:
@@ -251,7 +273,8 @@ class DiT(NetworkModule):
 
     def initialize(self) -> None:
         """Initial weights: Xavier linear layers and s embedding, N(0, 0.02) label and t embeddings, zero modulation
-        and output layers, so that F = 0. The embedding of the guidance scale is 0, too.
+        and output layers, so that F = 0. The embedding of the guidance scale is 0, too. Registers and what is added to condition
+        tokens are N(0, 0.02), and gates are 0.
         """
 
         def xavier(module: nn.Module) -> None:
@@ -272,6 +295,8 @@ class DiT(NetworkModule):
                 nn.init.zeros_(parameter)
             if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
                 nn.init.zeros_(parameter)
+            if name in ("registers", "condition_embed"):
+                nn.init.normal_(parameter, std=0.02)
 
     def forward(
         self,
@@ -282,42 +307,61 @@ class DiT(NetworkModule):
         scale: Tensor | None = None,
     ) -> Tensor:
         self.check_shape(x)
-        tokens = self.x_embedder(x) + self.pos_embed
-        condition = self.condition(t, s, labels, scale)
+        patches = self.x_embedder(x) + self.pos_embed
+        conditions = self.conditions(t, s, labels, scale)
+        tokens = self._with_tokens(patches, conditions)
+        condition = None if self.condition_embed is not None else _sum(conditions)
         for block in self.blocks:
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, condition, use_reentrant=False)
+                tokens = checkpoint(block, tokens, condition, self.rope, use_reentrant=False)
             else:
-                tokens = block(tokens, condition)
-        return self.unpatchify(self.final_layer(tokens, condition))
+                tokens = block(tokens, condition, self.rope)
+        return self.unpatchify(self.final_layer(tokens[:, -patches.shape[1] :], condition))
+
+    def _with_tokens(self, patches: Tensor, conditions: list[Tensor]) -> Tensor:
+        """(B, N, D), each (B, D) -> (B, N + ..., D): condition tokens, then registers, where there are any, then patches."""
+        before = []
+        if self.condition_embed is not None:
+            # (B, conditions, 1, D) + (conditions, condition_tokens, D)
+            embedded = torch.stack(conditions, dim=1)[:, :, None] + self.condition_embed
+            before.append(embedded.flatten(1, 2))
+        if self.registers is not None:
+            before.append(self.registers.expand(len(patches), -1, -1))
+        # Tokens under autocast have the precision of the table of positions.
+        return (
+            torch.cat([*(each.to(patches.dtype) for each in before), patches], dim=1) if before else patches
+        )
 
     def condition(self, t: Tensor, s: Tensor, labels: Tensor | None, scale: Tensor | None = None) -> Tensor:
-        """(B,), (B,), (B,) or None, (B,) or None -> (B, hidden), in the precision of the weights even under autocast.
+        """(B,), (B,), (B,) or None, (B,) or None -> (B, hidden): the sum of the conditions' embeddings."""
+        return _sum(self.conditions(t, s, labels, scale))
+
+    def conditions(
+        self, t: Tensor, s: Tensor, labels: Tensor | None, scale: Tensor | None = None
+    ) -> list[Tensor]:
+        """The embeddings of times, guidance scale and label, each (B, hidden), in the precision of the weights even under autocast.
 
         Difference quotients over times need it, and it costs next to nothing.
         """
         with torch.autocast(t.device.type, enabled=False):
-            condition: Tensor = self.t_embedder(t)
+            embedded: list[Tensor] = [self.t_embedder(t)]
             if self.s_embedder is not None:
-                second = s if self.config.second_time == "time" else t - s
-                condition = condition + self.s_embedder(second)
+                embedded.append(self.s_embedder(s if self.config.second_time == "time" else t - s))
             if self.w_embedder is not None:
-                condition = condition + self.w_embedder(
-                    torch.zeros_like(t) if scale is None else 1 - 1 / scale
-                )
+                embedded.append(self.w_embedder(torch.zeros_like(t) if scale is None else 1 - 1 / scale))
             elif scale is not None:
                 raise ValueError(
                     "this network takes no guidance scale; build it with guidance_scale=True, or give none"
                 )
             if self.y_embedder is None:
-                return condition
+                return embedded
             if labels is None:
                 if not self.y_embedder.null_label:
                     raise ValueError(
                         "this network has no null label; give labels, or build it with null_label=True"
                     )
                 labels = torch.full(t.shape, NULL_LABEL, dtype=torch.int64, device=t.device)
-            return condition + self.y_embedder(labels)
+            return [*embedded, self.y_embedder(labels)]
 
     def unpatchify(self, pixels: Tensor) -> Tensor:
         """(B, N, patch * patch * channels) -> (B, C, H, W)."""
@@ -327,15 +371,9 @@ class DiT(NetworkModule):
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.channels, c.height, c.width)
 
 
-def sincos_positions(hidden: int, rows: int, columns: int) -> Tensor:
-    """-> (rows * columns, hidden): position embeddings; the first half encodes the column, the second the row."""
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    halves = [_sincos(place.reshape(-1), hidden // 2) for place in (column, row)]
-    return torch.cat(halves, dim=1).float()
-
-
-def _sincos(place: Tensor, width: int) -> Tensor:
-    """(N,) -> (N, width): sines, then cosines, computed in float64."""
-    exponents = torch.arange(width // 2, dtype=torch.float64) / (width / 2)
-    angles = place.double()[:, None] * MAX_PERIOD**-exponents
-    return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+def _sum(terms: list[Tensor]) -> Tensor:
+    """The sum of at least one tensor, from the first to the last."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total

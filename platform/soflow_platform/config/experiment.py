@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from soflow_core.networks import NETWORKS
+from soflow_core.networks.dit import PARITY
 from soflow_core.objectives import OBJECTIVES
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.settings import identifying
@@ -44,7 +45,7 @@ LATER_SEARCH_SETTINGS: dict[str, Any] = {
 that sweeps keep it; of methods and networks, the settings that are marked as inert."""
 LATER_EVALUATION_SETTINGS: dict[str, Any] = {"reference": None, "pooled": False, "metrics": []}
 """The same of `evaluation`; `final_samples` decides no number of a trial and is never part of it."""
-LATER_NETWORK_SETTINGS = {"kind": "dit"}
+LATER_NETWORK_SETTINGS: dict[str, Any] = {"kind": "dit", **PARITY}
 """The same of `network`."""
 LATER_TRAINING_SETTINGS: dict[str, Any] = {
     "start_from": None,

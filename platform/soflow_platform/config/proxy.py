@@ -95,7 +95,7 @@ def _is_taken(key: str) -> bool:
 
 def _differences(sweep: Experiment, small: Experiment, name: str) -> list[str]:
     sentences = [
-        f"network {_size(small)} for {_size(sweep)}: scores rank settings at that size, and are none of {sweep.name}"
+        f"network {small.network.title} for {sweep.network.title}: scores rank settings at that size, and are none of {sweep.name}"
     ]
     if small.training.steps != sweep.training.steps:
         sentences.append(
@@ -107,8 +107,3 @@ def _differences(sweep: Experiment, small: Experiment, name: str) -> list[str]:
     if small.training.ema != sweep.training.ema:
         sentences.append(f"EMA stays {ema}, which {name} has otherwise")
     return sentences
-
-
-def _size(experiment: Experiment) -> str:
-    network = experiment.network
-    return network.size or f"DiT-{network.hidden}x{network.depth}/{network.patch}"

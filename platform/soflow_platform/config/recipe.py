@@ -39,7 +39,7 @@ def recipe_of(experiment: Experiment) -> Recipe | None:
     if experiment.objective.method != "soflow":
         return None
     if experiment.data.shape == LATENTS:
-        return _read(OF_SIZE.get(experiment.network.size or "", "b4"))
+        return _read(OF_SIZE.get(_size(experiment) or "", "b4"))
     return _read("cifar10") if experiment.data.shape == CIFAR10 and not experiment.data.conditional else None
 
 
@@ -62,10 +62,16 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     kept = {section: resolved[section] for section in SECTIONS}
     kept["training"] = {key: resolved["training"][key] for key in TRAINING}
     kept["evaluation"] = {key: resolved["evaluation"][key] for key in EVALUATION}
-    kept["network"] = {"size": experiment.network.size}
+    kept["network"] = {"size": _size(experiment)}
     # Settings of sampling decide no weights.
     sampling = {f"objective.{name}" for name in marked(experiment.objective, SAMPLING)}
     return {key: value for key, value in flatten(kept).items() if key not in sampling}
+
+
+def _size(experiment: Experiment) -> str | None:
+    """The named size of a DiT; None for other networks and sizes."""
+    size: str | None = getattr(experiment.network, "size", None)
+    return size
 
 
 def _below(settings: dict[str, Any], key: str) -> dict[str, Any]:

@@ -5,12 +5,13 @@ Every section refuses unknown keys. Defaults are the paper's ImageNet recipe whe
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from soflow_core.networks import Architecture, DiTConfig, dit_config
-from soflow_core.networks.dit import LARGEST
+from soflow_core.networks.dit import LARGEST, MOST_TOKENS, PARITY
 from soflow_platform.config.locations import absolute_tracking
 
 Positive = Annotated[int, Field(gt=0, le=10**15)]
@@ -63,7 +64,7 @@ class NetworkSection(Section):
 
 
 class NetworkConfig(NetworkSection):
-    """The DiT: a named size such as `XL/2`, or its four numbers."""
+    """The DiT: a named size such as `XL/2`, or its four numbers; and where it departs from the paper's network."""
 
     architecture_class = DiTConfig
 
@@ -73,6 +74,11 @@ class NetworkConfig(NetworkSection):
     hidden: Annotated[int, Field(gt=0, le=LARGEST["hidden"])] | None = None
     depth: Annotated[int, Field(gt=0, le=LARGEST["depth"])] | None = None
     heads: Annotated[int, Field(gt=0, le=LARGEST["heads"])] | None = None
+    qk_norm: bool = False
+    rope: bool = False
+    swiglu: bool = False
+    registers: Annotated[int, Field(ge=0, le=MOST_TOKENS["registers"])] = 0
+    condition_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS["condition_tokens"])] = 0
 
     @model_validator(mode="after")
     def _one_description(self) -> NetworkConfig:
@@ -86,12 +92,13 @@ class NetworkConfig(NetworkSection):
         return self
 
     def architecture(self, **given: Any) -> Architecture:
+        options: dict[str, Any] = {name: getattr(self, name) for name in PARITY}
         if self.size is not None:
-            return dit_config(self.size, **given)
+            return replace(dit_config(self.size, **given), **options)
         numbers: dict[str, Any] = {
             name: getattr(self, name) or 0 for name in ("patch", "hidden", "depth", "heads")
         }
-        return DiTConfig(**given, **numbers)
+        return DiTConfig(**given, **numbers, **options)
 
     @property
     def title(self) -> str:

@@ -78,17 +78,44 @@ def saved_bytes(network: DiTConfig, bfloat16: bool) -> float:
 
     Each block keeps, of N tokens of width d: in float32 the inputs of both norms and the norms' outputs (4 N d), in the precision of
     matrix products the inputs of the four linear layers and of GELU (1 + 1 + 1 + 4 + 4), query, key and value (3), and what attention
-    and MLP add to the residual stream before it is scaled (2): 80 N d bytes in float32 and 48 N d under autocast.
+    and MLP add to the residual stream before it is scaled (2): 80 N d bytes in float32 and 48 N d under autocast. With condition
+    tokens a norm's output is itself the input of a linear layer.
     """
     number = HALF if bfloat16 else FLOAT
-    n, d = tokens(network), network.hidden
+    adaln = not network.condition_tokens
+    n, d = network.tokens, network.hidden
+    block = ((4 if adaln else 2) * FLOAT + 8 * number) * n * d
     # Mean and scale of two norms, the normalizer of attention, and the modulation with its input.
-    small = 4 * n * FLOAT + network.heads * n * FLOAT + (1 + 6 + 2) * d * number
-    block = (4 * FLOAT + 16 * number) * n * d + small
-    output = (2 * FLOAT + number) * n * d + 2 * n * FLOAT + 2 * d * number
-    embeddings = (2 + network.guidance_scale) * (FREQUENCIES + 2 * d) * FLOAT + d * FLOAT
+    block += 4 * n * FLOAT + network.heads * n * FLOAT + ((1 + 6 + 2) * d * number if adaln else 0)
+    block += _mlp_bytes(network, bfloat16) + _query_key_bytes(network, bfloat16)
+    patches = network.patches
+    output = FLOAT * n * d + ((FLOAT if adaln else 0) + number) * patches * d + 2 * patches * FLOAT
+    embeddings = (network.times + network.guidance_scale) * (FREQUENCIES + 2 * d) * FLOAT
+    # The sum of the embeddings, and the output layer's modulation.
+    embeddings += d * FLOAT + 2 * d * number if adaln else 0
     sample = network.channels * network.height * network.width * number
     return network.depth * block + output + embeddings + sample
+
+
+def _mlp_bytes(network: DiTConfig, bfloat16: bool) -> float:
+    """What an MLP keeps beside its input: its hidden layer before and after GELU; or gate, its SiLU, value and product."""
+    number = HALF if bfloat16 else FLOAT
+    kept = (4 if network.swiglu else 2) * network.mlp_width * network.tokens * number
+    # Under autocast each of the two layers makes its own copy of the input.
+    return kept + (number * network.tokens * network.hidden if network.swiglu and bfloat16 else 0)
+
+
+def _query_key_bytes(network: DiTConfig, bfloat16: bool) -> float:
+    """What a norm or rotation of queries and keys keeps, beside them as they come out of their layer."""
+    number = HALF if bfloat16 else FLOAT
+    n, d, kept = network.tokens, network.hidden, 0
+    if network.qk_norm:
+        # The normed ones in float32, under autocast a copy before it too, and the scale of each head.
+        kept += 2 * FLOAT * n * (d * (2 if bfloat16 else 1) + network.heads)
+    if network.qk_norm or network.rope:
+        kept += 2 * number * n * d
+    # Rotated ones lie in memory head by head, so that the result of attention is copied.
+    return kept + (number * n * d if network.rope else 0)
 
 
 def running_bytes(network: DiTConfig, call: Pass) -> float:
@@ -97,11 +124,6 @@ def running_bytes(network: DiTConfig, call: Pass) -> float:
     A tangent doubles them, and its attention is computed with all N x N weights.
     """
     number = HALF if call.bfloat16 else FLOAT
-    n, d = tokens(network), network.hidden
+    n, d = network.tokens, network.hidden
     block = 2 * FLOAT * n * d + 8 * number * n * d
     return 2 * block + 4 * network.heads * n * n * FLOAT if call.tangent else block
-
-
-def tokens(network: DiTConfig) -> int:
-    """Number of tokens N of a sample."""
-    return (network.height // network.patch) * (network.width // network.patch)

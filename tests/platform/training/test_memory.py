@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,12 +66,24 @@ def kept_bytes(network: DiT, rows: int, bfloat16: bool) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in own)
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "norm": {"qk_norm": True, "registers": 3},
+    "rotation": {"rope": True, "swiglu": True},
+    "all": {"qk_norm": True, "rope": True, "swiglu": True, "registers": 4, "condition_tokens": 2},
+}
+
+
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_what_a_sample_keeps_for_the_backward_pass_is_counted_to_the_byte(bfloat16: bool) -> None:
-    network = DiT(NETWORK)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_what_a_sample_keeps_for_the_backward_pass_is_counted_to_the_byte(
+    options: str, bfloat16: bool
+) -> None:
+    config = replace(NETWORK, **OPTIONS[options])
+    network = DiT(config)
     # Of two batches the difference, which has no copies of weights in it.
     each = (kept_bytes(network, 5, bfloat16) - kept_bytes(network, 2, bfloat16)) / 3
-    assert each == saved_bytes(NETWORK, bfloat16)
+    assert each == saved_bytes(config, bfloat16)
 
 
 @pytest.mark.parametrize(
