@@ -15,6 +15,7 @@ passes              forward passes of an objective: precision, skipped rows, tea
 nfe                 number of network evaluations of training and sampling
 optimizer           Adam settings and the learning rate as a function of the step
 ema                 averages of the parameters; post-hoc reconstruction of power-function EMAs (EDM2)
+dropout             seed of a network's dropout in a training step
 train_step          one optimizer step of any objective, and its state
 gradient_sync       averages gradients over ranks: DDP, one all-reduce, FSDP
 sharding            FSDP2: a network whose parameters are split over ranks
@@ -24,6 +25,7 @@ kernels             TF32 and deterministic kernels within a step
 weights             weights files: safetensors with a header
 initial_weights     weights of one network as the start of another; official SiT and DiT checkpoints
 published           checkpoints of published code: official SoFlow, α-Flow, MeanFlow in PyTorch, SiT
+published_unet      official SoFlow's checkpoints of the U-Net
 settings            checks and (de)serialization of settings dataclasses
 failures            errors about input, and one-line summaries of exceptions
 """

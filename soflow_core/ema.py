@@ -35,6 +35,11 @@ class Exponential:
         del step
         return self.decay
 
+    def keep_over(self, step: int, count: int) -> float:
+        """Factor of the previous average in an update at this step that stands for the last `count` steps."""
+        del step
+        return float(self.decay**count)
+
 
 @dataclass(frozen=True)
 class Power:
@@ -65,20 +70,30 @@ class Power:
         """beta(k) = (1 - 1/k)^(gamma + 1) (EDM2, Eq. 127); 0 at the first update."""
         return float((1 - 1 / step) ** (self.gamma + 1))
 
+    def keep_over(self, step: int, count: int) -> float:
+        """The product of `keep` over the last `count` steps."""
+        return float((1 - count / step) ** (self.gamma + 1))
+
 
 def _relative_width(gamma: float) -> float:
     return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
 class EMA:
-    """Averages of one set of named parameters, in float32; split over ranks where the parameters are."""
+    """Averages of one set of named parameters, in float32; split over ranks where the parameters are.
+
+    With `every` above 1 they are updated at each step that it divides, with the factors of that many steps, and in float64: the many
+    small differences of a decay near 1 are then added without rounding each of them.
+    """
 
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
         decays: Sequence[float] = (),
         power_widths: Sequence[float] = (),
+        every: int = 1,
     ) -> None:
+        self.every = every
         self.kinds: list[Exponential | Power] = [Exponential(d) for d in decays]
         self.kinds += [Power(w) for w in power_widths]
         self.averages: dict[str, dict[str, Tensor]] = {
@@ -91,10 +106,24 @@ class EMA:
     @torch.no_grad()
     def update(self, parameters: Iterable[Tensor], step: int) -> None:
         """Adds the parameters after the step-th step (counted from 1), in the order of the constructor's mapping."""
+        if self.every > 1:
+            if step % self.every == 0:
+                self._update_precisely(parameters, step)
+            return
         current = [local(p).float() for p in parameters]
         for kind in self.kinds:
             averages = [local(average) for average in self.averages[kind.name].values()]
             torch._foreach_lerp_(averages, current, 1 - kind.keep(step))
+
+    def _update_precisely(self, parameters: Iterable[Tensor], step: int) -> None:
+        """The update that stands for the last `every` steps, one tensor after the other in float64."""
+        shares = [kind.keep_over(step, self.every) for kind in self.kinds]
+        places = zip(*(self.averages[kind.name].values() for kind in self.kinds), strict=True)
+        for parameter, averages in zip(parameters, places, strict=True):
+            current = local(parameter).double()
+            for keep, average in zip(shares, averages, strict=True):
+                kept = local(average)
+                kept.copy_(kept.double().lerp_(current, 1 - keep))
 
     def average(self, name: str | None = None) -> dict[str, Tensor]:
         """The average with this name, by default the first. Raises KeyError where there is none."""

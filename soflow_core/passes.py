@@ -47,6 +47,11 @@ class PassPolicy:
     is a collective, in which all ranks must take part.
     """
 
+    separate: bool = False
+    """Whether rows with different losses are passes of their own, so that both sides of a consistency loss are passes of the same
+    rows: a network with dropout then has the same masks in both.
+    """
+
     def __post_init__(self) -> None:
         check_values(self)
 

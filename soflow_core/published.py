@@ -1,4 +1,4 @@
-"""Checkpoints of published code whose network is a DiT or SiT: official SoFlow, α-Flow, MeanFlow in PyTorch, SiT.
+"""Checkpoints of published code: official SoFlow (DiT and U-Net), and α-Flow, MeanFlow in PyTorch, SiT.
 
 They differ in the names of the time embeddings and in what these are given, which no shape shows. A network with one time, as
 SiT's, predicts the velocity; where its noise is at time 0, weights are changed so that it is at 1, as everywhere here.
@@ -18,6 +18,7 @@ from torch import Tensor
 from soflow_core.failures import summarize
 from soflow_core.networks.dit import FREQUENCIES, MAX_PERIOD, SecondTime
 from soflow_core.objectives import OBJECTIVES
+from soflow_core.published_unet import is_unet, unet_weights
 from soflow_core.weights import (
     Weights,
     WeightsError,
@@ -68,6 +69,10 @@ def read_published(path: str | Path, which: Kept = "ema", conventions: Conventio
     conventions = conventions or Conventions()
     named = _weights_of(read_torch_file(path), which, path)
     plain = {plain_name(name): tensor for name, tensor in named.items()}
+    if is_unet(plain):
+        require_stored(plain, path)
+        require_finite(plain, path)
+        return unet_weights(plain, path)
     tensors, beside = _network_of(plain, path)
     require_stored(tensors, path)
     require_finite(tensors, path)
@@ -90,7 +95,7 @@ def _weights_of(content: Any, which: Kept, path: str | Path) -> dict[str, Tensor
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds {type(content).__name__} and no weights")
     state = next((content[key] for key in KEYS[which] if key in content), None)
-    if state is None and any(str(name).endswith(PATCHES) for name in content):
+    if state is None and (any(str(name).endswith(PATCHES) for name in content) or is_unet(content)):
         state = content
     named = state.items() if isinstance(state, dict) else ()
     tensors = {str(name): tensor for name, tensor in named if isinstance(tensor, Tensor)}

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from soflow_core.dropout import dropout
 from soflow_core.ema import EMA, Exponential
 from soflow_core.gradient_sync import GradientSync, Local, all_gather
 from soflow_core.host_copy import HostCopy, map_tensors
@@ -49,6 +50,8 @@ class TrainStepConfig:
     ema_decays: tuple[float, ...] = (0.9999,)
     power_ema_widths: tuple[float, ...] = ()
     """Relative widths of power-function EMAs, kept beside those of `ema_decays`."""
+    ema_every: int = 1
+    """Steps between two updates of all averages, each with the factors of so many steps."""
     precision: Precision | Literal["auto"] = "auto"
     """`auto` is `mixed` where the device multiplies bfloat16 in hardware, and else `float32`."""
     clip_norm: float | None = None
@@ -61,10 +64,14 @@ class TrainStepConfig:
     pass. On a GPU cuBLAS needs the environment variable CUBLAS_WORKSPACE_CONFIG=:4096:8, set before the process
     first uses the GPU.
     """
+    dropout_seed: int = 0
+    """Of the masks of a network with dropout; they are a function of it, the step, the rank and the piece."""
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:
             raise ValueError(f"accumulate is {self.accumulate}; a step has at least 1 piece")
+        if self.ema_every < 1:
+            raise ValueError(f"ema_every is {self.ema_every}; averages are updated each 1 or more steps")
         if self.total_steps < 1:
             raise ValueError(f"total_steps is {self.total_steps}; a training has at least 1 step")
 
@@ -120,10 +127,17 @@ class TrainStep:
         decays = config.ema_decays
         if teacher_decay is not None and teacher_decay not in decays:
             decays = (*decays, teacher_decay)
-        self.ema = EMA(trained, decays, config.power_ema_widths)
+        if teacher_decay is not None and config.ema_every > 1:
+            raise ValueError(
+                f"{objective.method} has a teacher, an average of every step: set ema_every to 1, it is {config.ema_every}"
+            )
+        self.ema = EMA(trained, decays, config.power_ema_widths, config.ema_every)
+        drops = isinstance(network, NetworkModule) and network.dropout_share > 0
         self.policy = PassPolicy(
             self._precision(),
-            skip_unused=self.device.type == "cpu" and not config.compile,
+            # Masks of dropout belong to the rows of a pass.
+            skip_unused=self.device.type == "cpu" and not config.compile and not drops,
+            separate=drops,
             teacher=None if teacher_decay is None else self._averaged(teacher_decay),
             uniform=self.mesh is not None,
         )
@@ -144,7 +158,10 @@ class TrainStep:
             self.optimizer.zero_grad(set_to_none=True)
             losses: dict[str, list[Tensor]] = {"loss": []}
             for number, piece in enumerate(pieces, start=1):
-                with self.sync.accumulation(self.network, last=number == len(pieces)):
+                with (
+                    self.sync.accumulation(self.network, last=number == len(pieces)),
+                    dropout(self.module, self.config.dropout_seed, self.step, number),
+                ):
                     self._backward(*piece, losses)
             gradients = [p.grad for p in self.parameters if p.grad is not None]
             self.sync.reduce(gradients)

@@ -110,6 +110,13 @@ class NetworkModule(nn.Module):
     """
 
     config: Architecture
+    dropout_seed: int | None = None
+    """Seed of the masks of dropout in training mode; None is no dropout. A training step sets it (`TrainStep`)."""
+
+    @property
+    def dropout_share(self) -> float:
+        """Share of hidden values that a training step sets to 0; most networks have none."""
+        return 0.0
 
     @property
     def repeated_blocks(self) -> Sequence[nn.Module]:

@@ -235,7 +235,8 @@ class SoFlow(FlowMapModel):
         uniform = passes.policy.uniform
         if first == len(x) and not uniform:
             return passes.low_precision(x, t, s, labels, scale)
-        if passes.policy.precision != "mixed" or (first == 0 and not uniform):
+        alike = passes.policy.precision != "mixed" and not passes.policy.separate
+        if alike or (first == 0 and not uniform):
             return passes.high_precision(x, t, s, labels, scale)
         head, tail = (None, None) if labels is None else (labels[:first], labels[first:])
         head_scale, tail_scale = (None, None) if scale is None else (scale[:first], scale[first:])

@@ -118,3 +118,24 @@ def test_other_averages_than_the_kept_ones_are_not_loaded() -> None:
     ema = EMA({"w": torch.zeros(1)}, decays=(0.9,))
     with pytest.raises(ValueError, match="resume with the decays it was started with"):
         ema.load_state_dict(EMA({"w": torch.zeros(1)}, decays=(0.8,)).state_dict())
+
+
+def test_an_average_of_every_third_step_has_the_factors_of_three_in_float64() -> None:
+    parameters = {"p": torch.full((2,), 1.0), "q": torch.zeros(3)}
+    rare = EMA(parameters, [0.9], [0.1], every=3)
+    keep = 0.9**3
+    for step in range(1, 8):
+        parameters["p"] = torch.full((2,), 1.0 + step)
+        rare.update(parameters.values(), step)
+        if step < 3:
+            assert torch.equal(rare.average("0.9")["p"], torch.ones(2))
+    expected = keep * (keep * 1.0 + (1 - keep) * 4.0) + (1 - keep) * 7.0
+    assert rare.average("0.9")["p"].tolist() == pytest.approx([expected] * 2, abs=1e-6)
+    # A power-function average forgets where it started with its first update.
+    power = Power(0.1)
+    assert power.keep_over(3, 3) == 0.0
+    assert power.keep_over(6, 3) == pytest.approx(power.keep(4) * power.keep(5) * power.keep(6))
+    share = power.keep_over(6, 3)
+    assert rare.average(power.name)["p"].tolist() == pytest.approx(
+        [share * 4 + (1 - share) * 7] * 2, rel=1e-6
+    )

@@ -14,6 +14,11 @@ from tests.support.commands import REDUCED
 from tests.support.documents import BLOCKS, COMMANDS, ROOT
 
 SMALL_NETWORK = ("--set", "network={patch: 4, hidden: 32, depth: 2, heads: 2}")
+SMALL_UNET = tuple(
+    word
+    for setting in ("base=8", "multipliers=[1, 1]", "blocks=1", "time_width=16")
+    for word in ("--set", f"network.{setting}")
+)
 SMALL_SAMPLES = ("--set", "evaluation.samples=64", "--set", "evaluation.grid=4")
 CIFAR_ON_TWO_CORES = tuple(
     word
@@ -58,13 +63,13 @@ def reduced(arguments: list[str]) -> list[str]:
         comparison = ("--set", "comparison=[{steps: [1, 2], samples: 64}]")
         cheap = ("--no-costs",) if rest[0] == "compare" else ()
         return [*arguments, *SMALL_NETWORK, *SMALL_SAMPLES, *steps, *comparison, *cheap]
-    if sweep == "cifar10":
+    if sweep in ("cifar10", "cifar10-unet"):
         steps = (
             "--set",
             "search.trials=1",
             "--set",
             "search.asha=!drop",
-            *SMALL_NETWORK,
+            *(SMALL_UNET if sweep == "cifar10-unet" else SMALL_NETWORK),
             "--set",
             "training.steps=6",
         )

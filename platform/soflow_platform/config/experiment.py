@@ -52,6 +52,7 @@ LATER_TRAINING_SETTINGS: dict[str, Any] = {
     "start_weights": "ema",
     "start_layout": None,
     "ema_profiles": [],
+    "ema_every": 1,
 }
 """The same of `training`."""
 

@@ -19,7 +19,7 @@ OF_SIZE = {"B/4": "b4", "B/2": "b2", "M/2": "m2", "L/2": "l2", "XL/2": "xl2"}
 LATENTS, CIFAR10 = (4, 32, 32), (3, 32, 32)
 """(C, H, W) of what the recipes are for."""
 SECTIONS = ("objective", "optimizer")
-TRAINING = ("steps", "batch", "ema", "clip_norm")
+TRAINING = ("steps", "batch", "ema", "ema_every", "clip_norm")
 EVALUATION = ("labels", "features")
 
 
@@ -40,7 +40,9 @@ def recipe_of(experiment: Experiment) -> Recipe | None:
         return None
     if experiment.data.shape == LATENTS:
         return _read(OF_SIZE.get(_size(experiment) or "", "b4"))
-    return _read("cifar10") if experiment.data.shape == CIFAR10 and not experiment.data.conditional else None
+    if experiment.data.shape != CIFAR10 or experiment.data.conditional:
+        return None
+    return _read("cifar10" if hasattr(experiment.network, "size") else "cifar10-unet")
 
 
 def departures(experiment: Experiment, recipe: Recipe) -> dict[str, Any]:
@@ -62,7 +64,8 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     kept = {section: resolved[section] for section in SECTIONS}
     kept["training"] = {key: resolved["training"][key] for key in TRAINING}
     kept["evaluation"] = {key: resolved["evaluation"][key] for key in EVALUATION}
-    kept["network"] = {"size": _size(experiment)}
+    dit = hasattr(experiment.network, "size")
+    kept["network"] = {"size": _size(experiment)} if dit else resolved["network"]
     # Settings of sampling decide no weights.
     sampling = {f"objective.{name}" for name in marked(experiment.objective, SAMPLING)}
     return {key: value for key, value in flatten(kept).items() if key not in sampling}

@@ -19,6 +19,8 @@ class TrainingConfig(Section):
     """Samples in one optimizer step, over all workers."""
     ema: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.9999,)
     """Decays of the exponential moving averages of the weights; the first is evaluated and registered."""
+    ema_every: Annotated[int, Field(gt=0, le=10_000)] = 1
+    """Steps between two updates of all averages, each with the factors of so many steps; above 1 they are computed in float64."""
     ema_profiles: Annotated[tuple[Annotated[float, Field(gt=0, lt=0.28)], ...], Field(max_length=8)] = ()
     """Relative widths of power-function averages, whose snapshots `soflowctl ema` makes averages of other widths of; two are usual."""
     ema_snapshot_every: Positive | None = None

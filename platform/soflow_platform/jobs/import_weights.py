@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from soflow_core.networks import SIZES, DiTConfig
+from soflow_core.networks import SIZES, Architecture, DiTConfig
 from soflow_core.objectives import OBJECTIVES
 from soflow_core.published import Conventions, Kept, read_published
 from soflow_core.weights import Weights, build_network, save_weights
@@ -106,8 +106,8 @@ def _read(request: ImportRequest, described: DatasetInfo | None) -> Weights:
         null_label = None if classes is None else False
         conventions = Conventions(heads, null_label, request.second_time, request.noise_at)
         weights = read_published(request.checkpoint, request.which, conventions)
-        config = _architecture(weights)
-        if config.classes is not None and classes is not None:
+        config = weights.network_config
+        if isinstance(config, DiTConfig) and config.classes is not None and classes is not None:
             weights = replace(weights, network_config=_with_classes(config, config.classes, classes))
         build_network(weights)
     except (OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
@@ -118,20 +118,19 @@ def _read(request: ImportRequest, described: DatasetInfo | None) -> Weights:
         }
         hint = next((hint for words, hint in hints.items() if words in str(error)), "")
         raise UserError(f"{request.checkpoint} cannot be imported: {str(error).rstrip('.')}{hint}.") from None
+    config = weights.network_config
     if request.network is not None:
-        _require_size(request.network, _architecture(weights))
-    if _architecture(weights).second_time == "none" and request.method not in (None, *ONE_TIME):
+        _require_size(request.network, config)
+    if (
+        isinstance(config, DiTConfig)
+        and config.second_time == "none"
+        and request.method not in (None, *ONE_TIME)
+    ):
         raise UserError(
             f"{request.checkpoint} has one embedding of the time, and {request.method} needs two: its method is --method "
             f"{' or '.join(ONE_TIME)}."
         )
     return weights
-
-
-def _architecture(weights: Weights) -> DiTConfig:
-    """The architecture of a published checkpoint, which is a DiT."""
-    assert isinstance(weights.network_config, DiTConfig)
-    return weights.network_config
 
 
 def _with_classes(config: DiTConfig, rows: int, classes: int) -> DiTConfig:
@@ -143,7 +142,9 @@ def _with_classes(config: DiTConfig, rows: int, classes: int) -> DiTConfig:
     return replace(config, classes=classes, null_label=rows == classes + 1)
 
 
-def _require_size(name: str, config: DiTConfig) -> None:
+def _require_size(name: str, config: Architecture) -> None:
+    if not isinstance(config, DiTConfig):
+        raise UserError(f"--network {name} is a size of a DiT; the checkpoint is a {config.title}.")
     size, _, patch = name.partition("/")
     expected = (*SIZES[size], patch or str(config.patch))
     found = (config.hidden, config.depth, config.heads, str(config.patch))
@@ -156,7 +157,7 @@ def _require_size(name: str, config: DiTConfig) -> None:
 
 def _data(request: ImportRequest, weights: Weights, described: DatasetInfo | None) -> DatasetInfo | None:
     """The description of the data that the samples are like; None for pixels of unknown data."""
-    info = _described(request, _architecture(weights), described)
+    info = _described(request, weights.network_config, described)
     known = {"scaling": 1.0, "shift": 0.0} if info is None else {"scaling": info.scaling, "shift": info.shift}
     for name, value in weights.data.items():
         if abs(value - known[name]) > SAME * max(abs(value), abs(known[name])):
@@ -168,7 +169,7 @@ def _data(request: ImportRequest, weights: Weights, described: DatasetInfo | Non
 
 
 def _described(
-    request: ImportRequest, config: DiTConfig, described: DatasetInfo | None
+    request: ImportRequest, config: Architecture, described: DatasetInfo | None
 ) -> DatasetInfo | None:
     shape = (config.channels, config.height, config.width)
     if described is not None:

@@ -84,7 +84,7 @@ def saved_bytes(network: DiTConfig, bfloat16: bool) -> float:
     number = HALF if bfloat16 else FLOAT
     adaln = not network.condition_tokens
     n, d = network.tokens, network.hidden
-    block = ((4 if adaln else 2) * FLOAT + 8 * number) * n * d
+    block: float = ((4 if adaln else 2) * FLOAT + 8 * number) * n * d
     # Mean and scale of two norms, the normalizer of attention, and the modulation with its input.
     block += 4 * n * FLOAT + network.heads * n * FLOAT + ((1 + 6 + 2) * d * number if adaln else 0)
     block += _mlp_bytes(network, bfloat16) + _query_key_bytes(network, bfloat16)
@@ -108,7 +108,7 @@ def _mlp_bytes(network: DiTConfig, bfloat16: bool) -> float:
 def _query_key_bytes(network: DiTConfig, bfloat16: bool) -> float:
     """What a norm or rotation of queries and keys keeps, beside them as they come out of their layer."""
     number = HALF if bfloat16 else FLOAT
-    n, d, kept = network.tokens, network.hidden, 0
+    n, d, kept = network.tokens, network.hidden, 0.0
     if network.qk_norm:
         # The normed ones in float32, under autocast a copy before it too, and the scale of each head.
         kept += 2 * FLOAT * n * (d * (2 if bfloat16 else 1) + network.heads)

@@ -39,11 +39,13 @@ def build_train_step(
         optimizer=experiment.optimizer,
         ema_decays=training.ema,
         power_ema_widths=training.ema_profiles,
+        ema_every=training.ema_every,
         precision=training.precision,
         clip_norm=training.clip_norm,
         accumulate=training.accumulate,
         compile=training.compile,
         deterministic=training.deterministic,
+        dropout_seed=experiment.seed,
     )
     return TrainStep(network, experiment.objective, config, sync)
 

@@ -63,6 +63,7 @@ def try_step(experiment: Experiment, config: Architecture) -> None:
         optimizer=experiment.optimizer,
         ema_decays=training.ema,
         power_ema_widths=training.ema_profiles,
+        ema_every=training.ema_every,
         precision="float32",
         clip_norm=training.clip_norm,
     )

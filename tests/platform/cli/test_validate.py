@@ -55,7 +55,7 @@ def test_a_size_that_was_not_published_is_compared_with_b4(tmp_path: Path) -> No
     )
 
 
-@pytest.mark.parametrize("name", ["b4", "b2", "m2", "l2", "xl2", "cifar10"])
+@pytest.mark.parametrize("name", ["b4", "b2", "m2", "l2", "xl2", "cifar10", "cifar10-unet"])
 def test_a_shipped_recipe_is_left_in_nothing_but_what_its_search_varies(name: str) -> None:
     sweep = read(name, ())
     head, *lines = recipe_warnings(sweep)
