@@ -1,6 +1,7 @@
 """One-step image generators: networks, training methods, samplers and the training step. Needs torch and safetensors alone.
 
 registration        `@register`: methods and networks by name
+part_docs           settings of a part as documentation
 plugins             modules outside the packages that register parts
 networks            interface of networks; diffusion transformer with two times (DiT), and its named sizes
 objectives          training methods, one file each
@@ -8,6 +9,7 @@ samplers            ODE, solution-function and diffusion samplers; noise of a sa
 paths               paths from data to noise, with derivatives
 parameterization    the solution function in terms of the network
 times               distributions of training times and the schedule of the middle time
+schedule_shapes     shapes of schedules: constant, linear, cosine, exponential
 guidance            classifier-free guidance inside training targets
 labels              the label that stands for no class
 rows                arithmetic between values per row and batches of images

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from soflow_core.schedule_shapes import SHAPES
 from soflow_core.settings import STRICT, check_values
 
 MINIMAL_GAP = 1e-4
@@ -57,8 +57,8 @@ class RatioSchedule:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    kind: Literal["constant", "linear", "cosine", "exponential"] = "exponential"
-    """Shape of r between `initial` and `final`; `constant` is `final` throughout."""
+    kind: str = "exponential"
+    """Shape of r between `initial` and `final`, a registered `ScheduleShape`; `constant` is `final` throughout."""
     initial: float = 0.1
     """r at step 0."""
     final: float = 0.002
@@ -66,6 +66,9 @@ class RatioSchedule:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.kind not in SHAPES:
+            known = ", ".join(map(repr, SHAPES))
+            raise ValueError(f"RatioSchedule.kind is {self.kind!r}; it is one of {known}")
         for name, value in (("initial", self.initial), ("final", self.final)):
             if not 0 < value <= 1:
                 raise ValueError(
@@ -74,12 +77,4 @@ class RatioSchedule:
 
     def ratio(self, step: int, total_steps: int) -> float:
         """r after `step` finished steps of `total_steps`."""
-        progress = step / total_steps
-        start, end = self.initial, self.final
-        if self.kind == "constant":
-            return end
-        if self.kind == "linear":
-            return start + (end - start) * progress
-        if self.kind == "cosine":
-            return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
-        return float(start * (end / start) ** progress)
+        return SHAPES[self.kind]().between(self.initial, self.final, step / total_steps)

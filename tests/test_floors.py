@@ -30,6 +30,7 @@ PACKAGES = {
         "features",
         "metrics",
         "references",
+        "conformance",
     ],
     "soflow_platform": [
         "storage",

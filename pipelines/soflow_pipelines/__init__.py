@@ -10,4 +10,5 @@ Packages, in the order of their imports (each imports only those before it):
     features     networks that turn images into features
     metrics      FID, KID, precision and recall, Inception Score, label agreement
     references   image sets for evaluation, and reference statistics
+    conformance  tests that metrics and data sources of one's own keep their contracts
 """

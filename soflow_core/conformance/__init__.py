@@ -1,4 +1,4 @@
-"""Conformance suite: tests that a method or a network keeps the contract of its base class. Needs pytest.
+"""Conformance suite: tests that a method, a network, a sampler or a time grid keeps the contract of its base class. Needs pytest.
 
 pytest -p soflow_core.conformance.command_line --pyargs soflow_core.conformance
 

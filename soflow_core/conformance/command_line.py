@@ -11,8 +11,16 @@ from soflow_core import plugins
 from soflow_core.networks import NETWORKS
 from soflow_core.objectives import OBJECTIVES
 from soflow_core.registration import Registry
+from soflow_core.samplers.base import SAMPLERS
+from soflow_core.samplers.grids import GRIDS
 
-KINDS: dict[str, Registry[Any]] = {"objective": OBJECTIVES, "network": NETWORKS}
+KINDS: dict[str, Registry[Any]] = {
+    "objective": OBJECTIVES,
+    "network": NETWORKS,
+    "sampler": SAMPLERS,
+    "grid": GRIDS,
+}
+"""Option -> the registry of its kind. A suite of other kinds adds its own before this module is loaded by pytest."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -27,6 +27,7 @@ from soflow_core.objectives import (
     Shortcut,
     SoFlow,
 )
+from soflow_core.objectives.total_derivative import DerivativeModel
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.rows import row_mean, row_sum
 from tests.support.random_networks import CONFIG, SHAPE, gradient, random_inputs, random_network
@@ -205,7 +206,7 @@ def test_the_difference_quotient_stays_between_s_and_the_noise() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [MeanFlow, ImprovedMeanFlow, AlphaFlow, ContinuousConsistency],
+    [kind for kind in OBJECTIVES.values() if issubclass(kind, DerivativeModel)],
     ids=lambda kind: kind().method,
 )
 def test_a_difference_quotient_takes_the_place_of_the_jacobian_vector_product(kind: type[Objective]) -> None:

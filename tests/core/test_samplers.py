@@ -18,7 +18,7 @@ from soflow_core.paths import linear
 from soflow_core.registration import register
 from soflow_core.samplers.base import SAMPLERS, NoiseSampler, Velocity, VelocitySampler
 from soflow_core.samplers.diffusion import Ddim, Ddpm, linear_alpha_bar, numbers_at, respaced
-from soflow_core.samplers.grids import GRIDS, TimeGrid, time_grid, uniform_times
+from soflow_core.samplers.grids import time_grid, uniform_times
 from soflow_core.samplers.noise import MASK, philox, sample_labels, sample_noise
 from soflow_core.samplers.ode import Euler, Heun
 from soflow_core.samplers.solution import ConsistencySampler, StepSampler
@@ -204,16 +204,6 @@ def test_too_few_noises_or_steps_are_refused() -> None:
 
 
 # Time grids, and the evaluations of a number of steps
-
-
-@pytest.mark.parametrize("grid", [*(kind() for kind in GRIDS.values()), time_grid("power:0.5")], ids=str)
-def test_the_times_of_a_grid_fall_from_1_to_0(grid: TimeGrid) -> None:
-    for steps in (1, 2, 7, 100):
-        times = grid.times(steps)
-        assert (len(times), times[0], times[-1]) == (steps + 1, 1.0, 0.0)
-        assert times == sorted(set(times), reverse=True)
-    with pytest.raises(ValueError, match="at least 1"):
-        grid.times(0)
 
 
 def test_grids_have_the_times_of_their_formulas() -> None:

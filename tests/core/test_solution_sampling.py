@@ -12,13 +12,15 @@ from torch.testing import assert_close
 
 from soflow_core.nfe import sampling_evaluations
 from soflow_core.objectives import OBJECTIVES, ImprovedConsistency, Objective, Shortcut, SoFlow
+from soflow_core.objectives.consistency import ConsistencyModel
+from soflow_core.objectives.solution_model import FlowMapModel
 from soflow_core.settings import from_dict, to_dict
 from tests.support.gaussian import Gaussian
 from tests.support.random_networks import SHAPE, random_network
 
 DATA = Gaussian(0.7, 0.5)
-FLOW_MAPS = ["soflow", "meanflow", "improved_meanflow", "alphaflow", "shortcut"]
-CONSISTENCY_MODELS = ["ict", "ect", "scm"]
+FLOW_MAPS = [name for name, kind in OBJECTIVES.items() if issubclass(kind, FlowMapModel)]
+CONSISTENCY_MODELS = [name for name, kind in OBJECTIVES.items() if issubclass(kind, ConsistencyModel)]
 TIMES = {3: (0.75, 0.25), 2: (0.25,), 1: ()}
 
 

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soflow_core.objectives import AlphaSchedule, EasyConsistency, ImprovedConsistency
+from soflow_core.schedule_shapes import SHAPES
 from soflow_core.times import MINIMAL_GAP, LogitNormal, RatioSchedule, consistency_times, middle_time
 
-KINDS = ["constant", "linear", "cosine", "exponential"]
+KINDS = list(SHAPES)
 unit = st.floats(0, 1, width=32)
 ratios = st.floats(0.0005, 1)
 

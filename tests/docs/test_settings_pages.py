@@ -11,9 +11,17 @@ from typing import Any
 
 import pytest
 
+from soflow_core.networks import NETWORKS
 from soflow_core.objectives import OBJECTIVES, SoFlow
 from soflow_core.optimizer import OptimizerConfig
+from soflow_core.registration import Registry
+from soflow_core.samplers.base import SAMPLERS
+from soflow_core.samplers.grids import GRIDS
+from soflow_core.schedule_shapes import SHAPES
 from soflow_core.times import LogitNormal
+from soflow_pipelines.features.registry import FEATURES
+from soflow_pipelines.metrics import METRICS
+from soflow_pipelines.sources.opening import SOURCES
 from soflow_platform.config.comparison import SamplingConfig
 from soflow_platform.config.dimensions import Dimension
 from soflow_platform.config.experiment import Experiment
@@ -78,7 +86,27 @@ def test_the_first_table_lists_the_keys_outside_sections() -> None:
     assert set(listed("")) == set(Experiment.model_fields) - SECTIONS.keys()
 
 
-def test_the_objective_names_every_method() -> None:
+PAGES_OF_PARTS: list[tuple[str, Registry[Any]]] = [
+    ("methods.md", OBJECTIVES),
+    ("methods.md", SAMPLERS),
+    ("methods.md", GRIDS),
+    ("sweeps.md", SHAPES),
+    ("sweeps.md", NETWORKS),
+    ("evaluation.md", METRICS),
+    ("evaluation.md", FEATURES),
+    ("data.md", SOURCES),
+]
+
+
+@pytest.mark.parametrize(("page", "registry"), PAGES_OF_PARTS, ids=lambda each: getattr(each, "kind", each))
+def test_every_registered_part_is_on_the_page_of_its_kind(page: str, registry: Registry[Any]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    # `name`, `--option name`, `method: name`, `name:PATH`
+    code = " ".join(re.findall(r"`([^`\n]+)`", text))
+    assert [name for name in registry if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", code)] == []
+
+
+def test_the_objective_names_methods_that_there_are() -> None:
     (rows,) = (rows for name, rows in tables(PAGE) if name == "objective")
     (methods,) = (row[2] for row in rows if row[0] == "`method`")
-    assert sorted(re.findall(r"`(\w+)`", methods)) == sorted(OBJECTIVES)
+    assert set(re.findall(r"`(\w+)`", methods)) <= set(OBJECTIVES)

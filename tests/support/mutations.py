@@ -116,7 +116,7 @@ MUTATIONS = [
     Mutation("decay below its start", GUIDANCE, "torch.where(t <= decay_from,", "torch.where(t >= decay_from,"),
     Mutation("middle time from s", TIMES, "t + (s - t) * ratio", "s + (t - s) * ratio"),
     Mutation("s and t not kept apart", TIMES, "torch.minimum(end, t - gap)", "torch.minimum(end, t)"),
-    Mutation("cosine without its half", TIMES, "0.5 * (1 + math.cos", "1.0 * (1 + math.cos"),
+    Mutation("cosine without its half", "soflow_core/schedule_shapes.py", "0.5 * (1 + math.cos", "1.0 * (1 + math.cos"),
     Mutation("MeanFlow: sign of the derivative", AVERAGE, "velocity[first:] - gap * derivative", "velocity[first:] + gap * derivative"),
     Mutation("MeanFlow: gap left out", AVERAGE, "velocity[first:] - gap * derivative", "velocity[first:] - derivative"),
     Mutation(

@@ -1,11 +1,17 @@
-"""Feature networks by name. Names are read without torch: a network's module is imported when it is opened."""
+"""Feature networks by name. Names are read without torch: a network's module is imported when it is opened.
+
+One of a plugin is registered in the same way, and is then a value of `evaluation.features` and `--features`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from soflow_core.registration import Registry, register
 
 if TYPE_CHECKING:
     import torch
@@ -29,49 +35,91 @@ class OpeningOptions:
     """(C, H, W) of samples in the training space."""
 
 
-def _inception(options: OpeningOptions) -> FeatureNetwork:
-    from soflow_pipelines.features.inception import open_inception
+class FeatureKind(ABC):
+    """A feature network that is opened by its name: a frozen dataclass without settings."""
 
-    return open_inception(options.cache, options.device, options.download)
+    name: str
+    """Given by `@register`."""
+    space: ClassVar[Literal["images", "training"]] = "images"
+    """What the network looks at: images, or samples in the training space."""
+    named_scores: ClassVar[bool] = True
+    """Whether scores on it are called after it, as `eval/kid_NAME_nfe1`, so that they are not taken for those on Inception."""
 
-
-def _dinov2(options: OpeningOptions) -> FeatureNetwork:
-    from soflow_pipelines.features.dinov2 import open_dinov2
-
-    return open_dinov2(options.cache, options.device, options.download)
-
-
-def _clip(options: OpeningOptions) -> FeatureNetwork:
-    from soflow_pipelines.features.clip import open_clip
-
-    return open_clip(options.cache, options.device, options.download)
+    @abstractmethod
+    def open(self, options: OpeningOptions) -> FeatureNetwork:
+        """The network in float32 on the device. Raises FeatureError where it cannot be had."""
 
 
-def _digits_classifier(options: OpeningOptions) -> FeatureNetwork:
-    from soflow_pipelines.features.digits import digits_classifier
-
-    return digits_classifier(options.cache).to(options.device)
+FEATURES: Registry[FeatureKind] = Registry("feature network", FeatureKind, "name")  # type: ignore[type-abstract]
 
 
-def _pooled(options: OpeningOptions) -> FeatureNetwork:
-    from soflow_pipelines.features.network import FeatureError
-    from soflow_pipelines.features.pooled import PooledFeatures
+@register("inception")
+@dataclass(frozen=True)
+class InceptionKind(FeatureKind):
+    """The Inception network of published FIDs."""
 
-    if options.shape is None:
-        raise FeatureError("pooled features need the shape (C, H, W) of the samples.")
-    return PooledFeatures(options.shape)
+    named_scores = False
+
+    def open(self, options: OpeningOptions) -> FeatureNetwork:
+        from soflow_pipelines.features.inception import open_inception
+
+        return open_inception(options.cache, options.device, options.download)
 
 
-FEATURES: dict[str, Callable[[OpeningOptions], FeatureNetwork]] = {
-    "inception": _inception,
-    "dinov2": _dinov2,
-    "clip": _clip,
-    "digits-classifier": _digits_classifier,
-    "pooled": _pooled,
-}
-"""Opens each feature network that has a name; `file:PATH` opens an exported one."""
+@register("dinov2")
+@dataclass(frozen=True)
+class DinoV2Kind(FeatureKind):
+    """DINOv2 ViT-L/14."""
+
+    def open(self, options: OpeningOptions) -> FeatureNetwork:
+        from soflow_pipelines.features.dinov2 import open_dinov2
+
+        return open_dinov2(options.cache, options.device, options.download)
+
+
+@register("clip")
+@dataclass(frozen=True)
+class ClipKind(FeatureKind):
+    """CLIP ViT-B/32's image encoder."""
+
+    def open(self, options: OpeningOptions) -> FeatureNetwork:
+        from soflow_pipelines.features.clip import open_clip
+
+        return open_clip(options.cache, options.device, options.download)
+
+
+@register("digits-classifier")
+@dataclass(frozen=True)
+class DigitsKind(FeatureKind):
+    """A small network trained on the handwritten digits."""
+
+    named_scores = False
+
+    def open(self, options: OpeningOptions) -> FeatureNetwork:
+        from soflow_pipelines.features.digits import digits_classifier
+
+        return digits_classifier(options.cache).to(options.device)
+
+
+@register("pooled")
+@dataclass(frozen=True)
+class PooledKind(FeatureKind):
+    """Block averages of the training space itself, which need no weights."""
+
+    space = "training"
+    named_scores = False
+
+    def open(self, options: OpeningOptions) -> FeatureNetwork:
+        from soflow_pipelines.features.network import FeatureError
+        from soflow_pipelines.features.pooled import PooledFeatures
+
+        if options.shape is None:
+            raise FeatureError("pooled features need the shape (C, H, W) of the samples.")
+        return PooledFeatures(options.shape)
+
 
 FEATURE_NAMES = (*FEATURES, f"{FILE}PATH")
+"""What comes with the package. A plugin may register more."""
 
 
 def open_features(
@@ -98,8 +146,10 @@ def open_features(
 
         return open_exported(Path(name.removeprefix(FILE)).expanduser(), torch.device(device))
     if name not in FEATURES:
-        raise FeatureError(f"there is no feature network {name!r}; there are {', '.join(FEATURE_NAMES)}.")
+        raise FeatureError(
+            f"there is no feature network {name!r}; there are {', '.join((*FEATURES, f'{FILE}PATH'))}."
+        )
     options = OpeningOptions(
         Path(cache), torch.device(device), download, None if shape is None else tuple(shape)
     )
-    return FEATURES[name](options)
+    return FEATURES[name]().open(options)

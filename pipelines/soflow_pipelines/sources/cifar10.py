@@ -10,8 +10,6 @@ import numpy as np
 
 from soflow_pipelines.sources.source import ArraySource, LabelledImages, SourceError
 
-CIFAR10 = "cifar10:"
-"""Prefix of a path whose images are CIFAR-10's."""
 LARGEST_BATCH = 200 * 2**20
 """Bytes of a member; CIFAR-10's have 30,730,000."""
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

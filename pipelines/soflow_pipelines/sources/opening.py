@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
+from soflow_core.registration import register
 from soflow_pipelines.sources import digits  # noqa: F401 - registers it
-from soflow_pipelines.sources.cifar10 import CIFAR10, CIFAR10_CLASSES, Cifar10Archive
+from soflow_pipelines.sources.cifar10 import CIFAR10_CLASSES, Cifar10Archive
 from soflow_pipelines.sources.files import FolderSource, ZipSource, open_zip
 from soflow_pipelines.sources.generated import open_generated
 from soflow_pipelines.sources.hdf5 import Hdf5Latents
@@ -17,7 +21,7 @@ from soflow_pipelines.sources.listing import (
     refuse_foreign_folder,
 )
 from soflow_pipelines.sources.parquet import ParquetSource
-from soflow_pipelines.sources.source import SOURCES, Source, SourceError, SourceOptions
+from soflow_pipelines.sources.source import SOURCES, Source, SourceError, SourceKind, SourceOptions
 from soflow_pipelines.sources.webdataset import TarKeys, TarSource
 
 
@@ -46,13 +50,18 @@ def split_prefix(archive: Path, split: str) -> str:
 def named_kind(text: str) -> tuple[str | None, str]:
     """The registered name that a source begins with, and the path behind its colon; None for a path alone."""
     name, _, place = text.partition(":")
-    return (name, place) if not place.startswith("//") and name in SOURCES else (None, text)
+    if place.startswith("//") or name not in SOURCES:
+        return None, text
+    if not place and SOURCES[name].expected is None and _exists(Path(text)):
+        # A folder of that name; the kind would need a path.
+        return None, text
+    return name, place
 
 
 def source_path(text: str) -> Path:
     """The file or folder of a source."""
     name, place = named_kind(text)
-    return Path(place if name is not None else text.removeprefix(CIFAR10)).expanduser()
+    return Path(place if name is not None else text).expanduser()
 
 
 def absolute_source(text: str) -> str:
@@ -60,35 +69,58 @@ def absolute_source(text: str) -> str:
     name, place = named_kind(text)
     if name is not None:
         return f"{name}:{Path(place).expanduser().absolute()}" if place else text
-    return (CIFAR10 if text.startswith(CIFAR10) else "") + str(source_path(text).absolute())
+    return str(source_path(text).absolute())
 
 
 def open_source(text: str, options: SourceOptions | None = None) -> Source:
-    """The source of a registered name (`digits`, `NAME:PATH`), `cifar10:PATH`, or at a path: an image folder, ImageNet's tree, a zip,
+    """The source of a registered name (`digits`, `cifar10:PATH`, `NAME:PATH`), or at a path: an image folder, ImageNet's tree, a zip,
     Parquet, WebDataset shards, HDF5 latents.
 
     Raises SourceError.
     """
     options = options or SourceOptions()
     name, place = named_kind(text)
-    if name is not None:
-        if not place and SOURCES[name].expected is None:
-            raise SourceError(f"{text} says no path: give {name}:PATH.")
-        return SOURCES[name]().open(Path(place).expanduser(), options)
-    cifar10, path = text.startswith(CIFAR10), source_path(text)
+    if name is None:
+        return _open_path(source_path(text), options)
+    if not place and SOURCES[name].expected is None:
+        raise SourceError(f"{text} says no path: give {name}:PATH.")
+    return SOURCES[name]().open(Path(place).expanduser(), options)
+
+
+@register("cifar10")
+@dataclass(frozen=True)
+class Cifar10(SourceKind):
+    """CIFAR-10, 32 x 32 in ten classes: its binary archive, or its images in any form that has a folder or a file."""
+
+    def open(self, path: Path, options: SourceOptions) -> Source:
+        source = _open_path(path, options, cifar10=True)
+        source.resolution = 32
+        return source
+
+    @classmethod
+    def example(cls, folder: Path) -> Path:
+        """Two images of each class, with one pixel that says which."""
+        for label, name in enumerate(CIFAR10_CLASSES):
+            (folder / name).mkdir()
+            for number in range(2):
+                image = Image.new("RGB", (32, 32), (label, number, 0))
+                image.save(folder / name / f"{number:04d}.png")
+        return folder
+
+
+def _open_path(path: Path, options: SourceOptions, cifar10: bool = False) -> Source:
     if not _exists(path):
         raise SourceError(
-            f"{path} does not exist; a source is a path, `cifar10:PATH`, or one of {', '.join(SOURCES)}."
+            f"{path} does not exist; a source is a path, or one of {', '.join(map(_usage, SOURCES))}."
         )
     name = f"cifar10:{path.name}" if cifar10 else path.name
-    source = (
-        _open_folder(path, name, cifar10, options)
-        if path.is_dir()
-        else _open_file(path, name, cifar10, options)
-    )
-    if cifar10:
-        source.resolution = 32
-    return source
+    opened = _open_folder if path.is_dir() else _open_file
+    return opened(path, name, cifar10, options)
+
+
+def _usage(name: str) -> str:
+    """How a kind of source is named: with a path where it needs one."""
+    return f"`{name}`" if SOURCES[name].expected is not None else f"`{name}:PATH`"
 
 
 def _exists(path: Path) -> bool:

@@ -163,6 +163,15 @@ class SourceKind(ABC):
     expected: ClassVar[Expected | None] = None
     """Shape and classes of a data set that needs no path, which can then be named as `data.source`."""
 
+    @classmethod
+    def example(cls, folder: Path) -> Path | None:
+        """The path of a small data set of this kind, which it writes into a folder; None where it needs no path.
+
+        The conformance suite opens it.
+        """
+        del folder
+        return None
+
     @abstractmethod
     def open(self, path: Path, options: SourceOptions) -> Source:
         """The source at a path (`.` where none is given). Raises SourceError where it cannot be used."""

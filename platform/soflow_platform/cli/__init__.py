@@ -23,4 +23,5 @@ generate          generate
 evaluate          evaluate
 compare           compare
 report            report
+help              help
 """

@@ -18,6 +18,7 @@ from soflow_platform.cli.averages import ema
 from soflow_platform.cli.doctor import doctor
 from soflow_platform.cli.export import export, import_checkpoint
 from soflow_platform.cli.generate import generate
+from soflow_platform.cli.help import help_command
 from soflow_platform.cli.models import models
 from soflow_platform.cli.promote import promote
 from soflow_platform.cli.report import report
@@ -68,6 +69,7 @@ app.command("import")(import_checkpoint)
 app.command()(generate)
 app.command()(evaluate)
 app.command()(compare)
+app.command("help")(help_command)
 
 
 @app.command()

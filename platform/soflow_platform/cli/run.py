@@ -28,6 +28,7 @@ from soflow_platform.tuning.record import (
     lock_sweep,
     new_or_resumed_record,
     sweep_id,
+    with_recorded_names,
 )
 from soflow_platform.tuning.recorded import recorded_trials
 from soflow_platform.tuning.search_space import Trial
@@ -90,6 +91,7 @@ def run_command(
     sweep = sweep_id(storage, experiment, options.again)
     existing = load_record(storage, sweep)
     if existing is not None:
+        planned = with_recorded_names(planned, existing)
         planned += recorded_trials(sweep_file.document, experiment, existing, planned)
         _check_code(storage, existing, options.keep, screen)
     if existing is not None and existing.finished:
@@ -143,7 +145,7 @@ def _score_best(screen: Console, record: SweepRecord, experiment: Experiment, pl
 
     # The trial may be none of the file's: search algorithms and finals add some from results.
     trial = Experiment(**record.recipe(best.trial))
-    steps = tuple(steps_for(trial.objective, nfe, trial.data.conditional) for nfe in evaluation.nfe)
+    steps = tuple(steps_for(trial.sampled_objective, nfe, trial.data.conditional) for nfe in evaluation.nfe)
     screen.print(f"scoring {best.trial} with {evaluation.final_samples:,} samples")
     request = EvaluateRequest(
         target=f"{record.id}/{best.trial}",

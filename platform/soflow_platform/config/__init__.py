@@ -7,6 +7,7 @@ sections     base class, data, network, tracking
 training     training loop and resources
 evaluation   scores during training
 gate         registry: the registered model and the gate before its champion
+sampling_settings  how trained networks are sampled
 comparison   ways of sampling that `compare` scores
 search       search space, budgets, scheduler
 dimensions   how one setting of a search space varies

@@ -7,19 +7,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from soflow_pipelines.features.registry import FEATURES
 from soflow_pipelines.metrics.registry import METRICS
 from soflow_platform.config.locations import FILE, absolute_autoencoder, absolute_features
 from soflow_platform.config.sections import Positive, Samples, Section, Seed, Steps
 
 POOLED = "pooled"
 DIGITS = "digits-classifier"
-NAMED_FEATURES = ("inception", "dinov2", "clip", DIGITS, POOLED)
 
 
 def known_features(name: str) -> str:
     """The name of a feature network, a file's path made absolute. Raises ValueError for an unknown name."""
-    if name not in NAMED_FEATURES and not (name.startswith(FILE) and name != FILE):
-        raise ValueError(f"known are {', '.join(NAMED_FEATURES)} and {FILE}PATH")
+    if name not in FEATURES and not (name.startswith(FILE) and name != FILE):
+        raise ValueError(f"known are {', '.join(FEATURES)} and {FILE}PATH")
     return absolute_features(name)
 
 
@@ -35,7 +35,8 @@ class EvaluationConfig(Section):
     """Numbers of function evaluations to score."""
     features: str = POOLED
     """What images are described by: `inception` (FID), `dinov2`, `clip`, `file:PATH` (an exported network), `digits-classifier` (a
-    small network trained on the real digits), or `pooled`: block averages of the training space itself, which needs no weights."""
+    small network trained on the real digits), `pooled`: block averages of the training space itself, which needs no weights, or one
+    that a plugin registers."""
     reference: str | None = None
     """Real images that samples are compared with: a shard set, a folder or ADM's .npz; None: the training data."""
     pooled: bool = False
@@ -92,7 +93,11 @@ class EvaluationConfig(Section):
         """Name of the Fréchet distance on these features: `fid` is Inception's alone."""
         if self.features == "inception":
             return "fid"
-        return f"fd_{self.features}" if self.features in ("dinov2", "clip") else "fd"
+        return f"fd_{self.features}" if self._named_scores else "fd"
+
+    @property
+    def _named_scores(self) -> bool:
+        return self.features in FEATURES and FEATURES[self.features].named_scores
 
     def metric_kinds(self, conditional: bool) -> dict[str, str]:
         """Metrics of an evaluation: the name in `eval/NAME_nfeN` -> the metric that it is."""
@@ -110,7 +115,7 @@ class EvaluationConfig(Section):
         return names | ({f"eval/fd_nfe{n}": "min" for n in self.nfe} if self.also_pooled else {})
 
     def _reported_name(self, metric: str) -> str:
-        """A metric's name in reports: with the features where these have scores of their own name elsewhere, as `kid_dinov2`."""
+        """A metric's name in reports: with the features where scores on them are called after these, as `kid_dinov2`."""
         if metric in ("fid", "fd"):
             return self.distance
-        return f"{metric}_{self.features}" if self.features in ("dinov2", "clip") else metric
+        return f"{metric}_{self.features}" if self._named_scores else metric

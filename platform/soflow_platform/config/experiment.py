@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from soflow_core.networks import NETWORKS
 from soflow_core.networks.dit import PARITY
-from soflow_core.objectives import OBJECTIVES
+from soflow_core.objectives import OBJECTIVES, Objective
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.settings import identifying
 from soflow_platform.config.comparison import USUAL_COMPARISON, SamplingConfig
@@ -19,6 +19,7 @@ from soflow_platform.config.evaluation import EvaluationConfig
 from soflow_platform.config.gate import RegistryConfig
 from soflow_platform.config.parts import PartOf, network_section
 from soflow_platform.config.plugin_settings import Plugins
+from soflow_platform.config.sampling_settings import SamplingSection, with_sampling
 from soflow_platform.config.search import LOGGED_METRICS, TRAINING_SECONDS, SearchConfig
 from soflow_platform.config.sections import (
     DataConfig,
@@ -71,6 +72,7 @@ class Experiment(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig
+    sampling: SamplingSection = SamplingSection()
     comparison: tuple[SamplingConfig, ...] = USUAL_COMPARISON
     search: SearchConfig = SearchConfig()
     resources: ResourcesConfig = ResourcesConfig()
@@ -162,6 +164,11 @@ class Experiment(Section):
         return {self.search.metric: self.mode, **{name: reported[name] for name in self.search.objectives}}
 
     @property
+    def sampled_objective(self) -> Objective:
+        """The method as its trained network is sampled. Raises UserError where it cannot be sampled as `sampling` says."""
+        return with_sampling(self.objective, self.sampling.settings)
+
+    @property
     def model_name(self) -> str:
         """Name in the model registry."""
         return self.registry.model or self.name
@@ -180,6 +187,9 @@ class Experiment(Section):
         evaluation = _without(resolved["evaluation"], LATER_EVALUATION_SETTINGS)
         settings["evaluation"] = {key: value for key, value in evaluation.items() if key != "final_samples"}
         settings["search"] = _search_of_the_digest(resolved["search"])
+        if self.sampling.settings:
+            # It decides no weights, and the scores that trials are compared by.
+            settings["sampling"] = self.sampling.model_dump(mode="json", exclude={"steps"}, exclude_none=True)
         if self.plugins:
             settings["plugins"] = sorted((plugin.module, plugin.digest) for plugin in self.plugins)
         training = resolved["training"]

@@ -21,9 +21,10 @@ from soflow_pipelines.images.autoencoder import KlAutoencoder
 from soflow_pipelines.images.convert import to_uint8
 from soflow_pipelines.images.encode import encode_png
 from soflow_pipelines.shards.info import DatasetInfo
+from soflow_platform.config.sampling_settings import with_sampling
 from soflow_platform.errors import UserError
 from soflow_platform.generation.decoding import decode_samples, open_sample_decoder, require_finite
-from soflow_platform.generation.sampling import generate, with_sampling
+from soflow_platform.generation.sampling import generate
 
 BATCH = 64
 """Samples in one forward pass; a multiple of it are read at a time by a statistics job."""

@@ -1,21 +1,17 @@
-"""Samples of a network by index, and the settings of a method that act at sampling alone."""
+"""Samples of a network by index, and the settings by which a method is sampled as tags."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, overload
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from soflow_core.networks import Architecture
 from soflow_core.objectives import Objective
 from soflow_core.samplers.noise import sample_noise
 from soflow_core.settings import SAMPLING, marked
-from soflow_platform.errors import UserError
 
 
 class SamplingNetwork(Protocol):
@@ -74,29 +70,6 @@ def generate(
     labels = None if labels is None else labels.to(device)
     renoise = SampleNoises(seed, indices, shape, steps - 1, device)
     return objective.sample(network, noise, labels, steps, renoise).float().cpu()
-
-
-def with_sampling(objective: Objective, settings: Mapping[str, Any]) -> Objective:
-    """The same method, sampled with other settings. Raises UserError for a setting it does not have, or a value it refuses."""
-    known = marked(objective, SAMPLING)
-    for name in settings:
-        if name not in known:
-            has = f"it has {', '.join(sorted(known))}" if known else "it has one way of sampling"
-            raise UserError(f"{objective.method} has no sampling setting `{name}`: {has}.")
-    if not settings:
-        return objective
-    if "sampling_grid" in settings and "sampling_times" in known:
-        # Times of the training would go before the grid.
-        settings = {"sampling_times": None, **settings}
-    try:
-        kind = TypeAdapter(type(objective))
-        return kind.validate_python({**dataclasses.asdict(objective), **settings})  # type: ignore[call-overload]
-    except ValidationError as error:
-        first = error.errors()[0]
-        message = re.sub(r"^[A-Z]\w*\.(?=\w+ is )", "", first["msg"].removeprefix("Value error, "))
-        name = ".".join(str(part) for part in first["loc"])
-        setting = f"`{name}` is {first['input']!r}: " if name else ""
-        raise UserError(f"{objective.method}: {setting}{message[:1].lower()}{message[1:]}.") from None
 
 
 def sampling_facts(objective: Objective) -> dict[str, str]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from soflow_pipelines.features.registry import FEATURES
 from soflow_pipelines.references.latent_decoder import open_decoder
 from soflow_pipelines.references.reference_store import ReferenceLocation
 from soflow_pipelines.references.statistics_job import StatisticsJob
@@ -128,7 +129,8 @@ def network_protocol(
     An autoencoder is opened only for features of images.
     """
     features = request.features or default_features(model.data)
-    decoder = None if features == POOLED else open_decoder(model.data, request.autoencoder, "cpu")
+    in_training_space = features in FEATURES and FEATURES[features].space == "training"
+    decoder = None if in_training_space else open_decoder(model.data, request.autoencoder, "cpu")
     reference = _named_reference(request, services.project)
     if reference is None and (place := training_data_location(target.data, model.data, services.project)):
         reference = ReferenceLocation(

@@ -13,11 +13,12 @@ from soflow_core.objectives import Objective
 from soflow_pipelines.references.statistics_job import StatisticsJob
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_pipelines.storage.files import sha256
+from soflow_platform.config.sampling_settings import with_sampling
 from soflow_platform.errors import UserError
 from soflow_platform.evaluation.image_sources import GeneratedImages, LabelMode
 from soflow_platform.evaluation.protocol import ScoringProtocol
 from soflow_platform.generation.generator import read_weights
-from soflow_platform.generation.sampling import sampling_facts, with_sampling
+from soflow_platform.generation.sampling import sampling_facts
 
 WITHOUT_LABELS = "none"
 

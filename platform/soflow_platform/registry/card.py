@@ -38,13 +38,19 @@ def describe(
         "network": to_dict(network),
         "parameters": parameters,
         "objective": to_dict(objective),
-        "sampling": {"steps": 1, "seed": 0, **sampling_facts(objective)},
+        "sampling": {"steps": _usual_steps(origin), "seed": 0, **sampling_facts(objective)},
         "data": {key: value for key, value in data.items() if key != "left_out"},
         "normalization": _normalization(data),
         "evaluation": dict(evaluation),
         **({"plugins": plugins} if plugins else {}),
         **origin,
     }
+
+
+def _usual_steps(origin: Mapping[str, Any]) -> int:
+    """`sampling.steps` of the sweep that the weights come from; 1 where that says nothing."""
+    sampling = (origin.get("recipe") or {}).get("sampling") or {}
+    return int(sampling.get("steps", 1))
 
 
 def _normalization(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,7 +82,7 @@ def model_card(name: str, description: Mapping[str, Any]) -> str:
         f"# {name}",
         f"| | |\n|---|---|\n{table}",
         _scores(description["evaluation"]),
-        _loading(name, network["classes"] is not None),
+        _loading(name, network["classes"] is not None, description["sampling"]["steps"]),
         _recipe(description),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -167,7 +173,7 @@ def _scores(evaluation: Mapping[str, Any]) -> str:
     return f"## Scores\n\n| metric | value |\n|---|---|\n{rows}\n\n{settings}".rstrip()
 
 
-def _loading(name: str, conditional: bool) -> str:
+def _loading(name: str, conditional: bool, steps: int) -> str:
     columns = '{"label": [3, 1, 4]}' if conditional else '{"label": [0, 0, 0]}'
     return f"""## Loading
 
@@ -179,7 +185,7 @@ soflowctl generate --model models:/{name} --num 100 --out images
 import mlflow, pandas
 
 model = mlflow.pyfunc.load_model("models:/{name}")
-images = model.predict(pandas.DataFrame({columns}), params={{"seed": 0, "steps": 1}})["png"]
+images = model.predict(pandas.DataFrame({columns}), params={{"seed": 0, "steps": {steps}}})["png"]
 ```
 
 The weights are `artifacts/ema.safetensors`, read as tensors; `artifacts/model.json` has all settings."""

@@ -195,7 +195,10 @@ def _log_model(tracking: Tracking, new: NewVersion) -> tuple[str, str]:
         inputs=Schema([ColSpec(DataType.long, "label")]),
         outputs=Schema([ColSpec(DataType.binary, "png")]),
         params=ParamSchema(
-            [ParamSpec("seed", DataType.long, default=0), ParamSpec("steps", DataType.long, default=1)]
+            [
+                ParamSpec("seed", DataType.long, default=0),
+                ParamSpec("steps", DataType.long, default=new.description["sampling"]["steps"]),
+            ]
         ),
     )
     tracking.store.select()

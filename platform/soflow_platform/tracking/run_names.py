@@ -47,9 +47,11 @@ def run_name(number: int, settings: Mapping[str, Any], label: str | None = None)
 
 
 def _setting(key: str, value: Any) -> str:
-    """`p=0.5`; a whole section is named by its method, or by the settings in it."""
+    """`p=0.5`; a whole section is named by its method (where that is given for it, too), or by the settings in it."""
     if isinstance(value, Mapping):
         return str(value.get("method") or " ".join(_setting(f"{key}.{name}", v) for name, v in value.items()))
+    if key in ("objective", "network"):
+        return str(value)
     if key == "budget":
         return f"equal {value}"
     number = isinstance(value, float)

@@ -152,7 +152,7 @@ class Trainer:
         else:
             with self._ema_network() as (network, _):
                 if setup.rank == 0:
-                    grids = setup.evaluator.grids(network, self.experiment.objective, setup.device)
+                    grids = setup.evaluator.grids(network, self.experiment.sampled_objective, setup.device)
                     self.io.show(0, grids)
             self._log_start()
         begin = "starting" if checkpoint is None else "going on"
@@ -209,7 +209,9 @@ class Trainer:
         interruptible = step < self.experiment.training.steps
         try:
             with self._ema_network(interruptible) as (network, ranks):
-                result = setup.evaluator.evaluate(network, self.experiment.objective, setup.device, ranks)
+                result = setup.evaluator.evaluate(
+                    network, self.experiment.sampled_objective, setup.device, ranks
+                )
         except Interrupted:
             return False
         self.evaluations.append({"step": step, **result.metrics})
@@ -233,7 +235,8 @@ class Trainer:
         state = self.train_step.host_state(self._state_copy)
         ema = self.train_step.host_ema_state(copy=self._ema_copy)
         self.io.log_metrics(step, {"system/checkpoint_stall_seconds": time.perf_counter() - started})
-        objective, facts = self.experiment.objective, data_facts(self.loader.info, self.experiment)
+        # Weights are sampled as the sweep says, where a command says nothing else.
+        objective, facts = self.experiment.sampled_objective, data_facts(self.loader.info, self.experiment)
         snapshot = self._owes_snapshot()
         progress = checkpoints.CheckpointState(step, self.loader.consumed, setup.job.run)
 

@@ -2,6 +2,7 @@
 
 points         points of a search space: grid, draws, Sobol sequence; conditions and constraints
 search_space   the trials of a sweep, each a checked experiment
+trial_names    what trials are named by
 tpe            points that Optuna's TPE proposes from results
 drawing        trials that results lead to, drawn while a sweep runs or in its end
 searcher       Tune's search algorithm over them

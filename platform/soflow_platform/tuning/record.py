@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -239,6 +240,20 @@ def new_or_resumed_record(
     if existing is not None:
         return replace(existing, **settings)
     return SweepRecord(id=sweep, name=experiment.name, **settings)
+
+
+def with_recorded_names(trials: Sequence[Trial], record: SweepRecord) -> list[Trial]:
+    """The trials of a file by the names that its sweep has them by: those whose settings stand at the same place of the record.
+
+    Names are formed otherwise than in earlier versions, and folders, checkpoints and runs are found by them.
+    """
+    entries = [*record.trials, *([None] * len(trials))]
+    return [
+        replace(trial, name=entry.name)
+        if entry is not None and json.dumps(entry.settings) == json.dumps(trial.settings)
+        else trial
+        for trial, entry in zip(trials, entries, strict=False)
+    ]
 
 
 @contextlib.contextmanager

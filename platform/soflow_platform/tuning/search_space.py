@@ -11,13 +11,14 @@ from typing import Any, Literal
 from soflow_core.nfe import sampling_evaluations, steps_for, training_evaluations
 from soflow_platform.config.document import MAX_DEPTH, Document, KeyPath, Origin, shortened
 from soflow_platform.config.experiment import Experiment
+from soflow_platform.config.sampling_settings import with_sampling
 from soflow_platform.config.search import Budget, SearchConfig
 from soflow_platform.config.validation import validate
 from soflow_platform.errors import UserError
-from soflow_platform.generation.sampling import with_sampling
 from soflow_platform.tuning.points import SearchSpace
+from soflow_platform.tuning.trial_names import trial_label
 
-FIXED = ("search", "resources", "tracking", "registry", "name", "data")
+FIXED = ("search", "resources", "tracking", "registry", "name", "data", "sampling")
 """Sections that all trials of a sweep have in common."""
 SPACE: KeyPath = ("search", "space")
 Phase = Literal["listed", "drawn", "final"]
@@ -142,7 +143,7 @@ def _trial(document: Document, base: Experiment, index: int, point: Point, budge
         trial_document.put(("training", "steps"), equal_evaluations(base, experiment), origin)
         experiment = validate(trial_document)
     _check_sampling(trial_document, experiment)
-    parts = [point.name] if point.name else [_setting_name(key, value) for key, value in settings.items()]
+    parts = list(filter(None, [point.name or trial_label(settings, base.search)]))
     if len(base.search.budgets) > 1:
         parts.append(f"equal-{budget}")
         settings["budget"] = budget
@@ -157,13 +158,17 @@ def added_trial(
     (budget,) = experiment.search.budgets
     name = None
     if phase == "final":
-        name = "-".join(["final", *(_setting_name(key, value) for key, value in settings.items())])
+        name = "-".join(filter(None, ["final", trial_label(settings, experiment.search)]))
     return _trial(document, experiment, index, Point(settings, SPACE, name, phase), budget)
 
 
 def _check_sampling(document: Document, experiment: Experiment) -> None:
     """Raises UserError where the trained network could not be sampled as evaluation and comparison ask."""
-    objective, conditional = experiment.objective, experiment.data.conditional
+    conditional = experiment.data.conditional
+    try:
+        objective = experiment.sampled_objective
+    except UserError as error:
+        raise UserError(f"{document.origin(('sampling',))}: `sampling`: {error}") from None
     try:
         for nfe in experiment.evaluation.nfe:
             steps_for(objective, nfe, conditional)
@@ -189,11 +194,3 @@ def equal_evaluations(base: Experiment, experiment: Experiment) -> int:
 def _evaluations_of_a_step(experiment: Experiment) -> float:
     batch = experiment.training.batch
     return batch * training_evaluations(experiment.objective, batch, experiment.data.conditional)
-
-
-def _setting_name(key: str, value: Any) -> str:
-    """Part of a trial's name for one setting: `weight_power=1`; for a section its method or kind, or the settings in it."""
-    if isinstance(value, dict):
-        name = value.get("method") or (value.get("kind") if key == "network" else None)
-        return str(name or "-".join(_setting_name(k, v) for k, v in value.items()))
-    return f"{key.rsplit('.', 1)[-1]}={f'{value:.4g}' if isinstance(value, float) else value}"

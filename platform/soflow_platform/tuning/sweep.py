@@ -55,6 +55,7 @@ from soflow_platform.tuning.ray_tune import (
 from soflow_platform.tuning.record import BestTrial, ScoredStep
 from soflow_platform.tuning.search_space import Trial
 from soflow_platform.tuning.trial import TrialTask
+from soflow_platform.tuning.trial_names import named_settings
 
 
 @dataclass(frozen=True)
@@ -339,7 +340,11 @@ class SweepRunner:
             job=job,
             tracking_experiment_id=self.tracking.experiment_id,
             parent=record.run or "",
-            name=run_name(trial.index, trial.settings, None if trial.settings else _label(trial)),
+            name=run_name(
+                trial.index,
+                named_settings(trial.settings, self.context.experiment.search),
+                None if trial.settings else _label(trial),
+            ),
             tags={**prepared.tags(trial.experiment), **varied, **({} if start is None else start.tags())},
         )
 

@@ -151,6 +151,10 @@ MISTAKES = {
         ["evaluate", "digits", "--times", "0.5", "--grid", "power"],
         "--times and --grid both say where the steps end: leave one of them out.",
     ),
+    "sampling of another method": (
+        ["validate", DIGITS, "--set", "sampling.sampler=heun"],
+        "`sampling`: soflow: sampler is 'heun'; it is one of 'consistency', 'ode'.",
+    ),
     "times of a comparison that do not make its steps": (
         ["validate", DIGITS, "--set", "comparison=[{steps: [2, 4], sampling_times: [0.6]}]"],
         "sampling_times [0.6] make 2 steps: give steps: [2].",

@@ -362,6 +362,7 @@ def test_the_resolved_settings_read_back_to_the_same_experiment() -> None:
         "training.precision=mixed",
         "training.clip_norm=1.0",
         "evaluation.samples=1000",
+        "sampling.grid=power",
         "search.space={objective.weight_power: [0.5]}",
         "search.first=[{}]",
     ],
@@ -393,6 +394,7 @@ def test_settings_of_the_search_that_came_later_leave_a_sweep_its_digest() -> No
         "registry.enabled=false",
         "description=in other words",
         "comparison=[{steps: [1]}]",
+        "sampling.steps=4",
     ],
 )
 def test_what_only_runs_a_sweep_may_change_while_it_stays_the_same(override: str) -> None:

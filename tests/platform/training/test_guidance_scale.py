@@ -10,9 +10,10 @@ import pytest
 from soflow_core.guidance import Guidance, ScaleRange
 from soflow_core.objectives import SoFlow
 from soflow_pipelines.preparation.builtin import Expected
+from soflow_platform.config.sampling_settings import with_sampling
 from soflow_platform.config.validation import read_experiment
 from soflow_platform.errors import UserError
-from soflow_platform.generation.sampling import sampling_facts, with_sampling
+from soflow_platform.generation.sampling import sampling_facts
 from soflow_platform.training.flops import forward_gmac
 from soflow_platform.training.model import describe_network
 

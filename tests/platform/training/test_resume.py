@@ -205,6 +205,20 @@ def test_evaluating_changes_no_random_number_of_the_training(worker: Make) -> No
     )
 
 
+def test_sampling_changes_scores_and_no_weight_and_goes_with_the_weights(worker: Make) -> None:
+    ways = ("evaluation.nfe=[2]", "search.metric=eval/fd_nfe2", "training.steps=2")
+    plain = worker("plain", *ways)
+    stepped = worker("stepped", *ways, "sampling={sampler: ode, grid: 'power:3'}")
+    for each in (plain, stepped):
+        each.run()
+    states = [final_state(each.setup.checkpoints.root) for each in (plain, stepped)]
+    assert differing_tensors(*states) == []
+    assert plain.evaluations[0]["eval/fd_nfe2"] != stepped.evaluations[0]["eval/fd_nfe2"]
+    with stepped.setup.checkpoints.published()[-1].opened(checkpoints.EMA) as path:
+        found = load_weights(path).objective
+    assert found == replace(plain.experiment.objective, sampler="ode", sampling_grid="power:3")
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update(worker: Make) -> None:
     """The failure names term and step."""
     broken = worker("broken")

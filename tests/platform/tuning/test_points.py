@@ -15,10 +15,12 @@ from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.search import SearchConfig
 from soflow_platform.config.validation import read_experiment
 from soflow_platform.errors import UserError
+from soflow_platform.tracking.run_names import run_name
 from soflow_platform.tuning.plan import Assumptions, plan_sweep
 from soflow_platform.tuning.points import PointSettings, SearchSpace
 from soflow_platform.tuning.ranking import ScoredTrial, ranked_points
 from soflow_platform.tuning.search_space import trials
+from soflow_platform.tuning.trial_names import named_settings
 from tests.support.sweep_files import MINIMAL, write
 
 FILE = {"objective": {"method": "soflow", "weight_power": 1.0}, "optimizer": {"lr": 1e-4, "warmup_steps": 10}}
@@ -188,6 +190,23 @@ def test_a_space_that_cannot_be_is_refused(tmp_path: Path, search: str, message:
         trials(*reversed(read_experiment(write(tmp_path, MINIMAL), (f"search={search}",))))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_points_of_one_method_are_named_by_what_sets_them_apart(tmp_path: Path) -> None:
+    space = (
+        "{objective: [{method: flow_matching}, {method: meanflow}, {method: meanflow, difference: 0.05}, "
+        "{method: meanflow, guidance: {drop: 0.0}}], optimizer.lr: [1e-3]}"
+    )
+    experiment, document = read_experiment(write(tmp_path, MINIMAL), (f"search={{space: {space}}}",))
+    found = trials(document, experiment)
+    assert [trial.name for trial in found] == [
+        "trial-00-flow_matching-lr=0.001",
+        "trial-01-meanflow-difference=0.005-drop=0.1-lr=0.001",
+        "trial-02-meanflow-difference=0.05-drop=0.1-lr=0.001",
+        "trial-03-meanflow-difference=0.005-drop=0-lr=0.001",
+    ]
+    named = named_settings(found[2].settings, experiment.search)
+    assert run_name(2, named) == "meanflow difference=0.05 ... #02"
 
 
 def test_every_point_is_trained_with_each_seed(tmp_path: Path) -> None:

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from soflow_core.failures import InputError
 from soflow_pipelines.storage.files import read_json, write_json
+from soflow_platform.config.validation import read_experiment
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tuning.record import RECORD, BestTrial, SweepRecord, TrialEntry, load_record
+from soflow_platform.tuning.record import (
+    RECORD,
+    BestTrial,
+    SweepRecord,
+    TrialEntry,
+    load_record,
+    with_recorded_names,
+)
+from soflow_platform.tuning.search_space import trials
+from tests.support.sweep_files import MINIMAL, write
 
 WRITTEN = SweepRecord(
     id="digits-aa11",
@@ -86,3 +97,16 @@ def test_a_record_that_is_no_json_is_refused_in_a_sentence(storage: ProjectFolde
     path.write_text('{"id": "dig')
     with pytest.raises(InputError, match=r"sweep\.json is damaged: it is no JSON file"):
         load_record(storage, WRITTEN.id)
+
+
+def test_trials_that_an_earlier_version_named_otherwise_keep_their_names(tmp_path: Path) -> None:
+    space = "search={space: {objective: [{method: meanflow}, {method: meanflow, difference: 0.05}, {method: ict}]}}"
+    planned = trials(*reversed(read_experiment(write(tmp_path, MINIMAL), (space,))))
+    older = [
+        TrialEntry(f"trial-0{i}-{name}", planned[i].settings)
+        for i, name in enumerate(["meanflow", "meanflow"])
+    ]
+    kept = with_recorded_names(planned, replace(WRITTEN, trials=older))
+    assert [trial.name for trial in kept] == ["trial-00-meanflow", "trial-01-meanflow", "trial-02-ict"]
+    others = [replace(entry, settings={}) for entry in older]
+    assert with_recorded_names(planned, replace(WRITTEN, trials=others)) == planned
