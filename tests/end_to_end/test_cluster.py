@@ -144,3 +144,36 @@ def test_two_workers_on_two_nodes_train_one_network(soflowctl: Run, address: str
         )
     ]
     assert two == pytest.approx(one, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_submitted_sweep_runs_without_a_terminal_and_is_found_through_its_folder(
+    soflowctl: Run, address: str, tmp_path: Path
+) -> None:
+    place = ["--storage", str(tmp_path / "runs")]
+    settings = [*REDUCED, "--set", "search.space={objective.weight_power: [0.5, 1.0]}", "--set", "name=away"]
+    done = soflowctl(
+        "run", str(ROOT / "sweeps" / "digits.yaml"), *settings, *place, "--address", address, "--detach"
+    )
+    assert done.returncode == 0, done.stderr
+    (record,) = all_records(ProjectFolder(tmp_path / "runs"))
+    assert record.attempts == 0
+    assert f"soflowctl attach {record.id}" in done.stdout
+    again = soflowctl(
+        "run", str(ROOT / "sweeps" / "digits.yaml"), *settings, *place, "--address", address, "--detach"
+    )
+    assert again.returncode == 2
+    assert "is running already" in again.stderr
+
+    # It needs no address, and no Ray.
+    attached = soflowctl("attach", record.id, *place)
+    assert attached.returncode == 0, attached.stderr
+    assert "best trial  trial-0" in attached.stdout
+    assert "is job raysubmit_" in attached.stderr
+    states = json.loads(soflowctl("status", record.id, *place, "--json").stdout)
+    assert [state["state"] for state in states] == ["finished", "finished"]
+    (finished,) = all_records(ProjectFolder(tmp_path / "runs"))
+    assert finished.finished
+    assert finished.code == [running_code().digest]
+    assert soflowctl("attach", record.id, *place).stdout == attached.stdout

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -166,6 +168,47 @@ def test_a_removed_node_is_replaced_by_a_spare_one(cluster: Any, tmp_path: Path,
     assert lost <= sweep.save_every + LOG_EVERY
     outcome(
         Outcome("node removed, another one free", "state `restarting`, then `running`; exit 0", seconds, lost)
+    )
+
+
+def drain(address: str, node: str, seconds: int) -> None:
+    """Tell Ray that it will lose a node, as a cloud's notice of preemption does."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address]
+    command += ["--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    command += ["--reason-message", "a test", "--deadline-remaining-seconds", str(seconds)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+
+
+def test_trials_save_before_a_node_that_is_drained_is_lost(
+    cluster: Any, tmp_path: Path, outcome: Note
+) -> None:
+    added = [cluster.add_node(num_cpus=2) for _ in range(3)]
+    sweep = Watched(
+        ProjectFolder(tmp_path / "runs"),
+        WORKERS_ON_NODES,
+        steps=3000,
+        every=1000,
+        save_every=500,
+        address=str(cluster.address),
+    )
+    sweep.trains(checkpoints=1)
+    node = _busy(added)
+    drain(str(cluster.address), node.node_id, 300)
+    sweep.wait_for(lambda: any(step % sweep.save_every for step in sweep.checkpoint_steps), 60)
+    assert "asked to save: a machine is to be lost" in sweep.log
+    since = time.monotonic()
+    cluster.remove_node(node, allow_graceful=False)
+    seconds, lost = sweep.recovery(since)
+    output = sweep.succeeds()
+    sweep.expect_whole_curves()
+    assert "1 node(s) of the cluster are to be lost: running trials save" in output
+    outcome(
+        Outcome(
+            "node drained (preemption notice), then removed, another one free",
+            '"node(s) of the cluster are to be lost: running trials save"; exit 0',
+            seconds,
+            lost,
+        )
     )
 
 

@@ -3,17 +3,21 @@
 Heavy imports stand inside the commands, so that `--help` answers at once.
 
 main              the commands, and exit codes
-sweep_commands    options of run, validate, plan, runs, status, logs, stop and ui
+sweep_commands    options of run, validate, plan, runs, status, logs, stop, attach and ui
 scoring_commands  options of evaluate and compare
 options           options that several commands share
 terminal          console, tables, progress bars
 sweep_file        a sweep file by path or name, checked, with its trials
 run               run
+dry_run           run --dry-run
 validate          validate
 plan              plan
 display           live table and result of a sweep
 runs              runs
 status            status, logs and stop
+attach            attach
+detach            run --detach
+detached_command  what its job runs
 ui                ui
 data              data prepare, inspect and verify
 doctor            doctor

@@ -1,8 +1,10 @@
-"""soflowctl compare."""
+"""soflowctl compare: the methods of one sweep or of several in one table."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,14 +21,14 @@ if TYPE_CHECKING:
 
 
 def compare_command(
-    sweep: str, overrides: tuple[str, ...], places: Places, costs: bool, as_json: bool
+    sweeps: tuple[str, ...], overrides: tuple[str, ...], places: Places, costs: bool, as_json: bool
 ) -> None:
-    """Compare the methods of a sweep, print the table, keep it beside the sweep and on its run.
+    """Compare the methods of sweeps, print the table, keep it beside the first sweep and on its run.
 
     The table is kept before costs are measured and again with them, so that a failure there leaves the scores.
     """
     project = find_project(places.storage)
-    request = find_request(sweep, overrides, project)
+    request = find_requests(sweeps, overrides, project)
     record = request.record
     require_writable(project)
     from rich.console import Console
@@ -42,14 +44,16 @@ def compare_command(
     require_answer(places.address)
     errors = Console(stderr=True)
     store = TrackingStore(places.tracking or record.tracking_uri or project.tracking_uri)
-    folder = project.sweep(record.id) / "comparison"
+    folder = project.sweep(record.id) / (
+        "comparison" if not request.others else f"comparison-{_others(request)}"
+    )
 
     def say(text: str) -> None:
         errors.print(styled((text, "dim")), highlight=False)
 
     def keep(comparison: Comparison) -> None:
         files = save(comparison, folder)
-        if record.run is not None:
+        if record.run is not None and not request.others:
             log_comparison(store.client, record.run, files, conclusions(comparison))
 
     with (
@@ -68,6 +72,31 @@ def compare_command(
     _print(console(), comparison, folder)
 
 
+def _others(request: CompareRequest) -> str:
+    """Part of a folder's name for the further sweeps of a comparison."""
+    ids = "-".join(record.id for record in request.others)
+    return ids if len(ids) <= 100 else hashlib.sha256(ids.encode()).hexdigest()[:16]
+
+
+def find_requests(
+    names: tuple[str, ...], overrides: tuple[str, ...], project: ProjectFolder
+) -> CompareRequest:
+    """The sweeps of these names, sampled in the ways of the first one and what the others add.
+
+    Raises UserError where one never ran or is named twice, and where `overrides` are given for several.
+    """
+    if overrides and len(names) > 1:
+        raise UserError("--set is of one sweep file: name the other sweeps by their ids, without --set.")
+    requests = [find_request(name, overrides, project) for name in names]
+    first, *others = requests
+    ids = [request.record.id for request in requests]
+    twice = next((each for each in ids if ids.count(each) > 1), None)
+    if twice is not None:
+        raise UserError(f"sweep {twice} is named twice: name each once.")
+    protocol = tuple(dict.fromkeys(way for request in requests for way in request.protocol))
+    return replace(first, protocol=protocol, others=tuple(request.record for request in others))
+
+
 def find_request(name: str, overrides: tuple[str, ...], project: ProjectFolder) -> CompareRequest:
     """The sweep of this name and its `comparison`: of the file where a file is named, else of the settings that it ran with.
 
@@ -76,14 +105,16 @@ def find_request(name: str, overrides: tuple[str, ...], project: ProjectFolder) 
     from soflow_platform.config.validation import resolved_experiment
     from soflow_platform.jobs.requests import CompareRequest
     from soflow_platform.tuning.lookup import resolve
-    from soflow_platform.tuning.record import load_record
 
     if Path(name).is_file() or overrides:
         from soflow_platform.cli.sweep_file import read
         from soflow_platform.tuning.record import sweep_id
+        from soflow_platform.tuning.recorded import sweep_of
 
-        experiment = read(name, overrides).experiment
-        record = load_record(project, sweep_id(project, experiment, again=False))
+        checked = read(name, overrides)
+        experiment = checked.experiment
+        sweep = sweep_id(project, experiment, again=False)
+        record = sweep_of(project, experiment, checked.trials, sweep)
         if record is None:
             raise UserError(
                 f"{name} as it stands has not run under {project.root}: start it with `soflowctl run {name}`, or name a sweep that "

@@ -23,7 +23,7 @@ from soflow_platform.cli.models import models
 from soflow_platform.cli.promote import promote
 from soflow_platform.cli.report import report
 from soflow_platform.cli.scoring_commands import compare, evaluate
-from soflow_platform.cli.sweep_commands import logs, plan, run, runs, status, stop, ui, validate
+from soflow_platform.cli.sweep_commands import attach, logs, plan, run, runs, status, stop, ui, validate
 from soflow_platform.errors import JobError, Stopped
 from soflow_platform.tracking.outages import describe_outage
 
@@ -58,6 +58,7 @@ app.command()(runs)
 app.command()(status)
 app.command()(logs)
 app.command()(stop)
+app.command()(attach)
 app.command()(ui)
 app.command()(doctor)
 app.command()(report)

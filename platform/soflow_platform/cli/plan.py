@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from soflow_platform.cli.sweep_file import CheckedSweep
 from soflow_platform.cli.terminal import console, duration, plain_table, styled
 from soflow_platform.tuning.plan import Assumptions, SweepPlan, TrialPlan, plan_sweep
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SHOWN = 6
 """Numbers of trials in a row of the table."""
@@ -25,13 +28,18 @@ def plan_command(sweep: CheckedSweep, assumptions: Assumptions, timed: bool, as_
     timed = timed or plan.on_gpus
     screen = console()
     screen.print(styled((plan.name, "bold"), f": {plan.description}"))
+    screen.print(plan_table(plan, timed))
+    for title, text in [*amount_lines(plan), *(time_lines(plan) if timed else []), *notes(plan)]:
+        screen.print(styled((f"{title:<12}", "bold"), text), soft_wrap=True)
+
+
+def plan_table(plan: SweepPlan, timed: bool) -> Table:
+    """A row for the trials that cost the same."""
     columns = _COLUMNS if timed else _COLUMNS[:-2]
     table = plain_table("trials", *(title for title, _ in columns))
     for label, trial in _alike(plan.trials):
         table.add_row(label, *(cell(trial) for _, cell in columns))
-    screen.print(table)
-    for title, text in [*amount_lines(plan), *(time_lines(plan) if timed else []), *_notes(plan)]:
-        screen.print(styled((f"{title:<12}", "bold"), text), soft_wrap=True)
+    return table
 
 
 def short_plan(plan: SweepPlan) -> str:
@@ -89,7 +97,8 @@ def time_lines(plan: SweepPlan) -> list[tuple[str, str]]:
     return [*lines, ("assumed", assumed)]
 
 
-def _notes(plan: SweepPlan) -> list[tuple[str, str]]:
+def notes(plan: SweepPlan) -> list[tuple[str, str]]:
+    """Title and text of each line on what does not fit or is left out."""
     return [("note", note) for note in plan.notes]
 
 
@@ -148,8 +157,11 @@ _COLUMNS: tuple[tuple[str, Callable[[TrialPlan], str]], ...] = (
     ("method", lambda trial: trial.method),
     ("steps", lambda trial: f"{trial.steps:,}"),
     ("parameters", lambda trial: f"{trial.parameters / 1e6:.1f} M"),
+    ("forward", lambda trial: f"{trial.forward_gmac:.4g} GMAC"),
+    ("passes", lambda trial: f"{trial.forwards:.4g}"),
     ("an image", lambda trial: amount(trial.image_flops, "FLOP")),
     ("a step", lambda trial: amount(trial.step_flops, "FLOP")),
+    ("in all", lambda trial: amount(trial.total_flops, "FLOP")),
     ("memory", lambda trial: amount(trial.memory.total, "B")),
     ("step takes", lambda trial: f"{_rounded(1000 * trial.step_seconds)} ms"),
     ("GPU-hours", lambda trial: _rounded(trial.gpu_hours)),

@@ -6,15 +6,14 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from soflow_platform.cli.options import Places
-from soflow_platform.cli.sweep_file import later_trials, print_proxy, read, steps_of
-from soflow_platform.cli.terminal import console, plain_table, styled
+from soflow_platform.cli.sweep_file import CheckedSweep, print_proxy, read
+from soflow_platform.cli.terminal import console
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.storage.checkpoints import CheckpointStore
@@ -30,7 +29,7 @@ from soflow_platform.tuning.record import (
     sweep_id,
     with_recorded_names,
 )
-from soflow_platform.tuning.recorded import recorded_trials
+from soflow_platform.tuning.recorded import awaits_results, describe_growth, grown_sweep, known_trials
 from soflow_platform.tuning.search_space import Trial
 
 if TYPE_CHECKING:
@@ -38,8 +37,8 @@ if TYPE_CHECKING:
 
     from soflow_pipelines.preparation.builtin import Expected
     from soflow_platform.cli.display import SweepDisplay
-    from soflow_platform.training.flops import Cost
     from soflow_platform.training.start import Start
+    from soflow_platform.tuning.display import TrialOutcome
 
 T = TypeVar("T")
 
@@ -58,8 +57,23 @@ class RunOptions:
     """Print nothing before the result."""
     check: bool = True
     """Try a step of each trial first."""
+    detach: bool = False
+    """Let the command run on the cluster."""
+    retry_failed: bool = False
+    """Try trials again that failed by their own fault."""
     proxy: str | None = None
     """Sweep file at whose size and length the sweep is run."""
+
+    @property
+    def passed_on(self) -> list[str]:
+        """The options of the same command on a cluster, where the first steps were tried already."""
+        flags = {
+            "--again": self.again,
+            "--keep": self.keep,
+            "--retry-failed": self.retry_failed,
+            "--quiet": self.quiet,
+        }
+        return [*(name for name, given in flags.items() if given), "--no-check"]
 
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -81,24 +95,24 @@ def run_command(
     storage = find_project(storage_option)
     screen = console()
     if options.dry_run:
-        _print_plan(screen, experiment, planned, storage.root)
+        from soflow_platform.cli.dry_run import print_dry_run
+
+        print_dry_run(screen, experiment, planned, storage.root)
         return
     from soflow_platform.cli.display import SweepDisplay, show_result
     from soflow_platform.training.dataset import check_data
 
     data = check_data(experiment)
     require_writable(storage)
-    sweep = sweep_id(storage, experiment, options.again)
-    existing = load_record(storage, sweep)
+    sweep, existing = _existing_sweep(storage, sweep_file, options, screen)
     if existing is not None:
-        planned = with_recorded_names(planned, existing)
-        planned += recorded_trials(sweep_file.document, experiment, existing, planned)
-        _check_code(storage, existing, options.keep, screen)
-    if existing is not None and existing.finished:
-        screen.print(f"sweep {sweep} is finished; --again runs it anew.")
-        show_result(screen, existing, storage)
-        _score_best(screen, existing, experiment, Places(address, storage_option, existing.tracking_uri))
-        return
+        named = with_recorded_names(planned, existing)
+        planned = known_trials(sweep_file.document, experiment, existing, named)
+        if _is_finished(existing, sweep_file, planned, options, screen):
+            show_result(screen, existing, storage)
+            _score_best(screen, existing, experiment, Places(address, storage_option, existing.tracking_uri))
+            return
+        existing.finished = False
     starts = find_starts(planned, data, storage, experiment, existing)
     if options.check:
         _check_first_steps(planned, data)
@@ -106,31 +120,37 @@ def run_command(
         _print_short_plan(screen, experiment, planned, data)
     from soflow_platform.cluster.connection import require_answer
     from soflow_platform.training.start import start_key
+    from soflow_platform.tuning.context import failed_before
+    from soflow_platform.tuning.continuation import continue_trials
     from soflow_platform.tuning.sweep import SweepContext, run_sweep
 
     require_answer(address)
     if existing is not None:
         _require_checkpoints(storage, existing, experiment)
+    if options.detach:
+        from soflow_platform.cli.detach import detach
+
+        made = new_or_resumed_record(existing, sweep, str(path), experiment, planned)
+        detach(screen, storage, made, options.passed_on, address)
+        return
     record = new_or_resumed_record(existing, sweep, str(path), experiment, planned)
     for trial in planned:
         if trial.name in starts:
             record.starts[start_key(trial.experiment)] = starts[trial.name].as_dict()
     display = SweepDisplay(screen, experiment, planned, options.quiet)
-    context = SweepContext(record, experiment, planned, storage, display, sweep_file.document)
+    failed_trials = _failed_before(storage, record, planned, options.retry_failed)
+    context = SweepContext(record, experiment, planned, storage, display, sweep_file.document, failed_trials)
     shutdown = GracefulShutdown(storage, sweep, display, experiment.training.grace_seconds)
     with shutdown, lock_sweep(storage, sweep):
+        continue_trials(storage, record, planned, data, display.say)
         outcomes = restart_lost_ray(
             lambda: run_sweep(context, address),
             experiment.resources.max_failures if address is None else 0,
             display.say,
         )
     show_result(screen, record, storage, outcomes)
-    failed = [o for o in outcomes if o.status.state is TrialState.FAILED]
-    if failed:
-        raise JobError(
-            f"{len(failed)} of {len(outcomes)} trials failed ({failed[0].name}: {failed[0].status.failure}); "
-            "the same command tries them again."
-        )
+    if failure := describe_failures(outcomes, failed_before(storage, record, planned)):
+        raise JobError(failure)
     _score_best(screen, record, experiment, Places(address, storage_option, record.tracking_uri))
 
 
@@ -159,6 +179,53 @@ def _score_best(screen: Console, record: SweepRecord, experiment: Experiment, pl
     evaluate_command(request, places, as_json=False)
 
 
+def _existing_sweep(
+    storage: ProjectFolder, sweep_file: CheckedSweep, options: RunOptions, screen: Console
+) -> tuple[str, SweepRecord | None]:
+    """The id of the sweep that the file stands for, and its record where it was started or is one that the file adds trials to.
+
+    Raises UserError where other code has trained it, unless that is to be kept.
+    """
+    experiment = sweep_file.experiment
+    sweep = sweep_id(storage, experiment, options.again)
+    existing = load_record(storage, sweep)
+    if existing is None and not options.again:
+        existing = _grown_sweep(storage, sweep_file, options.keep, screen)
+    if existing is None:
+        return sweep, None
+    _check_code(storage, existing, options.keep, screen)
+    return existing.id, existing
+
+
+def _grown_sweep(
+    storage: ProjectFolder, sweep_file: CheckedSweep, keep: bool, screen: Console
+) -> SweepRecord | None:
+    """The sweep that the file adds trials to; None where there is none, and, unless it is to be kept, where other code trained it."""
+    grown = grown_sweep(storage, sweep_file.experiment, sweep_file.trials)
+    if grown is None or not grown.other_code or keep:
+        return None if grown is None else grown.record
+    difference = describe_difference(list(grown.other_code))
+    screen.print(
+        f"sweep {grown.record.id} has some of these trials and was trained by other code than this ({difference}): this is a sweep of "
+        "its own; --keep adds to that one.",
+        highlight=False,
+    )
+    return None
+
+
+def _is_finished(
+    record: SweepRecord, sweep_file: CheckedSweep, trials: list[Trial], options: RunOptions, screen: Console
+) -> bool:
+    """Whether nothing of a sweep is left to be done, which is then said; else what the file adds to it is."""
+    growth = describe_growth(record, trials)
+    if growth is not None and not options.quiet:
+        screen.print(f"{growth}.", highlight=False)
+    if not record.finished or growth is not None or awaits_results(sweep_file.experiment, trials):
+        return False
+    screen.print(f"sweep {record.id} is finished; --again runs it anew.")
+    return True
+
+
 def _check_code(storage: ProjectFolder, record: SweepRecord, keep: bool, screen: Console) -> None:
     """Raises UserError where other code has trained the sweep, unless that is to be kept, which is then printed."""
     code = running_code()
@@ -175,6 +242,34 @@ def _check_code(storage: ProjectFolder, record: SweepRecord, keep: bool, screen:
             f"{difference}. --again trains it anew, --keep goes on with what is there and marks its run."
         )
     screen.print(f"{difference}; what it has trained is kept.")
+
+
+def _failed_before(
+    storage: ProjectFolder, record: SweepRecord, planned: list[Trial], retry: bool
+) -> dict[str, str]:
+    """The trials that failed before and stay so: with other code, or on request, they are tried again."""
+    from soflow_platform.tuning.context import failed_before
+
+    if retry or record.code[-1:] != [running_code().digest]:
+        return {}
+    return failed_before(storage, record, planned)
+
+
+def describe_failures(outcomes: list[TrialOutcome], own: Mapping[str, str]) -> str | None:
+    """How many trials failed and by what, with what tries them again; None where none did. `own` failed by their own fault."""
+    failed = {o.name: str(o.status.failure) for o in outcomes if o.status.state is TrialState.FAILED}
+    if not failed:
+        return None
+    reasons = []
+    for reason in dict.fromkeys(failed.values()):
+        names = [name for name, each in failed.items() if each == reason]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        reasons.append(f"{names[0]}{more}: {reason}")
+    others = [name for name in failed if name not in own]
+    way = "the same command tries them again" if others else "--retry-failed tries them again"
+    if others and len(others) < len(failed):
+        way = f"the same command tries {len(others)} of them again, --retry-failed all"
+    return f"{len(failed)} of {len(outcomes)} trials failed ({'; '.join(reasons)}); {way}."
 
 
 def _check_first_steps(planned: list[Trial], data: Expected) -> None:
@@ -311,57 +406,3 @@ def _print_short_plan(
     with contextlib.suppress(UserError):
         # Where the shape of the samples is not known, or the method makes no passes that can be counted.
         screen.print(short_plan(plan_sweep(experiment, planned, Assumptions(), data)))
-
-
-def _print_plan(screen: Console, experiment: Experiment, planned: list[Trial], root: Path) -> None:
-    from soflow_platform.training.dataset import check_data
-    from soflow_platform.training.flops import request
-
-    screen.print(styled((experiment.name, "bold"), f": {experiment.description}"))
-    table = plain_table("trial", "steps", "parameters", "GMAC/forward", "passes/sample", "PFLOP")
-    costs = [_cost(trial) for trial in planned]
-    for trial, cost in zip(planned, costs, strict=True):
-        steps = f"{trial.experiment.training.steps:,}"
-        if cost is None:
-            table.add_row(trial.name, steps, "-", "-", "-", "-")
-            continue
-        table.add_row(
-            trial.name,
-            steps,
-            f"{cost.parameters / 1e6:.1f} M",
-            f"{cost.forward_gmac:.4g}",
-            f"{cost.evaluations_per_sample:.4g}",
-            f"{cost.total_petaflops:,.4g}",
-        )
-    screen.print(table)
-    screen.print(
-        f"{len(planned)} trials{later_trials(experiment)} of {steps_of(planned)} steps, "
-        f"{experiment.training.batch} samples in each step"
-    )
-    screen.print(f"compared by {experiment.search.metric} ({experiment.mode})")
-    screen.print(f"asks Ray for {request(experiment)}")
-    states = sorted({f"{cost.state_gigabytes:.3g}" for cost in costs if cost is not None}, key=float)
-    if states:
-        span = states[0] if len(states) == 1 else f"{states[0]} to {states[-1]}"
-        screen.print(
-            f"{span} GB of weights, gradients, optimizer and EMA state in each worker, activations besides"
-        )
-    _print_short_plan(screen, experiment, planned)
-    screen.print(f"storage {root}")
-    try:
-        check_data(experiment)
-        screen.print(f"data {experiment.data.source}")
-    except UserError as error:
-        screen.print(f"before it can run: {error}")
-
-
-def _cost(trial: Trial) -> Cost | None:
-    """What a trial costs; None where its network depends on data that are not read yet."""
-    from soflow_platform.training.dataset import expected
-    from soflow_platform.training.flops import cost
-    from soflow_platform.training.model import describe_network
-
-    data = expected(trial.experiment)
-    if data is None:
-        return None
-    return cost(trial.experiment, describe_network(trial.experiment, data))

@@ -114,11 +114,11 @@ def evaluate(
 
 
 def compare(
-    sweep: Annotated[
-        str,
+    sweeps: Annotated[
+        list[str],
         typer.Argument(
-            metavar="SWEEP",
-            help="Id or name of a sweep that ran, or its file, whose `comparison` section is then used.",
+            metavar="SWEEP...",
+            help="Id or name of a sweep that ran, or its file, whose `comparison` section is then used; several stand in one table.",
         ),
     ],
     overrides: SetOption = None,
@@ -131,8 +131,8 @@ def compare(
     storage: StorageOption = None,
     tracking: TrackingOption = None,
 ) -> None:
-    """Compare the methods of a sweep: distance at each number of function evaluations, cost of a step, time of an image."""
+    """Compare the methods of one sweep or of several: distance at each number of function evaluations, costs of steps and images."""
     from soflow_platform.cli.compare import compare_command
 
     places = Places(address, storage, tracking)
-    compare_command(sweep, tuple(overrides or ()), places, costs, as_json)
+    compare_command(tuple(sweeps), tuple(overrides or ()), places, costs, as_json)

@@ -1,4 +1,4 @@
-"""run, validate, plan, runs, status, logs, stop and ui: the options of the commands about sweeps."""
+"""run, validate, plan, runs, status, logs, stop, attach and ui: the options of the commands about sweeps."""
 
 from __future__ import annotations
 
@@ -33,6 +33,19 @@ def run(
     keep: Annotated[
         bool, typer.Option("--keep", help="Go on with a sweep that other code has trained, and mark its run.")
     ] = False,
+    retry_failed: Annotated[
+        bool,
+        typer.Option(
+            "--retry-failed", help="Try trials again that failed: not finite, out of memory, an exception."
+        ),
+    ] = False,
+    detach: Annotated[
+        bool,
+        typer.Option(
+            "--detach",
+            help="With --address: let the command run on the cluster; attach, status and stop find it.",
+        ),
+    ] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print the result alone, no progress.")
     ] = False,
@@ -66,7 +79,9 @@ def run(
             "--dry-run": dry_run,
             "--again": again,
             "--keep": keep,
+            "--retry-failed": retry_failed,
             "--address": address,
+            "--detach": detach,
             "--quiet": quiet,
             "--proxy": proxy,
         }
@@ -77,7 +92,9 @@ def run(
         raise UserError("--trial chooses the trial of --local: pass both, or leave it out.")
     if again and keep:
         raise UserError("--again trains anew and --keep goes on with what is there: pass one of them.")
-    options = RunOptions(dry_run, again, keep, quiet, not no_check, proxy)
+    if detach and address is None:
+        raise UserError("--detach needs a cluster to run on: pass --address HEAD:6379.")
+    options = RunOptions(dry_run, again, keep, quiet, not no_check, detach, retry_failed, proxy)
     settings = (*(overrides or ()), *(["registry.enabled=false"] if no_register else []))
     run_command(sweep, settings, address, storage, options)
 
@@ -174,6 +191,13 @@ def stop(
     from soflow_platform.cli.status import stop_command
 
     stop_command(name, wait, storage)
+
+
+def attach(name: Annotated[str, NameArgument], storage: StorageOption = None) -> None:
+    """Print what the command of a sweep prints that was submitted with `run --detach`, until it ends, with its exit code."""
+    from soflow_platform.cli.attach import attach_command
+
+    raise typer.Exit(attach_command(name, storage))
 
 
 def ui(

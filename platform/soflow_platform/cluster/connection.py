@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from soflow_core.failures import summarize
+from soflow_platform.cluster.capacity import Machine
 from soflow_platform.cluster.code_shipping import shipped_code, with_plugins
 from soflow_platform.cluster.ray_internals import keep_keys_out_of_logs, own_processes, without_servers
 from soflow_platform.cluster.session_folder import session_root
@@ -67,6 +68,8 @@ class Cluster:
     nodes: int
     machines: int
     """Different addresses among the nodes."""
+    rooms: tuple[Machine, ...] = ()
+    """What each node has."""
 
     def require_alive(self) -> None:
         """Raises RayLost where this process's Ray node has died: calls to it would not return."""
@@ -140,6 +143,10 @@ def connected(address: str | None, dashboard: bool = False) -> Iterator[Cluster]
             gpus=resources.get("GPU", 0.0),
             nodes=len(alive),
             machines=len({node["NodeManagerAddress"] for node in alive}),
+            rooms=tuple(
+                Machine(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+                for node in alive
+            ),
         )
     finally:
         ray.shutdown()

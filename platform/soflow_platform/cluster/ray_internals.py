@@ -177,3 +177,16 @@ def autoscaling_requester() -> str | None:
         return f"train-{private('train_context')().train_run_context.run_id}"
     except (ImportError, AttributeError):
         return None
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that Ray was told it will lose: by a cloud's notice of preemption, its autoscaler, or `ray drain-node`.
+
+    Empty where this version of Ray keeps that elsewhere, and where its head does not answer.
+    """
+    try:
+        from ray._private.state import state
+
+        return set(state.get_draining_nodes())
+    except Exception:
+        return set()

@@ -29,7 +29,7 @@ from soflow_platform.config.sections import (
 )
 from soflow_platform.config.training import ResourcesConfig, TrainingConfig
 
-DECIDING_SECTIONS = ("seed", "data", "network", "objective", "optimizer", "evaluation", "search")
+DECIDING_SECTIONS = ("seed", "data", "network", "objective", "optimizer")
 DECIDING_TRAINING = ("steps", "batch", "ema", "precision", "clip_norm")
 """Settings that decide a sweep's numbers and what they are compared by. The others (machines, pace of logs and checkpoints, places,
 descriptions) may differ each time that the sweep is started."""
@@ -44,6 +44,10 @@ LATER_SEARCH_SETTINGS: dict[str, Any] = {
 }
 """Settings that `search` has got since 0.1.0, with the values at which nothing changes. With these they are no part of the digest, so
 that sweeps keep it; of methods and networks, the settings that are marked as inert."""
+LATER_ASHA_SETTINGS: dict[str, Any] = {"metric": None}
+"""The same of `search.asha`."""
+COMPARING_SEARCH = ("metric", "mode", "objectives", "asha", "stop")
+"""Settings of `search` that decide how trials are compared, and not which there are."""
 LATER_EVALUATION_SETTINGS: dict[str, Any] = {"reference": None, "pooled": False, "metrics": []}
 """The same of `evaluation`; `final_samples` decides no number of a trial and is never part of it."""
 LATER_NETWORK_SETTINGS: dict[str, Any] = {"kind": "dit", **PARITY}
@@ -121,6 +125,12 @@ class Experiment(Section):
                 f"search.metric {self.search.metric!r} is never reported: this sweep reports {', '.join(reported)}; "
                 "`evaluation.metrics` adds others"
             )
+        rung = self.search.asha.metric if self.search.asha else None
+        if rung is not None and rung not in reported:
+            raise ValueError(
+                f"search.asha.metric {rung!r} is never reported: this sweep reports {', '.join(reported)}; "
+                "`evaluation.pooled` and `evaluation.metrics` add others"
+            )
         for name in self.search.stop:
             if name not in reported and name not in LOGGED_METRICS:
                 known = ", ".join((*LOGGED_METRICS, *reported))
@@ -158,6 +168,14 @@ class Experiment(Section):
         return self.search.mode or self.evaluation.reported(self.data.conditional)[self.search.metric]
 
     @property
+    def rung_metric(self) -> tuple[str, str]:
+        """What trials are compared by at rungs, and `min` or `max`."""
+        own = self.search.asha.metric if self.search.asha else None
+        if own is None or own == self.search.metric:
+            return self.search.metric, self.mode
+        return own, self.evaluation.reported(self.data.conditional)[own]
+
+    @property
     def objective_modes(self) -> dict[str, str]:
         """`min` or `max` for `search.metric` and each of `search.objectives`, in this order."""
         reported = {**self.evaluation.reported(self.data.conditional), TRAINING_SECONDS: "min"}
@@ -181,22 +199,59 @@ class Experiment(Section):
     def digest(self) -> str:
         """Eight characters that change with what decides the numbers: a sweep is the same sweep when its digest is."""
         resolved = self.resolved()
+        search = _search_of_the_digest(resolved["search"])
+        evaluation = _evaluation_of_the_digest(resolved)
+        return _digest({**self._training(), **self._sampled(), "evaluation": evaluation, "search": search})
+
+    def training_digest(self) -> str:
+        """Eight characters that change with what decides the weights of a trial with these settings."""
+        return _digest({**self._training(), "stop": self.resolved()["search"]["stop"]})
+
+    def continuation_digest(self) -> str:
+        """As `training_digest`, of trainings that differ in `training.steps` alone."""
+        settings = self._training()
+        del settings["training"]["steps"]
+        return _digest({**settings, "stop": self.resolved()["search"]["stop"]})
+
+    def scoring_digest(self) -> str:
+        """Eight characters that change with what trials are scored and compared by: trials of one sweep have it in common."""
+        resolved = self.resolved()
+        search = {key: resolved["search"][key] for key in COMPARING_SEARCH}
+        # What is added later is no setting of older sweeps.
+        search["asha"] = _without(search["asha"] or {}, LATER_ASHA_SETTINGS) or None
+        evaluation = _evaluation_of_the_digest(resolved)
+        return _digest(
+            {**self._sampled(), "data": resolved["data"], "evaluation": evaluation, "search": search}
+        )
+
+    def _sampled(self) -> dict[str, Any]:
+        """The section `sampling` where it says anything: it decides no weights, and the scores that trials are compared by."""
+        if not self.sampling.settings:
+            return {}
+        return {"sampling": self.sampling.model_dump(mode="json", exclude={"steps"}, exclude_none=True)}
+
+    def _training(self) -> dict[str, Any]:
+        """The settings that decide the weights of a trial."""
+        resolved = self.resolved()
         settings = {section: resolved[section] for section in DECIDING_SECTIONS}
         settings["objective"] = identifying(type(self.objective), resolved["objective"])
         settings["network"] = _without(resolved["network"], LATER_NETWORK_SETTINGS)
-        evaluation = _without(resolved["evaluation"], LATER_EVALUATION_SETTINGS)
-        settings["evaluation"] = {key: value for key, value in evaluation.items() if key != "final_samples"}
-        settings["search"] = _search_of_the_digest(resolved["search"])
-        if self.sampling.settings:
-            # It decides no weights, and the scores that trials are compared by.
-            settings["sampling"] = self.sampling.model_dump(mode="json", exclude={"steps"}, exclude_none=True)
         if self.plugins:
             settings["plugins"] = sorted((plugin.module, plugin.digest) for plugin in self.plugins)
         training = resolved["training"]
         later = {key: training[key] for key in LATER_TRAINING_SETTINGS}
         deciding = {key: training[key] for key in DECIDING_TRAINING}
         settings["training"] = deciding | _without(later, LATER_TRAINING_SETTINGS)
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        return settings
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _evaluation_of_the_digest(resolved: dict[str, Any]) -> dict[str, Any]:
+    evaluation = _without(resolved["evaluation"], LATER_EVALUATION_SETTINGS)
+    return {key: value for key, value in evaluation.items() if key != "final_samples"}
 
 
 def _without(settings: dict[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,6 +262,8 @@ def _without(settings: dict[str, Any], later: Mapping[str, Any]) -> dict[str, An
 def _search_of_the_digest(search: dict[str, Any]) -> dict[str, Any]:
     """The settings of `search` that decide what is trained and how it is compared."""
     kept = _without(search, LATER_SEARCH_SETTINGS)
+    if kept["asha"] is not None:
+        kept["asha"] = _without(kept["asha"], LATER_ASHA_SETTINGS)
     first_kinds = ("uniform", "log_uniform")
     kept["space"] = {
         key: {name: each for name, each in way.items() if name in first_kinds or each is not None}

@@ -20,11 +20,13 @@ POINT_NAME = re.compile(r"[A-Za-z0-9][\w.=+-]{0,59}")
 
 
 class AshaConfig(Section):
-    """Asynchronous successive halving: the worse trials stop at rungs, compared at equal steps of an equal K."""
+    """Asynchronous successive halving: the worse trials stop at rungs, compared at equal shares k / K of their trainings."""
 
     first_rung: Positive
-    """Steps before the first comparison."""
+    """Steps of `training.steps` before the first comparison; a trial of another length is compared at the same share of its own."""
     reduction: Annotated[int, Field(ge=2)] = 3
+    metric: str | None = None
+    """What trials are compared by at rungs; None: `search.metric`, by which the sweep is ranked."""
 
 
 class StopLimits(Section):
@@ -141,8 +143,8 @@ class SearchConfig(Section):
     def _budgets_fit(self) -> SearchConfig:
         if len(set(self.budgets)) < len(self.budgets):
             raise ValueError("`budgets` names one twice; keep one")
-        if self.asha is not None and self.budgets != ("steps",):
-            raise ValueError("`asha` compares trials at equal steps: leave `budgets` out")
+        if self.asha is not None and len(self.budgets) > 1:
+            raise ValueError("`asha` compares trials of one budget: name one in `budgets`")
         if self.algorithm == "tpe" and (self.seeds > 1 or len(self.budgets) > 1):
             raise ValueError(
                 "algorithm: tpe trains each point once: leave `seeds` and `budgets` out; `final` trains the best with several seeds"

@@ -86,6 +86,8 @@ class ResourcesConfig(Section):
     gpus_per_worker: Annotated[float, Field(ge=0, le=10_000)] = 0
     concurrent_trials: Positive | None = None
     """Trials that run at the same time; None: as many as fit."""
+    autoscale: bool = False
+    """Whether the cluster adds machines on demand: what does not fit now is then waited for, `wait_minutes` at most, not refused."""
     max_failures: Annotated[int, Field(ge=0, le=10_000)] = 3
     """Lost workers or nodes that one trial survives."""
     wait_minutes: Minutes = 30
@@ -96,6 +98,24 @@ class ResourcesConfig(Section):
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(
                 f"`min_workers` ({self.min_workers}) is above `workers` ({self.workers}): lower it"
+            )
+        return self
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _whole_gpus(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError(
+                f"`gpus_per_worker` is {gpus:g}: Ray gives parts of one GPU or whole ones; take {int(gpus)} or {int(gpus) + 1}"
+            )
+        return gpus
+
+    @model_validator(mode="after")
+    def _a_gpu_for_each_rank(self) -> ResourcesConfig:
+        if self.workers > 1 and 0 < self.gpus_per_worker < 1:
+            raise ValueError(
+                f"`gpus_per_worker` is {self.gpus_per_worker:g} with {self.workers} workers: NCCL connects no two workers on one GPU; "
+                "give each a whole one, or the trial one worker"
             )
         return self
 

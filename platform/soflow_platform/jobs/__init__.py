@@ -14,6 +14,7 @@ report_data        what it shows, from record, checkpoints, status files and MLf
 report_charts      its Plotly figures
 report_importance  share of the metric's variance that each setting explains
 report_page        its HTML, with style and script in the files beside it
+report_pareto      fronts of several objectives
 benchmark          seconds and memory of training and sampling
 generate           a folder of images from weights
 export             a generator as one file that runs without the platform, or as a folder for diffusers
@@ -21,6 +22,7 @@ export_diffusers   that folder: written, and loaded by diffusers
 import_weights     registers a checkpoint of published code
 posthoc_ema        averages of a trial's weights over other lengths
 start_from         finds the weights that trials start from, and keeps a copy
+detached           a sweep whose command runs on the cluster
 doctor             checks that a machine or a cluster can run sweeps
 doctor_checks      judges what machines say of themselves
 doctor_services    checks the tracking store, the data and the weights that a sweep needs

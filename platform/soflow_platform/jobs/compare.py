@@ -1,4 +1,4 @@
-"""Compares the methods of a sweep: distance at each number of function evaluations, cost of training and sampling.
+"""Compares the methods of one sweep or of several: distance at each number of function evaluations, cost of training and sampling.
 
 Every trial is scored from its newest checkpoint, because trials have the whole of their budget in common. Costs are measured in one
 run on this machine.
@@ -39,6 +39,8 @@ SHARED_TAGS = (
     "seed",
 )
 """Settings that all scores of a comparison have in common."""
+SCORED_ALIKE = ("features", "reference", "samples", "labels", "seed", "autoencoder", "metrics")
+"""Settings of `evaluation` that sweeps must have in common to be compared."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,15 @@ class Entry:
     samples: SampleSettings
     score: Score | None = None
     cost: Cost | None = None
+    sweep: str | None = None
+    """Its sweep, where several are compared."""
+    unequal: str | None = None
+    """Why its budget is not that of the first sweep."""
+
+    @property
+    def name(self) -> str:
+        """The trial, with its sweep where several are compared."""
+        return self.trial.name if self.sweep is None else f"{self.sweep}/{self.trial.name}"
 
     @property
     def work(self) -> int:
@@ -166,7 +177,7 @@ class ScoredSweep:
         return Comparison(
             self.sweep,
             self.experiment.evaluation.distance,
-            _rows(self.entries, self.experiment.search.budgets),
+            _rows(self.entries),
             {key: value for key, value in score.tags.items() if key in SHARED_TAGS},
             self.device,
             self.left_out,
@@ -174,50 +185,117 @@ class ScoredSweep:
 
 
 def score_sweep(request: CompareRequest, services: Services, say: Callable[[str], None]) -> ScoredSweep:
-    """Score every trial of a sweep in every way of sampling of the request, and log the scores on the runs of the trials.
+    """Score every trial of the request's sweeps in every way of sampling, and log the scores on the runs of the trials.
 
-    Raises InputError where there is nothing to compare, JobError where something failed.
+    Raises InputError where there is nothing to compare or where sweeps cannot be compared, JobError where something failed.
     """
-    experiment = resolved_experiment(request.record.experiment, f"sweep {request.record.id}")
-    entries, left_out = _entries(request, experiment, services)
+    experiments = [resolved_experiment(record.experiment, f"sweep {record.id}") for record in request.records]
+    _require_alike(request, experiments)
+    entries, left_out = _entries(request, experiments, services)
     if not entries:
-        raise UserError(f"sweep {request.record.id} has nothing to compare: {'; '.join(left_out)}.")
+        plural = "sweeps" if request.others else "sweep"
+        raise UserError(f"{plural} {request.name} has nothing to compare: {'; '.join(left_out)}.")
+    _require_same_data(entries)
     say(f"scoring {len(entries)} ways of sampling")
-    entries = _scored(entries, experiment, services)
+    entries = _scored(entries, experiments[0], services)
     for entry in entries:
         assert entry.score is not None
         log_scores(entry.target, [entry.score], services.store)
-    return ScoredSweep(request.record.id, experiment, entries, left_out)
+    return ScoredSweep(request.name, experiments[0], entries, left_out)
+
+
+def _require_alike(request: CompareRequest, experiments: Sequence[Experiment]) -> None:
+    """Raises UserError where sweeps are scored on other features, images or numbers of samples."""
+    first = experiments[0]
+    for record, experiment in zip(request.others, experiments[1:], strict=True):
+        for name in SCORED_ALIKE:
+            mine, other = getattr(first.evaluation, name), getattr(experiment.evaluation, name)
+            if mine != other:
+                raise UserError(
+                    f"sweep {request.record.id} has evaluation.{name} {_shown(mine)} and {record.id} has {_shown(other)}: "
+                    "their scores cannot stand in one table."
+                )
+
+
+def _require_same_data(entries: Sequence[Entry]) -> None:
+    """Raises UserError where trials were trained on other data, which are what their images are compared with."""
+    first = entries[0]
+    for entry in entries:
+        mine, other = first.network.data, entry.network.data
+        if mine is not None and other is not None and mine.digest != other.digest:
+            raise UserError(
+                f"{first.name} was trained on data of digest {mine.digest} and {entry.name} on data of digest {other.digest}: "
+                "compare sweeps of the same data."
+            )
+
+
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, (tuple, list)) else str(value)
 
 
 def _entries(
-    request: CompareRequest, experiment: Experiment, services: Services
+    request: CompareRequest, experiments: Sequence[Experiment], services: Services
 ) -> tuple[list[Entry], list[str]]:
-    """Every distinct way of sampling every trial, and the trials that have no weights, as sentences."""
-    resolver, evaluation = services.resolver, experiment.evaluation
+    """Every distinct way of sampling every trial, each training once, and the trials that have no weights, as sentences."""
     entries: list[Entry] = []
-    left_out = []
-    for trial in trials_of_record(request.record):
-        try:
-            target = resolver.trial(request.record, trial.name, newest=True)
-        except UserError as error:
-            left_out.append(str(error).rstrip("."))
-            continue
-        assert target.weights is not None
-        network = ModelUnderTest.open(target.weights, {})
-        seen = set()
-        for way in request.protocol:
-            if not way.covers(network.trained.method):
+    left_out: list[str] = []
+    trained: dict[str, str] = {}
+    for record, experiment in zip(request.records, experiments, strict=True):
+        sweep = record.id if request.others else None
+        for trial in trials_of_record(record):
+            try:
+                target = services.resolver.trial(record, trial.name, newest=True)
+            except UserError as error:
+                left_out.append(str(error).rstrip("."))
                 continue
-            sampled = network.sampled(way.settings)
-            for steps in way.steps:
-                samples = SampleSettings(
-                    steps, evaluation.labels, evaluation.seed, way.samples or evaluation.samples
-                )
-                if (sampled.objective, samples) not in seen:
-                    seen.add((sampled.objective, samples))
-                    entries.append(Entry(trial, target, sampled, samples))
+            name = f"{record.id}/{trial.name}"
+            digest = trial.experiment.training_digest()
+            if sweep is not None and trained.setdefault(digest, name) != name:
+                left_out.append(f"{name} is the training of {trained[digest]}, which is in the table")
+                continue
+            unequal = _unequal(name, experiment, experiments[0])
+            entries += _ways(trial, target, request, experiments[0], sweep, unequal)
     return entries, left_out
+
+
+def _ways(
+    trial: Trial,
+    target: EvaluationTarget,
+    request: CompareRequest,
+    experiment: Experiment,
+    sweep: str | None,
+    unequal: str | None,
+) -> list[Entry]:
+    """Every distinct way of sampling a trial."""
+    assert target.weights is not None
+    evaluation = experiment.evaluation
+    network = ModelUnderTest.open(target.weights, {})
+    entries: list[Entry] = []
+    seen = set()
+    for way in request.protocol:
+        if not way.covers(network.trained.method):
+            continue
+        sampled = network.sampled(way.settings)
+        for steps in way.steps:
+            samples = SampleSettings(
+                steps, evaluation.labels, evaluation.seed, way.samples or evaluation.samples
+            )
+            if (sampled.objective, samples) not in seen:
+                seen.add((sampled.objective, samples))
+                entries.append(Entry(trial, target, sampled, samples, sweep=sweep, unequal=unequal))
+    return entries
+
+
+def _unequal(name: str, experiment: Experiment, first: Experiment) -> str | None:
+    """Why a sweep's trials have another budget than those of the first one; None where they have the same."""
+    mine = (experiment.training.steps, experiment.training.batch)
+    others = (first.training.steps, first.training.batch)
+    if mine == others:
+        return None
+    return (
+        f"{name} is of a sweep of {mine[0]:,} steps of {mine[1]} samples, and the first sweep has {others[0]:,} of {others[1]}: their "
+        "budgets differ."
+    )
 
 
 def _scored(entries: Sequence[Entry], experiment: Experiment, services: Services) -> list[Entry]:
@@ -286,8 +364,9 @@ def _sampling_benchmark(entry: Entry) -> SamplingBenchmark:
     return SamplingBenchmark(entry.network.config, entry.network.objective, entry.samples.steps)
 
 
-def _rows(entries: Sequence[Entry], budgets: Sequence[str]) -> list[Row]:
+def _rows(entries: Sequence[Entry]) -> list[Row]:
     """A row for each entry and each budget of its trial, budget by budget."""
+    budgets = dict.fromkeys(budget for entry in entries for budget in entry.trial.budgets)
     return [_row(budget, entry) for budget in budgets for entry in entries if budget in entry.trial.budgets]
 
 
@@ -298,7 +377,7 @@ def _row(budget: str, entry: Entry) -> Row:
     distance = next(others.pop(name) for name in ("fid", "fd") if name in others)
     row = Row(
         budget=budget,
-        trial=entry.trial.name,
+        trial=entry.name,
         method=objective.method,
         uses_jvp=objective.uses_jvp,
         trained_steps=entry.target.step or 0,
@@ -317,7 +396,7 @@ def _row(budget: str, entry: Entry) -> Row:
 
 def _flags(entry: Entry, score: Score) -> list[str]:
     """Reasons, as sentences, why a row cannot be compared with the others."""
-    flags = list(score.flags)
+    flags = [*score.flags, *([entry.unequal] if entry.unequal else [])]
     experiment, done = entry.trial.experiment, entry.target.step or 0
     if done < experiment.training.steps:
         flags.append(

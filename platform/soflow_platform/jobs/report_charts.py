@@ -105,7 +105,7 @@ def _lines(
             x=[point[0] for point in points],
             y=[point[1] for point in points],
             mode="lines+markers" if markers else "lines",
-            name=html.escape(_short(trial.name)),
+            name=html.escape(short(trial.name)),
             line={"color": colour(place, count), "width": 4 if first else 1.5},
             marker={"size": 8 if first else 5},
             opacity=1 if first else 0.75,
@@ -113,7 +113,7 @@ def _lines(
             showlegend=count <= LEGEND,
         )
     figure.update_layout(
-        _layout(),
+        layout(),
         xaxis={"title": {"text": x}, "rangemode": "tozero"},
         yaxis={"title": {"text": y, "standoff": 14}},
         legend={"orientation": "h", "y": -0.28, "yanchor": "top", "traceorder": "reversed"},
@@ -179,7 +179,7 @@ def parallel_coordinates(report: SweepReport) -> Any | None:
             )
     names = [html.escape(short_key(axis.key)) for axis in axes]
     figure.update_layout(
-        _layout(),
+        layout(),
         xaxis={
             "tickmode": "array",
             "tickvals": list(range(len(axes))),
@@ -247,7 +247,7 @@ def importance_bars(shares: dict[str, float]) -> Any:
         width=0.6,
     )
     figure.update_layout(
-        _layout(),
+        layout(),
         height=90 + 34 * len(rows),
         xaxis={
             "range": [0, max(1e-9, max(shares.values())) * 1.15],
@@ -260,7 +260,8 @@ def importance_bars(shares: dict[str, float]) -> Any:
     return figure
 
 
-def _layout() -> dict[str, Any]:
+def layout() -> dict[str, Any]:
+    """What all charts of the page have in common."""
     return {
         "template": "none",
         "paper_bgcolor": "rgba(0,0,0,0)",
@@ -273,5 +274,6 @@ def _layout() -> dict[str, Any]:
     }
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """A name that fits a legend."""
     return name if len(name) <= NAME else f"{name[: NAME - 3]}..."

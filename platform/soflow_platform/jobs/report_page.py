@@ -14,6 +14,7 @@ from soflow_platform.config.experiment import flatten
 from soflow_platform.jobs import report_charts as charts
 from soflow_platform.jobs.report_data import ReportedTrial, SweepReport
 from soflow_platform.jobs.report_importance import importance
+from soflow_platform.jobs.report_pareto import front_of, pareto_chart
 
 GRIDS = 4
 """Sample grids that are shown of a trial."""
@@ -49,6 +50,7 @@ def page(report: SweepReport, base_text: str) -> str:
     _ranking(made, report)
     if report.scored:
         _curves(made, report)
+        _fronts(made, report)
         _settings(made, report)
     schedules = charts.schedules(report)
     if schedules is not None:
@@ -211,6 +213,20 @@ def _settings(made: _Page, report: SweepReport) -> None:
         made.add(
             f'<p class="note">{len(report.scored)} trials are few for {len(found)} settings: take it as a hint.</p>'
         )
+
+
+def _fronts(made: _Page, report: SweepReport) -> None:
+    """For each of `search.objectives`, the trials that no other one beats in it and in the metric."""
+    for number, other in enumerate(report.experiment.search.objectives):
+        front = front_of(report, other)
+        if not front:
+            continue
+        made.section(
+            f"{report.metric} against {other}",
+            "Every scored trial; on the line are those that no other trial beats in both: "
+            f"{', '.join(_number_of(trial.name) for trial in front)}.",
+        )
+        made.chart(pareto_chart(report, other), f"pareto-{number}")
 
 
 def _grids(made: _Page, report: SweepReport) -> None:

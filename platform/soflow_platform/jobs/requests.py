@@ -78,6 +78,18 @@ class CompareRequest:
     """The sweep whose trials are compared."""
     protocol: tuple[SamplingConfig, ...]
     """Ways of sampling each trial."""
+    others: tuple[SweepRecord, ...] = ()
+    """Further sweeps, whose trials are compared with these."""
+
+    @property
+    def records(self) -> tuple[SweepRecord, ...]:
+        """Every sweep."""
+        return (self.record, *self.others)
+
+    @property
+    def name(self) -> str:
+        """The ids of the sweeps."""
+        return " + ".join(record.id for record in self.records)
 
 
 @dataclass(frozen=True)

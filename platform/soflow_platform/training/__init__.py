@@ -4,7 +4,7 @@ What it needs:
 job            TrialJob: everything a worker process needs to train a trial, as plain data
 dataset        finds the training data and checks that it fits the network
 model          the network's configuration for given data
-flops          parameters, FLOPs and memory of a trial, before it is started
+flops          FLOPs of a forward pass
 memory         memory of a worker, by arithmetic
 step_time      model of a step on GPUs: arithmetic, messages, seconds
 step_builder   the training step, with how its gradients are averaged over ranks
@@ -14,6 +14,7 @@ How it runs:
 launch         starts a trial's workers with Ray Train
 in_process     trains a trial without Ray and keeps nothing
 step_check     one step of a trial with a small network, before it is started
+length_dependence  whether a training depends on its total number of steps
 worker         Trainer: the training loop of one rank
 start          weights that a trial starts from, and their lineage
 step_noise     times and noise of each step, drawn one step ahead

@@ -21,6 +21,9 @@ MACHINES = (
 )
 """Parts of a RuntimeError's text where a device failed, or the connection to another rank: torch has no class of its own for all."""
 
+NO_MEMORY = ("OutOfMemoryError", "MemoryError", "out of memory")
+"""Parts of an error's text where a device or a machine had no memory left for the trial."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -28,12 +31,19 @@ class Failure:
 
     sentence: str
     traceback: str
+    own_fault: bool = False
+    """Whether the trial itself is at fault, by its settings, its code or its size, so that another start meets the same."""
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
         """Of an exception that was raised. One with a text for the user keeps it; others get their class and their place."""
         sentence = printable(error) if isinstance(error, (JobError, InputError)) else described(error)
-        return cls(sentence, "".join(traceback.format_exception(error)))
+        return cls(sentence, "".join(traceback.format_exception(error)), is_own_fault(error))
+
+    @classmethod
+    def of_text(cls, sentence: str, traceback: str) -> Failure:
+        """Of an exception in another process, of which the text is known."""
+        return cls(sentence, traceback, any(sign in f"{sentence}\n{traceback}" for sign in NO_MEMORY))
 
 
 def described(error: BaseException) -> str:
@@ -64,6 +74,18 @@ def another_start_may_help(error: Exception) -> bool:
     if any(kind.__name__ in ("AcceleratorError", "DistError", "OutOfMemoryError") for kind in kinds):
         return True
     return type(error) is RuntimeError and any(part in str(error).lower() for part in MACHINES)
+
+
+def is_own_fault(error: BaseException) -> bool:
+    """Whether a trial failed by itself: by numbers that are not finite, by too little memory, or by an exception in its code.
+
+    Not by a machine, a storage or a service, and not by input that can be mended.
+    """
+    if isinstance(error, (JobError, InputError)):
+        return bool(getattr(error, "own_fault", False))
+    if any(sign in f"{type(error).__name__}: {error}" for sign in NO_MEMORY):
+        return True
+    return isinstance(error, Exception) and not another_start_may_help(error)
 
 
 def _own_file(filename: str) -> str | None:

@@ -222,4 +222,4 @@ def fail_trial(job: TrialJob, actor: Any, failure: Failure) -> None:
     with contextlib.suppress(OSError, InputError):
         before = read_status(job.folder) or before
     writer = TrialStatusWriter(job.folder, job.trial, before.steps or 0, job.attempt, actor)
-    writer.fail(failure.sentence, step=before.step, traceback=failure.traceback)
+    writer.fail(failure.sentence, step=before.step, traceback=failure.traceback, own_fault=failure.own_fault)

@@ -23,7 +23,7 @@ from soflow_platform.training.failure import Failure
 from soflow_platform.training.resume import find_resume_point
 from soflow_platform.training.setup import TrialSetup
 from soflow_platform.training.start import Start
-from soflow_platform.training.stop_request import stop_requested
+from soflow_platform.training.stop_request import last_save_request, stop_requested
 from soflow_platform.training.trial_status import TrialState, TrialStatusWriter
 
 if TYPE_CHECKING:
@@ -83,6 +83,9 @@ class TrialIO(Protocol):
     def stop_requested(self, step: int) -> bool:
         """Whether the trial was asked to stop."""
 
+    def save_requested(self, step: int) -> bool:
+        """Whether the trial was asked to save since this was called last."""
+
     def fail(self, failure: Failure) -> None:
         """Publish why the trial failed."""
 
@@ -137,6 +140,10 @@ class NullIO:
         del step
         return False
 
+    def save_requested(self, step: int) -> bool:
+        del step
+        return False
+
     def fail(self, failure: Failure) -> None:
         pass
 
@@ -175,7 +182,8 @@ class RankZeroIO:
         self._lineage = None if job.start is None else Start(**job.start).lineage
         self._data: str | None = None
         self._flagged: set[str] = set()
-        self._looked = 0.0
+        self._looked = self._saved_at = 0.0
+        self._save_request = last_save_request(job.project, job.sweep)
 
     @property
     def failure(self) -> JobError | None:
@@ -249,8 +257,19 @@ class RankZeroIO:
             self.status.log("asked to stop", step)
         return requested
 
+    def save_requested(self, step: int) -> bool:
+        if self._looked == self._saved_at:
+            return False
+        self._saved_at = self._looked
+        newest = last_save_request(self.job.project, self.job.sweep)
+        if newest == self._save_request:
+            return False
+        self._save_request = newest
+        self.status.log("asked to save: a machine is to be lost", step)
+        return True
+
     def fail(self, failure: Failure) -> None:
-        self.status.fail(failure.sentence, traceback=failure.traceback)
+        self.status.fail(failure.sentence, traceback=failure.traceback, own_fault=failure.own_fault)
 
     def close(self) -> None:
         self.checkpointer.close()

@@ -87,6 +87,9 @@ class TrialStatus:
     """Step of the latest evaluation."""
     failure: str | None = None
     """Why the trial cannot go on, where restarting it would not help."""
+    own_fault: bool | None = None
+    """Whether it failed by its own settings, code or size, which another start would meet again, and not by a machine, a storage or
+    input that can be mended; None in a file of an earlier version."""
     lost: str | None = None
     """The workers that were lost last, by rank."""
     trouble: str | None = None
@@ -180,13 +183,19 @@ class TrialStatusWriter:
     def _trouble(self) -> str | None:
         return "; ".join(self._troubles.values()) or None
 
-    def set_state(self, state: TrialState, step: int | None = None, failure: str | None = None) -> None:
+    def set_state(
+        self,
+        state: TrialState,
+        step: int | None = None,
+        failure: str | None = None,
+        own_fault: bool | None = None,
+    ) -> None:
         """Publish a change of state at once."""
         changes: dict[str, Any] = {"state": state}
         if step is not None:
             changes["step"] = step
         self._send(changes)
-        self._status = replace(self._status, **changes, failure=failure)
+        self._status = replace(self._status, **changes, failure=failure, own_fault=own_fault)
         self._write_status()
 
     def progress(self, step: int, images: int, rate: float, loss: float, eta_seconds: float | None) -> None:
@@ -223,11 +232,13 @@ class TrialStatusWriter:
         if self.actor is not None:
             self.actor.add_evaluation.remote(self.trial, step, metrics)
 
-    def fail(self, sentence: str, step: int | None = None, traceback: str | None = None) -> None:
+    def fail(
+        self, sentence: str, step: int | None = None, traceback: str | None = None, own_fault: bool = False
+    ) -> None:
         """Publish why the trial cannot go on, where starting it again would not help."""
         self._keep_traceback(sentence, traceback)
         self.log(sentence)
-        self.set_state(TrialState.FAILED, step, sentence)
+        self.set_state(TrialState.FAILED, step, sentence, own_fault)
         if self.actor is not None:
             import ray
 

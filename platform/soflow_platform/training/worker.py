@@ -42,6 +42,9 @@ from soflow_platform.training.trial_status import TrialState
 class NonFiniteError(JobError):
     """A loss or gradient that is not finite; the update was not made."""
 
+    own_fault = True
+    """Another start computes the same numbers."""
+
 
 class Trainer:
     """Trains one trial, on one of its ranks."""
@@ -110,7 +113,8 @@ class Trainer:
                     or (self.should_stop() and self.step < last)
                     or (self.diverged is not None and self.step < last)
                 )
-                if evaluated or stopping or self._is_saved():
+                if evaluated or stopping or self._is_saved() or self.should_stop.save_requested:
+                    self.should_stop.save_requested = False
                     self.save(needed=stopping or self.step == last)
                     if self.step < last and not stopping:
                         yield from self.evaluations[yielded:]
@@ -318,16 +322,22 @@ class ShouldStop:
     Raises JobError on every rank where rank 0 can no longer log metrics.
     """
 
+    FAILS, STOPS, SAVES = 3, 2, 1
+    """What ranks agree on: the largest number of any of them."""
+
     def __init__(self, setup: TrialSetup, io: TrialIO) -> None:
         self.setup, self.io = setup, io
+        self.save_requested = False
+        """Whether a checkpoint is asked for, on every rank; set here, and taken back by who saves."""
 
     def __call__(self) -> bool:
-        failure = self.io.failure
-        requested = self.io.stop_requested(self.setup.train_step.step)
+        failure, step = self.io.failure, self.setup.train_step.step
+        stops = self.io.stop_requested(step)
+        agreed = self.FAILS if failure else self.STOPS if stops else self.SAVES * self.io.save_requested(step)
         if self.setup.world > 1:
-            agreed = distributed.all_reduce_max(2 if failure else int(requested), self.setup.device)
-            requested = agreed == 1
-            failure = distributed.broadcast_object(failure) if agreed == 2 else None
+            agreed = int(distributed.all_reduce_max(agreed, self.setup.device))
+            failure = distributed.broadcast_object(failure) if agreed == self.FAILS else None
         if failure is not None:
             raise failure
-        return requested
+        self.save_requested = self.save_requested or agreed == self.SAVES
+        return agreed == self.STOPS

@@ -9,7 +9,8 @@ searcher       Tune's search algorithm over them
 ranking        points compared by the mean over their seeds
 plan           FLOPs, memory, bytes, GPU-hours and money of a sweep, before it is started
 record         sweep.json: settings, trials, result; the sweep's lock
-recorded       the trials of a sweep as its record has them
+recorded       the trials of a sweep as its record has them, and those that its file adds
+continuation   trials that go on from a shorter training
 lookup         finds a sweep or trial by what a user calls it
 status         state of a sweep and its trials, from files
 progress       Ray actor with the status of every running trial

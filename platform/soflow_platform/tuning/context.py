@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TypeVar
 
+from soflow_core.failures import InputError
 from soflow_platform.config.document import Document
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.storage.checkpoints import EMA, CheckpointState
@@ -13,7 +16,7 @@ from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.storage.retry import retry
 from soflow_platform.tracking.outages import is_away
 from soflow_platform.training.stop_request import stop_requested
-from soflow_platform.training.trial_status import TrialState, TrialStatus
+from soflow_platform.training.trial_status import TrialState, TrialStatus, read_status
 from soflow_platform.tuning.display import Display, TrialOutcome
 from soflow_platform.tuning.ranking import ScoredTrial
 from soflow_platform.tuning.record import ScoredStep, SweepRecord
@@ -34,6 +37,8 @@ class SweepContext:
     display: Display
     written: Document | None = None
     """The sweep file as it was written, of which further trials are made."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Trials that failed before and are not tried again, with the reason."""
 
     @property
     def document(self) -> Document:
@@ -69,6 +74,38 @@ def finished_trials(context: SweepContext) -> dict[str, CheckpointState]:
         return finished
 
     return context.patiently(look, "reading the trials' checkpoints")
+
+
+def furthest_first(context: SweepContext, trials: Sequence[Trial]) -> list[Trial]:
+    """Trials by the share of their training at their last evaluation, then by its value at rungs; those without one last, in order."""
+    metric, mode = context.experiment.rung_metric
+    sign = 1 if mode == "min" else -1
+
+    def key(trial: Trial) -> tuple[float, float]:
+        newest, _ = context.record.checkpoints(context.project, trial.name).newest([EMA])
+        scored = newest.state.evaluations[-1:] if newest is not None else []
+        if not scored:
+            return 0.0, math.inf
+        value = scored[0].get(metric)
+        order = math.inf if value is None or math.isnan(value) else sign * value
+        return -scored[0]["step"] / trial.experiment.training.steps, order
+
+    return sorted(trials, key=key)
+
+
+def failed_before(project: ProjectFolder, record: SweepRecord, trials: Sequence[Trial]) -> dict[str, str]:
+    """The trials that failed by their own fault, and why: with the same code and settings they would fail again.
+
+    A trial that failed by a lost machine, by a storage that was away or by input that can be mended is none of them.
+    """
+    failed = {}
+    for trial in trials:
+        with suppress(InputError, OSError):
+            # One that cannot be read is tried again.
+            status = read_status(project.trial(record.id, trial.name))
+            if status is not None and status.state is TrialState.FAILED and status.own_fault:
+                failed[trial.name] = status.failure or "it failed"
+    return failed
 
 
 def trial_outcome(context: SweepContext, trial: Trial, failure: str | None) -> TrialOutcome:

@@ -25,10 +25,10 @@ ATTEMPTS = 200
 
 def add_trials(context: SweepContext, points: Sequence[dict[str, Any]], phase: Phase) -> list[Trial]:
     """New trials of the sweep, stored in its record. Raises UserError where settings are no valid experiment."""
-    count = len(context.trials)
+    following = max((trial.index for trial in context.trials), default=-1) + 1
     added = [
         added_trial(context.document, context.experiment, index, settings, phase)
-        for index, settings in enumerate(points, start=count)
+        for index, settings in enumerate(points, start=following)
     ]
     context.trials.extend(added)
     context.record.trials.extend(map(TrialEntry.of, added))
@@ -58,6 +58,8 @@ class DrawnTrials:
         for name, state in finished.items():
             for evaluation in state.evaluations:
                 self.report(name, evaluation)
+            self.end(name)
+        for name in context.failed:
             self.end(name)
 
     @property
@@ -122,19 +124,25 @@ def draws_left(context: SweepContext) -> int:
 
 def is_complete(context: SweepContext) -> bool:
     """Whether the sweep gets no more trials."""
-    final = context.experiment.search.final
-    return draws_left(context) == 0 and (final is None or any(t.phase == "final" for t in context.trials))
+    if draws_left(context) > 0:
+        return False
+    if context.experiment.search.final is None:
+        return True
+    # The best are chosen again where trials came to the sweep since.
+    return bool(context.trials) and context.trials[-1].phase == "final"
 
 
 def final_settings(context: SweepContext, ranked: Sequence[RankedPoint]) -> list[dict[str, Any]]:
     """The settings of the trials that `search.final` asks for and that are not there yet, from the ranking of the others."""
     search, seed = context.experiment.search, context.experiment.seed
-    if search.final is None or any(trial.phase == "final" for trial in context.trials):
+    if search.final is None or is_complete(context):
         return []
     first = seed + search.seeds
     best = [point for point in ranked if point.values][: search.final.best]
-    return [
+    wanted = [
         {**point.settings, "seed": fresh}
         for point in best
         for fresh in range(first, first + search.final.seeds)
     ]
+    there = [trial.settings for trial in context.trials if trial.phase == "final"]
+    return [settings for settings in wanted if settings not in there]

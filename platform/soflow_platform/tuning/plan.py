@@ -107,6 +107,10 @@ class TrialPlan:
     steps: int
     batch: int
     parameters: int
+    forward_gmac: float
+    """Multiply-accumulates of a forward pass of one sample, in 1e9."""
+    forwards: float
+    """Cost of training on one image, in forward passes; a backward pass counts as two."""
     image_flops: float
     """To train on one image once."""
     step_flops: float
@@ -241,6 +245,8 @@ def plan_trial(trial: Trial, assumptions: Assumptions, data: Expected | None = N
         steps=training.steps,
         batch=training.batch,
         parameters=work.parameters,
+        forward_gmac=work.forward_flops / 2e9,
+        forwards=forwards,
         image_flops=image_flops,
         step_flops=image_flops * training.batch,
         total_flops=image_flops * images,

@@ -30,6 +30,9 @@ class ProgressActor:
         if changes.get("state") == TrialState.RUNNING:
             # The trial trains again, so that a failure of an earlier attempt no longer holds.
             changes = {"failure": None, **changes}
+            if before.state.without_workers:
+                # What it waited for is there.
+                changes = {"trouble": None, **changes}
         if changes.get("state") == TrialState.STARTING:
             changes = {"trouble": None, **changes}
         if changes.get("state", before.state) != before.state:

@@ -5,25 +5,34 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soflow_core.failures import summarize
+from soflow_platform.cluster.capacity import Demand, Machine, concurrent_limit, why_not_one
 from soflow_platform.cluster.connection import DRIVER_CPUS, Cluster
+from soflow_platform.cluster.ray_internals import draining_nodes
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.training.failure import Failure
 from soflow_platform.training.job import TrialJob
-from soflow_platform.training.stop_request import stop_requested
+from soflow_platform.training.stop_request import request_save, stop_requested
 from soflow_platform.training.trial_log import LOG, TrialLog
 from soflow_platform.training.trial_status import TrialState, read_status
-from soflow_platform.tuning.trial import TrialTask
+from soflow_platform.tuning.trial import RUNG_STEP, TrialTask
 
 if TYPE_CHECKING:
     from soflow_platform.tuning.searcher import SweepSearcher
 
+SAID_EVERY = 60.0
+"""Seconds between two lines that say that trials wait for machines."""
+DRAIN_SECONDS = 3.0
+"""Interval at which Ray is asked which nodes it is to lose."""
+QUIET_SECONDS = 15.0
+"""How long they wait before it is said."""
 PROGRESS_ACTOR_SECONDS = 60.0
 """How long the progress actor may take to answer: one whose process died takes seconds to restart."""
 
@@ -42,24 +51,35 @@ class TuneSettings:
     """Of Tune's own folder within the sweep's."""
     folder: Path
     """The sweep's folder."""
+    say: Callable[[str], None]
+    """Shows one line."""
 
 
 def concurrent_trials(experiment: Experiment, cluster: Cluster) -> int:
-    """How many trials run at the same time. Raises UserError where not even one fits."""
+    """How many trials run at the same time: no more than can all be placed, so that none waits for another that waits for it.
+
+    Raises UserError where not even one can be placed, unless machines come on demand.
+    """
     resources = experiment.resources
-    cpus = resources.workers * resources.cpus_per_worker
-    gpus = resources.workers * resources.gpus_per_worker
-    driver = 0 if cluster.local or resources.in_process else DRIVER_CPUS
-    fits = int((cluster.cpus + 1e-9) // (cpus + driver))
-    if gpus:
-        fits = min(fits, int((cluster.gpus + 1e-9) // gpus))
-    if fits < 1:
+    watcher = 0.0 if resources.in_process else DRIVER_CPUS
+    demand = Demand(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker, watcher)
+    limit = concurrent_limit(cluster.rooms, demand)
+    if cluster.local:
+        # The one CPU more that this Ray has is for watchers.
+        limit = min(limit, int((cluster.cpus + 1e-9) // (demand.workers * demand.cpus)))
+    if resources.autoscale and not cluster.local:
+        return resources.concurrent_trials or max(1, limit)
+    least = replace(demand, workers=resources.min_workers or resources.workers)
+    if limit < 1 and least.workers < demand.workers:
+        # It begins with fewer workers and takes more as machines come.
+        limit = min(1, concurrent_limit(cluster.rooms, least))
+    if limit < 1:
+        way = "" if cluster.local else ", set resources.autoscale where machines come on demand"
         raise UserError(
-            f"one trial asks for {cpus:g} CPU and {gpus:g} GPU ({resources.workers} workers) and this Ray has "
-            f"{cluster.cpus:g} CPU and {cluster.gpus:g} GPU: lower resources.workers, cpus_per_worker or gpus_per_worker, "
-            "or name a larger cluster with --address."
+            f"{why_not_one(cluster.rooms if not cluster.local else [Machine(cluster.cpus, cluster.gpus)], least)}: lower "
+            f"resources.workers, cpus_per_worker or gpus_per_worker{way}, or name a larger cluster with --address."
         )
-    return min(fits, resources.concurrent_trials or fits)
+    return min(limit, resources.concurrent_trials or limit)
 
 
 def run_trials(
@@ -83,13 +103,15 @@ def run_trials(
     # Failures are printed in a sentence each; Tune's tracebacks are in its files.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     experiment = settings.experiment
+    rung_metric, rung_mode = experiment.rung_metric
 
     tuner = tune.Tuner(
         TrialActor,
         param_space={} if search else {"task": tune.grid_search([task.as_config() for task in tasks])},
         tune_config=tune.TuneConfig(
-            metric=experiment.search.metric,
-            mode=experiment.mode,
+            # The scheduler's; a search algorithm has its own, and Tune itself compares nothing.
+            metric=rung_metric,
+            mode=rung_mode,
             search_alg=search,
             num_samples=search.samples if search else 1,
             max_concurrent_trials=settings.concurrent,
@@ -143,7 +165,7 @@ def reported_failures(tasks: list[TrialTask], storage: ProjectFolder, actor: Any
 def _failure(error: BaseException) -> Failure:
     """Tune's error of a trial, whose text is the traceback."""
     text = str(error)
-    return Failure(_last_line(text) if text.strip() else summarize(error), text)
+    return Failure.of_text(_last_line(text) if text.strip() else summarize(error), text)
 
 
 def _last_line(traceback: str) -> str:
@@ -157,22 +179,45 @@ def _last_error(trial: Any) -> str:
     return _last_line(text) if text.strip() else "its process was lost"
 
 
+class DrainWatch:
+    """Asks the trials to save where Ray has been told that it will lose a node: a preemption, a drain. To be called in a loop."""
+
+    def __init__(self, settings: TuneSettings, cluster: Cluster) -> None:
+        self.settings, self.cluster = settings, cluster
+        self._draining: set[str] = set()
+        self._looked = 0.0
+
+    def __call__(self, trials: list[Any]) -> None:
+        now = time.monotonic()
+        if self.cluster.local or not trials or now - self._looked < DRAIN_SECONDS:
+            return
+        self._looked = now
+        draining = draining_nodes()
+        if new := draining - self._draining:
+            job = _job(trials[0])
+            request_save(job.project, job.sweep, f"{len(new)} node(s) are drained")
+            self.settings.say(f"{len(new)} node(s) of the cluster are to be lost: running trials save")
+        self._draining |= draining
+
+
 def _sweep_watch(settings: TuneSettings, cluster: Cluster, actor: Any) -> Any:
     """A callback that publishes that Tune restarts a trial, and ends Tune's loop where no trial can run."""
     import ray
     from ray.tune import Callback
 
-    check_ray = cluster.health_check()
+    check_ray, drains = cluster.health_check(), DrainWatch(settings, cluster)
     resources = settings.experiment.resources
 
     class SweepWatch(Callback):
         def __init__(self) -> None:
             self.idle_since: float | None = None
             """Since when trials wait and none runs."""
+            self.said = 0.0
 
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
             del iteration, info
             check_ray()
+            drains(trials)
             states = {trial.status for trial in trials}
             if "RUNNING" in states or "PENDING" not in states:
                 self.idle_since = None
@@ -183,6 +228,9 @@ def _sweep_watch(settings: TuneSettings, cluster: Cluster, actor: Any) -> Any:
             if stop_requested(job.project, job.sweep):
                 # Those that have run are saved; the others wait for their turn, or for a machine.
                 raise Stopped(SAVED if states != {"PENDING"} else WAITED)
+            if now - self.idle_since > QUIET_SECONDS and now - self.said > SAID_EVERY:
+                self.said = now
+                settings.say(_waits(settings.experiment, now - self.idle_since))
             if now - self.idle_since > 60 * resources.wait_minutes:
                 raise JobError(
                     f"no machine for a trial came within {resources.wait_minutes:g} min (resources.wait_minutes): add a node, or lower "
@@ -206,6 +254,18 @@ def _sweep_watch(settings: TuneSettings, cluster: Cluster, actor: Any) -> Any:
                 log.write(f"it ended unexpectedly and is started again: {_last_error(trial)}")
 
     return SweepWatch()
+
+
+def _waits(experiment: Experiment, seconds: float) -> str:
+    """A line on trials that wait for machines: what one asks for, what is free, and how long it waits."""
+    import ray
+
+    resources, free = experiment.resources, ray.available_resources()
+    demand = Demand(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker)
+    return (
+        f"no trial runs: each asks for {demand}, free are {free.get('CPU', 0.0):g} CPU and {free.get('GPU', 0.0):g} GPU; "
+        f"waiting for machines since {seconds / 60:.1f} min, at most {resources.wait_minutes:g} min (resources.wait_minutes)"
+    )
 
 
 def _silent_progress() -> Any:
@@ -232,7 +292,7 @@ def _scheduler(experiment: Experiment) -> Any:
     if asha is None:
         return FIFOScheduler()
     return ASHAScheduler(
-        time_attr="step",
+        time_attr=RUNG_STEP,
         max_t=experiment.training.steps,
         grace_period=asha.first_rung,
         reduction_factor=asha.reduction,

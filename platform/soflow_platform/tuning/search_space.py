@@ -77,20 +77,7 @@ def trials(document: Document, experiment: Experiment) -> list[Trial]:
             both = (*found[place].budgets, budget)
             settings = {**found[place].settings, "budget": ", ".join(both)}
             found[place] = replace(found[place], settings=settings, budgets=both)
-    _check_rungs(document, experiment, found)
     return found
-
-
-def _check_rungs(document: Document, experiment: Experiment, found: list[Trial]) -> None:
-    """Raises UserError where rungs would compare trials of different lengths: a schedule depends on the length."""
-    if experiment.search.asha is None:
-        return
-    lengths = {trial.experiment.training.steps for trial in found} | {experiment.training.steps}
-    if len(lengths) > 1:
-        raise UserError(
-            f"{document.origin(('search', 'asha'))}: `search.asha` compares trials at equal steps of an equal training.steps, "
-            f"and they have {', '.join(map(str, sorted(lengths)))}: leave training.steps as it is, or asha out."
-        )
 
 
 def _first_points(search: SearchConfig) -> list[Point]:
@@ -160,6 +147,21 @@ def added_trial(
     if phase == "final":
         name = "-".join(filter(None, ["final", trial_label(settings, experiment.search)]))
     return _trial(document, experiment, index, Point(settings, SPACE, name, phase), budget)
+
+
+def recorded_trial(
+    document: Document, experiment: Experiment, index: int, name: str, settings: dict[str, Any], phase: Phase
+) -> Trial:
+    """A trial as it was recorded: `settings` in the place of the file's, its budgets among them where a sweep has several.
+
+    Raises UserError where they are no valid experiment.
+    """
+    known = experiment.search.budgets
+    of = str(settings.get("budget", "")).split(", ")
+    budgets = tuple(budget for budget in known if budget in of) or known
+    varied = {key: value for key, value in settings.items() if key != "budget"}
+    trial = _trial(document, experiment, index, Point(varied, SPACE, None, phase), budgets[0])
+    return replace(trial, name=name, settings=settings, budgets=budgets)
 
 
 def _check_sampling(document: Document, experiment: Experiment) -> None:

@@ -34,7 +34,14 @@ from soflow_platform.training.model import network_config
 from soflow_platform.training.start import start_of
 from soflow_platform.training.stop_request import clear_stops, stop_requested
 from soflow_platform.training.trial_status import TrialState
-from soflow_platform.tuning.context import SweepContext, finished_trials, scored_trials, trial_outcome
+from soflow_platform.tuning.context import (
+    SweepContext,
+    failed_before,
+    finished_trials,
+    furthest_first,
+    scored_trials,
+    trial_outcome,
+)
 from soflow_platform.tuning.display import TrialOutcome
 from soflow_platform.tuning.drawing import (
     DrawnTrials,
@@ -96,7 +103,7 @@ def run_sweep(context: SweepContext, address: str | None) -> list[TrialOutcome]:
     # Before anything that takes time: a stop that is requested from here on is meant for this attempt.
     clear_stops(context.project, context.record.id)
     finished = finished_trials(context)
-    if len(finished) == len(context.trials) and is_complete(context):
+    if all(t.name in finished or t.name in context.failed for t in context.trials) and is_complete(context):
         return conclude_trained(context)
     dashboard = not context.experiment.resources.in_process
     # Two threads that import the same packages at once can find them half imported: Ray's come first.
@@ -137,7 +144,7 @@ def conclude_trained(context: SweepContext) -> list[TrialOutcome]:
     prepared = prepare(context)
     runner = SweepRunner(context, open_tracking(context))
     with runner.tracked_run(prepared.tags(context.experiment)):
-        return runner.conclude({})
+        return runner.conclude(context.failed)
 
 
 def open_tracking(context: SweepContext) -> Tracking:
@@ -255,17 +262,19 @@ class SweepRunner:
                 scored = ScoredStep.of(evaluation)
                 actor.add_evaluation.remote(name, scored.step, scored.metrics)
             actor.update.remote(name, {"step": state.step, "state": TrialState.FINISHED})
+        for name, failure in context.failed.items():
+            actor.update.remote(name, {"state": TrialState.FAILED, "failure": failure})
         stage = TuneStage(cluster, prepared, concurrent, actor)
         context.display.start(record, cluster, actor)
         try:
             searched = [trial for trial in self._scheduled(finished) if trial.phase != "final"]
-            failures = {}
+            failures = dict(context.failed)
             if searched or draws_left(context):
                 drawn = DrawnTrials(context, finished, prepared.check) if draws_left(context) else None
-                failures = self._run(stage, searched, drawn)
+                failures |= self._run(stage, searched, drawn)
             if not stop_requested(project, record.id):
                 again = self._final_trials(failures)
-                if again := [trial for trial in again if trial.name not in finished]:
+                if again := [t for t in again if t.name not in finished and t.name not in failures]:
                     failures |= self._run(stage, again, final=True)
             return failures
         finally:
@@ -281,7 +290,9 @@ class SweepRunner:
             search = experiment.search.model_copy(update={"asha": None})
             experiment = experiment.model_copy(update={"search": search})
         name = f"tune-{record.attempts}{'-final' if final else ''}"
-        settings = TuneSettings(experiment, stage.concurrent, name, project.sweep(record.id))
+        settings = TuneSettings(
+            experiment, stage.concurrent, name, project.sweep(record.id), self.context.display.say
+        )
         tasks = [self._task(trial, stage.prepared) for trial in trials]
         searcher = None
         if drawn is not None:
@@ -307,18 +318,27 @@ class SweepRunner:
         if is_complete(context):
             return [trial for trial in context.trials if trial.phase == "final"]
         outcomes = context.patiently(lambda: self.collect(failures), "reading the trials' checkpoints")
-        scored = scored_trials(context.trials, outcomes, context.experiment.search.metric)
+        final = [trial for trial in context.trials if trial.phase == "final"]
+        others = [outcome for outcome in outcomes if outcome.name not in {trial.name for trial in final}]
+        scored = scored_trials(context.trials, others, context.experiment.search.metric)
         points = final_settings(context, ranked_points(scored, context.experiment.mode))
         if points:
             context.display.say(f"the best points again, with fresh seeds: {len(points)} trials")
-        return add_trials(context, points, "final") if points else []
+            final += add_trials(context, points, "final")
+        return final
 
     def _scheduled(self, finished: Mapping[str, CheckpointState]) -> list[Trial]:
         """The trials for Tune: the unfinished ones, and before them those whose evaluations its scheduler compares theirs with."""
         trials = self.context.trials
-        unfinished = [trial for trial in trials if trial.name not in finished]
+        ended = finished.keys() | self.context.failed.keys()
+        unfinished = [trial for trial in trials if trial.name not in ended]
         if self.context.experiment.search.asha is None:
             return unfinished
+        # The scheduler begins with empty rungs: those that got furthest and were best report first, so that a trial that was ended
+        # at a rung meets the ones that were better, and is ended there again.
+        unfinished = self.context.patiently(
+            lambda: furthest_first(self.context, unfinished), "reading the trials' checkpoints"
+        )
         return [*(trial for trial in trials if trial.name in finished), *unfinished]
 
     def _task(self, trial: Trial, prepared: PreparedData) -> TrialTask:
@@ -346,6 +366,7 @@ class SweepRunner:
                 None if trial.settings else _label(trial),
             ),
             tags={**prepared.tags(trial.experiment), **varied, **({} if start is None else start.tags())},
+            rung_steps=self.context.experiment.training.steps,
         )
 
     def conclude(self, failures: Mapping[str, str]) -> list[TrialOutcome]:
@@ -377,8 +398,10 @@ class SweepRunner:
         point, best = self._best(outcomes)
         if best is None or best.best is None:
             reasons = "; ".join(f"{o.name}: {o.status.failure or 'not scored'}" for o in outcomes)
+            own = failed_before(project, record, self.context.trials)
+            option = " with --retry-failed" if len(own) == len(outcomes) else ""
             raise JobError(
-                f"no trial of sweep {record.id} could be scored ({reasons}); the same command tries again."
+                f"no trial of sweep {record.id} could be scored ({reasons}); the same command{option} tries again."
             )
         step = best.best.step
         store = record.checkpoints(project, best.name)

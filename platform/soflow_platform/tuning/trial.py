@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
@@ -37,7 +37,11 @@ from soflow_platform.tuning.record import ScoredStep
 
 T = TypeVar("T")
 
+RUNG_STEP = "rung_step"
+"""Name of a result's step on the scale of the sweep's own steps: trials of other lengths are compared at equal shares k / K."""
 POLL_SECONDS = 0.5
+WAITING_SECONDS = 45.0
+"""How long a trial may take to get its workers before it is said that it waits."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class TrialTask:
     """Tags of the trial's run."""
     name: str
     """Name of the trial's run."""
+    rung_steps: int | None = None
+    """Steps of the sweep's own settings, by which its scheduler places rungs; None: those of the trial."""
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> TrialTask:
@@ -83,6 +89,8 @@ class TrialEnd:
     """A sentence, where it failed."""
     traceback: str | None = None
     """That of Ray Train's error, where it has one."""
+    own_fault: bool = False
+    """Whether the trial itself is at fault for it."""
     error: Exception | None = None
     """The error of Ray Train's controller, where it died."""
 
@@ -100,6 +108,12 @@ class TrialDriver:
         self.tracking = Tracking(TrackingStore(self.job.tracking_uri), task.tracking_experiment_id)
         self.reported = 0
         """The step of the last evaluation that Tune has."""
+
+    def result(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        """An evaluation as Tune gets it."""
+        step = evaluation["step"]
+        at = rung_step(step, self.steps, self.task.rung_steps or self.steps)
+        return {**evaluation, RUNG_STEP: at, "done": step == self.steps}
 
     def run(self) -> Generator[dict[str, Any], None, None]:
         """Train to the last step, or until the trial is stopped or fails; yields its evaluations in order, each once.
@@ -209,11 +223,14 @@ class TrialDriver:
             if status.state.without_workers and self._stop_requested():
                 return TrialEnd(EndKind.STOPPED, status, failure)
             waited = time.time() - (status.since or 0.0)
+            if status.state.without_workers and waited > WAITING_SECONDS and status.trouble is None:
+                self.actor.update.remote(self.job.trial, {"trouble": self._waits()})
             if status.state.without_workers and waited > 60 * self.experiment.resources.wait_minutes:
                 return TrialEnd(EndKind.NO_MACHINES, status, status.failure or self._no_machines())
             if not running:
                 trace = train.failure.traceback if train.failure else None
-                return TrialEnd(EndKind.FAILED if failure else EndKind.COMPLETED, status, failure, trace)
+                own = train.failure is not None and train.failure.own_fault
+                return TrialEnd(EndKind.FAILED if failure else EndKind.COMPLETED, status, failure, trace, own)
             time.sleep(POLL_SECONDS)
 
     def close(self, run: str, end: TrialEnd) -> None:
@@ -226,7 +243,9 @@ class TrialDriver:
             self.status.log("asked to stop while it waited for machines")
             self.status.set_state(TrialState.STOPPED)
         if end.failure and not end.status.failure:
-            self.status.fail(end.failure, step=end.status.step, traceback=end.traceback)
+            self.status.fail(
+                end.failure, step=end.status.step, traceback=end.traceback, own_fault=end.own_fault
+            )
         stopped = end.kind is EndKind.STOPPED or end.status.state is TrialState.STOPPED
         state = "FAILED" if end.failure else "KILLED" if stopped else "FINISHED"
         # A failure is not raised: Tune would start the trial again, which helps against lost machines alone.
@@ -249,6 +268,15 @@ class TrialDriver:
 
     def _stop_requested(self) -> bool:
         return stop_requested(self.project, self.job.sweep, self.job.trial)
+
+    def _waits(self) -> str:
+        resources = self.experiment.resources
+        text = (
+            f"waits for machines: {resources.workers} worker(s) of {resources.cpus_per_worker:g} CPU and "
+            f"{resources.gpus_per_worker:g} GPU, at most {resources.wait_minutes:g} min (resources.wait_minutes)"
+        )
+        self.status.log(text)
+        return text
 
     def _no_machines(self) -> str:
         resources = self.experiment.resources
@@ -280,6 +308,11 @@ class TrialDriver:
         )
 
 
+def rung_step(step: int, steps: int, total: int) -> float:
+    """The step of a training of `total` steps at the share of it that `step` is of `steps`; whole where it is whole."""
+    return round(step * total / steps, 6)
+
+
 class TrainThread(threading.Thread):
     """Runs `TorchTrainer.fit`, which blocks, while its evaluations are reported."""
 
@@ -300,4 +333,5 @@ class TrainThread(threading.Thread):
         except Exception as error:
             # Ray wraps a worker's exception in its own; the last line of the text names the cause.
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            self.failure = Failure(printable(lines[-1]) if lines else type(error).__name__, str(error))
+            sentence = printable(lines[-1]) if lines else type(error).__name__
+            self.failure = Failure.of_text(sentence, str(error))

@@ -38,8 +38,8 @@ class TrialActor(tune.Trainable):
         evaluation = next(self._evaluations, None)
         if evaluation is None:
             return {**self._last, "done": True}
-        self._last = evaluation
-        return {**evaluation, "done": evaluation["step"] == self._driver.steps}
+        self._last = self._driver.result(evaluation)
+        return self._last
 
     def cleanup(self) -> None:
         """End the trial where it stands."""

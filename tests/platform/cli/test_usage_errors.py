@@ -281,7 +281,9 @@ def test_validate_prints_trials_steps_and_metric(tmp_path: Path) -> None:
 def test_the_plan_of_xl2_names_parameters_resources_and_data(tmp_path: Path) -> None:
     done = soflowctl(tmp_path, "run", "xl2", "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("676.7 M") == 13
+    assert done.stdout.count("\ntrial-") == 13
+    assert "676.4 M" in done.stdout
+    assert "118.6 GMAC" in done.stdout
     assert "asks Ray for 8 worker(s) of 8 CPU and 1 GPU for each trial (64 CPU, 8 GPU)" in done.stdout
     assert "make latents with `soflowctl data prepare IMAGENET_FOLDER" in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,6 @@ from soflow_pipelines.preparation.builtin import Expected
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.validation import read_experiment, resolved_experiment
 from soflow_platform.errors import UserError
-from soflow_platform.training.flops import cost
 from soflow_platform.training.model import describe_network
 from soflow_platform.training.step_check import check_first_steps
 from tests.support.plugin_files import restored_registries, write_plugins
@@ -46,7 +45,7 @@ def test_a_file_that_names_plugins_has_their_sections(tmp_path: Path) -> None:
         (1, 8, 8),
         10,
     )
-    assert cost(experiment, architecture).parameters == 2
+    assert architecture.parameters() == 2
     check_first_steps([("trial", experiment)], DATA)
     assert experiment.network.title == "convolution"
     assert Experiment(**experiment.resolved()) == experiment

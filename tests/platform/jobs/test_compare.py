@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import pickle
+import shutil
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from PIL import Image
 
 from soflow_core.networks import DiT, DiTConfig
 from soflow_core.objectives import Diffusion, FlowMatching, SoFlow
-from soflow_platform.cli.compare import find_request
+from soflow_platform.cli.compare import find_request, find_requests
 from soflow_platform.config.comparison import SamplingConfig
 from soflow_platform.config.document import apply_override, read_document
 from soflow_platform.config.experiment import Experiment
@@ -63,6 +64,46 @@ def scored_sweep(project: ProjectFolder, record: SweepRecord, *ways: SamplingCon
 
 def compared(project: ProjectFolder, record: SweepRecord, *ways: SamplingConfig) -> Comparison:
     return scored_sweep(project, record, *ways).comparison()
+
+
+def test_trials_of_several_sweeps_stand_in_one_table_each_training_once(
+    scored: ProjectFolder, record: SweepRecord
+) -> None:
+    # The second sweep has one of the first one's trainings, and another seed's of the other.
+    other = replace(record, id="digits-11111111", created=record.created + 1)
+    entries = [record.trials[0], replace(record.trials[1], settings={**record.trials[1].settings, "seed": 1})]
+    replace(other, trials=entries).save(scored)
+    for entry in entries:
+        shutil.copytree(scored.trial(SWEEP, entry.name), scored.trial(other.id, entry.name))
+    request = find_requests((SWEEP, other.id), (), scored)
+    found = score_sweep(request, local_services(scored), print).comparison()
+    one = compared(scored, record)
+    assert found.sweep == f"{SWEEP} + {other.id}"
+    assert [row.trial for row in found.rows] == [
+        *(f"{SWEEP}/{row.trial}" for row in one.rows),
+        *[f"{other.id}/trial-01-flow_matching"] * 3,
+    ]
+    assert found.left_out == [
+        f"{other.id}/trial-00-soflow is the training of {SWEEP}/trial-00-soflow, which is in the table"
+    ]
+    assert [row.distance for row in found.rows[:5]] == [row.distance for row in one.rows]
+    assert {row.label(found.rows) for row in found.rows if row.method == "soflow"} == {"soflow"}
+    assert f"{SWEEP}/trial-01-flow_matching" in {row.label(found.rows) for row in found.rows}
+
+
+def test_sweeps_that_are_scored_otherwise_are_not_compared(
+    scored: ProjectFolder, record: SweepRecord
+) -> None:
+    evaluation = {**record.experiment["evaluation"], "samples": 90}
+    replace(record, id="digits-22222222", experiment={**record.experiment, "evaluation": evaluation}).save(
+        scored
+    )
+    with pytest.raises(UserError, match=r"has evaluation.samples 100 and digits-22222222 has 90"):
+        score_sweep(find_requests((SWEEP, "digits-22222222"), (), scored), local_services(scored), print)
+    with pytest.raises(UserError, match=r"is named twice"):
+        find_requests((SWEEP, SWEEP), (), scored)
+    with pytest.raises(UserError, match=r"--set is of one sweep file"):
+        find_requests((SWEEP, "digits-22222222"), ("seed=1",), scored)
 
 
 def test_every_method_is_sampled_in_every_way_that_covers_it(

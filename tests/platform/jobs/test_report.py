@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import json
+import math
+import random
 import re
 import shlex
 from dataclasses import replace
@@ -15,6 +17,7 @@ from soflow_platform.config.validation import read_experiment
 from soflow_platform.jobs.report import PAGE, write_report
 from soflow_platform.jobs.report_data import gather
 from soflow_platform.jobs.report_importance import importance
+from soflow_platform.jobs.report_pareto import pareto_front
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.tuning.record import SweepRecord, all_records
@@ -57,6 +60,30 @@ def test_the_page_needs_no_network_and_shows_every_trial(record: SweepRecord, sc
     assert written.not_logged is None
     logged = store.client.list_artifacts(record.run or "", "report")
     assert sorted(Path(each.path).name for each in logged) == ["report.html", "reproduce.yaml"]
+
+
+def test_a_front_has_the_trials_that_no_other_beats_in_both() -> None:
+    values = [(3.0, 1.0), (1.0, 5.0), (2.0, 4.0), (2.0, 6.0), (math.nan, 0.0), (2.5, 4.0), (1.0, 5.0)]
+    assert pareto_front(values, ("min", "min")) == [1, 6, 2, 0]
+    assert pareto_front(values, ("min", "max")) == [1, 6, 3]
+    assert pareto_front([], ("min", "min")) == []
+    generator = random.Random(0)
+    drawn = [(generator.random(), generator.random()) for _ in range(60)]
+    beaten = [any(a <= x and b <= y and (a, b) != (x, y) for a, b in drawn) for x, y in drawn]
+    assert sorted(pareto_front(drawn, ("min", "min"))) == [i for i, lost in enumerate(beaten) if not lost]
+
+
+def test_several_objectives_are_shown_with_their_front(record: SweepRecord, scored: ProjectFolder) -> None:
+    space = {"optimizer.lr": {"uniform": [1e-4, 1e-3]}}
+    search = {**record.experiment["search"], "algorithm": "tpe", "trials": 2, "space": space}
+    search["objectives"] = ["eval/fd_nfe2", "train_seconds"]
+    several = replace(record, experiment={**record.experiment, "search": search})
+    text = write_report(several, scored, TrackingStore(scored.tracking_uri)).page.read_text(encoding="utf-8")
+    drawn = figures(text)
+    assert {"pareto-0", "pareto-1"} <= set(drawn)
+    shown = [len(trace["x"]) for trace in drawn["pareto-1"]["data"]]  # type: ignore[index, attr-defined]
+    assert sum(shown) == 2
+    assert shown[1] >= 1
 
 
 def test_the_command_of_a_trial_stands_for_the_same_training(

@@ -21,6 +21,7 @@ from soflow_platform.storage import checkpoints
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.training.resume import load_state
+from soflow_platform.training.stop_request import request_save
 from soflow_platform.training.trial_status import TrialState, TrialStatusWriter
 from soflow_platform.training.worker import NonFiniteError, Trainer
 from tests.support.trained_state import differing_tensors, final_state
@@ -312,6 +313,21 @@ def test_a_stop_interrupts_scoring_which_is_made_up_for_on_resuming(
     for metric in ("train/loss", "eval/fd_nfe1", "eval/fd_nfe2"):
         assert curve(whole, metric) == curve(again, metric)
     assert whole.evaluations == again.evaluations
+
+
+def test_a_request_to_save_is_met_at_the_next_step_and_training_goes_on(
+    worker: Make, storage: ProjectFolder
+) -> None:
+    asked = worker("asked", "training.keep_checkpoints=20")
+    request_save(storage, asked.setup.job.sweep, "1 node(s) are drained")
+    assert asked.run()
+    steps = [checkpoint.state.step for checkpoint in asked.setup.checkpoints.published()]
+    assert steps[:2] == [1, 2]
+    assert (asked.setup.job.folder / "log.txt").read_text().count("asked to save") == 1
+    # One that was made before a trial began is none of its own.
+    later = worker("later", "training.keep_checkpoints=20")
+    assert later.run()
+    assert 1 not in [checkpoint.state.step for checkpoint in later.setup.checkpoints.published()]
 
 
 def test_a_stop_during_the_last_score_waits_for_it(worker: Make) -> None:

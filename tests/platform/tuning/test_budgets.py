@@ -197,7 +197,7 @@ def test_guidance_of_the_methods_sweeps_is_matched(sweep: Path) -> None:
     [
         ("search.budgets=[steps, steps]", "`budgets` names one twice"),
         ("search.budgets=[flops]", "input should be 'steps' or 'evaluations'"),
-        ("search.asha={first_rung: 10}", "`asha` compares trials at equal steps: leave `budgets` out"),
+        ("search.asha={first_rung: 10}", "`asha` compares trials of one budget: name one in `budgets`"),
         ("evaluation.every=500", "evaluation.every (500) is beyond training.steps (491): lower it"),
         (
             "search.space={objective: [{method: meanflow, gidance: {omega: 1.0}}]}",

@@ -17,7 +17,7 @@ from soflow_platform.tuning.display import Display
 from soflow_platform.tuning.drawing import DrawnTrials, add_trials, final_settings, is_complete
 from soflow_platform.tuning.ranking import ScoredTrial, ranked_points
 from soflow_platform.tuning.record import load_record, new_or_resumed_record
-from soflow_platform.tuning.recorded import recorded_trials, trials_of_record
+from soflow_platform.tuning.recorded import known_trials, trials_of_record
 from soflow_platform.tuning.search_space import Trial, trials
 from tests.support.sweep_files import MINIMAL, write
 
@@ -33,7 +33,7 @@ def started(storage: ProjectFolder, folder: Path, *overrides: str) -> SweepConte
     planned = trials(document, experiment)
     existing = load_record(storage, "small")
     if existing is not None:
-        planned += recorded_trials(document, experiment, existing, planned)
+        planned = known_trials(document, experiment, existing, planned)
     record = new_or_resumed_record(existing, "small", "sweep.yaml", experiment, planned)
     record.attempts = 1
     record.save(storage)

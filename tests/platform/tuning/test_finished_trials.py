@@ -13,6 +13,7 @@ from soflow_platform.tuning.display import Display
 from soflow_platform.tuning.record import all_records, load_record
 from soflow_platform.tuning.search_space import trials
 from soflow_platform.tuning.sweep import SweepContext, SweepRunner, finished_trials, open_tracking, run_sweep
+from soflow_platform.tuning.trial import rung_step
 from tests.platform.conftest import ROOT
 from tests.support.scored_sweep import SETTINGS
 
@@ -62,6 +63,26 @@ def test_only_unfinished_trials_are_scheduled_unless_a_scheduler_compares(scored
         second.name,
         first.name,
     ]
+
+
+def test_the_trials_that_got_furthest_fill_the_rungs_first(scored: ProjectFolder) -> None:
+    context = interrupted(scored, "search.asha={first_rung: 2, reduction: 2, metric: eval/fd_nfe2}")
+    first, second = context.trials
+    for trial, lost in ((first, (2, 4, 6)), (second, (6,))):
+        for step in lost:
+            shutil.rmtree(
+                scored.trial(context.record.id, trial.name) / "checkpoints" / f"step-{step:08d}",
+                ignore_errors=True,
+            )
+    assert context.experiment.rung_metric == ("eval/fd_nfe2", "min")
+    assert scheduled(context) == [second.name, first.name]
+
+
+def test_rungs_are_at_equal_shares_of_trainings() -> None:
+    for total in (7, 600, 1_200_000):
+        assert all(rung_step(step, total, total) == step for step in range(1, total, max(1, total // 50)))
+    assert rung_step(300, 900, 600) == 200
+    assert rung_step(450, 900, 600) == 300
 
 
 def test_a_sweep_that_never_started_has_no_finished_trials(scored: ProjectFolder) -> None:

@@ -171,8 +171,8 @@ def test_a_text_that_is_no_condition_is_refused(text: str) -> None:
             "`seeds` or `final` and a `seed` that varies exclude each other",
         ),
         (
-            "{asha: {first_rung: 2}, space: {training.steps: [20, 40]}}",
-            "they have 20, 40: leave training.steps as it is",
+            "{asha: {first_rung: 2, metric: eval/fid_nfe1}}",
+            "search.asha.metric 'eval/fid_nfe1' is never reported: this sweep reports eval/fd_nfe1",
         ),
         ("{algorithm: tpe, trials: 4}", "algorithm: tpe needs a `space`"),
         ("{algorithm: tpe, trials: 4, seeds: 2, space: {seed: [1]}}", "tpe trains each point once"),
