@@ -17,6 +17,7 @@ passes              forward passes of an objective: precision, skipped rows, tea
 nfe                 number of network evaluations of training and sampling
 optimizer           Adam settings and the learning rate as a function of the step
 ema                 averages of the parameters; post-hoc reconstruction of power-function EMAs (EDM2)
+augmentation        geometric augmentation of images, with the labels that a network is given
 dropout             seed of a network's dropout in a training step
 train_step          one optimizer step of any objective, and its state
 gradient_sync       averages gradients over ranks: DDP, one all-reduce, FSDP

@@ -21,15 +21,15 @@ def dropout(network: nn.Module, seed: int, step: int, piece: int) -> Iterator[No
     if not isinstance(network, NetworkModule) or network.dropout_share == 0:
         yield
         return
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    network.dropout_seed = mask_seed(seed, step, rank, piece)
+    network.dropout_seed = step_seed("dropout", seed, step, piece)
     try:
         yield
     finally:
         network.dropout_seed = None
 
 
-def mask_seed(*place: int) -> int:
-    """A number of 63 bits that is another one for other arguments."""
-    digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
+def step_seed(purpose: str, *place: int) -> int:
+    """A number of 63 bits that is another one for other arguments, and on other ranks."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    digest = hashlib.blake2b(repr((purpose, rank, *place)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from soflow_core.augmentation import augmentation
 from soflow_core.dropout import dropout
 from soflow_core.ema import EMA, Exponential
 from soflow_core.gradient_sync import GradientSync, Local, all_gather
@@ -64,8 +65,10 @@ class TrainStepConfig:
     pass. On a GPU cuBLAS needs the environment variable CUBLAS_WORKSPACE_CONFIG=:4096:8, set before the process
     first uses the GPU.
     """
-    dropout_seed: int = 0
-    """Of the masks of a network with dropout; they are a function of it, the step, the rank and the piece."""
+    seed: int = 0
+    """Of dropout and augmentation, which are a function of it, the step, the rank and the piece."""
+    augment: float | None = None
+    """Probability of each augmentation of a network with augmentation labels; None is no augmentation."""
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:
@@ -135,8 +138,8 @@ class TrainStep:
         drops = isinstance(network, NetworkModule) and network.dropout_share > 0
         self.policy = PassPolicy(
             self._precision(),
-            # Masks of dropout belong to the rows of a pass.
-            skip_unused=self.device.type == "cpu" and not config.compile and not drops,
+            # Masks of dropout and augmentation labels belong to the rows of a pass.
+            skip_unused=self.device.type == "cpu" and not config.compile and not drops and not config.augment,
             separate=drops,
             teacher=None if teacher_decay is None else self._averaged(teacher_decay),
             uniform=self.mesh is not None,
@@ -153,16 +156,18 @@ class TrainStep:
         self._check_batch(batch)
         pieces = self._pieces(batch.to(self.device), draws.to(self.device))
         rate = self.config.optimizer.learning_rate(self.step, self.config.total_steps)
+        seed = self.config.seed
         tf32 = self.policy.precision != "float32" and not self.objective.needs_true_float32
         with self._compiler(), step_kernels(self.device, tf32, self.config.deterministic):
             self.optimizer.zero_grad(set_to_none=True)
             losses: dict[str, list[Tensor]] = {"loss": []}
-            for number, piece in enumerate(pieces, start=1):
+            for number, (batch, draws) in enumerate(pieces, start=1):
                 with (
                     self.sync.accumulation(self.network, last=number == len(pieces)),
-                    dropout(self.module, self.config.dropout_seed, self.step, number),
+                    dropout(self.module, seed, self.step, number),
+                    augmentation(self.module, batch, self.config.augment, (seed, self.step, number)) as given,
                 ):
-                    self._backward(*piece, losses)
+                    self._backward(given, draws, losses)
             gradients = [p.grad for p in self.parameters if p.grad is not None]
             self.sync.reduce(gradients)
             if not self._replicas_compared:

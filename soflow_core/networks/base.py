@@ -113,6 +113,9 @@ class NetworkModule(nn.Module):
     dropout_seed: int | None = None
     """Seed of the masks of dropout in training mode; None is no dropout. A training step sets it (`TrainStep`)."""
 
+    augmentation: Tensor | None = None
+    """(B, A): augmentation labels of the rows of a training step, which a training step sets (`soflow_core.augmentation`)."""
+
     @property
     def dropout_share(self) -> float:
         """Share of hidden values that a training step sets to 0; most networks have none."""

@@ -59,7 +59,7 @@ class UNetConfig(Architecture):
     resample: tuple[int, ...] = (1, 3, 3, 1)
     """Taps of the filter that halves and doubles the sides."""
     augmentations: int = 0
-    """Augmentation labels that the network knows, 6 in the official checkpoints; they are 0 wherever images are as they are."""
+    """Augmentation labels that the network is given, 6 with `training.augment` and in the official checkpoints; 0 is none."""
     dropout: float = 0.0
     """Share of a block's hidden values that a training step sets to 0, the same in all its passes."""
 
@@ -290,7 +290,7 @@ class UNet(NetworkModule):
             if self.map_label is not None:
                 times = times + self.map_label(self._label_vectors(labels, t).to(dtype))
             if self.map_augment is not None:
-                times = times + self.map_augment(times.new_zeros(len(t), self.config.augmentations))
+                times = times + self.map_augment(self._augmentation_labels(times))
             embedded: Tensor = silu(self.map_layer1(silu(self.map_layer0(times))))
             return embedded
 
@@ -307,6 +307,18 @@ class UNet(NetworkModule):
         # An index beyond the classes is the null label, too.
         vectors = one_hot(torch.where(labels == NULL_LABEL, classes, labels), classes + 1)[:, :classes]
         return vectors * math.sqrt(classes)
+
+    def _augmentation_labels(self, times: Tensor) -> Tensor:
+        """(B, W) -> (B, augmentations): those of a training step, and zeros outside of it."""
+        labels = self.augmentation if self.training else None
+        if labels is None:
+            return times.new_zeros(len(times), self.config.augmentations)
+        if len(labels) != len(times):
+            raise ValueError(
+                f"a pass of {len(times)} of {len(labels)} augmented rows: augmentation needs a method whose passes have all, as "
+                "SoFlow with flow_matching_share 0"
+            )
+        return labels.to(times)
 
     def _masks(self, x: Tensor) -> Iterator[Tensor | None]:
         """Factors of dropout of one block after the other; None where there is no dropout."""

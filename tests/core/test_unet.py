@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from soflow_core.conformance.test_network import filled
-from soflow_core.dropout import dropout, mask_seed
+from soflow_core.dropout import dropout, step_seed
 from soflow_core.networks import NULL_LABEL, UNet, UNetConfig
 from soflow_core.networks.unet_layers import HALVED, Positional, Resample, UNetBlock
 from soflow_core.objectives import Batch, SoFlow
@@ -169,7 +169,7 @@ def test_dropout_has_one_mask_in_a_step_and_none_outside() -> None:
     assert not torch.allclose(first, plain)
     assert torch.equal(network(*inputs), plain)
     assert torch.equal(before, torch.get_rng_state())
-    assert len({mask_seed(0, step, rank) for step in range(50) for rank in range(4)}) == 200
+    assert len({step_seed("dropout", 0, step, piece) for step in range(50) for piece in range(4)}) == 200
 
 
 @torch.no_grad()

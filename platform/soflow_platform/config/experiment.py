@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from soflow_core.augmentation import LABELS
 from soflow_core.networks import NETWORKS
 from soflow_core.networks.dit import PARITY
 from soflow_core.objectives import OBJECTIVES, Objective
@@ -58,6 +59,7 @@ LATER_TRAINING_SETTINGS: dict[str, Any] = {
     "start_layout": None,
     "ema_profiles": [],
     "ema_every": 1,
+    "augment": None,
 }
 """The same of `training`."""
 
@@ -105,6 +107,21 @@ class Experiment(Section):
         if self.training.parallel == "fsdp" and self.resources.workers == 1:
             raise ValueError(
                 "training.parallel fsdp shares a network among workers: raise resources.workers above 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _augmentation_and_average_fit(self) -> Experiment:
+        known = getattr(self.network, "augmentations", 0)
+        if self.training.augment is not None and known != LABELS:
+            raise ValueError(
+                f"training.augment gives the network {LABELS} labels and it knows {known}: set network.augmentations to {LABELS} (kind "
+                "unet), or leave training.augment out"
+            )
+        if self.training.ema_every > 1 and self.objective.teacher_decay is not None:
+            raise ValueError(
+                f"training.ema_every is {self.training.ema_every}, and {self.objective.method} has a teacher, averaged every step: "
+                "set it to 1"
             )
         return self
 

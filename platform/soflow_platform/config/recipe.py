@@ -19,7 +19,7 @@ OF_SIZE = {"B/4": "b4", "B/2": "b2", "M/2": "m2", "L/2": "l2", "XL/2": "xl2"}
 LATENTS, CIFAR10 = (4, 32, 32), (3, 32, 32)
 """(C, H, W) of what the recipes are for."""
 SECTIONS = ("objective", "optimizer")
-TRAINING = ("steps", "batch", "ema", "ema_every", "clip_norm")
+TRAINING = ("steps", "batch", "ema", "ema_every", "augment", "clip_norm")
 EVALUATION = ("labels", "features")
 
 

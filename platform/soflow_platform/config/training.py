@@ -25,6 +25,8 @@ class TrainingConfig(Section):
     """Relative widths of power-function averages, whose snapshots `soflowctl ema` makes averages of other widths of; two are usual."""
     ema_snapshot_every: Positive | None = None
     """Steps between these snapshots; None: at each evaluation."""
+    augment: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Probability of each geometric augmentation, whose labels the network must know (`network.augmentations`); None is none."""
     precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
     """`auto`: mixed on a GPU and on a CPU with bfloat16 matrix units, float32 elsewhere."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None

@@ -40,12 +40,13 @@ def build_train_step(
         ema_decays=training.ema,
         power_ema_widths=training.ema_profiles,
         ema_every=training.ema_every,
+        augment=training.augment,
         precision=training.precision,
         clip_norm=training.clip_norm,
         accumulate=training.accumulate,
         compile=training.compile,
         deterministic=training.deterministic,
-        dropout_seed=experiment.seed,
+        seed=experiment.seed,
     )
     return TrainStep(network, experiment.objective, config, sync)
 

@@ -64,6 +64,7 @@ def try_step(experiment: Experiment, config: Architecture) -> None:
         ema_decays=training.ema,
         power_ema_widths=training.ema_profiles,
         ema_every=training.ema_every,
+        augment=training.augment,
         precision="float32",
         clip_norm=training.clip_norm,
     )

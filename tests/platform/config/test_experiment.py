@@ -91,18 +91,28 @@ def test_cifar10_is_the_papers_recipe_but_for_the_network() -> None:
     assert not objective.guidance.active
 
 
-def test_cifar10_with_the_u_net_differs_in_network_and_average_alone() -> None:
+def test_cifar10_with_the_u_net_differs_in_network_average_and_augmentation_alone() -> None:
     (with_dit, _), (with_unet, _) = (
         read_experiment(ROOT / "sweeps" / f"{name}.yaml") for name in ("cifar10", "cifar10-unet")
     )
     network = with_unet.network.architecture(channels=3, height=32, width=32)
-    assert (network.kind, network.dropout, network.augmentations) == ("unet", 0.3, 0)
+    assert (network.kind, network.dropout, network.augmentations) == ("unet", 0.3, 6)
     assert network.parameters() == pytest.approx(55.93e6, abs=5e3)
-    assert with_unet.training.ema_every == 16
+    assert (with_unet.training.ema_every, with_unet.training.augment) == (16, 0.12)
     assert with_unet.objective == with_dit.objective
     assert with_unet.optimizer == with_dit.optimizer
-    settings = [trial.training.model_dump(exclude={"ema_every"}) for trial in (with_dit, with_unet)]
+    settings = [
+        trial.training.model_dump(exclude={"ema_every", "augment"}) for trial in (with_dit, with_unet)
+    ]
     assert settings[0] == settings[1]
+
+
+def test_augmentation_needs_its_labels_and_a_teacher_every_step(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    needed = "training.augment gives the network 6 labels and it knows 0: set network.augmentations to 6"
+    assert needed in refusal(path, "training.augment=0.1")
+    teacher = refusal(path, "training.ema_every=16", "objective={method: shortcut}")
+    assert "shortcut has a teacher, averaged every step: set it to 1" in teacher
 
 
 def test_a_misspelt_key_is_named_with_its_line_and_the_nearest_known_name(tmp_path: Path) -> None:
