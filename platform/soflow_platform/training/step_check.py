@@ -80,5 +80,5 @@ def try_step(experiment: Experiment, config: Architecture) -> None:
 
 def _deciding(experiment: Experiment) -> list[object]:
     resolved = experiment.resolved()
-    training = {key: resolved["training"][key] for key in ("ema", "clip_norm")}
+    training = {key: resolved["training"][key] for key in ("ema", "clip_norm", "augment")}
     return [resolved["objective"], resolved["optimizer"], resolved["data"]["conditional"], training]
