@@ -75,7 +75,7 @@ def augment(images: Tensor, done: Augmentations) -> Tensor:
     if len(rows) == 0:
         return images
     result = images.clone()
-    grid = _sources(done, tuple(images.shape[-2:]))[rows]
+    grid = _sources(done, (images.shape[-2], images.shape[-1]))[rows]
     result[rows] = grid_sample(
         images[rows], grid, mode="bicubic", padding_mode="reflection", align_corners=False
     )
