@@ -21,7 +21,11 @@ def run_ranks(function: Callable[..., None], *arguments: object) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = int(s.getsockname()[1])
-    mp.spawn(_joined, (port, function, arguments), nprocs=WORLD)
+    # The server imports once what every rank needs; each rank is a fork of it.
+    mp.get_context("forkserver").set_forkserver_preload(
+        ["tests.support.gloo_ranks", "torch.distributed.fsdp"]
+    )
+    mp.start_processes(_joined, (port, function, arguments), nprocs=WORLD, start_method="forkserver")
 
 
 def rank_rows(inputs: tuple[Batch, Draws], rank: int) -> tuple[Batch, Draws]:
