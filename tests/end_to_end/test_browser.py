@@ -70,6 +70,13 @@ def pixels(image: Any) -> int:
     return int(image.evaluate("image => image.naturalWidth"))
 
 
+def grid(page: Any, step: int) -> Any:
+    """The picture of one evaluation's samples at this step, once it is on the page."""
+    found = page.locator(f"img[src*='samples~nfe1%2Bstep%2B{step}%2B']").first
+    found.wait_for(state="attached")
+    return found
+
+
 def test_the_printed_link_lists_the_trials_the_best_first_with_what_varies(page: Any) -> None:
     text = page.inner_text("body")
     names = re.findall(r"p=\S+ r0=\S+ #0\d", text)
@@ -80,9 +87,7 @@ def test_the_printed_link_lists_the_trials_the_best_first_with_what_varies(page:
 
 def test_a_trials_page_shows_its_grids_and_curves_and_the_slider_changes_the_picture(page: Any) -> None:
     page.get_by_text(BEST).click()
-    grid = page.get_by_alt_text("NFE 1, step 40")
-    grid.wait_for(state="attached")
-    assert pixels(grid) > 16
+    assert pixels(grid(page, step=40)) > 16
     page.get_by_role("tab", name="Model metrics").click()
     page.get_by_text("fd_nfe1", exact=True).first.wait_for()
     section = page.get_by_text("samples", exact=True).first
@@ -90,15 +95,10 @@ def test_a_trials_page_shows_its_grids_and_curves_and_the_slider_changes_the_pic
     section.scroll_into_view_if_needed()
     slider = page.get_by_role("slider").first
     slider.wait_for()
-    shown = page.locator("img[src*='samples~nfe1']").first
-    shown.wait_for(state="attached")
-    first = shown.get_attribute("src")
-    assert "step%2B0%2B" in first
+    assert "step%2B0%2B" in page.locator("img[src*='samples~nfe1']").last.get_attribute("src")
     slider.focus()
     slider.press("ArrowRight")
-    moved = page.locator("img[src*='samples~nfe1%2Bstep%2B10%2B']").first
-    moved.wait_for(state="attached")
-    assert pixels(moved) > 16
+    assert pixels(grid(page, step=10)) > 16
 
 
 def test_the_registered_model_shows_its_card_its_grid_and_both_aliases(
@@ -115,16 +115,15 @@ def test_the_registered_model_shows_its_card_its_grid_and_both_aliases(
         "DiT, width 32",
     ):
         assert word in text
-    grid = page.get_by_alt_text(re.compile("NFE 1, step 40"))
-    grid.wait_for(state="attached")
-    assert pixels(grid) > 16
+    assert pixels(grid(page, step=40)) > 16
     page.get_by_role("link", name=re.compile("#0")).first.click()
-    page.get_by_text("Parent run").wait_for()
+    page.get_by_text("Parent run", exact=True).wait_for()
 
 
 def test_the_sweeps_run_leads_to_its_report(page: Any) -> None:
     page.get_by_text(BEST).click()
     page.get_by_role("link", name=re.compile("^digits-")).click()
-    page.get_by_role("link", name="Report").click()
-    report = page.frame_locator("iframe").first
-    report.get_by_text("trials").first.wait_for(state="attached")
+    with page.expect_popup() as opened:
+        page.get_by_role("link", name="Report").click()
+    report = opened.value.frame_locator("iframe").first
+    report.get_by_text("trials finished").wait_for()
