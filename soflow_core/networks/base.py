@@ -106,7 +106,8 @@ class NetworkModule(nn.Module):
     labels are the null label in every row. `scale` is the guidance scale where it is a condition; None is 1, no guidance.
 
     Rows are independent of each other, so that a batch can be split over ranks. A pass draws nothing, in training as in evaluation:
-    all randomness of a step comes from the objective. Without autocast it is a float32 pass on float32 weights.
+    all randomness of a step comes from the objective, but for masks of dropout, which are a function of a seed that the step sets
+    (`dropout_seed`). Without autocast it is a float32 pass on float32 weights.
     """
 
     config: Architecture
