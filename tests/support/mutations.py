@@ -198,7 +198,7 @@ MUTATIONS = [
     Mutation("recipe: improved MeanFlow's times near the noise", IMPROVED, "LogitNormal(-0.4, 1.0)", "LogitNormal(0.4, 1.0)"),
     Mutation("precision: improved MeanFlow", IMPROVED, "passes.low_precision(x_t", "passes.high_precision(x_t"),
     Mutation("scale: improved MeanFlow's v_u at w", IMPROVED, "torch.ones_like(start.scale), start", "start.scale, start"),
-    Mutation("scale: improved MeanFlow's derivative at 1", AVERAGE, "along, difference, scale)", "along, difference, None)"),
+    Mutation("scale: improved MeanFlow's derivative at 1", AVERAGE, "labels), along, scale)", "labels), along, None)"),
     Mutation("scale: sampled without", SAMPLING, "= at_scale(network, scale, noise)", "= network"),
     Mutation("sampling: times of another number of steps", STEP_TIMES, "steps == len(self.sampling_times) + 1", "steps > 1"),
     Mutation("sampling: own sampler only", SAMPLING, "self.sampler or self.own_sampler", "self.own_sampler"),
