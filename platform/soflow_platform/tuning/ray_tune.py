@@ -40,6 +40,20 @@ SAVED = "the sweep was asked to stop and its trials are saved: run the same comm
 WAITED = "the sweep was asked to stop while its trials waited: run the same command to go on."
 
 
+class Terminal:
+    """Shows lines. Tune writes its callbacks to a file: what is read from there shows nothing, for a terminal cannot be written."""
+
+    def __init__(self, show: Callable[[str], None] | None = None) -> None:
+        self._show = show
+
+    def __call__(self, text: str) -> None:
+        if self._show is not None:
+            self._show(text)
+
+    def __reduce__(self) -> tuple[type[Terminal], tuple[()]]:
+        return Terminal, ()
+
+
 @dataclass(frozen=True)
 class TuneSettings:
     """What Tune needs beside the trials' tasks."""
@@ -51,8 +65,7 @@ class TuneSettings:
     """Of Tune's own folder within the sweep's."""
     folder: Path
     """The sweep's folder."""
-    say: Callable[[str], None]
-    """Shows one line."""
+    say: Terminal
 
 
 def concurrent_trials(experiment: Experiment, cluster: Cluster) -> int:

@@ -54,6 +54,7 @@ from soflow_platform.tuning.progress import start_progress_actor
 from soflow_platform.tuning.ranking import RankedPoint, ranked_points
 from soflow_platform.tuning.ray_tune import (
     SAVED,
+    Terminal,
     TuneSettings,
     concurrent_trials,
     reported_failures,
@@ -291,7 +292,7 @@ class SweepRunner:
             experiment = experiment.model_copy(update={"search": search})
         name = f"tune-{record.attempts}{'-final' if final else ''}"
         settings = TuneSettings(
-            experiment, stage.concurrent, name, project.sweep(record.id), self.context.display.say
+            experiment, stage.concurrent, name, project.sweep(record.id), Terminal(self.context.display.say)
         )
         tasks = [self._task(trial, stage.prepared) for trial in trials]
         searcher = None
