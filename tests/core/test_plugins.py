@@ -145,7 +145,7 @@ def test_weights_name_the_plugins_that_they_need(tmp_path: Path, caplog: pytest.
     with pytest.raises(WeightsError) as caught:
         load_weights(path)
     digests = [hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in (method, network)]
-    assert "its kind is 'convolution'; known are dit; it needs the plugin " in str(caught.value)
+    assert "its kind is 'convolution'; known are dit, unet; it needs the plugin " in str(caught.value)
     assert all(digest in str(caught.value) for digest in digests)
     assert "SOFLOW_PLUGINS" in str(caught.value)
     method.write_text(method.read_text() + "\n# changed\n")

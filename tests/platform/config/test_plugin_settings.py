@@ -63,7 +63,7 @@ def test_a_file_that_names_plugins_has_their_sections(tmp_path: Path) -> None:
             "--set network.kernal: unknown key `kernal` in `network`; did you mean `kernel`?",
         ),
         (("network.kernel=wide",), "`network.kernel` is 'wide': input should be a valid integer"),
-        (("network.kind=net",), "unknown kind 'net' in `network`; known are dit, convolution"),
+        (("network.kind=net",), "unknown kind 'net' in `network`; known are dit, unet, convolution"),
         (
             ("plugins=[absent_plugin]",),
             "--set plugins: there is no module absent_plugin to import as a plugin",
