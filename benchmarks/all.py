@@ -48,6 +48,8 @@ BENCHMARKS = {
     "step": Small("--sizes S/8 --batch 4 --rounds 3 --threads 1 --clock cpu --no-memory"),
     "host_copy": Small("--size S/8 --batch 2 --rounds 2"),
     "loader": Small("--samples 2000"),
+    "fid": Small("--dim 512 --rounds 1"),
+    "draws": Small("--batch 256 --steps 40"),
     "prepare": Small("--repeat 1 --copies 1"),
     "generate": Small("--num 256 --latents 0 --repeat 1"),
     "startup": Small("--rounds 1"),

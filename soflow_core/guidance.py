@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from soflow_core.labels import NULL_LABEL
+from soflow_core.random_source import RandomSource
 from soflow_core.rows import per_row
 from soflow_core.settings import STRICT, check_drop, check_values
 
@@ -36,18 +37,16 @@ class ScaleRange:
         """The geometric mean of both ends."""
         return math.sqrt(self.low * self.high)
 
-    def sample(self, generator: torch.Generator | None, count: int) -> Tensor:
-        """-> (count,) scales."""
-        return self.low * (self.high / self.low) ** torch.rand(count, generator=generator)
+    def sample(self, source: RandomSource) -> Tensor:
+        """-> (n,): a scale for each row."""
+        return self.low * (self.high / self.low) ** source.uniform()
 
 
-def draw_scale(
-    scale: float | ScaleRange, generator: torch.Generator | None, dropped: Tensor
-) -> Tensor | None:
-    """(B,) bool -> (B,): scales of the rows, 1 where the label is dropped; None where the setting is one scale."""
+def draw_scale(scale: float | ScaleRange, source: RandomSource, dropped: Tensor) -> Tensor | None:
+    """(n,) bool -> (n,): scales of the rows, 1 where the label is dropped; None where the setting is one scale."""
     if not isinstance(scale, ScaleRange):
         return None
-    return torch.where(dropped, 1.0, scale.sample(generator, len(dropped)))
+    return torch.where(dropped, 1.0, scale.sample(source))
 
 
 def sampled_scale(trained: float | ScaleRange, chosen: float | None) -> float:
@@ -129,9 +128,9 @@ def mix_velocity(guided: Tensor, predicted: Tensor, mix: float) -> Tensor:
     return mix * guided + (1 - mix) * predicted.detach()
 
 
-def draw_dropped(generator: torch.Generator | None, count: int, probability: float) -> Tensor:
-    """-> (count,) bool: which labels are dropped, each independently with this probability."""
-    return torch.rand(count, generator=generator) < probability
+def draw_dropped(source: RandomSource, probability: float) -> Tensor:
+    """-> (n,) bool: which labels are dropped, each independently with this probability."""
+    return source.uniform() < probability
 
 
 def drop_labels(labels: Tensor, dropped: Tensor) -> Tensor:

@@ -31,10 +31,6 @@ class LogitNormal:
         if self.std < 0:
             raise ValueError(f"a logit-normal std of {self.std} is negative; give 0 or more")
 
-    def sample(self, generator: torch.Generator | None, count: int) -> Tensor:
-        """-> (count,) float32."""
-        return self.from_normal(torch.randn(count, generator=generator))
-
     def from_normal(self, normal: Tensor) -> Tensor:
         """(B,) standard normal -> (B,) times."""
         return torch.sigmoid(self.mean + self.std * normal)

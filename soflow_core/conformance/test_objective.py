@@ -16,6 +16,7 @@ from soflow_core.nfe import sampling_evaluations, training_evaluations
 from soflow_core.objectives import OBJECTIVES, Batch, Draws, Objective
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.passes import PassPolicy
+from soflow_core.random_source import CounterSource
 from soflow_core.settings import to_dict
 from soflow_core.train_step import TrainStep, TrainStepConfig
 
@@ -96,6 +97,18 @@ def test_draws_are_a_function_of_the_generator_alone(objective: Objective) -> No
     assert torch.equal(before, torch.get_rng_state()), "draw takes randomness from the generator it is given"
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not torch.equal(one["noise"], draws_of(objective, seed=1).noise)
+
+
+def test_a_rank_draws_its_rows_of_the_batch_by_counters(objective: Objective) -> None:
+    if not objective.draws_by_rows:
+        pytest.skip("a method with its own `draw` is drawn by generators")
+    whole = objective.draw_from(CounterSource(7, 3, ROWS), SHAPE, conditional=True)
+    for rank in range(3):
+        own = objective.draw_from(CounterSource(7, 3, ROWS, rank, 3), SHAPE, conditional=True)
+        expected = whole.rows(rank, 3)
+        assert own.velocity_rows == expected.velocity_rows
+        assert tensors_of(own).keys() == tensors_of(expected).keys()
+        assert all(torch.equal(tensors_of(own)[name], value) for name, value in tensors_of(expected).items())
 
 
 @pytest.mark.parametrize("step", STEPS)

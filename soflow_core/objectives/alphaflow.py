@@ -24,11 +24,11 @@ from soflow_core.objectives.base import (
     Batch,
     Draws,
     Loss,
-    draw_noise,
     dropped_rows,
 )
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
+from soflow_core.random_source import RandomSource
 from soflow_core.registration import register
 from soflow_core.rows import per_row, row_mean
 from soflow_core.settings import STRICT, check_share, check_values, check_weight_eps
@@ -120,19 +120,13 @@ class AlphaFlow(DifferentialModel):
         alpha = self.schedule.alpha(step, total_steps)
         return alpha if alpha in (0, 1) else "between"
 
-    def draw(
-        self,
-        generator: torch.Generator | None,
-        batch_size: int,
-        sample_shape: tuple[int, ...],
-        conditional: bool,
-    ) -> Draws:
-        velocity_rows = int(self.flow_matching_share * batch_size)
-        noise = draw_noise(generator, batch_size, sample_shape)
-        t, s = draw_pairs(generator, batch_size, self.time, velocity_rows)
+    def draw_from(self, source: RandomSource, sample_shape: tuple[int, ...], conditional: bool) -> Draws:
+        velocity_rows = int(self.flow_matching_share * source.batch_size)
+        noise = source.normal(*sample_shape)
+        t, s = draw_pairs(source, self.time, velocity_rows)
         # Labels are dropped inside the window only, and dropped rows keep the guided target.
-        dropped = draw_dropped(generator, batch_size, self.guidance.drop) & self.guidance.inside(t)
-        return Draws(noise, t, s, dropped if conditional else None, velocity_rows)
+        dropped = draw_dropped(source, self.guidance.drop) & self.guidance.inside(t)
+        return Draws(noise, t, s, dropped if conditional else None, source.leading(velocity_rows))
 
     def loss(
         self,

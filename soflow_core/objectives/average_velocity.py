@@ -13,6 +13,7 @@ from soflow_core.objectives.base import Draws
 from soflow_core.objectives.solution_model import FlowMapModel
 from soflow_core.objectives.total_derivative import DerivativeModel, TotalDerivative
 from soflow_core.passes import Network, Passes
+from soflow_core.random_source import RandomSource
 from soflow_core.rows import choose_rows, per_row
 from soflow_core.times import LogitNormal
 
@@ -32,14 +33,12 @@ class Start:
     """(B,): guidance scale of each row, where it is a condition of the network."""
 
 
-def draw_pairs(
-    generator: torch.Generator | None, batch_size: int, distribution: LogitNormal, velocity_rows: int
-) -> tuple[Tensor, Tensor]:
-    """-> t, s (B,): the larger and the smaller of two draws; s = t in the leading rows."""
-    one = distribution.sample(generator, batch_size)
-    other = distribution.sample(generator, batch_size)
+def draw_pairs(source: RandomSource, distribution: LogitNormal, velocity_rows: int) -> tuple[Tensor, Tensor]:
+    """-> t, s (n,): the larger and the smaller of two draws; s = t in the leading rows."""
+    one = distribution.from_normal(source.normal())
+    other = distribution.from_normal(source.normal())
     t = torch.maximum(one, other)
-    s = torch.where(torch.arange(batch_size) < velocity_rows, t, torch.minimum(one, other))
+    s = torch.where(source.rows < velocity_rows, t, torch.minimum(one, other))
     return t, s
 
 
@@ -113,10 +112,9 @@ class DifferentialModel(DerivativeModel, AverageVelocityModel):
     """A method whose target holds the total derivative du/dt of the average velocity."""
 
 
-def leading_rows(generator: torch.Generator | None, draws_rows: int, probability: float) -> Tensor:
-    """-> (B,) bool: the first n rows, n binomial, whose labels MeanFlow drops."""
-    count = int((torch.rand(draws_rows, generator=generator) < probability).sum())
-    return torch.arange(draws_rows) < count
+def leading_rows(source: RandomSource, probability: float) -> Tensor:
+    """-> (n,) bool: which rows are among the first m of the batch, m binomial, whose labels MeanFlow drops."""
+    return source.rows < (source.common_uniform() < probability).sum()
 
 
 def branch_means(draws: Draws, mse: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Interface of a training method: `draw` (the randomness of a step), `loss` and `sample`.
+"""Interface of a training method: `draw_from` (the randomness of a step), `loss` and `sample`.
 
 A method is a frozen dataclass of its settings.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from soflow_core.passes import Network, PassPolicy
+from soflow_core.random_source import GeneratorSource, RandomSource
 from soflow_core.registration import Registry
 from soflow_core.samplers.base import Sampler
 from soflow_core.settings import STRICT
@@ -86,8 +87,8 @@ class Loss:
 class Objective(ABC):
     """Training method; subclasses are frozen dataclasses of its settings.
 
-    `draw` makes all randomness of a step, on the CPU, for the whole batch; `loss` and `sample` make none. Rows of a
-    batch do not know their numbers: a rank takes every n-th of them, and the mean of the ranks' losses is the loss of
+    `draw_from` makes all randomness of a step; `loss` and `sample` make none. Rows of a
+    batch do not know their numbers in the loss: a rank takes every n-th of them, and the mean of the ranks' losses is the loss of
     all. The leading `velocity_rows` rows train the velocity: s = t, or as near as the method goes. `loss` calls the
     network through `Passes` alone, which knows precision, teacher and the rows that may be skipped; where the policy is
     `uniform` it makes the same passes whatever its rows are, for each is a collective of all ranks.
@@ -102,6 +103,8 @@ class Objective(ABC):
     @classmethod
     def registration_fault(cls, part: type[Objective]) -> str | None:
         """What is wrong with a registered method; None where nothing is."""
+        if part.draw is Objective.draw and part.draw_from is Objective.draw_from:
+            return "draws no noise and no times: define draw_from"
         settings = {each.name for each in fields(part)}  # type: ignore[arg-type]
         if settings & {"drop", "guidance"} and part.needs_null_label is Objective.needs_null_label:
             return (
@@ -155,7 +158,10 @@ class Objective(ABC):
         """The sampler that `sample` uses, which says how many evaluations a number of steps costs; None where it has no such part."""
         return None
 
-    @abstractmethod
+    def draw_from(self, source: RandomSource, sample_shape: tuple[int, ...], conditional: bool) -> Draws:
+        """Randomness of one step for the source's rows, on its device. Only conditional training drops labels."""
+        raise NotImplementedError(f"{self.method} does not draw from sources")
+
     def draw(
         self,
         generator: torch.Generator | None,
@@ -163,7 +169,13 @@ class Objective(ABC):
         sample_shape: tuple[int, ...],
         conditional: bool,
     ) -> Draws:
-        """Randomness of one step of a global batch, on the CPU. Only conditional training drops labels."""
+        """Randomness of one step of a global batch, on the CPU."""
+        return self.draw_from(GeneratorSource(generator, batch_size), sample_shape, conditional)
+
+    @property
+    def draws_by_rows(self) -> bool:
+        """Whether the method draws from any source; one with its own `draw` draws from a generator alone."""
+        return type(self).draw is Objective.draw
 
     @abstractmethod
     def loss(
@@ -191,11 +203,6 @@ class Objective(ABC):
 
 OBJECTIVES: Registry[Objective] = Registry("training method", Objective, "method")  # type: ignore[type-abstract]
 """Method name -> objective."""
-
-
-def draw_noise(generator: torch.Generator | None, batch_size: int, sample_shape: tuple[int, ...]) -> Tensor:
-    """-> (B, C, H, W) standard normal."""
-    return torch.randn(batch_size, *sample_shape, generator=generator)
 
 
 def dropped_rows(draws: Draws) -> Tensor:

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from soflow_core.objectives.base import DEFAULT_POLICY, Batch, Draws, Loss, draw_noise
+from soflow_core.objectives.base import DEFAULT_POLICY, Batch, Draws, Loss
 from soflow_core.objectives.solution_model import SolutionModel
 from soflow_core.objectives.total_derivative import DerivativeModel
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
+from soflow_core.random_source import RandomSource
 from soflow_core.registration import register
 from soflow_core.rows import per_row, row_mean, row_sum
 from soflow_core.times import LogitNormal
@@ -38,21 +39,15 @@ class ConsistencyModel(SolutionModel):
 
     time: LogitNormal
 
-    def draw(
-        self,
-        generator: torch.Generator | None,
-        batch_size: int,
-        sample_shape: tuple[int, ...],
-        conditional: bool,
-    ) -> Draws:
+    def draw_from(self, source: RandomSource, sample_shape: tuple[int, ...], conditional: bool) -> Draws:
         del conditional
-        noise = draw_noise(generator, batch_size, sample_shape)
-        t = self.draw_time(generator, batch_size)
+        noise = source.normal(*sample_shape)
+        t = self.draw_time(source)
         return Draws(noise, t, torch.zeros_like(t), None, velocity_rows=0)
 
-    def draw_time(self, generator: torch.Generator | None, count: int) -> Tensor:
-        """-> (count,) times."""
-        return self.time.sample(generator, count)
+    def draw_time(self, source: RandomSource) -> Tensor:
+        """-> (n,): a time for each row."""
+        return self.time.from_normal(source.normal())
 
     def solution(self, network: Network, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         del s
@@ -128,12 +123,12 @@ class ImprovedConsistency(ConsistencyModel):
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return ((low + share * (high - low)) ** self.rho).float()
 
-    def draw_time(self, generator: torch.Generator | None, count: int) -> Tensor:
-        """-> (count,): logit-normal times, truncated to the grid's range.
+    def draw_time(self, source: RandomSource) -> Tensor:
+        """-> (n,): logit-normal times, truncated to the grid's range.
 
         Rounded down to the grid of a step, they have the distribution of levels of iCT's Eq. 10.
         """
-        uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+        uniform = source.uniform(torch.float64)
         bounds = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64).log()
         low, high = torch.special.ndtr((bounds - self.time.mean) / self.time.std)
         return self.time.from_normal(torch.special.ndtri(low + uniform * (high - low))).float()

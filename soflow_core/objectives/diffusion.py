@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from soflow_core.guidance import draw_dropped, drop_labels
@@ -18,11 +17,11 @@ from soflow_core.objectives.base import (
     Batch,
     Draws,
     Loss,
-    draw_noise,
     dropped_rows,
 )
 from soflow_core.objectives.step_times import SteppedModel
 from soflow_core.passes import Network, Passes, PassPolicy
+from soflow_core.random_source import RandomSource
 from soflow_core.registration import register
 from soflow_core.rows import per_row, row_mean
 from soflow_core.samplers.base import NoiseSampler, check_sampler, sampler
@@ -83,17 +82,11 @@ class Diffusion(SteppedModel):
         del step, total_steps
         return None
 
-    def draw(
-        self,
-        generator: torch.Generator | None,
-        batch_size: int,
-        sample_shape: tuple[int, ...],
-        conditional: bool,
-    ) -> Draws:
-        noise = draw_noise(generator, batch_size, sample_shape)
-        number = torch.randint(self.diffusion_steps, (batch_size,), generator=generator).float()
-        dropped = draw_dropped(generator, batch_size, self.drop)
-        return Draws(noise, number, number, dropped if conditional else None, velocity_rows=batch_size)
+    def draw_from(self, source: RandomSource, sample_shape: tuple[int, ...], conditional: bool) -> Draws:
+        noise = source.normal(*sample_shape)
+        number = source.integers(self.diffusion_steps).float()
+        dropped = draw_dropped(source, self.drop)
+        return Draws(noise, number, number, dropped if conditional else None, velocity_rows=len(source.rows))
 
     def loss(
         self,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from soflow_core.guidance import draw_dropped, drop_labels
@@ -14,12 +13,12 @@ from soflow_core.objectives.base import (
     Batch,
     Draws,
     Loss,
-    draw_noise,
     dropped_rows,
 )
 from soflow_core.objectives.step_times import SteppedModel
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import PATHS, PathName
+from soflow_core.random_source import RandomSource
 from soflow_core.registration import register
 from soflow_core.rows import row_mean
 from soflow_core.samplers.base import VelocitySampler, check_sampler, sampler
@@ -64,22 +63,11 @@ class FlowMatching(SteppedModel):
         del step, total_steps
         return None
 
-    def draw(
-        self,
-        generator: torch.Generator | None,
-        batch_size: int,
-        sample_shape: tuple[int, ...],
-        conditional: bool,
-    ) -> Draws:
-        noise = draw_noise(generator, batch_size, sample_shape)
-        count = batch_size
-        t = (
-            torch.rand(count, generator=generator)
-            if self.time is None
-            else self.time.sample(generator, count)
-        )
-        dropped = draw_dropped(generator, batch_size, self.drop)
-        return Draws(noise, t, t, dropped if conditional else None, velocity_rows=batch_size)
+    def draw_from(self, source: RandomSource, sample_shape: tuple[int, ...], conditional: bool) -> Draws:
+        noise = source.normal(*sample_shape)
+        t = source.uniform() if self.time is None else self.time.from_normal(source.normal())
+        dropped = draw_dropped(source, self.drop)
+        return Draws(noise, t, t, dropped if conditional else None, velocity_rows=len(source.rows))
 
     def loss(
         self,

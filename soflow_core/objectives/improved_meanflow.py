@@ -34,11 +34,11 @@ from soflow_core.objectives.base import (
     Batch,
     Draws,
     Loss,
-    draw_noise,
     dropped_rows,
 )
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
+from soflow_core.random_source import RandomSource
 from soflow_core.registration import register
 from soflow_core.rows import choose_rows, row_mean, row_sum
 from soflow_core.settings import check_share, check_weight_eps, setting
@@ -89,21 +89,16 @@ class ImprovedMeanFlow(DifferentialModel):
         del step, total_steps
         return None
 
-    def draw(
-        self,
-        generator: torch.Generator | None,
-        batch_size: int,
-        sample_shape: tuple[int, ...],
-        conditional: bool,
-    ) -> Draws:
-        velocity_rows = int(self.flow_matching_share * batch_size)
-        noise = draw_noise(generator, batch_size, sample_shape)
-        t, s = draw_pairs(generator, batch_size, self.time, velocity_rows)
-        dropped = leading_rows(generator, batch_size, self.guidance.drop)
-        scale = draw_scale(self.guidance.scale, generator, dropped)
+    def draw_from(self, source: RandomSource, sample_shape: tuple[int, ...], conditional: bool) -> Draws:
+        velocity_rows = int(self.flow_matching_share * source.batch_size)
+        noise = source.normal(*sample_shape)
+        t, s = draw_pairs(source, self.time, velocity_rows)
+        dropped = leading_rows(source, self.guidance.drop)
+        scale = draw_scale(self.guidance.scale, source, dropped)
+        first = source.leading(velocity_rows)
         if not conditional:
-            return Draws(noise, t, s, None, velocity_rows)
-        return Draws(noise, t, s, dropped, velocity_rows, scale)
+            return Draws(noise, t, s, None, first)
+        return Draws(noise, t, s, dropped, first, scale)
 
     def loss(
         self,

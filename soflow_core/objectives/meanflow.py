@@ -22,11 +22,11 @@ from soflow_core.objectives.base import (
     Batch,
     Draws,
     Loss,
-    draw_noise,
     dropped_rows,
 )
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
+from soflow_core.random_source import RandomSource
 from soflow_core.registration import register
 from soflow_core.rows import row_mean, row_sum
 from soflow_core.settings import check_share, check_weight_eps
@@ -69,18 +69,12 @@ class MeanFlow(DifferentialModel):
         del step, total_steps
         return None
 
-    def draw(
-        self,
-        generator: torch.Generator | None,
-        batch_size: int,
-        sample_shape: tuple[int, ...],
-        conditional: bool,
-    ) -> Draws:
-        velocity_rows = int(self.flow_matching_share * batch_size)
-        noise = draw_noise(generator, batch_size, sample_shape)
-        t, s = draw_pairs(generator, batch_size, self.time, velocity_rows)
-        dropped = leading_rows(generator, batch_size, self.guidance.drop)
-        return Draws(noise, t, s, dropped if conditional else None, velocity_rows)
+    def draw_from(self, source: RandomSource, sample_shape: tuple[int, ...], conditional: bool) -> Draws:
+        velocity_rows = int(self.flow_matching_share * source.batch_size)
+        noise = source.normal(*sample_shape)
+        t, s = draw_pairs(source, self.time, velocity_rows)
+        dropped = leading_rows(source, self.guidance.drop)
+        return Draws(noise, t, s, dropped if conditional else None, source.leading(velocity_rows))
 
     def loss(
         self,

@@ -21,11 +21,11 @@ from soflow_core.objectives.base import (
     Batch,
     Draws,
     Loss,
-    draw_noise,
     dropped_rows,
 )
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
+from soflow_core.random_source import RandomSource
 from soflow_core.registration import register
 from soflow_core.rows import choose_rows, per_row, row_mean
 from soflow_core.settings import check_drop
@@ -82,23 +82,19 @@ class Shortcut(AverageVelocityModel):
         del step, total_steps
         return None
 
-    def draw(
-        self,
-        generator: torch.Generator | None,
-        batch_size: int,
-        sample_shape: tuple[int, ...],
-        conditional: bool,
-    ) -> Draws:
-        velocity_rows = batch_size - int(self.bootstrap_share * batch_size)
-        noise = draw_noise(generator, batch_size, sample_shape)
-        row, levels = torch.arange(batch_size), int(math.log2(self.base_steps))
+    def draw_from(self, source: RandomSource, sample_shape: tuple[int, ...], conditional: bool) -> Draws:
+        velocity_rows = source.batch_size - int(self.bootstrap_share * source.batch_size)
+        noise = source.normal(*sample_shape)
+        row, levels = source.rows, int(math.log2(self.base_steps))
         # Bootstrap rows cycle through the step sizes from a random one: a small batch does not contain them all.
-        level = (row + torch.randint(levels, (), generator=generator)) % levels
+        level = (row + source.common_integer(levels)) % levels
         sections = torch.where(row < velocity_rows, self.base_steps, 2**level)
-        uniform = torch.rand(batch_size, generator=generator)
+        uniform = source.uniform()
         t = ((uniform * sections).floor() + 1) / sections
-        dropped = draw_dropped(generator, batch_size, self.drop) & (row < velocity_rows)
-        return Draws(noise, t, t - 1 / sections, dropped if conditional else None, velocity_rows)
+        dropped = draw_dropped(source, self.drop) & (row < velocity_rows)
+        return Draws(
+            noise, t, t - 1 / sections, dropped if conditional else None, source.leading(velocity_rows)
+        )
 
     def loss(
         self,

@@ -30,13 +30,13 @@ from soflow_core.objectives.base import (
     Batch,
     Draws,
     Loss,
-    draw_noise,
     dropped_rows,
 )
 from soflow_core.objectives.solution_model import FlowMapModel
 from soflow_core.parameterization import PARAMETERIZATIONS, Coefficients, ParameterizationName
 from soflow_core.passes import Arguments, Network, Passes, PassPolicy
 from soflow_core.paths import PATHS, PathName, PathPoint
+from soflow_core.random_source import RandomSource
 from soflow_core.registration import register
 from soflow_core.rows import choose_rows, per_row, row_mean
 from soflow_core.settings import STRICT, check_share, check_values, check_weight_eps, setting
@@ -132,28 +132,22 @@ class SoFlow(FlowMapModel):
         del step, total_steps
         return None
 
-    def draw(
-        self,
-        generator: torch.Generator | None,
-        batch_size: int,
-        sample_shape: tuple[int, ...],
-        conditional: bool,
-    ) -> Draws:
-        velocity_rows = int(self.flow_matching_share * batch_size)
-        noise = draw_noise(generator, batch_size, sample_shape)
-        velocity_time = self.times.velocity.sample(generator, batch_size)
-        start = self.times.start.sample(generator, batch_size)
-        end = self.times.end.sample(generator, batch_size)
+    def draw_from(self, source: RandomSource, sample_shape: tuple[int, ...], conditional: bool) -> Draws:
+        velocity_rows = int(self.flow_matching_share * source.batch_size)
+        noise = source.normal(*sample_shape)
+        velocity_time = self.times.velocity.from_normal(source.normal())
+        start = self.times.start.from_normal(source.normal())
+        end = self.times.end.from_normal(source.normal())
         t, s = consistency_times(start, end)
-        in_velocity_branch = torch.arange(batch_size) < velocity_rows
-        dropped = draw_dropped(generator, batch_size, self.guidance.drop)
-        scale = draw_scale(self.guidance.scale, generator, dropped)
+        in_velocity_branch = source.rows < velocity_rows
+        dropped = draw_dropped(source, self.guidance.drop)
+        scale = draw_scale(self.guidance.scale, source, dropped)
         return Draws(
             noise=noise,
             t=torch.where(in_velocity_branch, velocity_time, t),
             s=torch.where(in_velocity_branch, velocity_time, s),
             dropped=dropped if conditional and self.guidance.active else None,
-            velocity_rows=velocity_rows,
+            velocity_rows=source.leading(velocity_rows),
             scale=scale if conditional else None,
         )
 

@@ -19,6 +19,7 @@ from soflow_core.guidance import (
     mix_velocity,
 )
 from soflow_core.networks import NULL_LABEL
+from soflow_core.random_source import GeneratorSource
 
 V_C, V_U, V_P = torch.randn(3, 6, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 ONE = torch.ones(6, dtype=torch.float64)
@@ -87,7 +88,7 @@ def test_dropped_labels_become_null_and_the_others_stay() -> None:
 
 
 def test_labels_are_dropped_as_often_as_asked() -> None:
-    dropped = draw_dropped(torch.Generator().manual_seed(0), 100_000, 0.1)
+    dropped = draw_dropped(GeneratorSource(torch.Generator().manual_seed(0), 100_000), 0.1)
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.005)
 
 

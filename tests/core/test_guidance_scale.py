@@ -14,6 +14,7 @@ from soflow_core.networks import DiT
 from soflow_core.nfe import training_evaluations
 from soflow_core.objectives import Batch, Draws, ImprovedMeanFlow, SoFlow
 from soflow_core.passes import PassPolicy
+from soflow_core.random_source import GeneratorSource
 from soflow_core.settings import from_dict
 from soflow_core.times import RatioSchedule
 from soflow_core.train_step import TrainStep, TrainStepConfig
@@ -43,7 +44,8 @@ def inputs(
     """12 rows with the times and noise of `random_inputs`, and scales."""
     batch, draws = random_inputs(objective, 12, dtype)
     assert draws.dropped is not None
-    scale = draw_scale(objective.guidance.scale, torch.Generator().manual_seed(3), draws.dropped)
+    source = GeneratorSource(torch.Generator().manual_seed(3), len(draws.t))
+    scale = draw_scale(objective.guidance.scale, source, draws.dropped)
     assert scale is not None
     return batch, replace(draws, scale=scale.to(dtype))
 

@@ -19,7 +19,7 @@ from soflow_core.registration import register
 from soflow_core.samplers.base import SAMPLERS, NoiseSampler, Velocity, VelocitySampler
 from soflow_core.samplers.diffusion import Ddim, Ddpm, linear_alpha_bar, numbers_at, respaced
 from soflow_core.samplers.grids import time_grid, uniform_times
-from soflow_core.samplers.noise import MASK, philox, sample_labels, sample_noise
+from soflow_core.samplers.noise import sample_labels, sample_noise
 from soflow_core.samplers.ode import Euler, Heun
 from soflow_core.samplers.solution import ConsistencySampler, StepSampler
 from tests.support.gaussian import Gaussian
@@ -283,25 +283,6 @@ def test_a_sampler_that_says_a_wrong_number_of_evaluations_is_named(monkeypatch:
 
 
 # Noise of a sample
-
-
-@pytest.mark.parametrize(
-    ("counter", "key", "expected"),
-    [
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((MASK,) * 4, (MASK,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ],
-)
-def test_philox_gives_its_published_vectors(
-    counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
-) -> None:
-    words = philox(tuple(torch.tensor([c]) for c in counter), key)
-    assert tuple(int(w) for w in words) == expected
 
 
 @given(

@@ -206,7 +206,7 @@ MUTATIONS = [
     Mutation("sampling: MeanFlow by consistency", AVERAGE, 'ClassVar[str] = "ode"', 'ClassVar[str] = "consistency"'),
     Mutation("sampling: rising times", "soflow_core/samplers/grids.py", "if any(end >= start", "if any(end == start"),
     Mutation("sampling: Shortcut off its grid", SHORTCUT, "not in sizes or start % (start - end)", "not in sizes"),
-    Mutation("scale: uniform", GUIDANCE, "self.low * (self.high / self.low) ** torch", "self.low + (self.high - self.low) * torch"),
+    Mutation("scale: uniform", GUIDANCE, "self.low * (self.high / self.low) ** source", "self.low + (self.high - self.low) * source"),
     Mutation("scale: dropped rows have one", GUIDANCE, "torch.where(dropped, 1.0, scale", "torch.where(dropped & False, 1.0, scale"),
     Mutation("scale: unconditional velocity at w", SOFLOW, "torch.ones_like(draws.scale), draws", "draws.scale, draws"),
     Mutation("scale: of the wrong rows", SOFLOW, "scale[:first], scale[first:]", "scale[:first], scale[: len(scale) - first]"),
@@ -233,14 +233,14 @@ MUTATIONS = [
     Mutation(
         "Flow Matching: times of the nearer half",
         FLOW_MATCHING,
-        "torch.rand(count, generator=generator)",
-        "0.5 * torch.rand(count, generator=generator)",
+        "source.uniform() if",
+        "0.5 * source.uniform() if",
     ),
     Mutation(
         "diffusion: step numbers of the first half",
         DIFFUSION,
-        "torch.randint(self.diffusion_steps,",
-        "torch.randint(self.diffusion_steps // 2,",
+        "source.integers(self.diffusion_steps)",
+        "source.integers(self.diffusion_steps // 2)",
     ),
     Mutation(
         "DDPM: variance of the forward step",
@@ -251,7 +251,7 @@ MUTATIONS = [
     Mutation(
         "Shortcut: step sizes by the row's number alone",
         SHORTCUT,
-        "row + torch.randint(levels, (), generator=generator)",
+        "row + source.common_integer(levels)",
         "row - velocity_rows",
     ),
     Mutation(

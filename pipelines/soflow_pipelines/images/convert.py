@@ -10,7 +10,8 @@ def to_unit_range(images: Tensor) -> Tensor:
     """uint8 (..., H, W) -> float32 of the same shape: 0 becomes -1, 255 becomes 1."""
     if images.dtype != torch.uint8:
         raise TypeError(f"images are uint8, these are {images.dtype}")
-    return images.to(torch.float32).div_(127.5).sub_(1.0)
+    # A GPU multiplies with the rounded reciprocal of a plain number; a quotient by a tensor is the CPU's to the last bit.
+    return images.to(torch.float32).div_(torch.full((), 127.5, device=images.device)).sub_(1.0)
 
 
 def to_uint8(images: Tensor) -> Tensor:

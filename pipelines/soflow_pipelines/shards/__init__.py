@@ -9,6 +9,7 @@ order         SampleOrder: the shuffled order, a function of (seed, epoch) and t
 reader        SampleReader: random access to samples
 prefetch      fetches the shards of the next window in the background
 loader        ShardLoader: training batches, in an order that can be resumed exactly
+training_rows stored rows to what a network trains on, on the training device
 preview       a few decoded images of a set
 index_checks  checks that description, manifest and index agree
 verify        full check of a set against its index and manifest

@@ -24,8 +24,9 @@ from soflow_pipelines.shards.tables import read_info
 AHEAD = 2
 """Batches that each reading thread has in progress or finished."""
 
-Posterior = Literal["sample", "mean", "moments"]
-"""What is read of a latent: a sample of its posterior, the posterior's mean, or mean and standard deviation."""
+Posterior = Literal["sample", "mean", "moments", "stored"]
+"""What is read of a latent: a sample of its posterior, the posterior's mean, or mean and standard deviation; `stored` gives the rows
+of any set as they are stored, for `training_rows`."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class LoadedBatch:
     """One rank's rows of one global batch."""
 
     x0: Tensor
-    """(B, C, H, W) float32, as a network takes it."""
+    """(B, C, H, W) float32, as a network takes it; where rows are read as they are stored, that, pinned where a GPU is."""
     labels: Tensor | None
     """(B,) int64; None where the set has no labels."""
     positions: Tensor
@@ -51,7 +52,7 @@ class ShardLoader:
 
     A latent is sampled anew at every position: x0 = (mean + std eps - shift) scaling, with eps a function of
     (seed, position). `posterior="mean"` leaves eps out; `posterior="moments"` returns the stored mean and std
-    (B, 2C, H, W) as they are, to be sampled on the training device.
+    (B, 2C, H, W) in float32; `posterior="stored"` returns uint8 pixels or moments of the stored type, for `training_rows`.
 
     Remote shards are read through `cache`, by default `ShardCache.of_machine()`; those of the window that is
     being read and of the next one are fetched in the background.
@@ -82,7 +83,8 @@ class ShardLoader:
         self.info = read_info(uri)
         self.consumed = consumed
         self._batch_size, self._rank, self._world, self._seed = batch_size, rank, world, seed
-        self._posterior: Posterior = posterior
+        self.posterior: Posterior = posterior
+        """May be changed until the first batch is read."""
         self._samples = SampleReader(uri, self.info, cache)
         shards = self._samples.shards
         self._order = SampleOrder([s.samples for s in shards], [s.bytes for s in shards], seed)
@@ -130,20 +132,34 @@ class ShardLoader:
         if self._fetcher is not None:
             self._fetcher.reach(start)
         positions = np.arange(start + self._rank, start + self._batch_size, self._world)
-        arrays, labels = self._samples.read(self._order.rows(positions))
+        rows = self._order.rows(positions)
+        if self.posterior == "stored":
+            x0, labels = self._stored(rows)
+        else:
+            arrays, labels = self._samples.read(rows)
+            x0 = self._ready(torch.from_numpy(arrays), positions)
         return LoadedBatch(
-            x0=self._ready(torch.from_numpy(arrays), positions),
+            x0=x0,
             labels=None if self.info.classes is None else torch.from_numpy(labels),
             positions=torch.from_numpy(positions),
         )
 
+    def _stored(self, rows: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
+        """Rows in their stored type, in memory of their own from which a GPU can copy while other work is done, and labels."""
+        dtype = getattr(torch, self.info.dtype)
+        stored = torch.empty(
+            len(rows), *self.info.stored_shape, dtype=dtype, pin_memory=torch.cuda.is_available()
+        )
+        _, labels = self._samples.read(rows, stored.numpy())
+        return stored, labels
+
     def _ready(self, stored: Tensor, positions: NDArray[np.int64]) -> Tensor:
         if self.info.kind == "pixels":
             return to_unit_range(stored)
-        if self._posterior == "moments":
+        if self.posterior == "moments":
             return stored.to(torch.float32, copy=True)
         mean, std = stored.chunk(2, dim=1)
-        if self._posterior == "mean":
+        if self.posterior == "mean":
             drawn = mean.to(torch.float32, copy=True)
         else:
             drawn = position_noise(self._seed, positions, mean.shape[1:]).mul_(std).add_(mean)

@@ -78,9 +78,14 @@ class SampleReader:
                     f"index.parquet {count}."
                 )
 
-    def read(self, rows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """(B,) rows -> stored arrays (B, ...), valid until this thread's next call, and labels (B,) int64. Raises ShardError."""
-        stored = self._buffer(len(rows))
+    def read(
+        self, rows: NDArray[np.int64], out: NDArray[Any] | None = None
+    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """(B,) rows -> stored arrays (B, ...) and labels (B,) int64. Raises ShardError.
+
+        The arrays are written to `out`; without it they are valid until this thread's next call.
+        """
+        stored = self._buffer(len(rows)) if out is None else out
         content = stored.reshape(len(rows), -1).view(np.uint8)
         header = len(self._header)
         shards, offsets = self._shard[rows].tolist(), self._offset[rows].tolist()

@@ -60,6 +60,7 @@ LATER_TRAINING_SETTINGS: dict[str, Any] = {
     "ema_profiles": [],
     "ema_every": 1,
     "augment": None,
+    "draws": "auto",
 }
 """The same of `training`."""
 

@@ -45,6 +45,9 @@ class TrainingConfig(Section):
     compile: bool = False
     deterministic: bool = False
     """Deterministic kernels alone, so that a GPU repeats a run bit for bit; slower. CPUs do so anyway."""
+    draws: Literal["auto", "generator", "counter"] = "auto"
+    """How noise, times, dropped labels and posterior samples are drawn: `generator`: one after the other, on the CPU; `counter`: on the
+    device, each as a function of seed, step and row. `auto`: `counter` on a GPU. A trial goes on as it began."""
     log_every: Positive = 50
     """Steps between two points of the training curves."""
     checkpoint_every: Positive | None = None

@@ -59,6 +59,8 @@ class CheckpointState:
     """Digest of the code that trained since the checkpoint before (`storage.code_digest`); None in one of an earlier version."""
     start: list[dict[str, Any]] | None = None
     """Lineage of the weights that training started from; None: fresh ones."""
+    draws: int | None = None
+    """Version of the draws of noise, times and posterior samples (`soflow_core.random_source`); None, of an earlier version, is 1."""
 
     def as_record(self) -> dict[str, Any]:
         record = asdict(self)

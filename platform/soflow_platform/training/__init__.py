@@ -17,7 +17,8 @@ step_check     one step of a trial with a small network, before it is started
 length_dependence  whether a training depends on its total number of steps
 worker         Trainer: the training loop of one rank
 start          weights that a trial starts from, and their lineage
-step_noise     times and noise of each step, drawn one step ahead
+step_inputs    rows and draws of each step on the device, one step ahead, in either version of the draws
+step_noise     times and noise of each step of the first version, drawn one step ahead
 distributed    collective operations on Python objects and numbers
 ema_network    the network with averaged weights, whole or sharded, for evaluations
 throughput     images per second, FLOPs, time spent waiting for data, memory

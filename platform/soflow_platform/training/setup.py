@@ -10,6 +10,7 @@ import torch
 from soflow_core.networks import Architecture
 from soflow_core.nfe import training_evaluations
 from soflow_core.objectives import Draws
+from soflow_core.random_source import CounterSource
 from soflow_core.train_step import TrainStep
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_pipelines.shards.loader import ShardLoader
@@ -69,6 +70,14 @@ class TrialSetup:
         generator = step_generator(experiment.seed, step)
         batch, conditional = experiment.training.batch, experiment.data.conditional
         return experiment.objective.draw(generator, batch, shape, conditional).rows(self.rank, self.world)
+
+    def draw_on_device(self, step: int) -> Draws:
+        """The same by the second version of the draws: this rank's rows alone, on its device."""
+        experiment, shape = self.experiment, tuple(self.loader.info.shape)
+        source = CounterSource(
+            experiment.seed, step, experiment.training.batch, self.rank, self.world, self.device
+        )
+        return experiment.objective.draw_from(source, shape, experiment.data.conditional)
 
     @property
     def flops_per_image(self) -> float:

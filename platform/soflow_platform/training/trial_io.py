@@ -6,7 +6,8 @@ Rank 0 writes with `RankZeroIO`; the other ranks have a `NullIO`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -71,14 +72,8 @@ class TrialIO(Protocol):
     def ready_to_save(self, step: int, needed: bool) -> bool:
         """Wait until a checkpoint can be made. Returns False where one that is not `needed` is to be left out."""
 
-    def save(
-        self,
-        step: int,
-        images: int,
-        evaluations: Sequence[Mapping[str, Any]],
-        write: Callable[[Path], None],
-    ) -> None:
-        """Publish, in the background, the checkpoint whose files `write` writes."""
+    def save(self, progress: CheckpointState, write: Callable[[Path], None]) -> None:
+        """Publish, in the background, the checkpoint of `progress` whose files `write` writes."""
 
     def stop_requested(self, step: int) -> bool:
         """Whether the trial was asked to stop."""
@@ -127,13 +122,7 @@ class NullIO:
         del step, needed
         return True
 
-    def save(
-        self,
-        step: int,
-        images: int,
-        evaluations: Sequence[Mapping[str, Any]],
-        write: Callable[[Path], None],
-    ) -> None:
+    def save(self, progress: CheckpointState, write: Callable[[Path], None]) -> None:
         pass
 
     def stop_requested(self, step: int) -> bool:
@@ -234,16 +223,16 @@ class RankZeroIO:
     def ready_to_save(self, step: int, needed: bool) -> bool:
         return self.checkpointer.ready(step, needed)
 
-    def save(
-        self,
-        step: int,
-        images: int,
-        evaluations: Sequence[Mapping[str, Any]],
-        write: Callable[[Path], None],
-    ) -> None:
-        scored = [dict(evaluation) for evaluation in evaluations]
-        points, code = self.metrics.pending_points(), running_code().digest
-        state = CheckpointState(step, images, self.job.run, scored, points, self._data, code, self._lineage)
+    def save(self, progress: CheckpointState, write: Callable[[Path], None]) -> None:
+        scored = [dict(evaluation) for evaluation in progress.evaluations]
+        state = replace(
+            progress,
+            evaluations=scored,
+            pending_metrics=self.metrics.pending_points(),
+            data=self._data,
+            code=running_code().digest,
+            start=self._lineage,
+        )
         ranking = ranked(scored, self.experiment.search.metric, self.experiment.mode)
         self.checkpointer.submit(state, [evaluation["step"] for evaluation in ranking], write)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from soflow_core.ema import Power
 from soflow_core.host_copy import HostCopy
-from soflow_core.objectives import Batch
+from soflow_core.random_source import DrawsVersion
 from soflow_core.train_step import StepRecord
 from soflow_core.weights import save_weights
 from soflow_platform.errors import JobError
@@ -31,7 +32,7 @@ from soflow_platform.training.job import TrialJob
 from soflow_platform.training.resume import load_state
 from soflow_platform.training.setup import TrialSetup, data_facts
 from soflow_platform.training.start import Start, describe_lineage
-from soflow_platform.training.step_noise import StepNoisePrefetcher
+from soflow_platform.training.step_inputs import DeviceInputs, HostInputs, StepInputs, draws_version
 from soflow_platform.training.stop_rules import broken_rule
 from soflow_platform.training.stragglers import ForwardTimer
 from soflow_platform.training.throughput import Throughput
@@ -54,7 +55,9 @@ class Trainer:
         self.experiment, self.loader, self.train_step = setup.experiment, setup.loader, setup.train_step
         self.evaluations: list[dict[str, Any]] = []
         """Step and metrics of every evaluation so far."""
-        self.noise = StepNoisePrefetcher(setup.draw)
+        self.draws: DrawsVersion = 1
+        self.inputs: StepInputs | None = None
+        """Made when it is known where training begins."""
         training = setup.experiment.training
         self.throughput = Throughput(
             training.batch, training.steps, setup.flops_per_image, setup.device, setup.world
@@ -149,6 +152,7 @@ class Trainer:
         checkpoint = distributed.run_on_rank0(
             lambda: self.io.open(self.loader.info.digest), setup.rank, setup.world
         )
+        self.draws = draws_version(self.experiment, setup.device, checkpoint)
         if checkpoint is not None:
             load_state(checkpoint, self.train_step)
             self.loader.consumed = checkpoint.state.images
@@ -159,9 +163,21 @@ class Trainer:
                     grids = setup.evaluator.grids(network, self.experiment.sampled_objective, setup.device)
                     self.io.show(0, grids)
             self._log_start()
+        self.inputs = self._open_inputs()
         begin = "starting" if checkpoint is None else "going on"
         self.io.log(f"{begin} with {setup.world} worker(s) on {setup.device}", self.step)
         self.io.set_state(TrialState.RUNNING, self.step)
+
+    def _open_inputs(self) -> StepInputs:
+        setup, conditional = self.setup, self.experiment.data.conditional
+        if self.draws == 1:
+            return HostInputs(self.loader, conditional, setup.draw)
+        inputs = DeviceInputs(
+            self.loader, self.experiment.seed, conditional, setup.draw_on_device, setup.device
+        )
+        if self.step < self.experiment.training.steps:
+            inputs.begin(self.step + 1)
+        return inputs
 
     def _log_start(self) -> None:
         """Say which weights the training starts from, and what of them is not taken as it is."""
@@ -178,10 +194,10 @@ class Trainer:
         if self.forward_timer is not None:
             self.forward_timer.measuring = self._is_logged(step)
         self.throughput.begin()
-        loaded = next(self.loader)
+        assert self.inputs is not None
+        batch = self.inputs.rows()
         self.throughput.loaded()
-        batch = Batch(loaded.x0, loaded.labels if self.experiment.data.conditional else None)
-        record = self.train_step(batch, self.noise.get(step))
+        record = self.train_step(batch, self.inputs.draws(step))
         if not record.finite:
             self._raise_non_finite(step, record)
         self.throughput.end(step)
@@ -196,7 +212,7 @@ class Trainer:
             values = distributed.mean_over_ranks(values, rows)
             self._log_slow_rank(step)
         rate, eta = self.throughput.images_per_second, self.throughput.eta_seconds(step)
-        self.io.progress(step, self.loader.consumed, rate, values["train/loss"], eta)
+        self.io.progress(step, self._consumed, rate, values["train/loss"], eta)
         if not logged:
             return {}
         update = {"train/grad_norm": record.grad_norm, "train/learning_rate": record.learning_rate}
@@ -242,7 +258,7 @@ class Trainer:
         # Weights are sampled as the sweep says, where a command says nothing else.
         objective, facts = self.experiment.sampled_objective, data_facts(self.loader.info, self.experiment)
         snapshot = self._owes_snapshot()
-        progress = checkpoints.CheckpointState(step, self.loader.consumed, setup.job.run)
+        progress = checkpoints.CheckpointState(step, self._consumed, setup.job.run, draws=self.draws)
 
         def write_averages(folder: Path) -> None:
             for width in self.experiment.training.ema_profiles:
@@ -257,7 +273,12 @@ class Trainer:
             torch.save(state, folder / checkpoints.STATE)
             save_weights(folder / checkpoints.EMA, ema, setup.config, objective, facts)
 
-        self.io.save(step, self.loader.consumed, self.evaluations, write)
+        self.io.save(replace(progress, evaluations=list(self.evaluations)), write)
+
+    @property
+    def _consumed(self) -> int:
+        """Samples that all ranks have trained on: the loader's state in a checkpoint."""
+        return self.loader.consumed if self.inputs is None else self.inputs.consumed
 
     def _is_due(self, every: int) -> bool:
         """Whether something that is done every so many steps, and after the last one, is to be done now."""
@@ -312,8 +333,9 @@ class Trainer:
         )
 
     def _close_inputs(self) -> None:
+        if self.inputs is not None:
+            self.inputs.close()
         self.loader.close()
-        self.noise.close()
 
 
 class ShouldStop:

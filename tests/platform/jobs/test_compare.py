@@ -448,7 +448,7 @@ def test_sampling_time_excludes_drawing_noise(monkeypatch: pytest.MonkeyPatch) -
     def draw(*_: Any) -> None:
         raise AssertionError("noise was drawn")
 
-    monkeypatch.setattr("soflow_core.samplers.noise.philox", draw)
+    monkeypatch.setattr("soflow_core.samplers.noise.random_words", draw)
     (seconds,) = measure_sampling(
         [SamplingBenchmark(TINY, Diffusion(sampler="ddpm"), 20)], torch.device("cpu")
     )
