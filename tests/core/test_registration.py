@@ -87,7 +87,11 @@ WRONG = {
     "declares `method`": (
         '@register("mine")\n@dataclass(frozen=True)\nclass Mine(FlowMatching):\n    """A method."""\n    method: str = "mine"'
     ),
-    "lacks draw, loss, sample": '@register("mine")\n@dataclass(frozen=True)\nclass Mine(Objective):\n    """A method."""',
+    "lacks loss, sample": '@register("mine")\n@dataclass(frozen=True)\nclass Mine(Objective):\n    """A method."""',
+    "draws no noise and no times: define draw_from": (
+        '@register("mine")\n@dataclass(frozen=True)\nclass Mine(Objective):\n    """A method."""\n'
+        "    def loss(self, *arguments, **settings): ...\n    def sample(self, *arguments, **settings): ..."
+    ),
     "is of no kind of part": '@register("mine")\n@dataclass(frozen=True)\nclass Mine:\n    """A method."""',
     "does not say so: define the property needs_null_label": (
         '@register("mine")\n@dataclass(frozen=True)\nclass Mine(Whole):\n    """A method."""\n    drop: float = 0.1'

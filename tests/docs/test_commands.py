@@ -292,13 +292,21 @@ def test_the_heads_of_sweep_files_run(block: Block, workplace: Path) -> None:
     [c for c in COMMANDS if c.arguments[:2] == ["soflowctl", "run"] and c.block.page.suffix == ".yaml"],
     ids=lambda shown: shown.name,
 )
-def test_the_plan_of_every_sweep_file_is_printed(shown: Command, workplace: Path) -> None:
-    """Also of those that need a cluster: a dry run connects to nothing."""
+def test_the_plan_of_every_sweep_file_is_printed(
+    shown: Command, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of those that need a cluster: a dry run connects to nothing, and is run in this process."""
+    from soflow_platform.cli.main import main
+
     words = [w.replace("/shared/imagenet-latents", "imagenet-latents") for w in shown.arguments]
-    line = command(*(words[1:] if "--dry-run" in words else [*words[1:], "--dry-run"]))
-    done = subprocess.run(line, cwd=workplace, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "parameters" in done.stdout
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", words if "--dry-run" in words else [*words, "--dry-run"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr()
+    assert ended.value.code in (0, None), printed.err
+    assert "parameters" in printed.out
 
 
 @pytest.fixture

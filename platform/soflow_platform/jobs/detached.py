@@ -94,8 +94,12 @@ def submit(
 
 def state_of(found: DetachedJob) -> str | None:
     """Ray's state of a job: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED; None where the cluster does not tell."""
+    from soflow_platform.cluster.connection import require_answer
+
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     try:
+        # Ray's client tries for most of a minute to reach a head that is gone.
+        require_answer(found.address)
         from ray.job_submission import JobSubmissionClient
 
         return str(JobSubmissionClient(found.address).get_job_status(found.job).value)
