@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,13 +15,13 @@ from soflow_core.registration import Registry
 from soflow_core.samplers.base import SAMPLERS
 from soflow_core.samplers.grids import GRIDS
 
-KINDS: dict[str, Registry[Any]] = {
-    "objective": OBJECTIVES,
-    "network": NETWORKS,
-    "sampler": SAMPLERS,
-    "grid": GRIDS,
+KINDS: dict[str, Callable[[], Registry[Any]]] = {
+    "objective": lambda: OBJECTIVES,
+    "network": lambda: NETWORKS,
+    "sampler": lambda: SAMPLERS,
+    "grid": lambda: GRIDS,
 }
-"""Option -> the registry of its kind. A suite of other kinds adds its own before this module is loaded by pytest."""
+"""Option -> what returns the registry of its kind. A suite of other kinds adds its own before this module is loaded by pytest."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,9 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = any(metafunc.config.getoption(f"--{kind}") for kind in KINDS)
-    for kind, registry in KINDS.items():
+    for kind, registry_of in KINDS.items():
         argument = f"{kind}_class"
         if argument in metafunc.fixturenames:
+            registry = registry_of()
             named = metafunc.config.getoption(f"--{kind}")
             parts = [find(registry, each) for each in named] if chosen else list(registry.values())
             metafunc.parametrize(argument, parts, ids=[str(vars(part)[registry.field]) for part in parts])
