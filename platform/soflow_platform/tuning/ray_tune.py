@@ -243,7 +243,8 @@ def _sweep_watch(settings: TuneSettings, cluster: Cluster, actor: Any) -> Any:
                 raise Stopped(SAVED if states != {"PENDING"} else WAITED)
             if now - self.idle_since > QUIET_SECONDS and now - self.said > SAID_EVERY:
                 self.said = now
-                settings.say(_waits(settings.experiment, now - self.idle_since))
+                if (line := _waits(settings.experiment, now - self.idle_since)) is not None:
+                    settings.say(line)
             if now - self.idle_since > 60 * resources.wait_minutes:
                 raise JobError(
                     f"no machine for a trial came within {resources.wait_minutes:g} min (resources.wait_minutes): add a node, or lower "
@@ -269,11 +270,20 @@ def _sweep_watch(settings: TuneSettings, cluster: Cluster, actor: Any) -> Any:
     return SweepWatch()
 
 
-def _waits(experiment: Experiment, seconds: float) -> str:
-    """A line on trials that wait for machines: what one asks for, what is free, and how long it waits."""
+def _waits(experiment: Experiment, seconds: float) -> str | None:
+    """A line on trials that wait for machines: what one asks for, what is free, and how long it waits.
+
+    None where there is room for one: its process is being started.
+    """
     import ray
 
     resources, free = experiment.resources, ray.available_resources()
+    workers = resources.min_workers or resources.workers
+    if (
+        free.get("CPU", 0.0) >= workers * resources.cpus_per_worker
+        and free.get("GPU", 0.0) >= workers * resources.gpus_per_worker
+    ):
+        return None
     demand = Demand(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker)
     return (
         f"no trial runs: each asks for {demand}, free are {free.get('CPU', 0.0):g} CPU and {free.get('GPU', 0.0):g} GPU; "
