@@ -24,6 +24,8 @@ PACKAGES = (
     "soflow_platform.training",
 )
 """Packages whose code decides numbers; that of commands, records and displays does not."""
+CHECKS = "conformance"
+"""Folder of a package's checks, which decide no number."""
 DIGITS = 12
 
 
@@ -43,7 +45,11 @@ class Code:
     def differing(self, other: Code) -> list[str]:
         """Files that are not the same in both, by name."""
         names = self.files.keys() | other.files.keys()
-        return sorted(name for name in names if self.files.get(name) != other.files.get(name))
+        return sorted(
+            name
+            for name in names
+            if self.files.get(name) != other.files.get(name) and CHECKS not in name.split("/")
+        )
 
 
 @functools.cache
@@ -64,6 +70,7 @@ def source_files(folder: Path, name: str) -> dict[str, str]:
             :DIGITS
         ]
         for path in sorted(folder.rglob("*.py"))
+        if CHECKS not in path.relative_to(folder).parts
     }
 
 

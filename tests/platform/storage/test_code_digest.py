@@ -17,13 +17,14 @@ def test_the_code_of_losses_data_metrics_and_training_counts_and_that_of_command
         "soflow_platform/generation/sampling.py",
     ):
         assert name in files
-    assert not [name for name in files if name.startswith("soflow_platform/cli")]
+    assert not [name for name in files if name.startswith("soflow_platform/cli") or "conformance" in name]
     assert running_code().digest == Code(dict(files)).digest
 
 
 def test_a_change_an_addition_and_a_removal_are_named(tmp_path: Path) -> None:
-    (tmp_path / "losses").mkdir()
-    for name in ("a.py", "b.py", "losses/c.py", "notes.txt"):
+    for folder in ("losses", "conformance"):
+        (tmp_path / folder).mkdir()
+    for name in ("a.py", "b.py", "losses/c.py", "conformance/test_a.py", "notes.txt"):
         (tmp_path / name).write_text("x = 1\n")
     before = Code(source_files(tmp_path, "mine"))
     assert set(before.files) == {"mine/a.py", "mine/b.py", "mine/losses/c.py"}
