@@ -16,6 +16,8 @@ def main(arguments: Sequence[str]) -> None:
     """Run a command of soflowctl with its output in the sweep's folder, and write how it ended."""
     folder, *command = arguments
     place = Path(folder)
+    # A job begins in a folder of Ray's that may be gone; the places in its command do not depend on one.
+    os.chdir(place)
     output = os.open(place / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(output, stream)

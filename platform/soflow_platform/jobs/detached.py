@@ -6,10 +6,11 @@ The job runs `python -m soflow_platform.cli.detached_command FOLDER run FILE ...
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,10 @@ JOB, OUTPUT, EXIT, SETTINGS = "job.json", "output.txt", "exit.json", "detached.y
 """Files in the folder of a sweep."""
 ENTRY = "soflow_platform.cli.detached_command"
 """Module that the job runs: it imports this one."""
+NO_AGENT = "No available agent"
+"""In Ray's error where the process that starts jobs on the head is not there yet."""
+AGENT_SECONDS = 60.0
+"""How long it may take to come."""
 BEGIN_SECONDS = 180.0
 """How long a submitted job may take to begin before it counts as lost."""
 
@@ -77,11 +82,15 @@ def submit(
     command = ["run", str(folder / SETTINGS), "--storage", str(project.root), "--address", address, *options]
     entry = ["python", "-m", ENTRY, str(folder), *command]
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # It says of every package whether it is uploaded.
+    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
     try:
         client = JobSubmissionClient(address)
         with shipped_code() as environment:
             # No variables of this process: Ray's logs and page would show what is secret in them.
-            job = client.submit_job(entrypoint=shlex.join(entry), runtime_env=with_plugins(environment))
+            job = _patiently(
+                lambda: client.submit_job(entrypoint=shlex.join(entry), runtime_env=with_plugins(environment))
+            )
     except Exception as error:
         raise JobError(
             f"the cluster at {address} takes no jobs ({summarize(error)[:300]}): its head must run the dashboard, which "
@@ -90,6 +99,18 @@ def submit(
     found = DetachedJob(job, address, time.time())
     write_json(folder / JOB, vars(found))
     return found
+
+
+def _patiently(submit_job: Callable[[], str]) -> str:
+    """Submit, again where the head's agent has not answered yet: a head that has just started takes jobs after some seconds."""
+    end = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            return submit_job()
+        except RuntimeError as error:
+            if NO_AGENT not in str(error) or time.monotonic() > end:
+                raise
+        time.sleep(1.0)
 
 
 def state_of(found: DetachedJob) -> str | None:
