@@ -238,7 +238,9 @@ def test_a_status_older_than_a_minute_is_stale_while_its_sweep_runs(
         printed = soflowctl("status")[1]
         silent = [status["silent"] for status in json.loads(soflowctl("status", "--json")[1])]
     assert silent == [False, True]
-    assert "evaluating, silent for 125 s" in printed
+    silent = re.search(r"evaluating, silent for (\d+) s", printed)
+    assert silent is not None
+    assert 125 <= int(silent[1]) < 185
     assert printed.count("silent") == 1
     assert "silent" not in soflowctl("status")[1]
 
