@@ -1,4 +1,4 @@
-"""URLs of pages of MLflow's web interface."""
+"""URLs of pages of MLflow's web interface, and of what they show."""
 
 from __future__ import annotations
 
@@ -24,6 +24,16 @@ def sweep_page(
     facets = _facets(run, metric, True) | {"orderByAsc": "true"}
     state = {"viewStateShareKey": run} if view else facets
     return f"{address}/#/experiments/{experiment_id}/runs?{urllib.parse.urlencode(state | page)}"
+
+
+def artifact_page(experiment_id: str, run: str, path: str) -> str:
+    """URL of the page that shows an artifact of a run, relative to that of the tracking server."""
+    return f"#/experiments/{experiment_id}/runs/{run}/artifacts/{urllib.parse.quote(path)}"
+
+
+def artifact_content(run: str, path: str) -> str:
+    """URL of the content of an artifact of a run, relative to the page of the tracking server."""
+    return "get-artifact?" + urllib.parse.urlencode({"path": path, "run_uuid": run})
 
 
 def view_state(run: str, metric: str, ascending: bool, params: Sequence[str], metrics: Sequence[str]) -> str:

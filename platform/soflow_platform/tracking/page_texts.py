@@ -6,8 +6,9 @@ MLflow's own image chart lists all parameters of a run above each picture, which
 from __future__ import annotations
 
 import re
-import urllib.parse
 from typing import TYPE_CHECKING
+
+from soflow_platform.tracking.links import artifact_content, artifact_page
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,7 +37,7 @@ def grids_text(client: MlflowClient, run: str) -> str:
     if not newest:
         return ""
     return f"{GRIDS_TITLE}\n\n" + "\n\n".join(
-        f"NFE {nfe}, step {step:,}\n\n![NFE {nfe}, step {step}]({_artifact(run, path)})"
+        f"NFE {nfe}, step {step:,}\n\n![NFE {nfe}, step {step}]({artifact_content(run, path)})"
         for nfe, (step, path) in sorted(newest.items())
     )
 
@@ -53,12 +54,6 @@ def link_artifact(client: MlflowClient, run: str, title: str, path: str) -> None
     """Add a link to an artifact's page to a run's description, once."""
     found = client.get_run(run)
     text = found.data.tags.get(NOTE_TAG, "")
-    page = f"#/experiments/{found.info.experiment_id}/runs/{run}/artifacts/{urllib.parse.quote(path)}"
-    link = f"[{title}]({page})"
+    link = f"[{title}]({artifact_page(found.info.experiment_id, run, path)})"
     if link not in text:
         client.set_tag(run, NOTE_TAG, f"{text}\n\n{link}".strip())
-
-
-def _artifact(run: str, path: str) -> str:
-    """URL of an artifact's content, relative to the tracking server's."""
-    return "get-artifact?" + urllib.parse.urlencode({"path": path, "run_uuid": run})
