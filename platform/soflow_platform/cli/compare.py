@@ -16,7 +16,7 @@ from soflow_platform.storage.project import ProjectFolder, find_project, require
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from soflow_platform.jobs.compare import Comparison
+    from soflow_platform.jobs.compare_rows import Comparison
     from soflow_platform.jobs.requests import CompareRequest
 
 

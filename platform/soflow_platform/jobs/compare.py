@@ -7,8 +7,8 @@ run on this machine.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from soflow_core.networks import Architecture
 from soflow_core.objectives import Diffusion
@@ -16,6 +16,7 @@ from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.validation import resolved_experiment
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.jobs.benchmark import SamplingBenchmark, TrainingBenchmark, measure_costs
+from soflow_platform.jobs.compare_rows import Comparison, Row
 from soflow_platform.jobs.evaluate import Score, ScoringTask, Services, network_protocol, score_all
 from soflow_platform.jobs.log_scores import log_scores
 from soflow_platform.jobs.model_under_test import ModelUnderTest, SampleSettings
@@ -41,76 +42,6 @@ SHARED_TAGS = (
 """Settings that all scores of a comparison have in common."""
 SCORED_ALIKE = ("features", "reference", "samples", "labels", "seed", "autoencoder", "metrics")
 """Settings of `evaluation` that sweeps must have in common to be compared."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One trial, sampled in one way."""
-
-    budget: str
-    """What all rows of its table have in common: optimizer steps (`steps`) or network evaluations (`evaluations`)."""
-    trial: str
-    method: str
-    uses_jvp: bool
-    trained_steps: int
-    sampling: str
-    """Sampler, guidance and times, as `ddim` or `euler, guidance 3`; empty where none of them is set."""
-    steps: int
-    nfe: int
-    samples: int
-    distance: float
-    label_agreement: float | None
-    step_seconds: float | None = None
-    peak_bytes: float | None = None
-    image_seconds: float | None = None
-    speedup: float | None = None
-    """Over DDPM of 1000 steps, in time for one image."""
-    trained_guidance: float | None = None
-    """Scale of the guidance in training, 1 for none; None where the method has no such setting."""
-    others: Mapping[str, float] = field(default_factory=dict)
-    """Other metrics of the sweep's evaluations, by name."""
-    flags: tuple[str, ...] = ()
-
-    def label(self, rows: Sequence[Row]) -> str:
-        """The method's name; with its guidance or its trial's name where `rows` hold other trainings of the same method."""
-        same_method = [row for row in rows if row.method == self.method]
-        if len({row.trial for row in same_method}) == 1:
-            return self.method
-        same_guidance = {row.trial for row in same_method if row.trained_guidance == self.trained_guidance}
-        if len(same_guidance) > 1:
-            return self.trial
-        unguided = self.trained_guidance in (None, 1)
-        return f"{self.method}, {'no guidance' if unguided else f'guidance {self.trained_guidance:g}'}"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The rows of a comparison, with the settings they have in common."""
-
-    sweep: str
-    distance: str
-    """Name of the distance: `fid`, `fd`, ..."""
-    rows: list[Row]
-    settings: dict[str, str]
-    """Settings of every score: features, reference, labels, seed."""
-    device: str | None
-    """Device that the costs were measured on; None where they were not."""
-    left_out: list[str] = field(default_factory=list)
-    """Trials that could not be compared, and why."""
-
-    @property
-    def others(self) -> list[str]:
-        """Names of the metrics beside distance and label agreement."""
-        return list(dict.fromkeys(name for row in self.rows for name in row.others))
-
-    @property
-    def budgets(self) -> list[str]:
-        """The budgets in the order of the sweep."""
-        return list(dict.fromkeys(row.budget for row in self.rows))
-
-    def of(self, budget: str) -> list[Row]:
-        """The rows of one budget."""
-        return [row for row in self.rows if row.budget == budget]
 
 
 @dataclass(frozen=True)
@@ -390,8 +321,17 @@ def _row(budget: str, entry: Entry) -> Row:
         label_agreement=others.pop("label_agreement", None),
         others=others,
         flags=tuple(_flags(entry, score)),
+        point=_point(entry.trial),
     )
     return row if entry.cost is None else replace(row, **vars(entry.cost))
+
+
+def _point(trial: Trial) -> str:
+    """Equal for trials of one phase of the search that differ in their seed alone.
+
+    Those of `search.final` are apart: the seeds by which a point was chosen flatter it.
+    """
+    return f"{trial.phase} {trial.experiment.model_copy(update={'seed': 0}).training_digest()}"
 
 
 def _flags(entry: Entry, score: Score) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from soflow_core.objectives import SoFlow
 from soflow_pipelines.storage.files import write_bytes
-from soflow_platform.jobs.compare import Comparison, Row
+from soflow_platform.jobs.compare_rows import SIGNIFICANCE, Comparison, Row, order_is_decided
 
 CLAIMANT = SoFlow
 """The method whose claim, the best distance at one function evaluation, the conclusions confirm or deny."""
@@ -31,6 +31,13 @@ COLUMNS = (
     "ms/image",
     "speed-up",
 )
+
+
+SPREAD = (
+    "numbers are means over them, ± is the standard deviation of one training; an order is called decided where Welch's t-test "
+    f"gives it less than {SIGNIFICANCE:.0%} by chance"
+)
+ONE_SEED = "methods that are close may change places with another one (`search.seeds`)"
 
 
 def save(comparison: Comparison, folder: Path) -> list[Path]:
@@ -61,6 +68,8 @@ def markdown(comparison: Comparison) -> str:
     lines += [f"- {name}: {value}" for name, value in comparison.settings.items()]
     counts = sorted({row.samples for row in comparison.rows})
     lines.append(f"- samples: {', '.join(map(str, counts))}")
+    seeds = sorted({row.seeds for budget in comparison.budgets for row in comparison.of(budget)})
+    lines.append(f"- seeds: {', '.join(map(str, seeds))}; {SPREAD if seeds[-1] > 1 else ONE_SEED}")
     if comparison.device is not None:
         lines.append(
             f"- costs: {comparison.device}, one thread, all methods in one run; a step on average over its schedule; peak MB are all "
@@ -86,7 +95,7 @@ def cells(row: Row, name: str, others: Sequence[str] = ()) -> list[str]:
         row.sampling or "-",
         f"{row.trained_steps:,}",
         f"{row.nfe}" if nfe_per_step == 1 else f"{row.nfe} ({row.steps} x {nfe_per_step})",
-        f"{row.distance:.4g}{flagged}",
+        f"{distance(row)}{flagged}",
         "-" if row.label_agreement is None else f"{row.label_agreement:.3f}",
         "-" if row.step_seconds is None else f"{row.step_seconds:.3f}",
         "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}",
@@ -94,6 +103,11 @@ def cells(row: Row, name: str, others: Sequence[str] = ()) -> list[str]:
         "-" if row.speedup is None else f"{row.speedup:,.0f}" if row.speedup >= 10 else f"{row.speedup:.2f}",
         *(f"{row.others[other]:.4g}" if other in row.others else "-" for other in others),
     ]
+
+
+def distance(row: Row) -> str:
+    """The distance with its spread: `71.3 ± 2.1`."""
+    return f"{row.distance:.4g}" if row.spread is None else f"{row.distance:.4g} ± {row.spread:.2g}"
 
 
 def conclusions(comparison: Comparison) -> list[str]:
@@ -105,7 +119,7 @@ def conclusions(comparison: Comparison) -> list[str]:
     ]
 
 
-def _of_budget(budget: str, distance: str, rows: Sequence[Row]) -> list[str]:
+def _of_budget(budget: str, name: str, rows: Sequence[Row]) -> list[str]:
     """The best at one function evaluation, separately for each guidance in training; the best at any number."""
     one_step = sorted((row for row in rows if row.nfe == 1), key=lambda row: row.distance)
     scales = sorted({row.trained_guidance or 1 for row in one_step})
@@ -115,35 +129,53 @@ def _of_budget(budget: str, distance: str, rows: Sequence[Row]) -> list[str]:
         guided = (
             "" if len(scales) == 1 else ", no guidance" if scale == 1 else f", guidance {scale:g} in training"
         )
-        sentences += _at_one_evaluation(f"equal {budget}, 1 NFE{guided}", distance, same_guidance)
+        sentences += _at_one_evaluation(f"equal {budget}, 1 NFE{guided}", name, same_guidance)
     overall = min(rows, key=lambda row: row.distance)
     if overall.nfe > 1:
         sampling = f" ({overall.sampling})" if overall.sampling else ""
         sentences.append(
-            f"equal {budget}, any NFE: the best is {overall.label(rows)}{sampling} at {overall.nfe} NFE, {distance} "
-            f"{overall.distance:.4g}."
+            f"equal {budget}, any NFE: the best is {overall.label(rows)}{sampling} at {overall.nfe} NFE, {name} "
+            f"{distance(overall)}."
         )
     return sentences
 
 
-def _at_one_evaluation(which: str, distance: str, rows: Sequence[Row]) -> list[str]:
+def _at_one_evaluation(which: str, name: str, rows: Sequence[Row]) -> list[str]:
     """The best of all, the best without a Jacobian-vector product, and the rank of CLAIMANT; `rows` are in order of distance."""
     best = rows[0]
     jvp = "with a Jacobian-vector product" if best.uses_jvp else "without a Jacobian-vector product"
-    sentences = [f"{which}: the best is {best.method}, {jvp}, {distance} {best.distance:.4g}."]
+    sentences = [f"{which}: the best is {best.method}, {jvp}, {name} {distance(best)}{_undecided(rows)}."]
     free = [row for row in rows if not row.uses_jvp]
     if best.uses_jvp and free:
         sentences.append(
-            f"{which}: the best without a Jacobian-vector product is {free[0].method}, {distance} {free[0].distance:.4g}."
+            f"{which}: the best without a Jacobian-vector product is {free[0].method}, {name} {distance(free[0])}."
         )
     claimant = next((row for row in rows if row.method == CLAIMANT.method), None)
     if claimant is not None:
-        rank = rows.index(claimant) + 1
-        holds = "holds" if rank == 1 else f"does not hold: it is {rank} of {len(rows)}"
         sentences.append(
-            f"{which}: that {CLAIMANT.__name__} has the best distance {holds} ({distance} {claimant.distance:.4g})."
+            f"{which}: that {CLAIMANT.__name__} has the best distance {_claim(claimant, rows)} ({name} {distance(claimant)})."
         )
     return sentences
+
+
+def _undecided(rows: Sequence[Row]) -> str:
+    """The methods that the first of the rows is not decidedly better than, as the end of a sentence; empty where there is none."""
+    best, *others = rows
+    near = [row for row in others if order_is_decided(best, row) is False]
+    if not near:
+        return ""
+    return ", not decidedly before " + " and ".join(f"{row.label(rows)} ({distance(row)})" for row in near)
+
+
+def _claim(claimant: Row, rows: Sequence[Row]) -> str:
+    """Whether no other row is better, where the spread over seeds allows to say so."""
+    rank = rows.index(claimant) + 1
+    if rank == 1:
+        near = [row for row in rows[1:] if order_is_decided(claimant, row) is False]
+        return "holds" if not near else "is not decided: others are within the spread over seeds"
+    if order_is_decided(rows[0], claimant) is False:
+        return f"is not decided: it is {rank} of {len(rows)}, and the best is within the spread over seeds"
+    return f"does not hold: it is {rank} of {len(rows)}"
 
 
 def table(comparison: Comparison) -> str:
@@ -185,6 +217,23 @@ def plot(comparison: Comparison) -> bytes:
                 linestyle="--" if "guidance" in sampling else "-",
                 label=name + (f" ({sampling})" if sampling else ""),
             )
+            if all(row.spread is not None for row in points):
+                spreads = [row.spread or 0.0 for row in points]
+                panel.errorbar(
+                    [row.nfe for row in points],
+                    [row.distance for row in points],
+                    yerr=[
+                        # A logarithmic axis has no place for what is not above 0.
+                        [
+                            min(spread, 0.99 * row.distance)
+                            for spread, row in zip(spreads, points, strict=True)
+                        ],
+                        spreads,
+                    ],
+                    fmt="none",
+                    ecolor=colour,
+                    capsize=2,
+                )
         panel.set(xscale="log", yscale="log", xlabel="NFE", title=TITLES.get(budget, budget))
         ticks = sorted({row.nfe for row in rows})
         panel.set_xticks(ticks, [str(tick) for tick in ticks], rotation=90 if len(ticks) > 6 else 0)

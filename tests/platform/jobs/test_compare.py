@@ -34,8 +34,9 @@ from soflow_platform.jobs.benchmark import (
     measure_sampling,
     measure_training,
 )
-from soflow_platform.jobs.compare import Comparison, Row, ScoredSweep, score_sweep
+from soflow_platform.jobs.compare import ScoredSweep, score_sweep
 from soflow_platform.jobs.compare_report import conclusions, markdown, save, table
+from soflow_platform.jobs.compare_rows import Comparison, Row
 from soflow_platform.jobs.model_under_test import ModelUnderTest
 from soflow_platform.jobs.requests import CompareRequest
 from soflow_platform.jobs.targets import find_target
@@ -353,6 +354,42 @@ def test_each_budget_is_ranked_by_its_own_rows() -> None:
     sentences = conclusions(both)
     assert sentences[1].endswith("holds (fd 8).")
     assert sentences[4].endswith("does not hold: it is 2 of 2 (fd 8).")
+
+
+def seeds(method: str, *distances: float, jvp: bool = False) -> list[Row]:
+    """One row for each seed of a method at one evaluation."""
+    rows = [row(method, 1, distance, jvp=jvp) for distance in distances]
+    return [
+        replace(each, trial=f"trial-{number:02d}-{method}-seed={number}", point=method)
+        for number, each in enumerate(rows)
+    ]
+
+
+def test_seeds_of_one_point_are_one_row_with_their_mean_and_spread() -> None:
+    found = comparison(*seeds("soflow", 7.0, 8.0, 9.0), row("ict", 1, 20.0))
+    averaged, alone = found.of("steps")
+    assert (averaged.distance, averaged.spread, averaged.seeds) == (8.0, 1.0, 3)
+    assert averaged.trial == "trial-00-soflow"
+    assert (alone.distance, alone.spread, alone.seeds) == (20.0, None, 1)
+    text = markdown(found)
+    assert "| soflow | no | - | 600 | 1 | 8 ± 1 |" in text
+    assert "- seeds: 1, 3; numbers are means over them" in text
+    assert len(list(csv.DictReader(io.StringIO(table(found))))) == 4
+
+
+def test_an_order_within_the_spread_over_seeds_is_not_decided() -> None:
+    near = comparison(*seeds("meanflow", 7.0, 8.0, 9.0, jvp=True), *seeds("soflow", 7.5, 8.5, 9.5))
+    assert conclusions(near) == [
+        "equal steps, 1 NFE: the best is meanflow, with a Jacobian-vector product, fd 8 ± 1, not decidedly before "
+        "soflow (8.5 ± 1).",
+        "equal steps, 1 NFE: the best without a Jacobian-vector product is soflow, fd 8.5 ± 1.",
+        "equal steps, 1 NFE: that SoFlow has the best distance is not decided: it is 2 of 2, and the best is within the spread "
+        "over seeds (fd 8.5 ± 1).",
+    ]
+    far = comparison(*seeds("soflow", 7.0, 8.0, 9.0), *seeds("ict", 17.0, 18.0, 19.0))
+    assert conclusions(far)[1].endswith("has the best distance holds (fd 8 ± 1).")
+    beaten = comparison(*seeds("soflow", 17.0, 18.0, 19.0), *seeds("ict", 7.0, 8.0, 9.0))
+    assert conclusions(beaten)[1].endswith("does not hold: it is 2 of 2 (fd 18 ± 1).")
 
 
 def test_the_report_has_every_row_as_table_csv_json_and_plot(tmp_path: Path) -> None:

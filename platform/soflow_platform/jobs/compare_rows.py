@@ -1,0 +1,135 @@
+"""Rows of a comparison: a trial sampled in one way, and the mean of the trials that differ in their seed alone."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+SIGNIFICANCE = 0.05
+"""Chance of so large a difference of two means, where both methods were equally good, below which their order is decided."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial, or the mean of those that differ in their seed alone, sampled in one way."""
+
+    budget: str
+    """What all rows of its table have in common: optimizer steps (`steps`) or network evaluations (`evaluations`)."""
+    trial: str
+    method: str
+    uses_jvp: bool
+    trained_steps: int
+    sampling: str
+    """Sampler, guidance and times, as `ddim` or `euler, guidance 3`; empty where none of them is set."""
+    steps: int
+    nfe: int
+    samples: int
+    distance: float
+    label_agreement: float | None
+    step_seconds: float | None = None
+    peak_bytes: float | None = None
+    image_seconds: float | None = None
+    speedup: float | None = None
+    """Over DDPM of 1000 steps, in time for one image."""
+    trained_guidance: float | None = None
+    """Scale of the guidance in training, 1 for none; None where the method has no such setting."""
+    others: Mapping[str, float] = field(default_factory=dict)
+    """Other metrics of the sweep's evaluations, by name."""
+    flags: tuple[str, ...] = ()
+    point: str = ""
+    """Equal for trials that differ in their seed alone; empty where every trial stands for itself."""
+    seeds: int = 1
+    """Trials that the numbers are means of."""
+    spread: float | None = None
+    """Standard deviation of `distance` over the seeds; None of one seed."""
+
+    def label(self, rows: Sequence[Row]) -> str:
+        """The method's name; with its guidance or its trial's name where `rows` hold other trainings of the same method."""
+        same_method = [row for row in rows if row.method == self.method]
+        if len({row.trial for row in same_method}) == 1:
+            return self.method
+        same_guidance = {row.trial for row in same_method if row.trained_guidance == self.trained_guidance}
+        if len(same_guidance) > 1:
+            return self.trial
+        unguided = self.trained_guidance in (None, 1)
+        return f"{self.method}, {'no guidance' if unguided else f'guidance {self.trained_guidance:g}'}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The rows of a comparison, with the settings they have in common."""
+
+    sweep: str
+    distance: str
+    """Name of the distance: `fid`, `fd`, ..."""
+    rows: list[Row]
+    settings: dict[str, str]
+    """Settings of every score: features, reference, labels, seed."""
+    device: str | None
+    """Device that the costs were measured on; None where they were not."""
+    left_out: list[str] = field(default_factory=list)
+    """Trials that could not be compared, and why."""
+
+    @property
+    def others(self) -> list[str]:
+        """Names of the metrics beside distance and label agreement."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.others))
+
+    @property
+    def budgets(self) -> list[str]:
+        """The budgets in the order of the sweep."""
+        return list(dict.fromkeys(row.budget for row in self.rows))
+
+    def of(self, budget: str) -> list[Row]:
+        """The rows of one budget, each the mean over the seeds of its point."""
+        return over_seeds([row for row in self.rows if row.budget == budget])
+
+
+def over_seeds(rows: Sequence[Row]) -> list[Row]:
+    """One row for the trials that differ in their seed alone and are sampled in the same way: means, and the distance's spread."""
+    groups: dict[tuple[str, str, int, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.point or row.trial, row.sampling, row.steps, row.samples), []).append(row)
+    return [_mean(group) for group in groups.values()]
+
+
+def _mean(rows: Sequence[Row]) -> Row:
+    """The mean of rows of one point; a row by itself is as it was."""
+    first = rows[0]
+    if len(rows) == 1:
+        return first
+    agreements = [row.label_agreement for row in rows if row.label_agreement is not None]
+    names = [name for name in first.others if all(name in row.others for row in rows)]
+    distances = [row.distance for row in rows]
+    return replace(
+        first,
+        trial=re.sub(r"[-_ ]?\bseed=\d+", "", first.trial),
+        distance=statistics.fmean(distances),
+        spread=statistics.stdev(distances),
+        seeds=len(rows),
+        label_agreement=statistics.fmean(agreements) if len(agreements) == len(rows) else None,
+        others={name: statistics.fmean(row.others[name] for row in rows) for name in names},
+        flags=tuple(dict.fromkeys(flag for row in rows for flag in row.flags)),
+    )
+
+
+def order_is_decided(better: Row, worse: Row) -> bool | None:
+    """Whether the means of two rows differ by more than their seeds do (Welch's t-test); None where one has a single seed."""
+    if better.spread is None or worse.spread is None:
+        return None
+    from scipy.stats import ttest_ind_from_stats
+
+    if better.spread == worse.spread == 0:
+        return better.distance != worse.distance
+    test = ttest_ind_from_stats(
+        better.distance,
+        better.spread,
+        better.seeds,
+        worse.distance,
+        worse.spread,
+        worse.seeds,
+        equal_var=False,
+    )
+    return bool(test.pvalue < SIGNIFICANCE)
