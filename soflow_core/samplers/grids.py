@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 from soflow_core.registration import Registry, register
 from soflow_core.settings import check_values
@@ -20,6 +21,8 @@ class TimeGrid(ABC):
 
     name: str
     """Given by `@register`."""
+    tried: ClassVar[tuple[float, ...]] = ()
+    """Values of the grid's own setting that a search for a grid tries beside its default."""
 
     @abstractmethod
     def time(self, share: float) -> float:
@@ -53,6 +56,7 @@ class PowerGrid(TimeGrid):
     """t = (1 - i / N)^power: above 1 the steps are shorter near the data, below 1 near the noise."""
 
     power: float = 2.0
+    tried: ClassVar[tuple[float, ...]] = (0.5, 0.7, 1.4, 3.0)
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -70,6 +74,7 @@ class ShiftedGrid(TimeGrid):
 
     shift: float = 3.0
     """m."""
+    tried: ClassVar[tuple[float, ...]] = (0.25, 0.5, 2.0, 5.0)
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -97,6 +102,15 @@ def time_grid(text: str) -> TimeGrid:
         return part(**{settings[0]: float(value)})
     except ValueError as error:
         raise ValueError(f"sampling_grid is {text!r}: {error}; give {name}, or {name}:NUMBER") from None
+
+
+def grids_to_try() -> list[str]:
+    """Every registered grid, by its default and by the values that it names: `uniform`, `power`, `power:0.5`, ..."""
+    return [
+        name if value is None else f"{name}:{value:g}"
+        for name, part in GRIDS.items()
+        for value in (None, *part.tried)
+    ]
 
 
 def uniform_times(steps: int) -> list[float]:

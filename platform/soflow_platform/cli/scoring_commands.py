@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +11,6 @@ import typer
 from soflow_platform.cli.options import (
     AddressOption,
     GridOption,
-    GuidanceOption,
     Places,
     SamplerOption,
     SetOption,
@@ -19,6 +19,7 @@ from soflow_platform.cli.options import (
     TrackingOption,
     parse_sampling,
 )
+from soflow_platform.errors import UserError
 
 
 class LabelMode(str, Enum):
@@ -26,6 +27,17 @@ class LabelMode(str, Enum):
 
     uniform = "uniform"
     balanced = "balanced"
+    both = "both"
+
+
+GuidanceScalesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--guidance",
+        metavar="SCALES",
+        help="Guidance scales at sampling, each scored, such as 1,2,3, for methods that have one or are trained on a range of scales.",
+    ),
+]
 
 
 def evaluate(
@@ -54,9 +66,16 @@ def evaluate(
         ),
     ] = None,
     labels: Annotated[
-        LabelMode, typer.Option(help="Labels drawn for each image, or every class in turn.")
+        LabelMode, typer.Option(help="Labels drawn for each image, every class in turn, or a row for each.")
     ] = LabelMode.uniform,
     seed: Annotated[int, typer.Option(help="Image i is a function of the seed, i and its label.")] = 0,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Score this many seeds, and show mean and standard deviation; default 1, with --search-steps 3.",
+        ),
+    ] = None,
     features: Annotated[
         str | None,
         typer.Option(
@@ -76,9 +95,26 @@ def evaluate(
         typer.Option(metavar="ID|PATH", help="Decodes latents; default is the one they were made with."),
     ] = None,
     sampler: SamplerOption = None,
-    guidance: GuidanceOption = None,
+    guidance: GuidanceScalesOption = None,
     times: TimesOption = None,
     grid: GridOption = None,
+    search_steps: Annotated[
+        bool,
+        typer.Option(
+            "--search-steps",
+            help="Search the times at which the steps end, then score the best grid and the default one with other seeds.",
+        ),
+    ] = False,
+    search_trials: Annotated[
+        int | None,
+        typer.Option(min=2, help="Grids that --search-steps tries at most, for each of --steps; default 32."),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png", help="Draw the scores against guidance, or against function evaluations."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
     address: AddressOption = None,
     storage: StorageOption = None,
@@ -88,12 +124,27 @@ def evaluate(
 
     The same command goes on where an interrupted one stopped.
     """
-    from soflow_platform.cli.evaluate import evaluate_command, parse_list, parse_steps
+    from soflow_platform.cli.evaluate import (
+        evaluate_command,
+        parse_list,
+        parse_scales,
+        parse_steps,
+        search_command,
+        step_search,
+    )
     from soflow_platform.jobs.requests import EvaluateRequest, ProtocolRequest, SamplingRequest
 
+    scales = () if guidance is None else parse_scales(guidance)
     settings, numbers = parse_sampling(
-        sampler, guidance, times, grid, None if steps is None else parse_steps(steps)
+        sampler,
+        scales[0] if len(scales) == 1 else None,
+        times,
+        grid,
+        None if steps is None else parse_steps(steps),
     )
+    search = step_search(search_trials, seeds, times, plot, scales) if search_steps else None
+    if search is None and search_trials is not None:
+        raise UserError("--search-trials is for --search-steps: leave it out.")
     request = EvaluateRequest(
         target=target,
         num=num,
@@ -101,16 +152,23 @@ def evaluate(
             steps=numbers,
             labels=labels.value,
             seed=seed,
+            seeds=seeds or 1,
             settings=settings,
+            guidance=scales if len(scales) > 1 else (),
         ),
         protocol=ProtocolRequest(
             metrics=parse_list("--metrics", metrics) if metrics is not None else (),
             features=features,
             reference=reference,
             autoencoder=autoencoder,
+            diversity=len(scales) > 1,
         ),
     )
-    evaluate_command(request, Places(address, storage, tracking), as_json)
+    places = Places(address, storage, tracking)
+    if search is None:
+        evaluate_command(request, places, as_json, plot)
+    else:
+        search_command(request, search, places, as_json)
 
 
 def compare(

@@ -20,6 +20,9 @@ from soflow_platform.evaluation.feature_networks import feature_network
 from soflow_platform.generation.decoding import autoencoder_tag
 from soflow_platform.storage.project import ProjectFolder
 
+DIVERSITY = ("precision", "recall")
+"""Metrics that tell the quality of images from their variety."""
+
 
 @dataclass(frozen=True)
 class ImageSpec:
@@ -46,6 +49,8 @@ class ProtocolSettings:
     images: ImageSpec
     reference: ReferenceLocation | None
     """Real images to compare with; None where there are none."""
+    diversity: bool = False
+    """Whether precision and recall stand beside the default metrics, where the features give them."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,10 @@ def open_protocol(
             f"{DIGITS} describes digits of 1 x 8 x 8, these are {' x '.join(map(str, images.latent_shape))}: take inception."
         )
     features = feature_network(name, images.latent_shape, storage)
-    metrics = select_metrics(settings.metrics or default_metrics(features, images.labelled), features)
+    default = default_metrics(features, images.labelled)
+    if settings.diversity:
+        default += tuple(name for name in DIVERSITY if METRICS[name].any_features or name in features.metrics)
+    metrics = select_metrics(settings.metrics or default, features)
     facts = {"evaluator": EVALUATOR, "features": features.id}
     if images.decoder is not None and features.space == "images":
         facts["autoencoder"] = autoencoder_tag(images.decoder)

@@ -4,6 +4,8 @@ targets            resolves a name given on the command line to weights or image
 requests           the request of each command, as a dataclass
 evaluate           scores a network or a set of images
 model_under_test   a weights file and the sampler settings under which it is scored
+score_summary      mean and deviation over seeds, and a plot against guidance or evaluations
+search_steps       searches the time grid of a sampler for one trained network
 log_scores         logs scores on the run and the registered version they belong to
 promote            decides about a candidate and moves the champion alias
 gate_scores        scores of candidate and champion under one protocol

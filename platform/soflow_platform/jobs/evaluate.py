@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from soflow_pipelines.features.registry import FEATURES
 from soflow_pipelines.references.latent_decoder import open_decoder
@@ -21,6 +22,7 @@ from soflow_pipelines.storage.files import read_json, write_json
 from soflow_platform.config.evaluation import POOLED
 from soflow_platform.config.locations import absolute_autoencoder, absolute_features
 from soflow_platform.errors import UserError
+from soflow_platform.evaluation.image_sources import LabelMode
 from soflow_platform.evaluation.protocol import (
     ImageSpec,
     ProtocolSettings,
@@ -96,29 +98,47 @@ def evaluate(request: EvaluateRequest, services: Services) -> tuple[EvaluationTa
     Raises InputError where the request is refused, JobError where the computation failed.
     """
     target = services.resolver.find(request.target)
-    # Actors run in working folders of their own.
-    protocol = replace(
-        request.protocol,
-        features=request.protocol.features and absolute_features(request.protocol.features),
-        autoencoder=absolute_autoencoder(request.protocol.autoencoder),
-    )
-    request = replace(request, protocol=protocol)
+    request = replace(request, protocol=absolute_protocol(request.protocol))
     score = _score_network if target.weights is not None else _score_images
     return target, score(request, target, services)
+
+
+def absolute_protocol(request: ProtocolRequest) -> ProtocolRequest:
+    """The same with absolute paths: actors run in working folders of their own."""
+    return replace(
+        request,
+        features=request.features and absolute_features(request.features),
+        autoencoder=absolute_autoencoder(request.autoencoder),
+    )
 
 
 def _score_network(request: EvaluateRequest, target: EvaluationTarget, services: Services) -> list[Score]:
     assert target.weights is not None
     sampling = request.sampling
     model = ModelUnderTest.open(target.weights, sampling.settings)
+    scales = [{**sampling.settings, "sampling_scale": scale} for scale in sampling.guidance]
+    models = [model.sampled(settings) for settings in scales] or [model]
     count = request.num or DEFAULT_SAMPLES
-    samples = [SampleSettings(steps, sampling.labels, sampling.seed, count) for steps in sampling.steps]
+    samples = [
+        SampleSettings(steps, labels, seed, count)
+        for labels in label_modes(sampling.labels, model.conditional)
+        for steps in sampling.steps
+        for seed in sampling.seed_numbers
+    ]
+    ways = [(way, each) for way in models for each in samples]
     # Settings that the sampler refuses are found before a reference is computed.
-    tags = [model.tags(each) for each in samples]
+    tags = [way.tags(each) for way, each in ways]
     protocol = network_protocol(request.protocol, target, model, services)
-    jobs = [model.statistics_job(each, protocol, request.protocol.autoencoder) for each in samples]
+    jobs = [way.statistics_job(each, protocol, request.protocol.autoencoder) for way, each in ways]
     tasks = [ScoringTask(target.name, job, own) for job, own in zip(jobs, tags, strict=True)]
     return score_all(tasks, protocol, services)
+
+
+def label_modes(labels: LabelMode | Literal["both"], conditional: bool) -> tuple[LabelMode, ...]:
+    """How labels are chosen, one after the other; without labels there is one way."""
+    if labels != "both":
+        return (labels,)
+    return ("uniform", "balanced") if conditional else ("uniform",)
 
 
 def network_protocol(
@@ -139,7 +159,7 @@ def network_protocol(
     factor = decoder.facts.factor if decoder else 1
     size = model.shape[1] * factor, model.shape[2] * factor
     images = ImageSpec(model.shape, size, model.conditional, decoder.facts if decoder else None)
-    settings = ProtocolSettings(features, request.metrics, images, reference)
+    settings = ProtocolSettings(features, request.metrics, images, reference, request.diversity)
     return open_protocol(settings, services.project, services.runner.one)
 
 
@@ -191,8 +211,9 @@ def _refuse_unused(request: EvaluateRequest, name: str, places: Sequence[str]) -
         "--steps": sampling.steps != default.steps,
         "--labels": sampling.labels != default.labels,
         "--seed": sampling.seed != default.seed,
+        "--seeds": sampling.seeds != default.seeds,
         "--sampler": "sampler" in sampling.settings,
-        "--guidance": "sampling_scale" in sampling.settings,
+        "--guidance": "sampling_scale" in sampling.settings or bool(sampling.guidance),
         "--times": "sampling_times" in sampling.settings,
         "--grid": "sampling_grid" in sampling.settings,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from soflow_platform.config.comparison import SamplingConfig
@@ -24,6 +24,8 @@ class ProtocolRequest:
     """Real images. None: the data that the network was trained on."""
     autoencoder: str | None = None
     """Decodes latents. None: the autoencoder that made them."""
+    diversity: bool = False
+    """Whether precision and recall stand beside the default metrics, where the features give them."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,19 @@ class SamplingRequest:
 
     steps: tuple[int, ...] = (1,)
     """Numbers of sampling steps, each scored."""
-    labels: LabelMode = "uniform"
+    labels: LabelMode | Literal["both"] = "uniform"
     seed: int = 0
+    seeds: int = 1
+    """Number of seeds, from `seed` on, each scored."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Sampler settings that differ from those of training, such as `{"sampling_scale": 2.0}`."""
+    guidance: tuple[float, ...] = ()
+    """Guidance scales, each scored; empty: that of the settings, or of training."""
+
+    @property
+    def seed_numbers(self) -> range:
+        """Every seed."""
+        return range(self.seed, self.seed + self.seeds)
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,16 @@ class EvaluateRequest:
     """Images to score. None: 50,000 of a network, all of a folder or file."""
     sampling: SamplingRequest = SamplingRequest()
     protocol: ProtocolRequest = ProtocolRequest()
+
+
+@dataclass(frozen=True)
+class StepSearch:
+    """Size of the search of `soflowctl evaluate --search-steps` for a time grid."""
+
+    trials: int = 32
+    """Grids that are tried at most, for each number of steps."""
+    seeds: int = 3
+    """Seeds that the grid found and the default one are scored on; none of them is the seed of the search."""
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ class EvaluationTarget:
     """Name and number of the registered version that scores are logged to."""
     data: str | None = None
     """Training data as the sweep named them; None if unknown."""
+    sweep: SweepRecord | None = None
+    """The sweep that they are of; None where the name tells of none."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class TargetResolver:
             step=checkpoint.state.step,
             run=checkpoint.state.run,
             data=record.experiment["data"]["source"],
+            sweep=record,
         )
 
     @property

@@ -1,0 +1,103 @@
+"""Scores of one way of sampling under several seeds as mean and standard deviation, and their plot."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from soflow_platform.jobs.evaluate import Score
+
+SEED = "seed"
+VARIED = ("sampling_scale", "labels", "steps", "nfe")
+"""Settings in which the scores of one command can differ, beside the seed."""
+
+
+@dataclass(frozen=True)
+class ScoreSummary:
+    """The scores of one way of sampling, over its seeds."""
+
+    name: str
+    values: dict[str, float]
+    """Mean of each metric over the seeds."""
+    spread: dict[str, float]
+    """Standard deviation over the seeds; of one seed, what the metric itself gives."""
+    tags: dict[str, str]
+    """Settings without the seed."""
+    seeds: tuple[str, ...]
+    """Every seed; empty for images that no seed made."""
+
+    def cell(self, metric: str) -> str:
+        """`12.345 ± 0.67`, without the part after the mean where no spread is known."""
+        spread = f" ± {self.spread[metric]:.2g}" if metric in self.spread else ""
+        return f"{self.values[metric]:.5g}{spread}"
+
+
+def summaries(scores: Sequence[Score]) -> list[ScoreSummary]:
+    """A summary for each set of settings but for the seed, in the order in which they come first."""
+    groups: dict[tuple[tuple[str, str], ...], list[Score]] = {}
+    for score in scores:
+        key = tuple(sorted((name, value) for name, value in score.tags.items() if name != SEED))
+        groups.setdefault(key, []).append(score)
+    return [_summary(group) for group in groups.values()]
+
+
+def _summary(scores: Sequence[Score]) -> ScoreSummary:
+    first = scores[0]
+    values = {name: [score.values[name] for score in scores] for name in first.values}
+    spread = first.spread
+    if len(scores) > 1:
+        spread = {name: float(np.std(each, ddof=1)) for name, each in values.items()}
+    return ScoreSummary(
+        first.name,
+        {name: float(np.mean(each)) for name, each in values.items()},
+        spread,
+        {name: value for name, value in first.tags.items() if name != SEED},
+        tuple(score.tags[SEED] for score in scores if SEED in score.tags),
+    )
+
+
+def varied(rows: Sequence[ScoreSummary]) -> list[str]:
+    """Settings in which the rows differ, of those that a command varies."""
+    return [name for name in VARIED if len({row.tags.get(name) for row in rows}) > 1]
+
+
+def plot(rows: Sequence[ScoreSummary]) -> bytes:
+    """PNG with a panel for each metric against guidance, or against function evaluations where one guidance was scored.
+
+    A line joins the rows that differ in nothing else; bars are the standard deviation over seeds.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    across = "sampling_scale" if "sampling_scale" in varied(rows) else "nfe"
+    others = [name for name in varied(rows) if name != across and not (across == "nfe" and name == "steps")]
+    metrics = list(rows[0].values)
+    figure = Figure(figsize=(4.4 * len(metrics), 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: Any = figure.subplots(1, len(metrics), squeeze=False)[0]
+    lines: dict[str, list[ScoreSummary]] = {}
+    for row in rows:
+        label = ", ".join(f"{name} {row.tags.get(name)}" for name in others if name != "steps")
+        lines.setdefault(label, []).append(row)
+    for panel, metric in zip(panels, metrics, strict=True):
+        for label, points in lines.items():
+            points = sorted(points, key=lambda row: float(row.tags[across]))
+            panel.errorbar(
+                [float(row.tags[across]) for row in points],
+                [row.values[metric] for row in points],
+                [row.spread.get(metric, 0.0) for row in points],
+                marker="o",
+                capsize=3,
+                label=label or None,
+            )
+        panel.set(title=metric, xlabel="guidance scale" if across == "sampling_scale" else "NFE")
+        panel.grid(alpha=0.3)
+        if any(lines):
+            panel.legend(fontsize=8)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=140)
+    return content.getvalue()
