@@ -56,6 +56,7 @@ BENCHMARKS = {
     "overhead": Small("--rounds 1 --size S/8 --batch 8"),
     "sweep": Small("--trials 1 --steps 20"),
     "network_options": Small("--steps 20 --seeds 1 --samples 200 --only none rope"),
+    "guidance_condition": Small("--steps 20 --seeds 2 --samples 200 --scales 1 3"),
 }
 FINISHED = {"recognition": "needs a finished sweep: run it alone"}
 """Benchmarks that have no small form."""

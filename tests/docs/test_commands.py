@@ -31,6 +31,7 @@ NEEDS = {
     "a running sweep",
     "snapshots",
     "a better candidate",
+    "a network of several scales",
     "a model hub and S3",
     "published weights",
     "a server",
