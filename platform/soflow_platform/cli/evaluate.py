@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from soflow_platform.jobs.search_steps import FoundSteps
     from soflow_platform.jobs.targets import EvaluationTarget
 
+SHOWN = 8
+"""Names of logged metrics that are printed."""
 HEADINGS = {"sampling_scale": "guidance", "labels": "labels"}
 """Columns of what a command varies beside steps."""
 
@@ -119,7 +121,10 @@ def _logged(target: EvaluationTarget, scores: Sequence[Score], services: Service
 def _print_logged(target: EvaluationTarget, logged: Sequence[str]) -> None:
     if logged:
         place = f"models:/{'/'.join(target.version)}" if target.version else f"run {target.run}"
-        console().print(f"logged to {place}: {', '.join(logged)}", highlight=False)
+        named = ", ".join(logged[:SHOWN]) + (
+            f" and {len(logged) - SHOWN} more" if len(logged) > SHOWN else ""
+        )
+        console().print(f"logged to {place}: {named}", highlight=False)
 
 
 def parse_list(option: str, text: str) -> tuple[str, ...]:
