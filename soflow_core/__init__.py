@@ -19,6 +19,8 @@ optimizer           Adam settings and the learning rate as a function of the ste
 ema                 averages of the parameters; post-hoc reconstruction of power-function EMAs (EDM2)
 augmentation        geometric augmentation of images, with the labels that a network is given
 dropout             seed of a network's dropout in a training step
+alignment           a term that aligns hidden tokens with features of the clean image (REPA's idea)
+step_checks         checks of what a training step is made of
 train_step          one optimizer step of any objective, and its state
 gradient_sync       averages gradients over ranks: DDP, one all-reduce, FSDP
 sharding            FSDP2: a network whose parameters are split over ranks

@@ -11,9 +11,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from soflow_core.alignment import Alignment, AlignmentTerm
 from soflow_core.augmentation import augmentation
 from soflow_core.dropout import dropout
 from soflow_core.ema import EMA, Exponential
@@ -21,7 +21,7 @@ from soflow_core.gradient_sync import GradientSync, Local, all_gather
 from soflow_core.host_copy import HostCopy, map_tensors
 from soflow_core.kernels import fast_bfloat16, step_kernels
 from soflow_core.networks.base import NetworkModule
-from soflow_core.objectives.base import Batch, Draws, Objective
+from soflow_core.objectives.base import Batch, Draws, Loss, Objective
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.passes import Network, PassPolicy, Precision
 from soflow_core.rank_check import first_difference
@@ -35,6 +35,7 @@ from soflow_core.sharding import (
     substituted,
     whole,
 )
+from soflow_core.step_checks import check_combination, check_conditions, check_shapes
 
 MOST_GRAPHS = 32
 """Limit of compiled versions of a network: one for each pass, branch size, precision and gradient mode. Beyond
@@ -111,10 +112,11 @@ class TrainStep:
         objective: Objective,
         config: TrainStepConfig,
         sync: GradientSync | None = None,
+        alignment: Alignment | None = None,
     ) -> None:
         self.sync = sync or Local()
-        _check_combination(objective, network, self.sync)
-        _check_conditions(objective, network)
+        check_combination(objective, network, self.sync, alignment is not None)
+        check_conditions(objective, network)
         self.objective = objective
         self.config = config
         self.module = network
@@ -124,8 +126,14 @@ class TrainStep:
         self._replicas_compared = not self.sync.replicated
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.names, self.parameters = list(trained), list(trained.values())
+        """Of the network, which are averaged."""
         self.device = self.parameters[0].device
-        self.optimizer = config.optimizer.build(self.parameters)
+        self.alignment = None if alignment is None else self._alignment(alignment)
+        head = {} if self.alignment is None else dict(self.alignment.head.named_parameters())
+        self.all_names = [*self.names, *(f"alignment head {name}" for name in head)]
+        self.all_parameters = [*self.parameters, *head.values()]
+        """Of the network, and behind them those of the alignment head: what is trained."""
+        self.optimizer = config.optimizer.build(self.all_parameters)
         teacher_decay = objective.teacher_decay
         decays = config.ema_decays
         if teacher_decay is not None and teacher_decay not in decays:
@@ -168,7 +176,7 @@ class TrainStep:
                     augmentation(self.module, batch, self.config.augment, (seed, self.step, number)) as given,
                 ):
                     self._backward(given, draws, losses)
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            gradients = [p.grad for p in self.all_parameters if p.grad is not None]
             self.sync.reduce(gradients)
             if not self._replicas_compared:
                 self._compare_replicas()
@@ -180,7 +188,7 @@ class TrainStep:
             if not math.isfinite(grad_norm):
                 return self._refuse(terms, grad_norm, rate)
             if self.config.clip_norm is not None:
-                clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm, foreach=True)
+                clip_grads_with_norm_(self.all_parameters, self.config.clip_norm, norm, foreach=True)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
@@ -245,11 +253,14 @@ class TrainStep:
                 " schedules depend on the total, so resume with the same"
             )
         current = self.module.state_dict()
-        _check_shapes(state["network"], current)
+        check_shapes(state["network"], current)
+        if self.alignment is not None and "alignment" in state:
+            check_shapes(state["alignment"], self.alignment.head.state_dict())
         self.ema.check(state["ema"])
         self.module.load_state_dict(
             {name: split_like(t, current[name]) for name, t in state["network"].items()}
         )
+        self._load_head(state.get("alignment"))
         self.optimizer.load_state_dict(self._split_optimizer(state["optimizer"]))
         self.ema.load_state_dict(state["ema"])
         self.step = state["step"]
@@ -274,9 +285,7 @@ class TrainStep:
 
     def _backward(self, batch: Batch, draws: Draws, values: dict[str, list[Tensor]]) -> None:
         """Adds a piece's part of the mean to the gradients, and appends its loss and terms to `values`."""
-        result = self.objective.loss(
-            self.network, batch, draws, self.step, self.config.total_steps, self.policy
-        )
+        result = self._loss(batch, draws)
         named = {"loss": result.loss, **result.terms}
         for name, value in named.items():
             values.setdefault(name, []).append(value.detach().float())
@@ -286,13 +295,33 @@ class TrainStep:
         share = torch.full_like(result.loss, 1 / self.config.accumulate)
         (result.loss * torch.where(healthy, share, math.nan)).backward()
 
+    def _loss(self, batch: Batch, draws: Draws) -> Loss:
+        """The objective's loss, with the alignment term where there is one."""
+        arguments = self.network, batch, draws, self.step, self.config.total_steps, self.policy
+        term = self.alignment
+        if term is None:
+            return self.objective.loss(*arguments)
+        with term.tapped(self.module) as tap:
+            result = self.objective.loss(*arguments)
+        aligned = term.loss(tap, batch.x0)
+        terms = {**result.terms, "alignment_loss": aligned.detach()}
+        return Loss(result.loss + term.settings.weight * aligned, terms)
+
+    def _alignment(self, settings: Alignment) -> AlignmentTerm:
+        """The alignment term with its head on the device. Raises ValueError where the network has no such block."""
+        if not isinstance(self.module, NetworkModule):
+            raise ValueError("alignment needs a NetworkModule, whose blocks have tokens")
+        term = AlignmentTerm(settings, self.module.config, self.config.seed)
+        term.head.to(self.device)
+        return term
+
     def _compare_replicas(self) -> None:
         """Raises RuntimeError, on every rank, where parameters or averaged gradients differ between ranks."""
         self._replicas_compared = True
-        name = first_difference(self.names, self.parameters, all_gather)
+        name = first_difference(self.all_names, self.all_parameters, all_gather)
         if name is not None:
             raise RuntimeError(f"{name} differs between ranks; start all with the same weights")
-        name = first_difference(self.names, [p.grad for p in self.parameters], all_gather)
+        name = first_difference(self.all_names, [p.grad for p in self.all_parameters], all_gather)
         if name is not None:
             raise RuntimeError(
                 f"the gradient of {name} differs between ranks after the reduction, which must leave the same mean"
@@ -326,6 +355,7 @@ class TrainStep:
             "network": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
+            **({} if self.alignment is None else {"alignment": self.alignment.head.state_dict()}),
         }
 
     def _ema_shares(self, decay: float | str | None) -> dict[str, Tensor]:
@@ -337,10 +367,16 @@ class TrainStep:
         state: dict[str, Any] = (HostCopy() if copy is None else copy).take(shares, keep)
         return state
 
+    def _load_head(self, state: Mapping[str, Tensor] | None) -> None:
+        """Loads an alignment head where the state and this training have one: a training may begin or end to align on its way."""
+        if self.alignment is not None and state is not None:
+            self.alignment.head.load_state_dict(state)
+
     def _split_optimizer(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Optimizer state with moments sharded like the parameters, and this optimizer's settings.
 
-        It shares no memory with `state`.
+        It shares no memory with `state`. An alignment head is behind the network: its moments are left out where there is none here,
+        and begin anew where the state has none.
         """
 
         def split(value: Any, parameter: Tensor) -> Any:
@@ -349,8 +385,9 @@ class TrainStep:
             return (split_like(value, parameter) if value.shape == parameter.shape else value).clone()
 
         slots = {
-            index: {key: split(value, self.parameters[index]) for key, value in values.items()}
+            index: {key: split(value, self.all_parameters[index]) for key, value in values.items()}
             for index, values in state["state"].items()
+            if index < len(self.all_parameters)
         }
         return {"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]}
 
@@ -376,55 +413,18 @@ class TrainStep:
                 torch.isfinite(local(p.grad)).all()
                 if p.grad is not None
                 else torch.ones((), dtype=torch.bool, device=self.device)
-                for p in self.parameters
+                for p in self.all_parameters
             ]
         )
         finite = on_every_rank(finite, self.mesh)
-        bad = [name for name, is_finite in zip(self.names, finite.tolist(), strict=True) if not is_finite]
+        bad = [name for name, is_finite in zip(self.all_names, finite.tolist(), strict=True) if not is_finite]
         if broken:
             culprit = next((name for name in broken if name != "loss"), "loss")
         elif not bad:
             culprit = "gradient norm"
         else:
-            culprit = f"gradient of {bad[0]}" if len(bad) < len(self.names) else "gradients of all parameters"
+            culprit = (
+                f"gradient of {bad[0]}" if len(bad) < len(self.all_names) else "gradients of all parameters"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         return self._record(terms, grad_norm, rate, culprit)
-
-
-def _check_shapes(state: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
-    """Raises ValueError where a state is that of another network than the current one."""
-    for name in sorted(state.keys() | current.keys()):
-        stored, expected = state.get(name), current.get(name)
-        if stored is None or expected is None or stored.shape != expected.shape:
-            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (stored, expected)]
-            raise ValueError(
-                f"{name} is {shapes[0]} in the state and {shapes[1]} in the network; build the same network"
-            )
-
-
-def _check_conditions(objective: Objective, module: nn.Module) -> None:
-    """Raises ValueError where the network lacks a condition of the objective: the null label or the guidance scale."""
-    if not isinstance(module, NetworkModule) or module.config.classes is None:
-        return
-    if objective.conditions_on_scale != module.config.guidance_scale:
-        needed = objective.conditions_on_scale
-        raise ValueError(
-            f"{objective.method} with these settings needs a network with guidance_scale={needed} in its architecture"
-        )
-    if objective.needs_null_label and not module.config.null_label:
-        raise ValueError(
-            f"{objective.method} drops labels or guides, and this network has no null label; build it with null_label=True"
-        )
-
-
-def _check_combination(objective: Objective, network: nn.Module, sync: GradientSync) -> None:
-    """Raises ValueError where the network is wrapped already, or where the objective needs a derivative it loses."""
-    if isinstance(network, DistributedDataParallel) or sharding_mesh(network) is not None:
-        raise ValueError(
-            "the network is wrapped for several ranks already; pass the plain one, and its wrapper as sync"
-        )
-    if objective.uses_jvp and not sync.carries_jvp:
-        raise ValueError(
-            f"{objective.method} takes a Jacobian-vector product, which {type(sync).__name__} does not carry;"
-            " use FlatAllReduce or FSDP"
-        )

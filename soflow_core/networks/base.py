@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from soflow_core.registration import Registry
@@ -80,6 +81,14 @@ class Architecture(ABC):
     def forward_flops(self) -> float:
         """FLOPs of one forward pass of one sample; a multiply-accumulate counts as two."""
 
+    def block_tokens(self, block: int) -> tuple[int, int, int]:
+        """Rows, columns and width of the tokens of patches behind a block, counted from 1.
+
+        Raises ValueError where there is no such block, or where the network has no tokens.
+        """
+        del block
+        raise ValueError(f"a network of kind {self.kind} has no blocks of tokens")
+
     @classmethod
     def example(cls, **given: Any) -> Architecture:
         """A small network of this kind for a sample shape and classes, that the conformance suite tests: the settings' defaults."""
@@ -99,6 +108,20 @@ NETWORKS: Registry[Architecture] = Registry("network", Architecture, "kind", def
 """Name of a network -> its architecture. Settings without a name are a DiT's: before 0.2 there was no other."""
 
 
+class TokenTap:
+    """Collects the tokens (B, N, D) of patches behind one block, of each pass with gradient, in the order of the passes."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+        """Counted from 1."""
+        self.tokens: list[Tensor] = []
+
+    def offer(self, block: int, tokens: Tensor) -> None:
+        """Keeps the tokens behind its own block where the pass has a gradient."""
+        if block == self.block and torch.is_grad_enabled():
+            self.tokens.append(tokens)
+
+
 class NetworkModule(nn.Module):
     """Network F(x, t, s, labels, scale): (B, C, H, W), (B,), (B,), (B,) int64 or None, (B,) or None -> (B, C, H, W).
 
@@ -116,6 +139,9 @@ class NetworkModule(nn.Module):
 
     augmentation: Tensor | None = None
     """(B, A): augmentation labels of the rows of a training step, which a training step sets (`soflow_core.augmentation`)."""
+
+    tap: TokenTap | None = None
+    """Where tokens of a block are kept, which a training step sets (`soflow_core.alignment`); networks with `block_tokens` offer them."""
 
     @property
     def dropout_share(self) -> float:

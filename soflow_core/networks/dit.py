@@ -193,6 +193,11 @@ class DiTConfig(Architecture):
         )
         return float(2 * (self.depth * per_block + 2 * patch + embeddings))
 
+    def block_tokens(self, block: int) -> tuple[int, int, int]:
+        if not 1 <= block <= self.depth:
+            raise ValueError(f"there is no block {block}; this network has blocks 1 to {self.depth}")
+        return self.height // self.patch, self.width // self.patch, self.hidden
+
     @classmethod
     def example(cls, **given: Any) -> DiTConfig:
         return cls(**{"patch": 2, "hidden": 16, "depth": 2, "heads": 2, **given})
@@ -311,11 +316,13 @@ class DiT(NetworkModule):
         conditions = self.conditions(t, s, labels, scale)
         tokens = self._with_tokens(patches, conditions)
         condition = None if self.condition_embed is not None else _sum(conditions)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, start=1):
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, condition, self.rope, use_reentrant=False)
             else:
                 tokens = block(tokens, condition, self.rope)
+            if self.tap is not None:
+                self.tap.offer(number, tokens[:, -patches.shape[1] :])
         return self.unpatchify(self.final_layer(tokens[:, -patches.shape[1] :], condition))
 
     def _with_tokens(self, patches: Tensor, conditions: list[Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+from soflow_core.alignment import Alignment
 from soflow_core.gradient_sync import DDP, FlatAllReduce, GradientSync
 from soflow_core.host_copy import map_tensors
 from soflow_core.objectives import (
@@ -32,10 +33,18 @@ from tests.support.random_networks import SHAPE, random_inputs, random_network
 OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-4)
 
 
-def make(objective: Objective, sync: GradientSync | None = None, **settings: Any) -> TrainStep:
+def make(
+    objective: Objective, sync: GradientSync | None = None, aligned: bool = False, **settings: Any
+) -> TrainStep:
     settings = {"ema_decays": (0.9,), "precision": "float32", **settings}
     config = TrainStepConfig(total_steps=10, optimizer=OPTIMIZER, **settings)
-    return TrainStep(random_network(torch.float32), objective, config, sync)
+    alignment = Alignment(1.0, 1, channel_means, SHAPE[0]) if aligned else None
+    return TrainStep(random_network(torch.float32), objective, config, sync, alignment)
+
+
+def channel_means(x0: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, C): features to align with."""
+    return x0.mean(dim=(2, 3))
 
 
 def inputs(objective: Objective, step: int) -> tuple[Batch, Draws]:
@@ -156,6 +165,7 @@ METHODS: dict[str, tuple[Objective, GradientSync, int]] = {
     "meanflow": (MeanFlow(), FlatAllReduce(), 1),
     "ddp in pieces": (SoFlow(), DDP(), 2),
     "ddp, difference quotient": (MeanFlow(derivative="finite_difference"), DDP(), 1),
+    "aligned": (SoFlow(), FlatAllReduce(), 1),
 }
 """Name -> objective, synchronization, pieces."""
 
@@ -211,7 +221,7 @@ def _message(rank: int, name: str, sync: GradientSync) -> str:
 
 def _train_all_ways(rank: int, folder: str) -> None:
     for method, (objective, sync, pieces) in METHODS.items():
-        train = make(objective, sync, accumulate=pieces)
+        train = make(objective, sync, method == "aligned", accumulate=pieces)
         records: list[dict[str, Any]] = []
         messages: list[None] = []
         if isinstance(train.network, DistributedDataParallel):
@@ -240,7 +250,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_train_as_one_worker_and_stop_together(method: str, two_ranks: Path) -> None:
-    alone = make(METHODS[method][0])
+    alone = make(METHODS[method][0], aligned=method == "aligned")
     losses = [alone(*inputs(alone.objective, step)).loss for step in range(3)]
     saved = [torch.load(two_ranks / f"{method}-{r}.pt") for r in range(WORLD)]
     states, records, _ = zip(*saved, strict=True)
@@ -253,6 +263,10 @@ def test_two_ranks_train_as_one_worker_and_stop_together(method: str, two_ranks:
     for name, tensor in states[0]["network"].items():
         assert torch.equal(tensor, states[1]["network"][name])
         assert_close(tensor, alone.module.state_dict()[name], rtol=1e-3, atol=2e-5)
+    for name, tensor in states[0].get("alignment", {}).items():
+        assert alone.alignment is not None
+        assert torch.equal(tensor, states[1]["alignment"][name])
+        assert_close(tensor, alone.alignment.head.state_dict()[name], rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.timeout(120)

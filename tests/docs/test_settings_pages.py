@@ -28,6 +28,7 @@ from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.gate import GateConfig, GuardConfig
 from soflow_platform.config.search import AshaConfig, FinalConfig
 from soflow_platform.config.sections import NetworkConfig
+from soflow_platform.config.training import AlignmentConfig
 
 PAGE = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text(encoding="utf-8")
 SECTIONS: dict[str, type] = {
@@ -43,6 +44,7 @@ SECTIONS: dict[str, type] = {
     "search.space": Dimension,
     "search.final": FinalConfig,
     "search.asha": AshaConfig,
+    "training.alignment": AlignmentConfig,
     "registry.gate": GateConfig,
     "registry.gate.guards": GuardConfig,
 }

@@ -25,6 +25,8 @@ from soflow_pipelines.storage.files import write_bytes
 DIGITS_VERSION = "digits-cnn-1"
 HELD_OUT_EVERY = 5
 EPOCHS = 12
+LAYOUT_LAYERS = 7
+"""Layers of the trunk before the layout is given up."""
 
 
 class DigitsClassifier(nn.Module):
@@ -60,6 +62,13 @@ class DigitsClassifier(nn.Module):
         with full_float32(device):
             features = self.trunk(to_unit_range(images.to(device)))
             return Features(features, self.head(features))
+
+    @torch.no_grad()
+    def patch_features(self, images: Tensor) -> Tensor:
+        """uint8 (B, 1, 8, 8) -> (B, 64, 4, 4): the last layer that keeps the layout."""
+        device = self.head.weight.device
+        with full_float32(device):
+            return self.trunk[:LAYOUT_LAYERS](to_unit_range(images.to(device)))
 
 
 def held_out(data: LabelledImages) -> tuple[Tensor, Tensor]:

@@ -69,6 +69,18 @@ class DinoFeatures:
             ]
         return Features(torch.cat(parts))
 
+    @torch.no_grad()
+    def patch_features(self, images: Tensor) -> Tensor:
+        """uint8 (B, 1 or 3, H, W) -> (B, D, 16, 16) float32: the tokens of the patches after the last norm."""
+        rgb = as_rgb(images, "dinov2")
+        with full_float32(self._device):
+            parts = [
+                self._network.forward_features(normalized(part.to(self._device), SIDE, MEAN, STD))[:, 1:]
+                for part in rgb.split(CHUNK)
+            ]
+        tokens = torch.cat(parts).transpose(1, 2)
+        return tokens.unflatten(2, (math.isqrt(tokens.shape[2]),) * 2)
+
 
 def open_dinov2(cache: Path, device: torch.device, download: bool) -> DinoFeatures:
     """Open DINOv2. Raises FeatureError where its weights cannot be had."""

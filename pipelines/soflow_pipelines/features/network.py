@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -48,6 +48,15 @@ class FeatureNetwork(Protocol):
     space: Literal["images", "training"]
 
     def __call__(self, images: Tensor) -> Features: ...
+
+
+@runtime_checkable
+class PatchFeatureNetwork(Protocol):
+    """A feature network that also gives features of the parts of an image."""
+
+    def patch_features(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> (B, D, h, w) float32, with the D of its features."""
+        ...
 
 
 REASON_CHARACTERS = 160

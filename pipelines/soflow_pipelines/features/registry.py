@@ -44,6 +44,10 @@ class FeatureKind(ABC):
     """What the network looks at: images, or samples in the training space."""
     named_scores: ClassVar[bool] = True
     """Whether scores on it are called after it, as `eval/kid_NAME_nfe1`, so that they are not taken for those on Inception."""
+    width: ClassVar[int | None] = None
+    """Number of features, where it is known before the network is opened."""
+    gives_patches: ClassVar[bool] = False
+    """Whether it also gives features of the parts of an image (`PatchFeatureNetwork`)."""
 
     @abstractmethod
     def open(self, options: OpeningOptions) -> FeatureNetwork:
@@ -59,6 +63,7 @@ class InceptionKind(FeatureKind):
     """The Inception network of published FIDs."""
 
     named_scores = False
+    width = 2048
 
     def open(self, options: OpeningOptions) -> FeatureNetwork:
         from soflow_pipelines.features.inception import open_inception
@@ -71,6 +76,9 @@ class InceptionKind(FeatureKind):
 class DinoV2Kind(FeatureKind):
     """DINOv2 ViT-L/14."""
 
+    width = 1024
+    gives_patches = True
+
     def open(self, options: OpeningOptions) -> FeatureNetwork:
         from soflow_pipelines.features.dinov2 import open_dinov2
 
@@ -81,6 +89,8 @@ class DinoV2Kind(FeatureKind):
 @dataclass(frozen=True)
 class ClipKind(FeatureKind):
     """CLIP ViT-B/32's image encoder."""
+
+    width = 512
 
     def open(self, options: OpeningOptions) -> FeatureNetwork:
         from soflow_pipelines.features.clip import open_clip
@@ -94,6 +104,8 @@ class DigitsKind(FeatureKind):
     """A small network trained on the handwritten digits."""
 
     named_scores = False
+    width = 64
+    gives_patches = True
 
     def open(self, options: OpeningOptions) -> FeatureNetwork:
         from soflow_pipelines.features.digits import digits_classifier

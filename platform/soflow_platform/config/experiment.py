@@ -16,7 +16,7 @@ from soflow_core.objectives import OBJECTIVES, Objective
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.settings import identifying
 from soflow_platform.config.comparison import USUAL_COMPARISON, SamplingConfig
-from soflow_platform.config.evaluation import EvaluationConfig
+from soflow_platform.config.evaluation import DIGITS, EvaluationConfig
 from soflow_platform.config.gate import RegistryConfig
 from soflow_platform.config.parts import PartOf, network_section
 from soflow_platform.config.plugin_settings import Plugins
@@ -28,7 +28,7 @@ from soflow_platform.config.sections import (
     Seed,
     TrackingConfig,
 )
-from soflow_platform.config.training import ResourcesConfig, TrainingConfig
+from soflow_platform.config.training import AlignmentConfig, ResourcesConfig, TrainingConfig
 
 DECIDING_SECTIONS = ("seed", "data", "network", "objective", "optimizer")
 DECIDING_TRAINING = ("steps", "batch", "ema", "precision", "clip_norm")
@@ -61,6 +61,7 @@ LATER_TRAINING_SETTINGS: dict[str, Any] = {
     "ema_every": 1,
     "augment": None,
     "draws": "auto",
+    "alignment": AlignmentConfig().model_dump(mode="json"),
 }
 """The same of `training`."""
 
@@ -123,6 +124,19 @@ class Experiment(Section):
             raise ValueError(
                 f"training.ema_every is {self.training.ema_every}, and {self.objective.method} has a teacher, averaged every step: "
                 "set it to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _alignment_fits(self) -> Experiment:
+        alignment = self.training.alignment
+        if alignment.active and self.training.parallel == "fsdp":
+            raise ValueError(
+                "training.alignment trains a head beside the network, which fsdp does not exchange: set training.parallel to ddp"
+            )
+        if alignment.active and alignment.features == DIGITS and self.data.source != "digits":
+            raise ValueError(
+                f"training.alignment.features {DIGITS} describes data.source digits only: name another network"
             )
         return self
 

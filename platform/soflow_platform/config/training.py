@@ -6,8 +6,38 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from soflow_platform.config.evaluation import known_features
 from soflow_platform.config.locations import absolute_place, absolute_weights
 from soflow_platform.config.sections import Minutes, Positive, Samples, Section
+
+
+class AlignmentConfig(Section):
+    """A further term of the loss: tokens of a block learn to tell the features of the clean image."""
+
+    weight: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """Factor of 1 - cosine similarity; 0 is no alignment."""
+    features: str | None = None
+    """Feature network, as `evaluation.features`; its features of patches where it gives them, else those of the image."""
+    block: Annotated[int, Field(gt=0, le=2**10)] | None = None
+    """Block behind which tokens are taken, counted from 1; None: the middle one."""
+
+    @field_validator("features")
+    @classmethod
+    def _known_features(cls, name: str | None) -> str | None:
+        return name if name is None else known_features(name)
+
+    @model_validator(mode="after")
+    def _features_are_named(self) -> AlignmentConfig:
+        if self.active and self.features is None:
+            raise ValueError(
+                "`weight` is above 0 and `features` is not set: name a feature network, or set `weight` to 0"
+            )
+        return self
+
+    @property
+    def active(self) -> bool:
+        """Whether the loss has the term."""
+        return self.weight > 0
 
 
 class TrainingConfig(Section):
@@ -27,6 +57,7 @@ class TrainingConfig(Section):
     """Steps between these snapshots; None: at each evaluation."""
     augment: Annotated[float, Field(gt=0, le=1)] | None = None
     """Probability of each geometric augmentation, whose labels the network must know (`network.augmentations`); None is none."""
+    alignment: AlignmentConfig = AlignmentConfig()
     precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
     """`auto`: mixed on a GPU and on a CPU with bfloat16 matrix units, float32 elsewhere."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None

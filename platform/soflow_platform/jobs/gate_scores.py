@@ -108,6 +108,33 @@ def selection_flags(
     ]
 
 
+def training_flags(
+    contenders: Sequence[Contender | None], protocol: GateProtocol, comparisons: Sequence[Comparison]
+) -> list[str]:
+    """A flag for each contender that was trained on features by which the gate compares."""
+    by_metric = {
+        protocol.features: "decide here",
+        **{
+            guard.features: "guard here"
+            for guard in protocol.guards or ()
+            if guard.features not in (None, protocol.features)
+        },
+    }
+    flags = []
+    for contender in contenders:
+        recipe = {} if contender is None else contender.recipe
+        alignment = (recipe.get("training") or {}).get("alignment") or {}
+        role = by_metric.get(str(alignment.get("features"))) if alignment.get("weight") else None
+        if contender is not None and role is not None:
+            alone = len({each.features for each in comparisons}) <= 1
+            remedy = "; add a guard on other features to registry.gate.guards" if alone else ""
+            flags.append(
+                f"{contender.label} was trained on the features that {role} ({alignment['features']}, training.alignment): its "
+                f"distance on them says less than that of a network that never saw them{remedy}."
+            )
+    return flags
+
+
 @dataclass(frozen=True)
 class GateScores:
     """The comparisons of a gate, the deciding one first, with flags and settings."""

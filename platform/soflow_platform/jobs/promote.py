@@ -20,6 +20,7 @@ from soflow_platform.jobs.gate_scores import (
     gate_protocol,
     not_scorable,
     selection_flags,
+    training_flags,
 )
 from soflow_platform.jobs.requests import PromoteRequest
 from soflow_platform.jobs.targets import EvaluationTarget
@@ -91,9 +92,15 @@ def _scored(
     present = None if champion is None or champion.target.version is None else champion.target.version[1]
     protocol = gate_protocol(request, candidate, champion)
     if champion is None and not any(guard.limit is not None for guard in protocol.guards or ()):
-        return Outcome(name, candidate.label, Decision("promoted", "first champion", None))
+        flagged = training_flags([candidate], protocol, [])
+        first = Decision("promoted", "first champion", None, {"flags": flagged} if flagged else {})
+        return Outcome(name, candidate.label, first, flags=tuple(flagged))
     scored = GateScorer(request, protocol, services).scores(candidate, champion)
-    flags = [*scored.flags, *selection_flags(candidate, protocol, scored.comparisons)]
+    flags = [
+        *scored.flags,
+        *selection_flags(candidate, protocol, scored.comparisons),
+        *training_flags([candidate, champion], protocol, scored.comparisons),
+    ]
     numbers = {
         "nfe": protocol.nfe,
         "samples": protocol.samples,

@@ -7,6 +7,8 @@ model          the network's configuration for given data
 flops          FLOPs of a forward pass
 memory         memory of a worker, by arithmetic
 step_time      model of a step on GPUs: arithmetic, messages, seconds
+alignment_cost  what training.alignment costs and fits, by its settings
+feature_targets  features of clean samples that a network is aligned with
 step_builder   the training step, with how its gradients are averaged over ranks
 setup          TrialSetup: data loader, network, training step and evaluator of one rank
 

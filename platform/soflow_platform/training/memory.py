@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from soflow_core.networks import Architecture, DiTConfig
 from soflow_core.networks.dit import FREQUENCIES
 from soflow_platform.config.experiment import Experiment
+from soflow_platform.training.alignment_cost import alignment_cost
 from soflow_platform.training.step_time import FLOAT, Pass
 
 HALF = 2
@@ -51,13 +52,17 @@ def worker_memory(
     rows = math.ceil(training.batch / (workers * training.accumulate))
     # A sharded network has two blocks whole: the one that runs and the one that is fetched.
     dit = network if isinstance(network, DiTConfig) else None
+    head = alignment_cost(experiment, network)
+    beside = FLOAT * head.parameters
     whole = (2 * weights / dit.depth if dit else weights) if shards > 1 else 0.0
     return WorkerMemory(
-        parameters=weights / shards + whole,
-        gradients=trained / shards,
-        moments=MOMENTS * trained / shards,
+        parameters=weights / shards + whole + beside,
+        gradients=trained / shards + beside,
+        moments=MOMENTS * (trained / shards + beside),
         averages=averages * trained / shards,
-        activations=max(step_activations(dit, passes, rows) for _, passes in phases) if dit else None,
+        activations=max(step_activations(dit, passes, rows) for _, passes in phases) + rows * head.kept_bytes
+        if dit
+        else None,
     )
 
 

@@ -7,6 +7,7 @@ from soflow_pipelines.preparation.builtin import Expected
 from soflow_pipelines.shards.info import DataMismatch, DatasetInfo
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import UserError
+from soflow_platform.training.alignment_cost import aligned_block, check_alignment
 
 
 def network_config(experiment: Experiment, info: DatasetInfo) -> Architecture:
@@ -24,6 +25,7 @@ def network_config(experiment: Experiment, info: DatasetInfo) -> Architecture:
         raise UserError(f"{error} Name other data, or change what the section data expects.") from None
     if settings.conditional and info.classes is None:
         raise UserError(f"data.source {settings.source} holds no labels: set data.conditional to false.")
+    check_alignment(experiment, info.kind)
     return describe_network(experiment, Expected(tuple(info.shape), info.classes))
 
 
@@ -36,7 +38,7 @@ def describe_network(experiment: Experiment, data: Expected) -> Architecture:
     null_label = classes is not None and experiment.objective.needs_null_label
     guidance_scale = classes is not None and experiment.objective.conditions_on_scale
     try:
-        return experiment.network.architecture(
+        network: Architecture = experiment.network.architecture(
             channels=channels,
             height=height,
             width=width,
@@ -46,3 +48,6 @@ def describe_network(experiment: Experiment, data: Expected) -> Architecture:
         )
     except ValueError as error:
         raise UserError(f"network: {error}.") from None
+    if experiment.training.alignment.active:
+        aligned_block(experiment, network)
+    return network

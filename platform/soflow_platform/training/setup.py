@@ -18,6 +18,8 @@ from soflow_platform.config.experiment import Experiment
 from soflow_platform.evaluation.evaluator import Evaluator
 from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.ema_snapshots import snapshot_store
+from soflow_platform.training.alignment_cost import alignment_cost
+from soflow_platform.training.feature_targets import alignment_of
 from soflow_platform.training.flops import forward_gmac
 from soflow_platform.training.job import TrialJob
 from soflow_platform.training.model import network_config
@@ -47,7 +49,8 @@ class TrialSetup:
         batch, seed = experiment.training.batch, experiment.seed
         loader = ShardLoader(job.data, batch_size=batch, rank=rank, world=world, seed=seed)
         config = network_config(experiment, loader.info)
-        train_step = build_train_step(experiment, config, device, world, rank, job.start)
+        alignment = alignment_of(experiment, config, loader.info, job.project)
+        train_step = build_train_step(experiment, config, device, world, rank, job.start, alignment)
         conditional = experiment.data.conditional
         evaluator = Evaluator.open(experiment.evaluation, loader.info, job.data, conditional, job.project)
         return cls(job, experiment, device, rank, world, loader, config, train_step, evaluator)
@@ -86,7 +89,8 @@ class TrialSetup:
         passes = training_evaluations(
             experiment.objective, experiment.training.batch, experiment.data.conditional
         )
-        return 2e9 * passes * forward_gmac(self.config)
+        aligned = alignment_cost(experiment, self.config).image_flops
+        return 2e9 * passes * forward_gmac(self.config) + aligned
 
 
 def data_facts(info: DatasetInfo, experiment: Experiment) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
+from soflow_core.alignment import Alignment
 from soflow_core.gradient_sync import DDP, FSDP, FlatAllReduce, GradientSync, Local
 from soflow_core.networks import Architecture
 from soflow_core.train_step import TrainStep, TrainStepConfig
@@ -23,6 +24,7 @@ def build_train_step(
     world: int,
     rank: int = 0,
     start: Mapping[str, Any] | None = None,
+    alignment: Alignment | None = None,
 ) -> TrainStep:
     """The training step of a trial, with initial weights drawn from the experiment's seed, or those of `start`, as in `TrialJob`."""
     training = experiment.training
@@ -48,7 +50,7 @@ def build_train_step(
         deterministic=training.deterministic,
         seed=experiment.seed,
     )
-    return TrainStep(network, experiment.objective, config, sync)
+    return TrainStep(network, experiment.objective, config, sync, alignment)
 
 
 def choose_sync(experiment: Experiment, device: torch.device, world: int, rank: int) -> GradientSync:
@@ -62,6 +64,7 @@ def choose_sync(experiment: Experiment, device: torch.device, world: int, rank: 
     weight = rows_of(rank, world, training.batch) * world / training.batch
     # DDP rebuilds its buckets after the first step, and a sum over 3 ranks or more depends on the position of a
     # number in its bucket. A single all-reduce in a fixed order gives a resumed run the same bits.
-    if experiment.objective.uses_jvp or (training.deterministic and world > 2):
+    # It also takes the gradients of an alignment head, which stands beside the network that DDP wraps.
+    if experiment.objective.uses_jvp or training.alignment.active or (training.deterministic and world > 2):
         return FlatAllReduce(weight)
     return DDP(weight)

@@ -26,6 +26,8 @@ DECODER_FLOPS = 2 * 311.1e9
 """Stable Diffusion's decoder to 256 x 256, counted with torch's FlopCounterMode."""
 INCEPTION_FLOPS = 2 * 5.71e9
 """Inception of one image."""
+DIGITS_FLOPS = 2 * (9 * (1 * 32 * 64 + 32 * 64 * 64 + 64 * 64 * 16) + 64 * 16 * 64 + 64 * 10)
+"""The classifier of the digits, of one image."""
 HOST_COPY = 25e9
 """GPU to pinned host memory, bytes per second."""
 FORWARD, BACKWARD, UPDATE = 8, 16, 40
@@ -113,7 +115,18 @@ def decoder_flops(shape: tuple[int, ...]) -> float:
 
 def feature_flops(features: str) -> float:
     """FLOPs of a feature network for one image; those that are not named here are small beside them or not counted."""
-    return {"inception": INCEPTION_FLOPS}.get(features, 0.0)
+    return {
+        "inception": INCEPTION_FLOPS,
+        "dinov2": _vision_flops(257, 1024, 24, 14),
+        "clip": _vision_flops(50, 768, 12, 32),
+        "digits-classifier": DIGITS_FLOPS,
+    }.get(features, 0.0)
+
+
+def _vision_flops(tokens: int, width: int, depth: int, patch: int) -> float:
+    """FLOPs of a vision transformer with one class token: blocks, and the embedding of RGB patches."""
+    block = 12 * tokens * width**2 + 2 * tokens**2 * width
+    return 2.0 * (depth * block + (tokens - 1) * 3 * patch**2 * width)
 
 
 @dataclass(frozen=True)

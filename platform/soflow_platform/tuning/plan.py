@@ -17,6 +17,7 @@ from soflow_pipelines.preparation.builtin import Expected
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.search import AshaConfig
 from soflow_platform.errors import UserError
+from soflow_platform.training.alignment_cost import alignment_cost
 from soflow_platform.training.dataset import expected
 from soflow_platform.training.memory import WorkerMemory, worker_memory
 from soflow_platform.training.model import describe_network
@@ -134,6 +135,10 @@ class TrialPlan:
     """Of all checkpoints."""
     network_bytes: float
     """Sent by all workers together."""
+    alignment_flops: float = 0.0
+    """Of `image_flops`: head and feature network of `training.alignment`."""
+    alignment_counted: bool = True
+    """Whether these are known."""
 
     @property
     def hours(self) -> float:
@@ -229,9 +234,13 @@ def plan_trial(trial: Trial, assumptions: Assumptions, data: Expected | None = N
     phases = _phases(trial, network, precision)
     forwards = sum(share * work.executed for share, work in phases)
     work = phases[0][1]
-    image_flops = forwards * work.forward_flops
+    alignment = alignment_cost(experiment, network)
+    image_flops = forwards * work.forward_flops + alignment.image_flops
     steps = [_step(experiment, phase, assumptions.device) for _, phase in phases]
     step_seconds = sum(share * step.total for (share, _), step in zip(phases, steps, strict=True))
+    # Features and head are computed in float32, beside the network's passes.
+    rate = assumptions.device.tf32 * assumptions.device.utilization
+    step_seconds += training.batch / workers * alignment.image_flops / rate
     memory = worker_memory(experiment, network, [(share, phase.passes) for share, phase in phases])
     state = FLOAT * work.parameters
     # State: weights, two moments, EMAs; beside it the first EMA as weights of its own.
@@ -264,6 +273,8 @@ def plan_trial(trial: Trial, assumptions: Assumptions, data: Expected | None = N
         network_bytes=training.steps
         * workers
         * statistics.fmean(_sent_bytes(experiment, phase) for _, phase in phases),
+        alignment_flops=alignment.image_flops,
+        alignment_counted=alignment.counted,
     )
 
 
@@ -347,6 +358,8 @@ def _notes(
             f"up to {added} more trials come from results (search.algorithm, search.final) and are in no sum above: some "
             f"{added * each:,.3g} GPU-hours."
         )
+    if not largest.alignment_counted:
+        notes.append("training.alignment is not counted: how large its feature network is is not known here.")
     if largest.memory.activations is None:
         notes.append("activations are not counted for this kind of network.")
     return notes

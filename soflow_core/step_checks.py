@@ -1,0 +1,56 @@
+"""Checks of what a training step is made of: objective, network, gradient exchange, and a state to go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from soflow_core.gradient_sync import DDP, FSDP, GradientSync
+from soflow_core.networks.base import NetworkModule
+from soflow_core.objectives.base import Objective
+from soflow_core.sharding import sharding_mesh
+
+
+def check_shapes(state: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where a state is that of another network than the current one."""
+    for name in sorted(state.keys() | current.keys()):
+        stored, expected = state.get(name), current.get(name)
+        if stored is None or expected is None or stored.shape != expected.shape:
+            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (stored, expected)]
+            raise ValueError(
+                f"{name} is {shapes[0]} in the state and {shapes[1]} in the network; build the same network"
+            )
+
+
+def check_conditions(objective: Objective, module: nn.Module) -> None:
+    """Raises ValueError where the network lacks a condition of the objective: the null label or the guidance scale."""
+    if not isinstance(module, NetworkModule) or module.config.classes is None:
+        return
+    if objective.conditions_on_scale != module.config.guidance_scale:
+        needed = objective.conditions_on_scale
+        raise ValueError(
+            f"{objective.method} with these settings needs a network with guidance_scale={needed} in its architecture"
+        )
+    if objective.needs_null_label and not module.config.null_label:
+        raise ValueError(
+            f"{objective.method} drops labels or guides, and this network has no null label; build it with null_label=True"
+        )
+
+
+def check_combination(objective: Objective, network: nn.Module, sync: GradientSync, aligned: bool) -> None:
+    """Raises ValueError where the network is wrapped already, or where the wrapper loses a derivative or an alignment head."""
+    if aligned and isinstance(sync, DDP | FSDP):
+        raise ValueError(
+            f"{type(sync).__name__} exchanges the gradients of the network alone, not those of an alignment head; use FlatAllReduce"
+        )
+    if isinstance(network, DistributedDataParallel) or sharding_mesh(network) is not None:
+        raise ValueError(
+            "the network is wrapped for several ranks already; pass the plain one, and its wrapper as sync"
+        )
+    if objective.uses_jvp and not sync.carries_jvp:
+        raise ValueError(
+            f"{objective.method} takes a Jacobian-vector product, which {type(sync).__name__} does not carry;"
+            " use FlatAllReduce or FSDP"
+        )
