@@ -34,7 +34,7 @@ Which = Literal["ema", "raw"]
 
 ONE_TIME = ("flow_matching", "diffusion")
 """Methods that train a network at s = t alone."""
-TRUNK = ("hidden", "depth", "heads", "mlp_ratio", *PARITY)
+TRUNK = ("hidden", "depth", "heads", "mlp_ratio", *(name for name in PARITY if name != "velocity_blocks"))
 """Settings in which the two networks must agree: all layers between input and output have these sizes."""
 ENDS = {"x_embedder.": "the patch embedding", "final_layer.linear.": "the output layer"}
 KEYS: dict[Which, tuple[str, ...]] = {"ema": ("ema_model", "ema"), "raw": ("model",)}
@@ -98,7 +98,19 @@ def fit(source: Weights, target: Architecture, method: str) -> Fit:
         notes.append(
             f"{trained or 'the old method'} and {method} predict different things, at times of other ranges"
         )
-    own = ("y_embedder.", "w_embedder.", *(["s_embedder."] if anew else []))
+    new_head = old.velocity_blocks != target.velocity_blocks
+    if new_head:
+        notes.append(
+            "the head for the velocity is new, a copy of the last blocks and the output layer"
+            if target.velocity_blocks
+            else "there is no head for the velocity any longer"
+        )
+    own = (
+        "y_embedder.",
+        "w_embedder.",
+        *(["s_embedder."] if anew else []),
+        *(["velocity_"] if new_head else []),
+    )
     copied = [n for n in wanted if shapes.get(n) == wanted[n] and not n.startswith(own)]
     return Fit(tuple(copied), tuple(notes))
 
@@ -132,6 +144,8 @@ def start_from(network: NetworkModule, source: Weights, method: str) -> Fit:
             raise WeightsError(f"the weights lack {name}, which a network of this configuration has")
     if not isinstance(old, DiTConfig) or not isinstance(target, DiTConfig):
         return found
+    if target.velocity_blocks != old.velocity_blocks:
+        _copy_head(state, target)
     trained = None if source.objective is None else source.objective.method
     if second_time_is_new(trained, method) or "s_embedder.mlp.2.weight" not in tensors:
         state["s_embedder.mlp.2.weight"].zero_()
@@ -145,6 +159,17 @@ def start_from(network: NetworkModule, source: Weights, method: str) -> Fit:
         constant += _embedding_of_zero(tensors, "w_embedder.", old.hidden).to(constant)
     _take_labels(state, tensors, old, target, constant)
     return found
+
+
+def _copy_head(state: Mapping[str, Tensor], target: DiTConfig) -> None:
+    """Fill the head for the velocity from the last blocks and the output layer of the other one."""
+    first = target.depth - target.velocity_blocks
+    for name, tensor in state.items():
+        if name.startswith("velocity_blocks."):
+            _, number, rest = name.split(".", 2)
+            tensor.copy_(state[f"blocks.{first + int(number)}.{rest}"])
+        elif name.startswith("velocity_layer."):
+            tensor.copy_(state[name.replace("velocity_layer", "final_layer")])
 
 
 def _take_labels(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from soflow_core.objectives import Batch, Objective
-from soflow_core.passes import PassPolicy, Precision
+from soflow_core.passes import Head, PassPolicy, Precision
 
 SCHEDULE_POINTS = 64
 """Number of steps, spread over training, whose evaluations are averaged: schedules change what a step does."""
@@ -38,10 +38,11 @@ class NetworkCall:
     tangent: bool
     """Whether it takes a Jacobian-vector product."""
     bfloat16: bool
+    head: Head = "average"
 
     @property
     def evaluations(self) -> int:
-        """Cost in forward passes of one sample."""
+        """Cost in forward passes of one sample; a second head's own layers are not counted, for they depend on the network."""
         return self.rows * ((3 if self.gradient else 1) + self.tangent)
 
 
@@ -53,12 +54,18 @@ class _Recorder:
         self._scale = torch.zeros((), requires_grad=True)
 
     def __call__(
-        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, scale: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        labels: Tensor | None,
+        scale: Tensor | None = None,
+        head: Head = "average",
     ) -> Tensor:
         del t, s, labels, scale
         bfloat16 = torch.is_autocast_enabled(x.device.type)
-        self.calls.append(NetworkCall(len(x), torch.is_grad_enabled(), _has_tangent(x), bfloat16))
-        return x * self._scale
+        self.calls.append(NetworkCall(len(x), torch.is_grad_enabled(), _has_tangent(x), bfloat16, head))
+        return (torch.cat([x, x], dim=1) if head == "both" else x) * self._scale
 
 
 def _has_tangent(x: Tensor) -> bool:

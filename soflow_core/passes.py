@@ -19,11 +19,17 @@ from soflow_core.settings import check_values
 Network = Callable[..., Tensor]
 """F(x, t, s, labels): (B, C, H, W), (B,), (B,), (B,) int64 or None -> (B, C, H, W).
 
-A network with the guidance scale as a condition takes it, (B,), as fifth argument. The others are never given one.
+A network with the guidance scale as a condition takes it, (B,), as fifth argument. The others are never given one. A network with a
+second head takes a `Head` as sixth argument, by default `average`; the others are never given one.
 """
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """x, t, s and labels."""
+
+Head = Literal["average", "velocity", "both"]
+"""Output of a network with a second head: the average velocity, which other networks have alone; the velocity; or both, one after the
+other in the channels.
+"""
 
 Precision = Literal["float32", "mixed", "bfloat16"]
 """`mixed` runs low-precision passes in bfloat16 and high-precision ones in float32. Losses are always float32."""
@@ -64,10 +70,16 @@ class Passes:
     policy: PassPolicy
 
     def low_precision(
-        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, scale: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        labels: Tensor | None,
+        scale: Tensor | None = None,
+        head: Head = "average",
     ) -> Tensor:
         """A pass whose rounding error is not amplified (guidance, Flow Matching): bfloat16 under `mixed`."""
-        return self._run(self.network, (x, t, s, labels), scale, self.policy.precision != "float32")
+        return self._run(self.network, (x, t, s, labels), scale, self.policy.precision != "float32", head)
 
     def high_precision(
         self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, scale: Tensor | None = None
@@ -171,14 +183,21 @@ class Passes:
         ahead, behind = values.chunk(2)
         return (ahead - behind) / per_row(later - earlier, x)
 
-    def _run(self, network: Network, arguments: Arguments, scale: Tensor | None, bfloat16: bool) -> Tensor:
+    def _run(
+        self,
+        network: Network,
+        arguments: Arguments,
+        scale: Tensor | None,
+        bfloat16: bool,
+        head: Head = "average",
+    ) -> Tensor:
         if not torch.is_grad_enabled() and isinstance(network, DistributedDataParallel):
             # Ranks may differ in how many rows they need, so DDP must not communicate.
             network = cast(Network, network.module)
         if not bfloat16:
-            return _call(network, arguments, scale)
+            return _call(network, arguments, scale, head)
         with torch.autocast(arguments[0].device.type, dtype=torch.bfloat16):
-            return _call(network, arguments, scale).float()
+            return _call(network, arguments, scale, head).float()
 
 
 def at_scale(network: Network, scale: float | None, noise: Tensor) -> Network:
@@ -188,5 +207,7 @@ def at_scale(network: Network, scale: float | None, noise: Tensor) -> Network:
     return partial(network, scale=noise.new_full((len(noise),), scale))
 
 
-def _call(network: Network, arguments: Arguments, scale: Tensor | None) -> Tensor:
+def _call(network: Network, arguments: Arguments, scale: Tensor | None, head: Head = "average") -> Tensor:
+    if head != "average":
+        return network(*arguments, scale, head)
     return network(*arguments) if scale is None else network(*arguments, scale)

@@ -25,8 +25,16 @@ def check_shapes(state: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> 
 
 
 def check_conditions(objective: Objective, module: nn.Module) -> None:
-    """Raises ValueError where the network lacks a condition of the objective: the null label or the guidance scale."""
-    if not isinstance(module, NetworkModule) or module.config.classes is None:
+    """Raises ValueError where the network lacks a condition of the objective (null label, guidance scale), or differs in its heads."""
+    if not isinstance(module, NetworkModule):
+        return
+    if objective.uses_velocity_head != module.config.has_velocity_head:
+        has = "has" if module.config.has_velocity_head else "lacks"
+        raise ValueError(
+            f"{objective.method} with these settings {'needs' if objective.uses_velocity_head else 'does not train'} a second head for "
+            f"the velocity, and this network {has} one: set velocity_head of the method and velocity_blocks of the network alike"
+        )
+    if module.config.classes is None:
         return
     if objective.conditions_on_scale != module.config.guidance_scale:
         needed = objective.conditions_on_scale

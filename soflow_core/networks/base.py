@@ -81,6 +81,15 @@ class Architecture(ABC):
     def forward_flops(self) -> float:
         """FLOPs of one forward pass of one sample; a multiply-accumulate counts as two."""
 
+    @property
+    def has_velocity_head(self) -> bool:
+        """Whether the network has a second head, which predicts the velocity."""
+        return False
+
+    def second_head_flops(self) -> float:
+        """FLOPs that a pass of one sample through both heads has more than one through either."""
+        return 0.0
+
     def block_tokens(self, block: int) -> tuple[int, int, int]:
         """Rows, columns and width of the tokens of patches behind a block, counted from 1.
 
@@ -126,7 +135,8 @@ class NetworkModule(nn.Module):
     """Network F(x, t, s, labels, scale): (B, C, H, W), (B,), (B,), (B,) int64 or None, (B,) or None -> (B, C, H, W).
 
     t and s are times from 0 (data) to 1 (noise), s <= t. A label is from 0 to classes - 1, or NULL_LABEL where it is dropped; None
-    labels are the null label in every row. `scale` is the guidance scale where it is a condition; None is 1, no guidance.
+    labels are the null label in every row. `scale` is the guidance scale where it is a condition; None is 1, no guidance. A network of
+    two heads takes another argument `head` (`soflow_core.passes.Head`).
 
     Rows are independent of each other, so that a batch can be split over ranks. A pass draws nothing, in training as in evaluation:
     all randomness of a step comes from the objective, but for masks of dropout, which are a function of a seed that the step sets
@@ -141,7 +151,7 @@ class NetworkModule(nn.Module):
     """(B, A): augmentation labels of the rows of a training step, which a training step sets (`soflow_core.augmentation`)."""
 
     tap: TokenTap | None = None
-    """Where tokens of a block are kept, which a training step sets (`soflow_core.alignment`); networks with `block_tokens` offer them."""
+    """Where tokens of a block are kept, set by a training step (`soflow_core.alignment`); networks with `block_tokens` offer them."""
 
     @property
     def dropout_share(self) -> float:

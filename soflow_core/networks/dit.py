@@ -4,12 +4,13 @@ The condition of a block is t_embedding(t) + s_embedding(t - s) + label_embeddin
 instead of t - s, or no second time (`DiTConfig.second_time`). Parameters have the names of
 the official SoFlow checkpoints without their `network.` prefix.
 
-Five settings depart from that network, each on its own: `qk_norm`, `rope`, `swiglu`, `registers` and `condition_tokens`.
+Six settings depart from that network, each on its own: `qk_norm`, `rope`, `swiglu`, `registers`, `condition_tokens` and
+`velocity_blocks`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -24,6 +25,7 @@ from soflow_core.networks.blocks import Block, FinalLayer
 from soflow_core.networks.embeddings import FREQUENCIES, MAX_PERIOD, LabelEmbedder, TimeEmbedder
 from soflow_core.networks.layers import GatedMlp, Mlp, PatchEmbed
 from soflow_core.networks.positions import rotary_positions, sincos_positions
+from soflow_core.passes import Head
 from soflow_core.registration import register
 
 __all__ = [
@@ -60,6 +62,7 @@ PARITY: dict[str, Any] = {
     "swiglu": False,
     "registers": 0,
     "condition_tokens": 0,
+    "velocity_blocks": 0,
 }
 """Settings that the paper's network does not have, with the values at which this one is the paper's."""
 
@@ -93,6 +96,8 @@ class DiTConfig(Architecture):
     """Learned tokens beside the patches (arXiv 2309.16588), which no output is read from."""
     condition_tokens: int = 0
     """Tokens for each condition (times, guidance scale, label) before the patches, in place of adaLN; 0 is adaLN."""
+    velocity_blocks: int = 0
+    """Last blocks of which a second head, for the velocity, has its own, with an output layer; 0 is no second head."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,6 +106,10 @@ class DiTConfig(Architecture):
         for name, largest in MOST_TOKENS.items():
             if not 0 <= getattr(self, name) <= largest:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to {largest}")
+        if not 0 <= self.velocity_blocks <= self.depth:
+            raise ValueError(
+                f"velocity_blocks is {self.velocity_blocks}; it must be from 0 to the depth, {self.depth}"
+            )
         if self.height % self.patch or self.width % self.patch:
             raise ValueError(
                 f"an input of {self.height} x {self.width} is not divisible by a patch of {self.patch};"
@@ -131,6 +140,10 @@ class DiTConfig(Architecture):
     def tokens(self) -> int:
         """Number of tokens in a block: patches, and those of conditions and registers before them."""
         return self.patches + self.registers + self.conditions * self.condition_tokens
+
+    @property
+    def has_velocity_head(self) -> bool:
+        return self.velocity_blocks > 0
 
     @property
     def times(self) -> int:
@@ -171,7 +184,8 @@ class DiTConfig(Architecture):
         block += linear(d, 6 * d) if adaln else 6 * d
         block += 2 * (d // self.heads) if self.qk_norm else 0
         output = linear(d, pixels) + (linear(d, 2 * d) if adaln else 2 * d)
-        return linear(pixels, d) + embedders + added + self.depth * block + output + self._fixed()
+        heads = (self.depth + self.velocity_blocks) * block + (1 + self.has_velocity_head) * output
+        return linear(pixels, d) + embedders + added + heads + self._fixed()
 
     def _fixed(self) -> int:
         """Number of values in the tables of positions."""
@@ -183,15 +197,22 @@ class DiTConfig(Architecture):
 
     def forward_flops(self) -> float:
         """FLOPs of one forward pass of one sample: all matrix products, as torch's FlopCounterMode counts them."""
+        d = self.hidden
+        patch = self.channels * self.patch**2 * d * self.patches
+        # Times, and the guidance scale where it is a condition.
+        embeddings = (self.times + self.guidance_scale) * (FREQUENCIES * d + d * d)
+        return float(2 * (patch + embeddings)) + self._head_flops(self.depth)
+
+    def second_head_flops(self) -> float:
+        return self._head_flops(self.velocity_blocks) if self.has_velocity_head else 0.0
+
+    def _head_flops(self, blocks: int) -> float:
+        """FLOPs of so many blocks and an output layer with its modulation."""
         n, d, adaln = self.tokens, self.hidden, not self.condition_tokens
         mlp = (2 + self.swiglu) * n * d * self.mlp_width
         per_block = 4 * n * d * d + mlp + 2 * n * n * d + (6 * d * d if adaln else 0)
-        patch = self.channels * self.patch**2 * d * self.patches
-        # Times, the guidance scale where it is a condition, and the output layer's modulation.
-        embeddings = (self.times + self.guidance_scale) * (FREQUENCIES * d + d * d) + (
-            2 * d * d if adaln else 0
-        )
-        return float(2 * (self.depth * per_block + 2 * patch + embeddings))
+        output = self.channels * self.patch**2 * d * self.patches + (2 * d * d if adaln else 0)
+        return float(2 * (blocks * per_block + output))
 
     def block_tokens(self, block: int) -> tuple[int, int, int]:
         if not 1 <= block <= self.depth:
@@ -214,6 +235,7 @@ class DiTConfig(Architecture):
             heads=SMALL_HEADS,
             registers=min(self.registers, SMALL_TOKENS),
             condition_tokens=min(self.condition_tokens, SMALL_TOKENS),
+            velocity_blocks=min(self.velocity_blocks, self.depth, SMALL_DEPTH),
         )
 
 
@@ -222,7 +244,8 @@ class DiT(NetworkModule):
 
     None labels are the null label in every row. `scale` (B,) is the guidance scale, where it is a condition; None is 1,
     no guidance. Times are embedded unscaled. `checkpoint_blocks` recomputes each block in the backward pass, for less
-    memory.
+    memory. With `velocity_blocks` there are two heads, and `head` says whose output a pass has; of both the channels are those of
+    the average velocity, then those of the velocity.
     """
 
     config: DiTConfig
@@ -252,14 +275,13 @@ class DiT(NetworkModule):
         self.registers = (
             nn.Parameter(torch.empty(config.registers, config.hidden)) if config.registers else None
         )
-        mlp = GatedMlp if config.swiglu else Mlp
-        self.blocks = nn.ModuleList(
-            Block(
-                config.hidden, config.heads, mlp(config.hidden, config.mlp_width), config.qk_norm, not added
-            )
-            for _ in range(config.depth)
-        )
+        self.blocks = _blocks(config, config.depth)
         self.final_layer = FinalLayer(config.hidden, config.patch, config.channels, adaln=not added)
+        self.velocity_blocks: nn.ModuleList | None = None
+        self.velocity_layer: FinalLayer | None = None
+        if config.has_velocity_head:
+            self.velocity_blocks = _blocks(config, config.velocity_blocks)
+            self.velocity_layer = FinalLayer(config.hidden, config.patch, config.channels, adaln=not added)
         self.initialize()
 
     def _rotations(self) -> nn.Parameter | None:
@@ -274,7 +296,7 @@ class DiT(NetworkModule):
 
     @property
     def repeated_blocks(self) -> Sequence[nn.Module]:
-        return list(self.blocks)
+        return [*self.blocks, *(self.velocity_blocks or ())]
 
     def initialize(self) -> None:
         """Initial weights: Xavier linear layers and s embedding, N(0, 0.02) label and t embeddings, zero modulation
@@ -298,7 +320,7 @@ class DiT(NetworkModule):
                 nn.init.normal_(parameter, std=0.02)
             if name.startswith("w_embedder.mlp.2"):
                 nn.init.zeros_(parameter)
-            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+            if "adaLN_modulation" in name or name.startswith(("final_layer.linear", "velocity_layer.linear")):
                 nn.init.zeros_(parameter)
             if name in ("registers", "condition_embed"):
                 nn.init.normal_(parameter, std=0.02)
@@ -310,20 +332,47 @@ class DiT(NetworkModule):
         s: Tensor,
         labels: Tensor | None = None,
         scale: Tensor | None = None,
+        head: Head = "average",
     ) -> Tensor:
         self.check_shape(x)
+        if head != "average" and not self.config.has_velocity_head:
+            raise ValueError("this network has no head for the velocity; build it with velocity_blocks")
         patches = self.x_embedder(x) + self.pos_embed
         conditions = self.conditions(t, s, labels, scale)
         tokens = self._with_tokens(patches, conditions)
         condition = None if self.condition_embed is not None else _sum(conditions)
-        for number, block in enumerate(self.blocks, start=1):
+        shared = self.config.depth - (0 if head == "average" else self.config.velocity_blocks)
+        blocks = list(self.blocks)
+        tokens = self._through(blocks[:shared], tokens, condition, tapped_from=1)
+        outputs = []
+        if head != "velocity":
+            own = self._through(blocks[shared:], tokens, condition, tapped_from=shared + 1)
+            outputs.append(self._pixels(own, condition, self.final_layer))
+        if self.velocity_blocks is not None and self.velocity_layer is not None and head != "average":
+            own = self._through(self.velocity_blocks, tokens, condition)
+            outputs.append(self._pixels(own, condition, self.velocity_layer))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _through(
+        self,
+        blocks: Iterable[nn.Module],
+        tokens: Tensor,
+        condition: Tensor | None,
+        tapped_from: int | None = None,
+    ) -> Tensor:
+        """Tokens (B, N, D) behind some blocks; their number counts from `tapped_from` where they may be tapped."""
+        for number, block in enumerate(blocks, start=tapped_from or 0):
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, condition, self.rope, use_reentrant=False)
             else:
                 tokens = block(tokens, condition, self.rope)
-            if self.tap is not None:
-                self.tap.offer(number, tokens[:, -patches.shape[1] :])
-        return self.unpatchify(self.final_layer(tokens[:, -patches.shape[1] :], condition))
+            if self.tap is not None and tapped_from is not None:
+                self.tap.offer(number, tokens[:, -self.config.patches :])
+        return tokens
+
+    def _pixels(self, tokens: Tensor, condition: Tensor | None, layer: nn.Module) -> Tensor:
+        """The image of tokens: (B, N, D) -> (B, C, H, W)."""
+        return self.unpatchify(layer(tokens[:, -self.config.patches :], condition))
 
     def _with_tokens(self, patches: Tensor, conditions: list[Tensor]) -> Tensor:
         """(B, N, D), each (B, D) -> (B, N + ..., D): condition tokens, then registers, where there are any, then patches."""
@@ -376,6 +425,21 @@ class DiT(NetworkModule):
         rows, columns = c.height // c.patch, c.width // c.patch
         grid = pixels.reshape(-1, rows, columns, c.patch, c.patch, c.channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.channels, c.height, c.width)
+
+
+def _blocks(config: DiTConfig, count: int) -> nn.ModuleList:
+    """So many blocks of a network."""
+    mlp = GatedMlp if config.swiglu else Mlp
+    return nn.ModuleList(
+        Block(
+            config.hidden,
+            config.heads,
+            mlp(config.hidden, config.mlp_width),
+            config.qk_norm,
+            not config.condition_tokens,
+        )
+        for _ in range(count)
+    )
 
 
 def _sum(terms: list[Tensor]) -> Tensor:

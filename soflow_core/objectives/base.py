@@ -123,6 +123,11 @@ class Objective(ABC):
         return False
 
     @property
+    def uses_velocity_head(self) -> bool:
+        """Whether the loss needs a network with a second head, for the velocity."""
+        return False
+
+    @property
     def uses_jvp(self) -> bool:
         """Whether the loss takes a forward-mode derivative of the network, which DDP and flash attention lack."""
         return False

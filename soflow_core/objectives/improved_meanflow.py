@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from soflow_core.objectives.base import (
     Loss,
     dropped_rows,
 )
-from soflow_core.passes import Network, Passes, PassPolicy
+from soflow_core.passes import Head, Network, Passes, PassPolicy
 from soflow_core.paths import linear
 from soflow_core.random_source import RandomSource
 from soflow_core.registration import register
@@ -59,6 +60,8 @@ class ImprovedMeanFlow(DifferentialModel):
     time: LogitNormal = field(default_factory=lambda: LogitNormal(-0.4, 1.0))
     """Distribution of both times; t is the larger."""
     guidance: IntervalGuidance = field(default_factory=IntervalGuidance)
+    velocity_head: bool = setting(False, inert=True)
+    """Whether the network's own velocity is predicted by a second head (`network.velocity_blocks`), which is trained beside u."""
     sampling_scale: float | None = setting(None, inert=True, sampling=True)
     """Guidance scale at sampling, of a network trained on a range of scales; None is the middle of that range."""
 
@@ -76,6 +79,10 @@ class ImprovedMeanFlow(DifferentialModel):
     @property
     def conditions_on_scale(self) -> bool:
         return isinstance(self.guidance.scale, ScaleRange)
+
+    @property
+    def uses_velocity_head(self) -> bool:
+        return self.velocity_head
 
     @property
     def trained_guidance(self) -> float | None:
@@ -118,22 +125,38 @@ class ImprovedMeanFlow(DifferentialModel):
             labels = drop_labels(labels, dropped)
         x_t, v_c = path.state(batch.x0, draws.noise), path.velocity(batch.x0, draws.noise)
         start = Start(x_t, v_c, draws.t, draws.s, labels, draws.velocity_rows, draws.scale)
-        prediction = passes.low_precision(x_t, draws.t, draws.s, labels, draws.scale)
+        prediction, head = self._predict(passes, start)
         with torch.no_grad():
-            velocity, own = self._velocities(passes, start, dropped, prediction)
+            velocity, own = self._velocities(passes, start, dropped, prediction if head is None else head)
             # |u - target|^2 = |V - v_g|^2 with V = u + (t - s) sg(du/dt).
             target = differential_target(passes, start, velocity, self.total_derivative, own)
         squares = (prediction - target).square()
+        loss, terms = self._weighted(squares), branch_means(draws, row_mean(squares))
+        if head is not None:
+            head_squares = (head - velocity).square()
+            loss = loss + self._weighted(head_squares)
+            terms["head_mse"] = row_mean(head_squares).detach().mean()
+        return Loss(loss, terms)
+
+    def _predict(self, passes: Passes, start: Start) -> tuple[Tensor, Tensor | None]:
+        """-> u(x, t, s) and the second head's v(x, t, s), in one pass with gradient; None where the network has no such head."""
+        arguments = start.x, start.t, start.s, start.labels, start.scale
+        if not self.velocity_head:
+            return passes.low_precision(*arguments), None
+        u, v = passes.low_precision(*arguments, head="both").chunk(2, dim=1)
+        return u, v
+
+    def _weighted(self, squares: Tensor) -> Tensor:
+        """(B, C, H, W) -> scalar: the mean of S / sg(S + eps)^p, S the sum over a sample."""
         total = row_sum(squares)
-        loss = (total / (total.detach() + self.weight_eps) ** self.weight_power).mean()
-        return Loss(loss, branch_means(draws, row_mean(squares)))
+        return (total / (total.detach() + self.weight_eps) ** self.weight_power).mean()
 
     def _velocities(
         self, passes: Passes, start: Start, dropped: Tensor, prediction: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """-> v_g and v_p (B, C, H, W): the guided sample velocity, and the network's own, u(x, t, t, y).
+        """-> v_g and v_p (B, C, H, W): the guided sample velocity, and the network's own, of the second head or u(x, t, t, y).
 
-        One pass gives v_u where it is used, and v_p of the rows after `first`; that of the others is the prediction.
+        One pass at s = t gives v_u where it is used, and v_p of the rows after `first`; that of the others is the prediction.
         """
         first, count = start.first, len(start.x)
         guided = start.labels is not None and self.guidance.active
@@ -151,7 +174,9 @@ class ImprovedMeanFlow(DifferentialModel):
                 # The unconditional velocity is that of a scale of 1, as dropped rows train it.
                 scale = torch.cat([torch.ones_like(start.scale), start.scale[first:]])
         needed = len(x) > 0 or passes.policy.uniform
-        velocities = passes.forward_where(passes.low_precision, rows, x, t, t, labels, scale) if needed else x
+        head: Head = "velocity" if self.velocity_head else "average"
+        run = partial(passes.low_precision, head=head)
+        velocities = passes.forward_where(run, rows, x, t, t, labels, scale) if needed else x
         own = torch.cat([prediction[:first].detach(), velocities[count:] if guided else velocities])
         if not guided:
             return start.velocity, own

@@ -50,7 +50,7 @@ def _value(text: str) -> Any:
     try:
         return float(text)
     except ValueError:
-        return None if text == "none" else text
+        return {"none": None, "true": True, "false": False}.get(text, text)
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -48,6 +48,16 @@ def describe_network(experiment: Experiment, data: Expected) -> Architecture:
         )
     except ValueError as error:
         raise UserError(f"network: {error}.") from None
+    if experiment.objective.uses_velocity_head and not network.has_velocity_head:
+        raise UserError(
+            "objective.velocity_head needs a second head in the network: set network.velocity_blocks above 0 (kind dit), or "
+            "objective.velocity_head to false."
+        )
+    if network.has_velocity_head and not experiment.objective.uses_velocity_head:
+        raise UserError(
+            f"network.velocity_blocks adds a second head that {experiment.objective.method} with these settings does not train: set "
+            "objective.velocity_head to true (improved_meanflow), or network.velocity_blocks to 0."
+        )
     if experiment.training.alignment.active:
         aligned_block(experiment, network)
     return network

@@ -20,7 +20,7 @@ from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.ema_snapshots import snapshot_store
 from soflow_platform.training.alignment_cost import alignment_cost
 from soflow_platform.training.feature_targets import alignment_of
-from soflow_platform.training.flops import forward_gmac
+from soflow_platform.training.flops import forward_gmac, second_head_flops
 from soflow_platform.training.job import TrialJob
 from soflow_platform.training.model import network_config
 from soflow_platform.training.step_builder import build_train_step
@@ -90,7 +90,10 @@ class TrialSetup:
             experiment.objective, experiment.training.batch, experiment.data.conditional
         )
         aligned = alignment_cost(experiment, self.config).image_flops
-        return 2e9 * passes * forward_gmac(self.config) + aligned
+        head = second_head_flops(
+            self.config, experiment.objective, experiment.training.batch, experiment.data.conditional
+        )
+        return 2e9 * passes * forward_gmac(self.config) + head + aligned
 
 
 def data_facts(info: DatasetInfo, experiment: Experiment) -> dict[str, Any]:

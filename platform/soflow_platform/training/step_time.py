@@ -40,16 +40,17 @@ class Pass:
     """One call of the network in a training step."""
 
     rows: float
-    """Share of the batch; above 1 where rows are run for two targets at once."""
+    """Share of the batch; above 1 where rows are run for two targets at once, and by a second head's share where both run."""
     gradient: bool
     bfloat16: bool
     tangent: bool = False
     """Whether it takes a Jacobian-vector product."""
 
     @classmethod
-    def of(cls, call: NetworkCall, batch: int) -> Pass:
-        """A call in a step of `batch` rows."""
-        return cls(call.rows / batch, call.gradient, call.bfloat16, call.tangent)
+    def of(cls, call: NetworkCall, batch: int, head_share: float = 0.0) -> Pass:
+        """A call in a step of `batch` rows; a second head's own layers are this share of a pass."""
+        rows = call.rows / batch * (1 + (head_share if call.head == "both" else 0.0))
+        return cls(rows, call.gradient, call.bfloat16, call.tangent)
 
     @property
     def forwards(self) -> float:
@@ -96,9 +97,10 @@ def work_of(
 ) -> list[tuple[float, Work]]:
     """For each phase of a training: its share of the steps, and the work of a step; no row is left out, as on a GPU."""
     trained, flops = network.trained_parameters(), 2e9 * forward_gmac(network)
+    share_of_head = network.second_head_flops() / flops if flops else 0.0
     counted = min(batch, LARGEST_COUNTED)
     return [
-        (float(share), Work(trained, flops, [Pass.of(call, counted) for call in calls]))
+        (float(share), Work(trained, flops, [Pass.of(call, counted, share_of_head) for call in calls]))
         for share, calls in training_calls(objective, counted, conditional, precision)
     ]
 
