@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from soflow_pipelines.images.autoencoder import KlAutoencoder, load_autoencoder
+from soflow_pipelines.images.autoencoder import load_autoencoder
+from soflow_pipelines.images.codec import Autoencoder
 from soflow_pipelines.images.convert import to_unit_range
 from soflow_pipelines.images.decode import centre_crop, decode_image, to_array
 from soflow_pipelines.preparation.state import begin
@@ -61,7 +62,7 @@ def plain_loop(images: Path, autoencoder: str | None, out: Path) -> float:
     return time.perf_counter() - started
 
 
-def _encode(network: KlAutoencoder, pixels: NDArray[np.uint8]) -> NDArray[np.float16]:
+def _encode(network: Autoencoder, pixels: NDArray[np.uint8]) -> NDArray[np.float16]:
     return network.encode(to_unit_range(torch.from_numpy(pixels))).numpy().astype(np.float16)
 
 

@@ -68,7 +68,10 @@ def velocity_loss(
 ) -> Tensor:
     """(B,): the Flow Matching branch; two calls."""
     passes, column = Passes(network, policy), t[:, None, None, None]
-    point, coefficients = PATHS[objective.path](t), PARAMETERIZATIONS[objective.parameterization](t, t)
+    point, coefficients = (
+        PATHS.named(objective.path)(t),
+        PARAMETERIZATIONS.named(objective.parameterization)(t, t),
+    )
     x_t, target = point.state(x0, x1), point.velocity(x0, x1)
     guidance = objective.guidance
     if labels is not None and guidance.active:
@@ -99,8 +102,8 @@ def consistency_loss(
     """(B,): the solution consistency branch; four calls."""
     passes = Passes(network, policy)
     t, l, s = times  # noqa: E741
-    parameterization = PARAMETERIZATIONS[objective.parameterization]
-    point = PATHS[objective.path](t)
+    parameterization = PARAMETERIZATIONS.named(objective.parameterization)
+    point = PATHS.named(objective.path)(t)
     x_t, velocity = point.state(x0, x1), point.velocity(x0, x1)
     guidance = objective.guidance
     seen = labels

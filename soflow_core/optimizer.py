@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -11,6 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
+from soflow_core.registration import part_setting
+from soflow_core.schedule_shapes import DECAYS
 from soflow_core.settings import STRICT, check_values
 
 
@@ -28,10 +29,10 @@ class OptimizerConfig:
     eps: float = 1e-8
     warmup_steps: int = 0
     """Steps over which the learning rate grows linearly to `lr`; 0 is none."""
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls after the warm-up."""
+    decay: str = part_setting(DECAYS, "constant")
+    """How the learning rate falls after the warm-up, a registered `DecayShape`."""
     final_lr: float = 0.0
-    """The learning rate of the last step under `linear` and `cosine`."""
+    """The learning rate of the last step where it falls."""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -55,15 +56,11 @@ class OptimizerConfig:
         """
         if step < self.warmup_steps:
             return self.lr * ((step + 1) / self.warmup_steps)
-        if self.decay == "constant":
-            return self.lr
         peak, last = max(self.warmup_steps - 1, 0), total_steps - 1
-        if step >= last:
+        share = DECAYS.named(self.decay).share(1.0 if step >= last else (step - peak) / (last - peak))
+        if share >= 1:
             return self.final_lr
-        progress = (step - peak) / (last - peak)
-        if self.decay == "cosine":
-            progress = (1 - math.cos(math.pi * progress)) / 2
-        return max(self.final_lr, self.lr - (self.lr - self.final_lr) * progress)
+        return max(self.final_lr, self.lr - (self.lr - self.final_lr) * share)
 
     def build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer, fused where torch has a fused kernel for the device."""

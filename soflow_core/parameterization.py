@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from soflow_core.registration import Registry, register
 from soflow_core.rows import per_row
-
-ParameterizationName = Literal["euler", "trigonometric"]
 
 
 @dataclass(frozen=True)
@@ -33,20 +31,40 @@ class Coefficients:
         return per_row(self.da_ds, x) * x + per_row(self.db_ds, x) * prediction
 
 
-def euler(t: Tensor, s: Tensor) -> Coefficients:
+class Parameterization(ABC):
+    """A way of writing the solution in terms of the network: a frozen dataclass whose settings have defaults.
+
+    a = 1 and b = 0 where s = t, b is below 0 where s < t, and b_s is above 0 at s = t: the network's output and the velocity determine
+    each other. Settings of methods name one as `NAME`, or as `NAME:VALUE` where it has one setting, a number.
+    """
+
+    name: str
+    """Given by `@register`."""
+
+    @abstractmethod
+    def __call__(self, t: Tensor, s: Tensor) -> Coefficients:
+        """(B,), (B,) -> the coefficients at (t, s), each a function of its own row alone."""
+
+
+PARAMETERIZATIONS: Registry[Parameterization] = Registry("parameterization", Parameterization, "name")  # type: ignore[type-abstract]
+
+
+@register("euler")
+@dataclass(frozen=True)
+class EulerParameterization(Parameterization):
     """a = 1, b = s - t: F is the average velocity between s and t."""
-    one = torch.ones_like(t)
-    return Coefficients(a=one, b=s - t, da_ds=torch.zeros_like(t), db_ds=one)
+
+    def __call__(self, t: Tensor, s: Tensor) -> Coefficients:
+        one = torch.ones_like(t)
+        return Coefficients(a=one, b=s - t, da_ds=torch.zeros_like(t), db_ds=one)
 
 
-def trigonometric(t: Tensor, s: Tensor) -> Coefficients:
+@register("trigonometric")
+@dataclass(frozen=True)
+class TrigonometricParameterization(Parameterization):
     """a = cos(pi (s - t) / 2), b = sin(pi (s - t) / 2): the velocity is (pi / 2) F at s = t."""
-    quarter = math.pi / 2
-    cos, sin = torch.cos(quarter * (s - t)), torch.sin(quarter * (s - t))
-    return Coefficients(a=cos, b=sin, da_ds=-quarter * sin, db_ds=quarter * cos)
 
-
-PARAMETERIZATIONS: dict[str, Callable[[Tensor, Tensor], Coefficients]] = {
-    "euler": euler,
-    "trigonometric": trigonometric,
-}
+    def __call__(self, t: Tensor, s: Tensor) -> Coefficients:
+        quarter = math.pi / 2
+        cos, sin = torch.cos(quarter * (s - t)), torch.sin(quarter * (s - t))
+        return Coefficients(a=cos, b=sin, da_ds=-quarter * sin, db_ds=quarter * cos)

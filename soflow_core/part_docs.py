@@ -8,7 +8,9 @@ import functools
 import inspect
 import textwrap
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
+
+from soflow_core.settings import PARTS, SECTIONS
 
 ABSENT = object()
 """The default of a setting that must be given."""
@@ -24,6 +26,8 @@ class SettingDoc:
     default: Any
     text: str
     """Its docstring in one line; empty where it has none."""
+    known: tuple[str, ...] = ()
+    """Names of the parts that it may name."""
 
 
 def summary(part: type) -> str:
@@ -34,13 +38,18 @@ def summary(part: type) -> str:
 def settings_of(part: type, prefix: str = "") -> list[SettingDoc]:
     """The settings of a dataclass or a pydantic model, those of nested dataclasses by dotted names."""
     found = []
-    sources = _sources(part)
+    sources, registries = _sources(part), _registries(part)
     for name, default in _defaults(part).items():
         annotation, text = sources.get(name, ("", ""))
         if dataclasses.is_dataclass(default) and not isinstance(default, type) and not prefix:
+            if name in registries:
+                field = registries[name].field
+                kind = getattr(default, field)
+                found.append(SettingDoc(f"{name}.{field}", annotation, kind, text, tuple(registries[name])))
             found += settings_of(type(default), f"{prefix}{name}.")
             continue
-        found.append(SettingDoc(f"{prefix}{name}", annotation, default, text))
+        known = tuple(registries.get(name, ()))
+        found.append(SettingDoc(f"{prefix}{name}", annotation, default, text, known))
     return found
 
 
@@ -52,6 +61,21 @@ def _defaults(part: Any) -> dict[str, Any]:
         name: ABSENT if each.is_required() else each.get_default(call_default_factory=True)
         for name, each in fields.items()
     }
+
+
+def _registries(part: Any) -> dict[str, Any]:
+    """The registry of each field of a dataclass that names a part, or that is a section of one."""
+    if not dataclasses.is_dataclass(part):
+        return {}
+    hints = get_type_hints(part)
+    found = {}
+    for each in dataclasses.fields(part):
+        hint = hints[each.name]
+        section = next((SECTIONS[kind] for kind in (hint, *get_args(hint)) if kind in SECTIONS), None)
+        registry = each.metadata.get(PARTS, section)
+        if registry is not None:
+            found[each.name] = registry
+    return found
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Generic, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from soflow_core.failures import InputError
-from soflow_core.settings import from_dict
+from soflow_core.settings import PARTS, SECTIONS, from_dict
 
 PartT = TypeVar("PartT")
 ClassT = TypeVar("ClassT", bound=type)
@@ -40,11 +40,23 @@ class Registry(Mapping[str, type[PartT]], Generic[PartT]):
     """Every registry there is."""
     look_outside: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
     """Called when a name is asked for that is not known: it may register more."""
+    read_section: ClassVar[Callable[[Registry[Any], Mapping[str, Any]], Any]] = staticmethod(
+        lambda registry, values: registry.read(values)
+    )
+    """How pydantic reads a section: what reads sweep files puts a reader here that names the setting that is wrong."""
 
-    def __init__(self, kind: str, base: type[PartT], field: str, default: str | None = None) -> None:
-        self.kind, self.base, self.field, self.default = kind, base, field, default
+    def __init__(
+        self, kind: str, base: type[PartT], field: str, default: str | None = None, section: bool = False
+    ) -> None:
+        """`section`: parts stand as a section of other settings, and one that says no name is the default's, which has none itself.
+
+        So a section that was of one class before there were several is written as it was.
+        """
+        self.kind, self.base, self.field, self.default, self.section = kind, base, field, default, section
         self.parts: dict[str, type[PartT]] = {}
         Registry.all.append(self)
+        if section:
+            SECTIONS[base] = self
 
     def __getitem__(self, name: str) -> type[PartT]:
         return self.parts[name]
@@ -69,14 +81,52 @@ class Registry(Mapping[str, type[PartT]], Generic[PartT]):
         name = self.name_in(values)
         if not isinstance(name, str) or name not in self:
             raise UnknownPart(f"its {self.field} is {name!r}; known are {', '.join(self)}")
-        return from_dict(self[name], values)
+        return from_dict(self[name], self.settings_in(values))
+
+    def class_for(self, values: Mapping[str, Any]) -> type[PartT] | None:
+        """The class that plain settings name; None where it is not registered."""
+        name = self.name_in(values)
+        return self[name] if isinstance(name, str) and name in self else None
+
+    def settings_in(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Plain settings without a name that is no setting of its class."""
+        if not self.section or self.name_in(values) != self.default:
+            return values
+        return {name: value for name, value in values.items() if name != self.field}
+
+    def named(self, text: str) -> PartT:
+        """The part of `NAME`, or of `NAME:VALUE` where it has one setting, a number. Raises ValueError."""
+        name, colon, value = text.partition(":")
+        if name not in self:
+            raise UnknownPart(f"there is no {self.kind} {name!r}; known are {', '.join(self)}")
+        part = self[name]
+        if not colon:
+            return part()
+        fields = dataclasses.fields(part)  # type: ignore[arg-type]
+        settings = [each.name for each in fields if each.init and each.name != self.field]
+        if len(settings) != 1:
+            raise ValueError(f"{name} has {len(settings)} settings")
+        return part(**{settings[0]: float(value)})
+
+    def check(self, setting: str, text: str) -> None:
+        """Raises ValueError where the value of a setting names no part as `named` takes it."""
+        name = text.partition(":")[0]
+        if name not in self:
+            raise ValueError(f"{setting} is {text!r}; it is one of {', '.join(map(repr, self))}")
+        try:
+            self.named(text)
+        except ValueError as error:
+            raise ValueError(f"{setting} is {text!r}: {error}; give {name}, or {name}:NUMBER") from None
 
     def add(self, name: str, part: type) -> None:
         """Registers a class. Raises RegistrationError, with its file and line, for one that breaks a rule of its kind."""
         fault = self._fault(name, part)
         if fault is not None:
             raise RegistrationError(f"{where(part)}: {part.__name__} {fault}")
-        _add_name_field(part, self.field, name)
+        if self.section and name == self.default:
+            type.__setattr__(part, self.field, name)
+        else:
+            _add_name_field(part, self.field, name)
         self.parts[name] = part
 
     def _fault(self, name: str, part: Any) -> str | None:
@@ -121,6 +171,37 @@ def register(name: str) -> Callable[[ClassT], ClassT]:
     return decorate
 
 
+def part_setting(registry: Registry[Any], default: str) -> Any:
+    """A field of a settings dataclass whose text names a part, as `NAME` or `NAME:VALUE`; `check_values` checks it."""
+    return dataclasses.field(default=default, metadata={PARTS: registry})
+
+
+class SectionPart:
+    """Base of the base class of parts that stand as a section: pydantic finds the class when it reads one."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Callable[[Any], Any]) -> Any:
+        registry = SECTIONS.get(cls)
+        if registry is None:
+            return handler(source)
+
+        def read(values: Any) -> Any:
+            return values if isinstance(values, registry.base) else Registry.read_section(registry, values)
+
+        return {"type": "function-plain", "function": {"type": "no-info", "function": read}}
+
+
+def parts_in(settings: Any) -> Iterator[Any]:
+    """A settings dataclass, the dataclasses in its fields, and the parts that its texts name."""
+    yield settings
+    for each in dataclasses.fields(settings):
+        value = getattr(settings, each.name)
+        if PARTS in each.metadata and value is not None:
+            value = each.metadata[PARTS].named(value)
+        if dataclasses.is_dataclass(value):
+            yield from parts_in(value)
+
+
 def where(part: type) -> str:
     """`FILE:LINE` of a class, or its module where it has no source."""
     try:
@@ -152,7 +233,7 @@ def _unwritable(part: type) -> str | None:
 
 def _is_writable(hint: Any) -> bool:
     origin, members = get_origin(hint), get_args(hint)
-    if hint in PLAIN:
+    if hint in PLAIN or hint in SECTIONS:
         return True
     if origin is Literal:
         return all(isinstance(member, PLAIN) for member in members)

@@ -18,8 +18,13 @@ STRICT: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
 INERT = "inert"
 SAMPLING = "sampling"
 """Marks in a field's metadata."""
+PARTS = "parts"
+"""In a field's metadata: the registry of which a text names a part."""
 SHOWN = 80
 """Characters of a value that an error shows."""
+
+SECTIONS: dict[type, Any] = {}
+"""Base class of parts that stand as a section of other settings, such as a distribution of times -> its registry."""
 
 
 def setting(default: Any, *, inert: bool = False, sampling: bool = False) -> Any:
@@ -43,8 +48,9 @@ def identifying(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {field.name: field.default for field in dataclasses.fields(kind) if field.metadata.get(INERT)}
     kept = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
     for name, hint in _hints(kind).items():
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(kept.get(name), Mapping):
-            kept[name] = identifying(hint, kept[name])
+        section = _section(hint, kept[name]) if isinstance(kept.get(name), Mapping) else None
+        if section is not None:
+            kept[name] = identifying(section, kept[name])
     return kept
 
 
@@ -54,12 +60,18 @@ def check_values(settings: Any) -> None:
     Raises ValueError that names the field. Called first in `__post_init__`.
     """
     kind: Any = type(settings)
-    for name, hint in _hints(kind).items():
-        value = getattr(settings, name)
+    hints = _hints(kind)
+    for field in dataclasses.fields(kind):
+        name, value = field.name, getattr(settings, field.name)
+        hint = hints[name]
         if not _fits(value, hint):
             shown = repr(value)
             shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
-            raise ValueError(f"{kind.__name__}.{name} is {shown}; {_needed(hint)}")
+            known = field.metadata.get(PARTS)
+            needed = f"it is one of {', '.join(map(repr, known))}" if known else _needed(hint)
+            raise ValueError(f"{kind.__name__}.{name} is {shown}; {needed}")
+        if PARTS in field.metadata and value is not None:
+            field.metadata[PARTS].check(f"{kind.__name__}.{name}", value)
 
 
 def check_share(name: str, value: float) -> None:
@@ -108,11 +120,24 @@ def from_dict(kind: type[SettingsT], values: Mapping[str, Any]) -> SettingsT:
 
 def _value(hint: Any, value: Any) -> Any:
     if isinstance(value, Mapping):
-        # The hint may be a dataclass or None.
-        for kind in (hint, *get_args(hint)):
-            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        for kind in _members(hint):
+            if kind in SECTIONS:
+                return SECTIONS[kind].read(value)
+            if dataclasses.is_dataclass(kind):
                 return from_dict(kind, value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _members(hint: Any) -> list[type]:
+    """The classes of a hint, which may be a dataclass or None."""
+    return [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
+
+
+def _section(hint: Any, values: Mapping[str, Any]) -> Any:
+    """The dataclass of a section with these values; None where a hint has none."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return hint
+    return next((SECTIONS[kind].class_for(values) for kind in _members(hint) if kind in SECTIONS), None)
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

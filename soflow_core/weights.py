@@ -23,7 +23,9 @@ from soflow_core.failures import InputError, summarize
 from soflow_core.networks import NETWORKS, SIZES, Architecture, DiTConfig, NetworkModule
 from soflow_core.objectives import OBJECTIVES, Objective
 from soflow_core.plugins import as_records, check_recorded, named_in, plugins_of
+from soflow_core.registration import parts_in
 from soflow_core.samplers.base import SAMPLERS
+from soflow_core.samplers.grids import GRIDS
 from soflow_core.settings import to_dict
 
 T = TypeVar("T")
@@ -83,8 +85,10 @@ def save_weights(
 
 def needed_plugins(network: Architecture, objective: Objective) -> list[dict[str, str]]:
     """Names and digests of the plugins that reading and sampling such weights needs."""
-    chosen = SAMPLERS.get(str(getattr(objective, "sampler", "")))
-    return as_records(plugins_of(network, objective, *([] if chosen is None else [chosen()])))
+    grid = str(getattr(objective, "sampling_grid", "")).partition(":")[0]
+    sampled = SAMPLERS.get(str(getattr(objective, "sampler", ""))), GRIDS.get(grid)
+    named = [part() for part in sampled if part is not None]
+    return as_records(plugins_of(*parts_in(network), *parts_in(objective), *named))
 
 
 def load_weights(path: str | Path) -> Weights:

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from soflow_core import plugins
-from soflow_core.networks import NETWORKS
-from soflow_core.objectives import OBJECTIVES
+from soflow_core.conformance.part_kinds import KINDS
 from soflow_core.registration import Registry
-from soflow_core.samplers.base import SAMPLERS
-from soflow_core.samplers.grids import GRIDS
-
-KINDS: dict[str, Callable[[], Registry[Any]]] = {
-    "objective": lambda: OBJECTIVES,
-    "network": lambda: NETWORKS,
-    "sampler": lambda: SAMPLERS,
-    "grid": lambda: GRIDS,
-}
-"""Option -> what returns the registry of its kind. A suite of other kinds adds its own before this module is loaded by pytest."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,6 +7,7 @@ soflow               Solution Flow Models
 flow_matching        Flow Matching
 diffusion            DDPM and DDIM
 consistency          consistency models: iCT, ECT, sCM
+alpha_schedule       alpha of alpha-Flow over training
 total_derivative     dF/dt in a target, by a Jacobian-vector product or a difference quotient
 average_velocity     shared by the next four
 meanflow             MeanFlow
@@ -18,7 +19,8 @@ shortcut             Shortcut models
 import importlib
 import pkgutil
 
-from soflow_core.objectives.alphaflow import AlphaFlow, AlphaSchedule
+from soflow_core.objectives.alpha_schedule import AlphaSchedule
+from soflow_core.objectives.alphaflow import AlphaFlow
 from soflow_core.objectives.base import OBJECTIVES, Batch, Draws, Loss, Objective
 from soflow_core.objectives.consistency import ContinuousConsistency, EasyConsistency, ImprovedConsistency
 from soflow_core.objectives.diffusion import Diffusion

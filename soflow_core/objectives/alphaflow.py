@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from soflow_core.guidance import VelocityGuidance, draw_dropped, drop_labels
+from soflow_core.objectives.alpha_schedule import AlphaSchedule
 from soflow_core.objectives.average_velocity import (
     DifferentialModel,
     Start,
@@ -31,58 +30,11 @@ from soflow_core.paths import linear
 from soflow_core.random_source import RandomSource
 from soflow_core.registration import register
 from soflow_core.rows import per_row, row_mean
-from soflow_core.settings import STRICT, check_share, check_values, check_weight_eps
-from soflow_core.times import LogitNormal
+from soflow_core.settings import check_share, check_weight_eps
+from soflow_core.times import LogitNormal, TimeDistribution
 
 CLIP = 4.0
 """Bound of the target's elements (alpha-Flow's official code)."""
-LARGEST_EXPONENT = 700.0
-"""Its exponential is still a float."""
-
-
-@dataclass(frozen=True)
-class AlphaSchedule:
-    """Schedule of alpha over training: a falling sigmoid (alpha-Flow, Algorithm 2), or constant."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    kind: Literal["sigmoid", "constant"] = "sigmoid"
-    start: float = 0.0
-    """Share of training at which the sigmoid starts."""
-    end: float = 1.0
-    """Share of training at which it ends."""
-    steepness: float = 25.0
-    snap: float = 5e-3
-    """alpha nearer than this to 1 or 0 becomes 1 or 0."""
-    value: float = 0.01
-    """alpha of the constant kind."""
-
-    def __post_init__(self) -> None:
-        check_values(self)
-        if not 0 <= self.start < self.end:
-            raise ValueError(f"an alpha schedule from {self.start} to {self.end}; give 0 <= start < end")
-        if not 0 <= self.value <= 1:
-            raise ValueError(f"schedule.value is {self.value}; alpha is from 0 to 1")
-        if self.steepness <= 0:
-            raise ValueError(f"schedule.steepness is {self.steepness}; it must be above 0, for alpha falls")
-        if not 0 <= self.snap < 0.5:
-            raise ValueError(f"schedule.snap is {self.snap}; give 0 to below 0.5")
-
-    @property
-    def reaches_zero(self) -> bool:
-        """Whether alpha becomes 0, where the target needs the total derivative."""
-        return self.alpha(1, 1) == 0
-
-    def alpha(self, step: int, total_steps: int) -> float:
-        """alpha after `step` finished steps."""
-        if self.kind == "constant":
-            return self.value
-        centre = (self.start + self.end) / 2
-        slope = self.steepness * (step / total_steps - centre) / (self.end - self.start)
-        alpha = 1 - 1 / (1 + math.exp(min(-slope, LARGEST_EXPONENT)))
-        if alpha > 1 - self.snap:
-            return 1.0
-        return 0.0 if alpha < self.snap else alpha
 
 
 @register("alphaflow")
@@ -94,7 +46,7 @@ class AlphaFlow(DifferentialModel):
     """Share of the batch with s = t, which is Flow Matching."""
     weight_eps: float = 1e-3
     """c of the weight alpha / (mse + c)."""
-    time: LogitNormal = field(default_factory=lambda: LogitNormal(-0.4, 1.0))
+    time: TimeDistribution = field(default_factory=lambda: LogitNormal(-0.4, 1.0))
     """Distribution of both times; t is the larger."""
     guidance: VelocityGuidance = field(default_factory=lambda: VelocityGuidance(omega=1.0, kappa=0.5))
     schedule: AlphaSchedule = field(default_factory=AlphaSchedule)

@@ -15,7 +15,7 @@ from soflow_core.objectives.total_derivative import DerivativeModel, TotalDeriva
 from soflow_core.passes import Network, Passes
 from soflow_core.random_source import RandomSource
 from soflow_core.rows import choose_rows, per_row
-from soflow_core.times import LogitNormal
+from soflow_core.times import TimeDistribution
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class Start:
     """(B,): guidance scale of each row, where it is a condition of the network."""
 
 
-def draw_pairs(source: RandomSource, distribution: LogitNormal, velocity_rows: int) -> tuple[Tensor, Tensor]:
+def draw_pairs(
+    source: RandomSource, distribution: TimeDistribution, velocity_rows: int
+) -> tuple[Tensor, Tensor]:
     """-> t, s (n,): the larger and the smaller of two draws; s = t in the leading rows."""
     one = distribution.from_normal(source.normal())
     other = distribution.from_normal(source.normal())

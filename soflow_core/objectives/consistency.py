@@ -22,7 +22,7 @@ from soflow_core.paths import linear
 from soflow_core.random_source import RandomSource
 from soflow_core.registration import register
 from soflow_core.rows import per_row, row_mean, row_sum
-from soflow_core.times import LogitNormal
+from soflow_core.times import LogitNormal, TimeDistribution
 
 MOST_LEVELS = 2**20
 """Of a grid of noise levels, which is a tensor."""
@@ -37,7 +37,7 @@ def consistency_function(network: Network, x: Tensor, t: Tensor, labels: Tensor 
 class ConsistencyModel(SolutionModel):
     """Base class of the three methods: draws without dropped labels and velocity rows, and the sampler."""
 
-    time: LogitNormal
+    time: TimeDistribution
 
     def draw_from(self, source: RandomSource, sample_shape: tuple[int, ...], conditional: bool) -> Draws:
         del conditional
@@ -162,8 +162,8 @@ class ImprovedConsistency(ConsistencyModel):
 class EasyConsistency(ConsistencyModel):
     """Settings of ECT (arXiv 2406.14548): the second noise level rises from 0 towards the first during training."""
 
-    time: LogitNormal = field(default_factory=lambda: LogitNormal(-1.1, 2.0))
-    """Distribution of the noise level: mean and std of ln sigma."""
+    time: TimeDistribution = field(default_factory=lambda: LogitNormal(-1.1, 2.0))
+    """Distribution of t; of a logit-normal one, mean and std of ln sigma."""
     quotient: float = 2.0
     """q: the gap between the levels shrinks q-fold from stage to stage."""
     stages: int = 8
@@ -215,8 +215,8 @@ class ContinuousConsistency(DerivativeModel, ConsistencyModel):
     left out.
     """
 
-    time: LogitNormal = field(default_factory=lambda: LogitNormal(-1.0, 1.4))
-    """Distribution of the noise level: mean and std of ln sigma."""
+    time: TimeDistribution = field(default_factory=lambda: LogitNormal(-1.0, 1.4))
+    """Distribution of t; of a logit-normal one, mean and std of ln sigma."""
     warmup_steps: int = 10_000
     """Steps over which the factor of the derivative in the tangent grows from 0, which is Flow Matching, to 1."""
     tangent_eps: float = 0.1

@@ -17,14 +17,14 @@ from soflow_core.objectives.base import (
 )
 from soflow_core.objectives.step_times import SteppedModel
 from soflow_core.passes import Network, Passes, PassPolicy
-from soflow_core.paths import PATHS, PathName
+from soflow_core.paths import PATHS
 from soflow_core.random_source import RandomSource
-from soflow_core.registration import register
+from soflow_core.registration import part_setting, register
 from soflow_core.rows import row_mean
 from soflow_core.samplers.base import VelocitySampler, check_sampler, sampler
 from soflow_core.samplers.ode import guided_prediction
 from soflow_core.settings import check_drop, setting
-from soflow_core.times import LogitNormal
+from soflow_core.times import TimeDistribution
 
 
 @register("flow_matching")
@@ -32,8 +32,9 @@ from soflow_core.times import LogitNormal
 class FlowMatching(SteppedModel):
     """Settings of Flow Matching; the defaults are SiT's."""
 
-    path: PathName = "linear"
-    time: LogitNormal | None = None
+    path: str = part_setting(PATHS, "linear")
+    """A registered path."""
+    time: TimeDistribution | None = None
     """Distribution of t; None is uniform on (0, 1)."""
     drop: float = 0.1
     """Probability that a sample's label is replaced by the null label, for guidance at sampling."""
@@ -79,7 +80,7 @@ class FlowMatching(SteppedModel):
         policy: PassPolicy = DEFAULT_POLICY,
     ) -> Loss:
         del step, total_steps
-        path = PATHS[self.path](draws.t)
+        path = PATHS.named(self.path)(draws.t)
         x_t = path.state(batch.x0, draws.noise)
         target = path.velocity(batch.x0, draws.noise)
         labels = None if batch.labels is None else drop_labels(batch.labels, dropped_rows(draws))

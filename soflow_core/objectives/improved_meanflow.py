@@ -43,7 +43,7 @@ from soflow_core.random_source import RandomSource
 from soflow_core.registration import register
 from soflow_core.rows import choose_rows, row_mean, row_sum
 from soflow_core.settings import check_share, check_weight_eps, setting
-from soflow_core.times import LogitNormal
+from soflow_core.times import LogitNormal, TimeDistribution
 
 
 @register("improved_meanflow")
@@ -57,7 +57,7 @@ class ImprovedMeanFlow(DifferentialModel):
     """p of the weight 1 / (S + eps)^p, with S the sum of squares over a sample."""
     weight_eps: float = 0.01
     """eps of that weight."""
-    time: LogitNormal = field(default_factory=lambda: LogitNormal(-0.4, 1.0))
+    time: TimeDistribution = field(default_factory=lambda: LogitNormal(-0.4, 1.0))
     """Distribution of both times; t is the larger."""
     guidance: IntervalGuidance = field(default_factory=IntervalGuidance)
     velocity_head: bool = setting(False, inert=True)

@@ -30,7 +30,7 @@ from soflow_core.random_source import RandomSource
 from soflow_core.registration import register
 from soflow_core.rows import row_mean, row_sum
 from soflow_core.settings import check_share, check_weight_eps
-from soflow_core.times import LogitNormal
+from soflow_core.times import LogitNormal, TimeDistribution
 
 
 @register("meanflow")
@@ -44,7 +44,7 @@ class MeanFlow(DifferentialModel):
     """p of the weight 1 / (S + eps)^p, with S the sum of squares over a sample."""
     weight_eps: float = 0.01
     """eps of that weight."""
-    time: LogitNormal = field(default_factory=lambda: LogitNormal(-0.4, 1.0))
+    time: TimeDistribution = field(default_factory=lambda: LogitNormal(-0.4, 1.0))
     """Distribution of both times; t is the larger."""
     guidance: VelocityGuidance = field(default_factory=VelocityGuidance)
 

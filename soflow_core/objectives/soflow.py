@@ -33,14 +33,14 @@ from soflow_core.objectives.base import (
     dropped_rows,
 )
 from soflow_core.objectives.solution_model import FlowMapModel
-from soflow_core.parameterization import PARAMETERIZATIONS, Coefficients, ParameterizationName
+from soflow_core.parameterization import PARAMETERIZATIONS, Coefficients
 from soflow_core.passes import Arguments, Network, Passes, PassPolicy
-from soflow_core.paths import PATHS, PathName, PathPoint
+from soflow_core.paths import PATHS, PathPoint
 from soflow_core.random_source import RandomSource
-from soflow_core.registration import register
+from soflow_core.registration import part_setting, register
 from soflow_core.rows import choose_rows, per_row, row_mean
 from soflow_core.settings import STRICT, check_share, check_values, check_weight_eps, setting
-from soflow_core.times import LogitNormal, RatioSchedule, consistency_times, middle_time
+from soflow_core.times import LogitNormal, RatioSchedule, TimeDistribution, consistency_times, middle_time
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class SoFlowTimes:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    velocity: LogitNormal = field(default_factory=lambda: LogitNormal(-0.2, 1.0))
+    velocity: TimeDistribution = field(default_factory=lambda: LogitNormal(-0.2, 1.0))
     """t of the Flow Matching branch."""
-    start: LogitNormal = field(default_factory=lambda: LogitNormal(0.2, 0.8))
+    start: TimeDistribution = field(default_factory=lambda: LogitNormal(0.2, 0.8))
     """t of the consistency branch."""
-    end: LogitNormal = field(default_factory=lambda: LogitNormal(-1.0, 0.8))
+    end: TimeDistribution = field(default_factory=lambda: LogitNormal(-1.0, 0.8))
     """s of the consistency branch."""
 
     def __post_init__(self) -> None:
@@ -80,8 +80,10 @@ class SoFlow(FlowMapModel):
     """p of the weight 1 / (mse + eps)^p; 0 is the plain squared error."""
     weight_eps: float = 0.01
     """eps of that weight."""
-    path: PathName = "linear"
-    parameterization: ParameterizationName = "euler"
+    path: str = part_setting(PATHS, "linear")
+    """A registered path."""
+    parameterization: str = part_setting(PARAMETERIZATIONS, "euler")
+    """A registered parameterization of f by the network."""
     times: SoFlowTimes = field(default_factory=SoFlowTimes)
     guidance: Guidance = field(default_factory=Guidance)
     schedule: RatioSchedule = field(default_factory=RatioSchedule)
@@ -114,7 +116,7 @@ class SoFlow(FlowMapModel):
 
     def coefficients(self, t: Tensor, s: Tensor) -> Coefficients:
         """a(t, s) and b(t, s) of f = a x + b F."""
-        return PARAMETERIZATIONS[self.parameterization](t, s)
+        return PARAMETERIZATIONS.named(self.parameterization)(t, s)
 
     def solution(self, network: Network, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """f(x, t, s): (B, C, H, W), (B,), (B,), (B,) -> (B, C, H, W)."""
@@ -122,7 +124,7 @@ class SoFlow(FlowMapModel):
 
     @property
     def noising_path(self) -> Callable[[Tensor], PathPoint]:
-        return PATHS[self.path]
+        return PATHS.named(self.path)
 
     def velocity(self, network: Network, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """v(x, t): (B, C, H, W), (B,), (B,) -> (B, C, H, W)."""
@@ -163,7 +165,7 @@ class SoFlow(FlowMapModel):
         passes = Passes(network, policy)
         first = draws.velocity_rows
         t, s, labels = draws.t, draws.s, batch.labels
-        path = PATHS[self.path](t)
+        path = PATHS.named(self.path)(t)
         x_t = path.state(batch.x0, draws.noise)
         target = path.velocity(batch.x0, draws.noise)
         mixed_rows = None

@@ -5,7 +5,6 @@ A method is sampled on a grid by its setting `sampling_grid`: `NAME`, or `NAME:V
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,18 +87,11 @@ class ShiftedGrid(TimeGrid):
 
 def time_grid(text: str) -> TimeGrid:
     """The grid of `NAME` or `NAME:VALUE`. Raises ValueError that says which there are."""
-    name, colon, value = text.partition(":")
+    name = text.partition(":")[0]
     if name not in GRIDS:
         raise ValueError(f"sampling_grid is {text!r}; the time grids are {', '.join(GRIDS)}")
-    part = GRIDS[name]
-    fields = dataclasses.fields(part)  # type: ignore[arg-type]
-    settings = [field.name for field in fields if field.init and field.name != GRIDS.field]
-    if not colon:
-        return part()
     try:
-        if len(settings) != 1:
-            raise ValueError(f"{name} has {len(settings)} settings")
-        return part(**{settings[0]: float(value)})
+        return GRIDS.named(text)
     except ValueError as error:
         raise ValueError(f"sampling_grid is {text!r}: {error}; give {name}, or {name}:NUMBER") from None
 

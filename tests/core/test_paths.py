@@ -24,7 +24,7 @@ def derivative(function: Callable[[Tensor], Tensor], t: float) -> float:
 @pytest.mark.parametrize("name", PATHS)
 def test_a_path_starts_at_data_and_ends_at_noise(name: str) -> None:
     x0, x1 = torch.randn(2, 3, 1, 2, 2, dtype=torch.float64)
-    path = PATHS[name]
+    path = PATHS.named(name)
     assert_close(path(torch.zeros(3, dtype=torch.float64)).state(x0, x1), x0, rtol=0, atol=1e-15)
     assert_close(path(torch.ones(3, dtype=torch.float64)).state(x0, x1), x1, rtol=0, atol=1e-15)
 
@@ -32,7 +32,7 @@ def test_a_path_starts_at_data_and_ends_at_noise(name: str) -> None:
 @pytest.mark.parametrize("name", PATHS)
 @given(t=times)
 def test_the_velocity_is_the_derivative_of_the_state(name: str, t: float) -> None:
-    path = PATHS[name]
+    path = PATHS.named(name)
     point = path(torch.tensor([t], dtype=torch.float64))
     assert point.d_alpha.item() == pytest.approx(
         derivative(lambda u: path(u).alpha, t) if name != "linear" else -1
@@ -48,13 +48,13 @@ def test_the_velocity_is_the_derivative_of_the_state(name: str, t: float) -> Non
 def test_the_solution_at_its_own_time_is_its_argument(name: str, t: float) -> None:
     time = torch.tensor([t], dtype=torch.float64)
     x, prediction = torch.randn(2, 1, 1, 2, 2, dtype=torch.float64)
-    assert torch.equal(PARAMETERIZATIONS[name](time, time).solution(x, prediction), x)
+    assert torch.equal(PARAMETERIZATIONS.named(name)(time, time).solution(x, prediction), x)
 
 
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
 @given(t=times, s=times)
 def test_coefficients_carry_their_derivatives_in_s(name: str, t: float, s: float) -> None:
-    make = PARAMETERIZATIONS[name]
+    make = PARAMETERIZATIONS.named(name)
     time = torch.tensor([t], dtype=torch.float64)
     here = make(time, torch.tensor([s], dtype=torch.float64))
     a_s = derivative(lambda u: make(time, u).a + 0 * u, s)
@@ -68,4 +68,4 @@ def test_coefficients_carry_their_derivatives_in_s(name: str, t: float, s: float
 def test_the_velocity_of_a_network_is_its_output_times_a_constant(name: str, factor: float) -> None:
     t = torch.rand(5, dtype=torch.float64)
     x, prediction = torch.randn(2, 5, 1, 2, 2, dtype=torch.float64)
-    assert_close(PARAMETERIZATIONS[name](t, t).velocity(x, prediction), factor * prediction)
+    assert_close(PARAMETERIZATIONS.named(name)(t, t).velocity(x, prediction), factor * prediction)

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from soflow_core import plugins
-from soflow_core.networks import NETWORKS
-from soflow_core.objectives import OBJECTIVES
+from soflow_core.networks import NETWORKS, DiTConfig
+from soflow_core.objectives import OBJECTIVES, SoFlow
 from soflow_core.plugins import PluginError, load, load_recorded, plugins_of
+from soflow_core.registration import parts_in
 from soflow_core.weights import WeightsError, build_network, load_weights, save_weights
 from tests.support.plugin_files import restored_registries, write_plugins
 
@@ -153,3 +154,42 @@ def test_weights_name_the_plugins_that_they_need(tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.WARNING):
         assert load_weights(path).objective == OBJECTIVES["weighted_flow"]()
     assert f"(sha256 {digests[0]}): numbers may differ" in caplog.text
+
+
+def test_weights_name_the_plugin_of_a_path_and_are_refused_without_it(tmp_path: Path) -> None:
+    file = tmp_path / "bent_path.py"
+    file.write_text(PATH, encoding="utf-8")
+    weights, config = tmp_path / "weights.safetensors", DiTConfig.example(channels=1, height=4, width=4)
+    with restored_registries():
+        plugin = load(str(file))
+        objective = SoFlow(path="bent:1.5")
+        assert plugins_of(*parts_in(objective)) == [plugin]
+        save_weights(weights, config.build().state_dict(), config, objective, {})
+        assert load_weights(weights).objective == objective
+    with pytest.raises(
+        WeightsError, match=r"SoFlow\.path is 'bent:1\.5'; it is one of .*; it needs the plugin bent_path"
+    ):
+        load_weights(weights)
+
+
+PATH = '''"""A path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from soflow_core.paths import Path, PathPoint
+from soflow_core.registration import register
+
+
+@register("bent")
+@dataclass(frozen=True)
+class BentPath(Path):
+    """alpha = (1 - t)^power, beta = t."""
+
+    power: float = 1.5
+
+    def __call__(self, t):
+        return PathPoint((1 - t) ** self.power, t, -self.power * (1 - t) ** (self.power - 1), torch.ones_like(t))
+'''

@@ -10,9 +10,14 @@ from pathlib import Path
 import pytest
 
 from soflow_core.networks import NETWORKS, DiTConfig
-from soflow_core.objectives import OBJECTIVES, MeanFlow
-from soflow_core.registration import RegistrationError, Registry, UnknownPart, register
-from soflow_core.settings import to_dict
+from soflow_core.objectives import OBJECTIVES, MeanFlow, SoFlow, SoFlowTimes
+from soflow_core.parameterization import PARAMETERIZATIONS
+from soflow_core.paths import PATHS
+from soflow_core.registration import RegistrationError, Registry, UnknownPart, parts_in, register
+from soflow_core.samplers.grids import GRIDS, PowerGrid
+from soflow_core.schedule_shapes import SHAPES
+from soflow_core.settings import identifying, to_dict
+from soflow_core.times import LogitNormal, UniformTimes
 
 
 @dataclass(frozen=True)
@@ -129,3 +134,47 @@ def test_a_class_that_breaks_a_rule_is_refused_with_its_file_and_line(
     assert message in str(caught.value)
     assert "mine" not in OBJECTIVES
     assert OBJECTIVES["meanflow"] is MeanFlow
+
+
+# Parts that a text names, and parts that are sections
+
+
+def test_a_text_names_a_part_with_its_one_number() -> None:
+    assert SHAPES.named("cosine") == SHAPES["cosine"]()
+    assert GRIDS.named("power:3") == PowerGrid(power=3.0)
+    with pytest.raises(UnknownPart, match="there is no path 'bent'; known are linear, trigonometric"):
+        PATHS.named("bent")
+    for text, says in (("linear:2", "linear has 0 settings"), ("linear:", "linear has 0 settings")):
+        with pytest.raises(
+            ValueError, match=rf"SoFlow\.path is '{text}': {says}; give linear, or linear:NUMBER"
+        ):
+            SoFlow(path=text)
+
+
+def test_a_section_without_a_name_is_written_and_read_as_before_there_were_several() -> None:
+    assert to_dict(MeanFlow())["time"] == {"mean": -0.4, "std": 1.0}
+    assert LogitNormal.kind == "logit_normal"
+    assert repr(LogitNormal(1.0, 2.0)) == "LogitNormal(mean=1.0, std=2.0)"
+    for named in ({}, {"kind": "logit_normal"}):
+        read = OBJECTIVES.read({"method": "meanflow", "time": {**named, "std": 2.0}})
+        assert read == MeanFlow(time=LogitNormal(std=2.0))
+    other = MeanFlow(time=UniformTimes(high=0.5))
+    assert to_dict(other)["time"] == {"kind": "uniform", "low": 0.0, "high": 0.5}
+    assert OBJECTIVES.read(to_dict(other)) == other
+    assert identifying(MeanFlow, to_dict(other))["time"] == to_dict(other)["time"]
+    with pytest.raises(UnknownPart, match="its kind is 'normal'; known are logit_normal, uniform"):
+        OBJECTIVES.read({"method": "meanflow", "time": {"kind": "normal"}})
+    with pytest.raises(ValueError, match="UniformTimes has no setting mean"):
+        OBJECTIVES.read({"method": "meanflow", "time": {"kind": "uniform", "mean": 0.0}})
+
+
+def test_the_parts_of_a_method_are_found_in_its_settings() -> None:
+    method = SoFlow(path="trigonometric", times=SoFlowTimes(start=UniformTimes()))
+    kinds = {type(part) for part in parts_in(method)}
+    assert kinds >= {
+        SoFlow,
+        PATHS["trigonometric"],
+        PARAMETERIZATIONS["euler"],
+        UniformTimes,
+        SHAPES["exponential"],
+    }

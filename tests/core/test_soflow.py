@@ -115,7 +115,7 @@ def test_the_inner_product_has_the_gradient_of_the_weighted_distance(
     loss = objective.loss(network, batch, draws, 500, 1000).loss
     t, s = draws.t, draws.s
     middle = middle_time(t, s, objective.schedule.ratio(500, 1000))
-    point = PATHS[path](t)
+    point = PATHS.named(path)(t)
     x_t, velocity = point.state(batch.x0, draws.noise), point.velocity(batch.x0, draws.noise)
     f_t = objective.solution(network, x_t, t, s, batch.labels)
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_mixing_moves_the_consistency_target_linearly() -> None:
     t = draws.t
     draws = Draws(draws.noise, t, t - MINIMAL_GAP, torch.zeros(12, dtype=torch.bool), 0)
     network = random_network()
-    path = PATHS["linear"](t)
+    path = PATHS.named("linear")(t)
     x_t, v_c = path.state(batch.x0, draws.noise), path.velocity(batch.x0, draws.noise)
     with torch.no_grad():
         v_p, v_u = network(x_t, t, t, batch.labels), network(x_t, t, t, None)

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from soflow_core.objectives import AlphaSchedule, EasyConsistency, ImprovedConsistency
 from soflow_core.random_source import GeneratorSource
 from soflow_core.schedule_shapes import SHAPES
-from soflow_core.times import MINIMAL_GAP, LogitNormal, RatioSchedule, consistency_times, middle_time
+from soflow_core.times import (
+    MINIMAL_GAP,
+    LogitNormal,
+    RatioSchedule,
+    UniformTimes,
+    consistency_times,
+    middle_time,
+)
 
 KINDS = list(SHAPES)
 unit = st.floats(0, 1, width=32)
@@ -77,6 +84,15 @@ def test_logit_normal_times_have_the_logits_they_are_named_for() -> None:
     assert logits.std().item() == pytest.approx(0.8, abs=0.01)
 
 
+def test_uniform_times_are_equally_likely_between_their_bounds() -> None:
+    normal = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    t = UniformTimes(0.2, 0.6).from_normal(normal).double()
+    assert t.quantile(torch.linspace(0, 1, 5, dtype=torch.float64)).tolist() == pytest.approx(
+        [0.2, 0.3, 0.4, 0.5, 0.6], abs=5e-3
+    )
+    assert UniformTimes().from_normal(torch.tensor([-40.0, 40.0])).tolist() == [2**-24, 1 - 2**-24]
+
+
 def test_ict_levels_double_in_stages_up_to_the_last() -> None:
     objective = ImprovedConsistency()
     levels = [objective.levels(k, 8000) for k in range(8000)]
@@ -125,3 +141,5 @@ def test_impossible_settings_are_refused() -> None:
         RatioSchedule(final=0)
     with pytest.raises(ValueError, match="negative"):
         LogitNormal(0, -1)
+    with pytest.raises(ValueError, match=r"from low 0\.5 to high 0\.5; give 0 <= low"):
+        UniformTimes(0.5, 0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -49,18 +50,34 @@ def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_the_sweep_of_the_page_names_its_plugins_and_takes_a_step(inside: Path) -> None:
     experiment, document = read_experiment(inside / "mine.yaml")
     assert [plugin.module for plugin in experiment.plugins] == [
-        "secant",
-        "small_unet",
-        "coverage",
-        "midpoint",
+        *(
+            "secant",
+            "small_unet",
+            "midpoint",
+            "bent_path",
+            "leaning",
+            "mode_times",
+            "schedules",
+            "kid_all",
+            "coverage",
+        )
     ]
     assert experiment.search.metric in experiment.evaluation.reported(True)
     planned = trials(document, experiment)
     data = Expected((1, 8, 8), 10)
     assert {describe_network(trial.experiment, data).title for trial in planned} == {"UNet-16x1"}
-    assert [trial.experiment.objective.method for trial in planned] == ["secant", "flow_matching"]
+    assert [trial.experiment.objective.method for trial in planned] == ["secant", "flow_matching", "soflow"]
     check_first_steps([(trial.name, trial.experiment) for trial in planned], data)
     assert METRICS["coverage"].better == "max"
+    assert experiment.search.metric == "eval/kid_all_nfe2"
+
+
+def test_the_table_of_the_page_counts_the_lines_of_its_files(folder: Path) -> None:
+    rows = re.findall(
+        r"^\| [^|]+ \| \[?`(\w+\.py)`.*? \| (\d+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    files = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in folder.glob("*.py")}
+    assert {name: int(lines) for name, lines in rows} == files
 
 
 def run(folder: Path, arguments: list[str], **variables: str) -> str:
@@ -102,13 +119,18 @@ def test_the_commands_of_the_page_prepare_train_and_compare(folder: Path) -> Non
     digits = load_digits()
     np.save(folder / "train.npy", digits.images[:200].transpose(0, 2, 3, 1))
     np.save(folder / "train.labels.npy", digits.labels[:200])
-    printed = {}
+    np.save(folder / "colour.npy", np.repeat(digits.images[:40].transpose(0, 2, 3, 1), 3, axis=3))
+    np.save(folder / "colour.labels.npy", digits.labels[:40])
+    printed: dict[str, str] = {}
     for shown in commands("soflowctl"):
         variables = dict(word.split("=", 1) for word in shown.words[: -len(shown.arguments)])
         _, command, *rest = shown.arguments
         small = {"run": SMALL, "compare": ["--no-costs"]}.get(command, [])
-        printed[command] = run(folder, ["soflow_platform.cli.main", command, *rest, *small], **variables)
+        printed[command] = printed.get(command, "") + run(
+            folder, ["soflow_platform.cli.main", command, *rest, *small], **variables
+        )
     assert "200 samples" in printed["data"]
+    assert "40 samples" in printed["data"]
     assert "secant" in printed["run"]
     assert "secant" in printed["compare"]
     assert "coverage" in printed["compare"]

@@ -13,13 +13,17 @@ import pytest
 
 from soflow_core.networks import NETWORKS
 from soflow_core.objectives import OBJECTIVES, SoFlow
+from soflow_core.objectives.alpha_schedule import ALPHAS
 from soflow_core.optimizer import OptimizerConfig
+from soflow_core.parameterization import PARAMETERIZATIONS
+from soflow_core.paths import PATHS
 from soflow_core.registration import Registry
 from soflow_core.samplers.base import SAMPLERS
 from soflow_core.samplers.grids import GRIDS
-from soflow_core.schedule_shapes import SHAPES
-from soflow_core.times import LogitNormal
+from soflow_core.schedule_shapes import DECAYS, SHAPES
+from soflow_core.times import TIMES
 from soflow_pipelines.features.registry import FEATURES
+from soflow_pipelines.images.autoencoder import AUTOENCODERS
 from soflow_pipelines.metrics import METRICS
 from soflow_pipelines.sources.opening import SOURCES
 from soflow_platform.config.comparison import SamplingConfig
@@ -72,7 +76,7 @@ def keys(kind: type) -> list[str]:
     found = []
     for field in dataclasses.fields(kind):
         inner = hints[field.name]
-        if dataclasses.is_dataclass(inner) and inner is not LogitNormal:
+        if dataclasses.is_dataclass(inner):
             found += [f"{field.name}.{name}" for name in keys(inner)]  # type: ignore[arg-type]
         else:
             found.append(field.name)
@@ -92,11 +96,17 @@ PAGES_OF_PARTS: list[tuple[str, Registry[Any]]] = [
     ("methods.md", OBJECTIVES),
     ("methods.md", SAMPLERS),
     ("methods.md", GRIDS),
+    ("methods.md", PATHS),
+    ("methods.md", PARAMETERIZATIONS),
+    ("methods.md", TIMES),
+    ("methods.md", ALPHAS),
     ("sweeps.md", SHAPES),
+    ("sweeps.md", DECAYS),
     ("sweeps.md", NETWORKS),
     ("evaluation.md", METRICS),
     ("evaluation.md", FEATURES),
     ("data.md", SOURCES),
+    ("data.md", AUTOENCODERS),
 ]
 
 

@@ -80,8 +80,8 @@ MUTATIONS = [
     Mutation(
         "t and s swapped in the coefficients",
         SOFLOW,
-        "return PARAMETERIZATIONS[self.parameterization](t, s)",
-        "return PARAMETERIZATIONS[self.parameterization](s, t)",
+        "return PARAMETERIZATIONS.named(self.parameterization)(t, s)",
+        "return PARAMETERIZATIONS.named(self.parameterization)(s, t)",
     ),
     Mutation(
         "gradient through the teacher",
@@ -215,7 +215,7 @@ MUTATIONS = [
     Mutation("scale: sampled without", SAMPLING, "= at_scale(network, scale, noise)", "= network"),
     Mutation("sampling: times of another number of steps", STEP_TIMES, "steps == len(self.sampling_times) + 1", "steps > 1"),
     Mutation("sampling: own sampler only", SAMPLING, "self.sampler or self.own_sampler", "self.own_sampler"),
-    Mutation("sampling: consistency on the linear path", SOFLOW, "return PATHS[self.path]\n", "return PATHS['linear']\n"),
+    Mutation("sampling: consistency on the linear path", SOFLOW, "return PATHS.named(self.path)\n", "return PATHS.named('linear')\n"),
     Mutation("sampling: MeanFlow by consistency", AVERAGE, 'ClassVar[str] = "ode"', 'ClassVar[str] = "consistency"'),
     Mutation("sampling: rising times", "soflow_core/samplers/grids.py", "if any(end >= start", "if any(end == start"),
     Mutation("sampling: Shortcut off its grid", SHORTCUT, "not in sizes or start % (start - end)", "not in sizes"),

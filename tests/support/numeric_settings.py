@@ -12,6 +12,7 @@ from typing import Annotated, Any, Union
 from pydantic import BaseModel
 
 from soflow_core.objectives import OBJECTIVES
+from soflow_core.settings import SECTIONS
 from soflow_platform.config.experiment import Experiment
 
 ELEMENT = "[]"
@@ -87,6 +88,8 @@ def _leaves(annotation: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str,
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         for name, field in annotation.model_fields.items():
             yield from _leaves(field.annotation, (*path, name))
+    elif annotation in SECTIONS:
+        yield from _leaves(SECTIONS[annotation][SECTIONS[annotation].default], path)
     elif isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         hints = typing.get_type_hints(annotation)
         for field in dataclasses.fields(annotation):

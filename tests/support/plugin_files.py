@@ -112,5 +112,11 @@ ADDED = {
     "coverage",
     "midpoint",
     "npy_pairs",
+    "bent_path",
+    "leaning",
+    "mode_times",
+    "schedules",
+    "kid_all",
+    "block_means",
 }
 """Modules that tests import as plugins."""

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from soflow_pipelines.images.autoencoder import load_autoencoder
+from soflow_pipelines.images.autoencoder import KlKind, load_autoencoder
 from soflow_pipelines.preparation.build import prepare_locally
 from soflow_pipelines.preparation.shard_plan import PrepareSettings, ShardPlan
 from soflow_pipelines.sources.opening import open_source
@@ -49,17 +49,8 @@ def exported(folder: Path, channels: int, size: int, side: int = 2) -> str:
 
 def latent_set(root: Path) -> tuple[Path, Path, Path]:
     """A small autoencoder in diffusers' format, a shard set of latents made with it, and the 40 images they are of, 16 x 16."""
-    from diffusers import AutoencoderKL
-
     torch.manual_seed(0)
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.5,
-    ).save_pretrained(root / "autoencoder")
+    KlKind.example(root / "autoencoder")
     pixels = np.random.default_rng(0)
     for number in range(40):
         path = root / "images" / f"class{number % 4}" / f"{number:03d}.png"

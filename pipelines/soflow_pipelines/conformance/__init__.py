@@ -1,4 +1,6 @@
-"""Conformance suite: tests that a metric, a data source or a feature network keeps the contract of its base class. Needs pytest.
+"""Conformance suite: tests that a metric, a data source, a feature network or an autoencoder keeps the contract of its base class.
+
+Needs pytest.
 
 pytest -p soflow_pipelines.conformance.part_options --pyargs soflow_pipelines.conformance
 

@@ -1,21 +1,27 @@
-"""KL autoencoders between images and latents, loaded from diffusers' format."""
+"""Opens autoencoders; the kind `kl`: KL autoencoders between images and latents, in diffusers' format."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from soflow_core.failures import InputError, summarize
+from soflow_core.failures import summarize
+from soflow_core.plugins import VARIABLE
+from soflow_core.registration import NAME, register
 from soflow_core.weights import WeightsError, require_finite
-from soflow_pipelines.images.codec import AutoencoderFacts
-
-
-class AutoencoderError(InputError):
-    """An autoencoder that cannot be loaded. The text names it and says what to do."""
+from soflow_pipelines.images.codec import (
+    AUTOENCODERS,
+    Autoencoder,
+    AutoencoderError,
+    AutoencoderFacts,
+    AutoencoderKind,
+    named_kind,
+)
 
 
 class KlAutoencoder:
@@ -62,16 +68,55 @@ def weights_digest(tensors: dict[str, Tensor]) -> str:
     return checksum.hexdigest()[:16]
 
 
-def load_autoencoder(name: str, device: str | torch.device = "cpu", download: bool = True) -> KlAutoencoder:
-    """Loads an autoencoder from a local folder in diffusers' format, or by a hub id such as `stabilityai/sd-vae-ft-mse`.
+def load_autoencoder(name: str, device: str | torch.device = "cpu", download: bool = True) -> Autoencoder:
+    """The autoencoder of a local folder in diffusers' format, of a hub id such as `stabilityai/sd-vae-ft-mse`, or of `KIND:PLACE`.
 
-    Weights are read from safetensors only. Without `download` the hub is not asked: of an id, what its cache on this machine holds.
-    Raises AutoencoderError where it cannot be loaded.
+    Without `download` nothing is fetched: of an id, what the hub's cache on this machine holds. Raises AutoencoderError where it cannot
+    be loaded.
     """
+    kind, place = named_kind(name)
+    opened = AUTOENCODERS[kind]().open(place, torch.device(device), download)
+    if kind != AUTOENCODERS.default and not opened.facts.id.startswith(f"{kind}:"):
+        opened.facts = replace(opened.facts, id=f"{kind}:{opened.facts.id}")
+    return opened
+
+
+@register("kl")
+@dataclass(frozen=True)
+class KlKind(AutoencoderKind):
+    """diffusers' AutoencoderKL, in a local folder or on the hub."""
+
+    def open(self, place: str, device: torch.device, download: bool) -> KlAutoencoder:
+        return _open_kl(place, device, download)
+
+    @classmethod
+    def example(cls, folder: Path) -> str:
+        """Two resolutions of 8 channels with random weights."""
+        from diffusers import AutoencoderKL
+
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=0.5,
+        ).save_pretrained(folder)
+        return str(folder)
+
+
+def _open_kl(name: str, device: torch.device, download: bool) -> KlAutoencoder:
+    """Weights are read from safetensors only."""
     folder = Path(name).expanduser()
     local = folder.is_dir()
     if local and not (folder / "config.json").is_file():
         raise AutoencoderError(f"{folder} is no autoencoder in diffusers' format: it has no config.json.")
+    kind, colon, _ = name.partition(":")
+    if not local and colon and NAME.fullmatch(kind):
+        raise AutoencoderError(
+            f"the autoencoder {name} is of a kind that is not registered; known are {', '.join(AUTOENCODERS)}: name the plugin that "
+            f"registers {kind} in {VARIABLE}."
+        )
     if not local and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise AutoencoderError(f"the autoencoder {name} is neither a folder here nor a hub id (OWNER/NAME).")
     from diffusers import AutoencoderKL
@@ -97,4 +142,4 @@ def load_autoencoder(name: str, device: str | torch.device = "cpu", download: bo
         require_finite(network.state_dict(), folder if local else name)
     except WeightsError as error:
         raise AutoencoderError(f"{error}.") from None
-    return KlAutoencoder(network, folder.resolve().name if local else name, torch.device(device))
+    return KlAutoencoder(network, folder.resolve().name if local else name, device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from soflow_pipelines.images.autoencoder import AutoencoderError, KlAutoencoder, load_autoencoder
+from soflow_pipelines.images.autoencoder import load_autoencoder
+from soflow_pipelines.images.codec import Autoencoder, AutoencoderError
 from soflow_pipelines.shards.info import DatasetInfo
 
 
@@ -13,7 +14,7 @@ def open_decoder(
     autoencoder: str | None,
     device: str | torch.device,
     download: bool = True,
-) -> KlAutoencoder | None:
+) -> Autoencoder | None:
     """The autoencoder that the latents described by `info` were made with; None for pixels and for unknown data.
 
     `autoencoder` is a folder or an id to load in place of the id in `info`; `download` as in `load_autoencoder`. Raises

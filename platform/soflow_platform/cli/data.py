@@ -62,7 +62,8 @@ def prepare(
     autoencoder: Annotated[
         str,
         typer.Option(
-            metavar="ID|PATH|none", help="Store latents of this AutoencoderKL: a hub id or a folder."
+            metavar="ID|PATH|none",
+            help="Store latents of this AutoencoderKL: a hub id or a folder; or KIND:PLACE of another registered kind.",
         ),
     ] = "none",
     resolution: Annotated[
@@ -248,7 +249,8 @@ def _preview(
     uri: str, info: DatasetInfo, count: int, seed: int, autoencoder: str | None
 ) -> NDArray[np.uint8]:
     """Images of a set, decoded where it holds latents. Raises UserError where its autoencoder cannot be loaded."""
-    from soflow_pipelines.images.autoencoder import AutoencoderError, load_autoencoder
+    from soflow_pipelines.images.autoencoder import load_autoencoder
+    from soflow_pipelines.images.codec import AutoencoderError
     from soflow_pipelines.shards.preview import sample_images
 
     decoder = None

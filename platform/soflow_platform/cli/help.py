@@ -58,14 +58,31 @@ def _registries() -> list[Registry[Any]]:
     """Every registry of the platform, with its parts."""
     from soflow_core.networks import NETWORKS
     from soflow_core.objectives import OBJECTIVES
+    from soflow_core.objectives.alpha_schedule import ALPHAS
+    from soflow_core.parameterization import PARAMETERIZATIONS
+    from soflow_core.paths import PATHS
     from soflow_core.samplers.base import SAMPLERS
     from soflow_core.samplers.grids import GRIDS
-    from soflow_core.schedule_shapes import SHAPES
+    from soflow_core.schedule_shapes import DECAYS, SHAPES
+    from soflow_core.times import TIMES
     from soflow_pipelines.features.registry import FEATURES
+    from soflow_pipelines.images.autoencoder import AUTOENCODERS
     from soflow_pipelines.metrics import METRICS
     from soflow_pipelines.sources.opening import SOURCES
 
-    return [OBJECTIVES, NETWORKS, SAMPLERS, GRIDS, SHAPES, METRICS, FEATURES, SOURCES]
+    core: list[Registry[Any]] = [
+        OBJECTIVES,
+        NETWORKS,
+        SAMPLERS,
+        GRIDS,
+        PATHS,
+        PARAMETERIZATIONS,
+        TIMES,
+        SHAPES,
+        ALPHAS,
+        DECAYS,
+    ]
+    return [*core, METRICS, FEATURES, SOURCES, AUTOENCODERS]
 
 
 def _plural(registry: Registry[Any]) -> str:
@@ -119,7 +136,8 @@ def _settings(title: str, part: type, without: str = "") -> None:
     for each in settings_of(part):
         if each.name != without:
             default = "required" if each.default is ABSENT else f"= {_shown(each.default)}"
-            typer.echo(f"  {each.name} {default}{f'  {each.text}' if each.text else ''}")
+            known = f"one of {', '.join(each.known)}" if each.known else ""
+            typer.echo("  ".join(filter(None, (f"  {each.name} {default}", each.text, known))))
 
 
 def _shown(value: Any) -> str:

@@ -23,6 +23,13 @@ def known_features(name: str) -> str:
     return absolute_features(name)
 
 
+def known_metric(name: str) -> str:
+    """The name of a metric. Raises ValueError for one that is not registered."""
+    if name not in METRICS:
+        raise ValueError(f"there is no metric {name!r}; there are {', '.join(METRICS)}")
+    return name
+
+
 class EvaluationConfig(Section):
     """The numbers that trials are compared by: Fréchet distance on EMA samples against the training data."""
 
@@ -60,10 +67,7 @@ class EvaluationConfig(Section):
     @field_validator("metrics")
     @classmethod
     def _known_metrics(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [name for name in names if name not in METRICS]
-        if unknown:
-            raise ValueError(f"there is no metric {unknown[0]!r}; there are {', '.join(METRICS)}")
-        return names
+        return tuple(map(known_metric, names))
 
     @field_validator("reference")
     @classmethod

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
-from soflow_platform.config.evaluation import known_features
+from soflow_platform.config.evaluation import known_features, known_metric
 from soflow_platform.config.sections import Section, Seed
 
 MODEL_NAME = re.compile(r"\w[\w. -]{0,198}\w|\w")
 """MLflow refuses / and : and what reads as a path; names with other signs do not go through its URIs and filters."""
-MetricName = Literal["fid", "fd", "sfid", "is", "kid", "precision", "recall", "label_agreement"]
+MetricName = Annotated[str, AfterValidator(known_metric)]
 FIRST_SEED = 1000
 """Far from the seeds of evaluations during training, by whose noise a trial was chosen."""
 

@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from soflow_core.registration import NAME
+
 FILE = "file:"
 
 
@@ -17,9 +19,15 @@ def absolute_features(name: str) -> str:
 
 
 def absolute_autoencoder(name: str | None) -> str | None:
-    """The folder of an autoencoder as processes with other working folders find it; an id as it is."""
+    """The folder of an autoencoder, also behind `KIND:`, as processes with other working folders find it; an id as it is."""
     folder = Path(name or "").expanduser()
-    return str(folder.absolute()) if name and folder.is_dir() else name
+    if name and folder.is_dir():
+        return str(folder.absolute())
+    kind, colon, place = (name or "").partition(":")
+    found = Path(place).expanduser()
+    if place and NAME.fullmatch(kind) and not place.startswith("//") and found.exists():
+        return f"{kind}{colon}{found.absolute()}"
+    return name
 
 
 def absolute_place(place: str) -> str:

@@ -15,6 +15,7 @@ from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 from soflow_core.networks import Architecture
 from soflow_core.registration import Registry
+from soflow_core.settings import SECTIONS
 from soflow_platform.config.sections import NetworkSection
 
 
@@ -27,14 +28,15 @@ class PartOf:
     """The type of the section for a part; by default the part's own class."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self._read)
+        return core_schema.no_info_plain_validator_function(self.read)
 
     def known(self, values: Mapping[str, Any]) -> Any | None:
         """The type of the section that these values name; None where they name no registered part."""
-        name = self.registry.name_in(values)
-        return self.section(self.registry[name]) if isinstance(name, str) and name in self.registry else None
+        part = self.registry.class_for(values)
+        return None if part is None else self.section(part)
 
-    def _read(self, values: Any) -> Any:
+    def read(self, values: Any) -> Any:
+        """The part or section of plain settings. Raises pydantic's errors."""
         field = self.registry.field
         if isinstance(values, self.registry.base | NetworkSection):
             return values
@@ -42,7 +44,7 @@ class PartOf:
             raise PydanticKnownError("model_attributes_type")
         kind = self.known(values)
         if kind is not None:
-            return _adapter(kind).validate_python(values)
+            return _adapter(kind).validate_python(self.registry.settings_in(values))
         if self.registry.name_in(values) is None:
             raise PydanticKnownError("union_tag_not_found", {"discriminator": field})
         expected = ", ".join(self.registry)
@@ -54,8 +56,13 @@ class PartOf:
 
 def part_of(annotation: Any) -> PartOf | None:
     """The registry whose parts an annotation takes, or None."""
+    if isinstance(annotation, type) and annotation in SECTIONS:
+        return PartOf(SECTIONS[annotation])
     marks = get_args(annotation)[1:] if get_origin(annotation) is not None else ()
     return next((mark for mark in marks if isinstance(mark, PartOf)), None)
+
+
+Registry.read_section = staticmethod(lambda registry, values: PartOf(registry).read(values))
 
 
 @functools.cache

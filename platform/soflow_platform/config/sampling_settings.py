@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from soflow_core.objectives import Objective
 from soflow_core.settings import SAMPLING, marked
+from soflow_platform.config import parts  # noqa: F401 - how pydantic reads the sections of a method
 from soflow_platform.config.sections import Section, Steps
 from soflow_platform.errors import UserError
 

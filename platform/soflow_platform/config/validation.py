@@ -184,7 +184,9 @@ def _known_fields(annotation: Any, value: dict[str, Any]) -> dict[str, Any] | No
     part = part_of(annotation)
     if part is not None:
         section = part.known(value)
-        return None if section is None else _known_fields(section, value)
+        fields = None if section is None else _known_fields(section, value)
+        field = part.registry.field
+        return fields if fields is None or field in fields else {field: str, **fields}
     if typing.get_origin(annotation) is Annotated:
         return _known_fields(typing.get_args(annotation)[0], value)
     if typing.get_origin(annotation) in (Union, types.UnionType):

@@ -20,7 +20,7 @@ from soflow_core.nfe import steps_for
 from soflow_core.objectives import Objective
 from soflow_core.samplers.noise import sample_labels
 from soflow_pipelines.features.network import FeatureNetwork
-from soflow_pipelines.images.autoencoder import AutoencoderError, KlAutoencoder
+from soflow_pipelines.images.codec import Autoencoder, AutoencoderError
 from soflow_pipelines.images.convert import to_uint8
 from soflow_pipelines.images.encode import image_grid
 from soflow_pipelines.metrics import EVALUATOR, METRICS, Reference, ScoreError, ScoreStatistics, scores
@@ -71,7 +71,7 @@ class Comparison:
     reference: Reference
     kinds: dict[str, str]
     """Name in `eval/NAME_nfeN` -> the metric that it is."""
-    decoder: KlAutoencoder | None = None
+    decoder: Autoencoder | None = None
     """Decodes latents for features of images."""
 
     def values(self, states: list[dict[str, Any]]) -> tuple[dict[str, float], list[str]]:
@@ -93,7 +93,7 @@ class Evaluator:
     """Number of classes; None for unconditional training."""
     features: FeatureNetwork
     reference: Reference
-    decoder: KlAutoencoder | None = None
+    decoder: Autoencoder | None = None
     """Decodes latents for features of images."""
     pooled: Comparison | None = None
     """What the same samples are scored by besides."""
@@ -226,7 +226,7 @@ class Evaluator:
         return self._grid_decoder[1]
 
     @functools.cached_property
-    def _grid_decoder(self) -> tuple[KlAutoencoder | None, str | None]:
+    def _grid_decoder(self) -> tuple[Autoencoder | None, str | None]:
         """What decodes sample grids, and a sentence where it is needed and cannot be had.
 
         The hub is not asked, because a machine without network would wait for it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from soflow_pipelines.features.network import FeatureNetwork
-from soflow_pipelines.images.autoencoder import AutoencoderFacts
+from soflow_pipelines.images.codec import AutoencoderFacts
 from soflow_pipelines.metrics import EVALUATOR, METRICS, Reference, ScoreResult, ScoreStatistics, scores
 from soflow_pipelines.metrics.registry import select_metrics
 from soflow_pipelines.metrics.scores import check_size

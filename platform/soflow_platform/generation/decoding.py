@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from soflow_core.networks import Architecture
-from soflow_pipelines.images.autoencoder import AutoencoderError, KlAutoencoder, load_autoencoder
-from soflow_pipelines.images.codec import AutoencoderFacts, Decoder
+from soflow_pipelines.images.autoencoder import KlAutoencoder, load_autoencoder
+from soflow_pipelines.images.codec import Autoencoder, AutoencoderError, AutoencoderFacts, Decoder
 from soflow_pipelines.references.latent_decoder import open_decoder
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_platform.errors import UserError
@@ -24,7 +26,7 @@ def autoencoder_tag(facts: AutoencoderFacts) -> str:
 
 def open_sample_decoder(
     config: Architecture, info: DatasetInfo | None, autoencoder: str | None, device: str | torch.device
-) -> KlAutoencoder | None:
+) -> Autoencoder | None:
     """The autoencoder that decodes the samples of a network; None for a network of pixels.
 
     `info` describes the training data; `autoencoder` is a folder or an id to load in place of the one that it names. Raises
@@ -46,7 +48,7 @@ def open_sample_decoder(
 
 def _decoder_of_unknown_data(
     config: Architecture, autoencoder: str | None, device: str | torch.device
-) -> KlAutoencoder | None:
+) -> Autoencoder | None:
     if config.channels in IMAGE_CHANNELS and autoencoder is None:
         return None
     if autoencoder is None:
@@ -61,6 +63,16 @@ def _decoder_of_unknown_data(
             f"{config.channels}: name the one that made its training data."
         )
     return decoder
+
+
+def kl_network(decoder: Autoencoder) -> Any:
+    """diffusers' module of an autoencoder, for formats that hold one. Raises UserError for an autoencoder of another kind."""
+    if not isinstance(decoder, KlAutoencoder):
+        raise UserError(
+            f"this format holds diffusers' AutoencoderKL, and the autoencoder {decoder.facts.id} is of another kind: take "
+            "`--to safetensors`."
+        )
+    return decoder.network
 
 
 def decode_samples(samples: Tensor, decoder: Decoder | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from soflow_core.networks import NetworkModule
 from soflow_core.objectives import Objective
 from soflow_core.weights import Weights, WeightsError, build_network, load_weights
-from soflow_pipelines.images.autoencoder import KlAutoencoder
+from soflow_pipelines.images.codec import Autoencoder
 from soflow_pipelines.images.convert import to_uint8
 from soflow_pipelines.images.encode import encode_png
 from soflow_pipelines.shards.info import DatasetInfo
@@ -49,7 +49,7 @@ class Generator:
     objective: Objective
     info: DatasetInfo | None
     """Description of the training data; None where the weights name none."""
-    decoder: KlAutoencoder | None = None
+    decoder: Autoencoder | None = None
     """Decodes samples to images; None for a network of pixels, and where latents are not to be decoded."""
 
     @classmethod

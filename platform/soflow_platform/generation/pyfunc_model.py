@@ -16,7 +16,7 @@ import mlflow
 import mlflow.models
 import pandas as pd
 
-from soflow_pipelines.images.autoencoder import AutoencoderError
+from soflow_pipelines.images.codec import AutoencoderError
 from soflow_platform.generation.generator import Generator
 
 

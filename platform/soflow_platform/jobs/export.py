@@ -25,7 +25,7 @@ from soflow_core.objectives import Objective
 from soflow_core.samplers.noise import sample_noise
 from soflow_pipelines.storage.files import atomic
 from soflow_platform.errors import JobError, UserError
-from soflow_platform.generation.decoding import decode_samples
+from soflow_platform.generation.decoding import decode_samples, kl_network
 from soflow_platform.generation.generator import Generator
 from soflow_platform.jobs.export_diffusers import load_folder, write_folder
 from soflow_platform.jobs.targets import TargetResolver
@@ -75,7 +75,7 @@ class SamplingProgram(nn.Module):
         self.decoder: Any = None
         self.scaling, self.shift = 1.0, 0.0
         if generator.decoder is not None:
-            self.decoder = generator.decoder.network
+            self.decoder = kl_network(generator.decoder)
             self.scaling, self.shift = generator.decoder.facts.scaling, generator.decoder.facts.shift
         self._objective: Objective = generator.objective
         self._steps = steps

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from soflow_core.settings import to_dict
 from soflow_platform import generation
+from soflow_platform.generation.decoding import kl_network
 from soflow_platform.generation.generator import Generator
 
 TEMPLATES = Path(generation.__file__).parent
@@ -51,7 +52,7 @@ def write_folder(generator: Generator, folder: Path, steps: int) -> None:
     }
     save_file(tensors, transformer / WEIGHTS, metadata={"format": "pt"})
     if generator.decoder is not None:
-        generator.decoder.network.save_pretrained(folder / "vae")
+        kl_network(generator.decoder).save_pretrained(folder / "vae")
     _write(transformer / "config.json", _transformer_config(generator))
     _write(folder / "model_index.json", _index(generator))
     (folder / "README.md").write_text(_readme(generator, steps), encoding="utf-8")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from soflow_pipelines.images.autoencoder import KlAutoencoder
+from soflow_pipelines.images.codec import Autoencoder
 from soflow_pipelines.preparation.build import DamagedImages, ShardBuilder
 from soflow_pipelines.preparation.shard_plan import ShardPlan
 from soflow_pipelines.preparation.state import BuiltShard
@@ -59,7 +59,7 @@ def longest_here(cores: int, threads: int) -> float:
 def build_here(
     plan: ShardPlan,
     store: ObjectStore,
-    encoder: KlAutoencoder | None,
+    encoder: Autoencoder | None,
     pending: Sequence[int],
     report: Report,
 ) -> HereResult:
@@ -78,7 +78,7 @@ class _Builders:
         self,
         plan: ShardPlan,
         store: ObjectStore,
-        encoder: KlAutoencoder | None,
+        encoder: Autoencoder | None,
         pending: list[int],
         report: Report,
     ) -> None:
@@ -141,7 +141,7 @@ class _Builders:
             return False
         return self._done <= 0 or elapsed / self._done * (self._images - self._done) > self._limit
 
-    def _encoding_seconds(self, encoder: KlAutoencoder) -> float:
+    def _encoding_seconds(self, encoder: Autoencoder) -> float:
         """Estimate for all images, from one: a thread that encodes can only stop between batches."""
         side = self._plan.settings.resolution
         began = time.monotonic()

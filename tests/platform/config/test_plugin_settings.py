@@ -106,3 +106,85 @@ def test_a_record_whose_plugin_is_missing_says_so(tmp_path: Path) -> None:
         UserError, match=r"sweep mine-1 cannot be read: `network`: .*name the plugin in SOFLOW_PLUGINS"
     ):
         resolved_experiment(record, "sweep mine-1")
+
+
+TIMES = '''"""Times of one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from soflow_core.registration import register
+from soflow_core.times import TimeDistribution
+
+
+@register("narrow")
+@dataclass(frozen=True)
+class Narrow(TimeDistribution):
+    """Times around a middle."""
+
+    middle: float = 0.5
+
+    def from_normal(self, normal):
+        return self.middle + 0.1 * torch.tanh(normal)
+'''
+
+
+@pytest.fixture
+def times_plugin(tmp_path: Path) -> str:
+    file = tmp_path / "mode_times.py"
+    file.write_text(TIMES, encoding="utf-8")
+    return f"plugins=[{file}]"
+
+
+def test_a_distribution_of_times_of_a_plugin_is_a_section(times_plugin: str) -> None:
+    other, own = (f"objective.times.velocity={{kind: narrow, middle: {middle}}}" for middle in (0, 1))
+    experiment, _ = read_experiment(DIGITS, (times_plugin, own, "search={}"))
+    plain, _ = read_experiment(DIGITS, ("search={}",))
+    velocity = experiment.objective.times.velocity
+    assert (velocity.kind, velocity.middle) == ("narrow", 1.0)
+    assert experiment.resolved()["objective"]["times"]["velocity"] == {"kind": "narrow", "middle": 1.0}
+    assert experiment.objective.times.start == plain.objective.times.start
+    assert Experiment(**experiment.resolved()) == experiment
+    assert read_experiment(DIGITS, (times_plugin, other, "search={}"))[0].digest() != experiment.digest()
+    named, _ = read_experiment(DIGITS, ("objective.times.velocity.kind=logit_normal", "search={}"))
+    assert named.digest() == plain.digest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ("objective.times.velocity={kind: narow}",),
+            "unknown kind 'narow' in `objective.times.velocity`; known are logit_normal, uniform, narrow",
+        ),
+        (
+            ("objective.times.velocity={kind: narrow, midle: 1}",),
+            "unknown key `midle` in `objective.times.velocity`; did you mean `middle`?",
+        ),
+        (
+            ("objective.times.velocity={kind: narrow, middle: wide}",),
+            "`objective.times.velocity.middle` is 'wide': input should be a valid number",
+        ),
+        (("objective.times.velocity=[1]",), "`objective.times.velocity` is [1]: "),
+        (
+            ("objective.path=crooked",),
+            "--set objective.path: `objective`: path is 'crooked'; it is one of 'linear', 'trigonometric'",
+        ),
+        (
+            ("objective.schedule.kind=straight",),
+            "kind is 'straight'; it is one of 'constant', 'linear', 'cosine', 'exponential'",
+        ),
+        (
+            ("optimizer.decay=exponential",),
+            "decay is 'exponential'; it is one of 'constant', 'linear', 'cosine'",
+        ),
+    ],
+)
+def test_names_of_parts_are_checked_against_the_registry(
+    changes: tuple[str, ...], message: str, times_plugin: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        read_experiment(DIGITS, (times_plugin, *changes))
+    assert message in str(caught.value)

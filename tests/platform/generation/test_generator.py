@@ -15,7 +15,8 @@ from soflow_core.failures import InputError
 from soflow_core.networks import DiT, DiTConfig
 from soflow_core.objectives import SoFlow
 from soflow_core.weights import load_weights, save_weights
-from soflow_pipelines.images.autoencoder import AutoencoderError, load_autoencoder
+from soflow_pipelines.images.autoencoder import load_autoencoder
+from soflow_pipelines.images.codec import AutoencoderError
 from soflow_pipelines.images.convert import to_uint8
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_pipelines.shards.tables import read_info

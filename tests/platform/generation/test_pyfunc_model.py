@@ -15,7 +15,7 @@ from PIL import Image
 from soflow_core.networks import DiT, DiTConfig
 from soflow_core.objectives import SoFlow
 from soflow_core.weights import save_weights
-from soflow_pipelines.images.autoencoder import AutoencoderError
+from soflow_pipelines.images.codec import AutoencoderError
 from soflow_pipelines.shards.tables import read_info
 from soflow_platform.generation.generator import Generator
 from soflow_platform.registry.versions import PYFUNC_FILE

@@ -19,7 +19,7 @@ from soflow_core.networks import DiT, DiTConfig
 from soflow_core.objectives import OBJECTIVES, Objective
 from soflow_core.samplers.noise import sample_noise
 from soflow_core.weights import save_weights
-from soflow_pipelines.images.autoencoder import AutoencoderError
+from soflow_pipelines.images.codec import AutoencoderError
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_pipelines.shards.tables import read_info
 from soflow_platform.errors import JobError, UserError

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from soflow_pipelines.metrics import METRICS, FeatureStatistics, GaussianMoments, frechet_distance
-from soflow_platform.config.gate import GuardConfig, MetricName
+from soflow_platform.config.gate import GuardConfig
 from soflow_platform.registry.gate import Comparison, mean_bound, refusals
 
 DIM, SAMPLES, SEEDS, REPEATS = 6, 200, 5, 500
@@ -121,11 +120,13 @@ def test_a_guard_allows_its_tolerance_and_the_noise() -> None:
 def test_a_limit_holds_for_a_first_champion_too(
     metric: str, limit: float, reached: float, missed: float
 ) -> None:
-    guard = GuardConfig(metric=metric, limit=limit)  # type: ignore[arg-type]
+    guard = GuardConfig(metric=metric, limit=limit)
     assert refusals([comparison((reached, reached), None, metric, guard)]) == []
     (reason,) = refusals([comparison((missed, missed), None, metric, guard)])
     assert reason.endswith(f"does not reach the limit {limit:g}")
 
 
 def test_a_sweep_file_takes_every_metric_that_there_is() -> None:
-    assert set(get_args(MetricName)) == set(METRICS)
+    assert [GuardConfig(metric=name).metric for name in METRICS] == list(METRICS)
+    with pytest.raises(ValueError, match="there is no metric 'FID'; there are fid,"):
+        GuardConfig(metric="FID")
