@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soflow_platform.cli.options import Places
+from soflow_platform.cli.options import RECORDED, Places
 from soflow_platform.cli.terminal import (
     console,
     plain_table,
@@ -55,6 +55,9 @@ def evaluate_command(
         print(json.dumps([as_record(score) for score in scores], indent=1))
         return
     _print_scores(scores)
+    sampling = request.sampling
+    if target.weights is not None and not (sampling.steps or sampling.settings or sampling.guidance):
+        console().print(f"sampled {RECORDED}", highlight=False)
     _print_logged(target, logged)
 
 

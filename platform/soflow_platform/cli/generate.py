@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from soflow_platform.cli.options import (
+    RECORDED,
     AddressOption,
     GridOption,
     GuidanceOption,
@@ -20,6 +21,7 @@ from soflow_platform.cli.options import (
     TimesOption,
     TrackingOption,
     parse_sampling,
+    sampling_text,
 )
 from soflow_platform.cli.terminal import image_progress, quiet_libraries, stdout_to_stderr
 from soflow_platform.errors import JobError, UserError
@@ -70,7 +72,11 @@ def generate(
         typer.Option("--skip-bad", help="Leave out rows of --table that cannot be used: rejected.parquet."),
     ] = False,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampling steps for each image; default 1, or those of --times.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Sampling steps for each image; default those of --times, else sampling.steps of the sweep.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Image i is a function of the seed, i and its label.")] = 0,
     sampler: SamplerOption = None,
@@ -112,7 +118,7 @@ def generate(
         raise typer.BadParameter("--model and --out are needed, or --verify.")
     from soflow_platform.jobs.requests import GenerateRequest
 
-    sampling, (number,) = parse_sampling(sampler, guidance, times, grid, None if steps is None else (steps,))
+    sampling, numbers = parse_sampling(sampler, guidance, times, grid, None if steps is None else (steps,))
     request = GenerateRequest(
         model=model,
         out=out,
@@ -120,7 +126,7 @@ def generate(
         labels=choose_labels(labels, label),
         table=table,
         skip_bad=skip_bad,
-        steps=number,
+        steps=None if numbers is None else numbers[0],
         seed=seed,
         format=choose_format(file_format.value if file_format else None, latents),
         sampling=sampling,
@@ -163,13 +169,16 @@ def generate_command(request: GenerateRequest, places: Places, as_json: bool) ->
     if as_json:
         print(json.dumps({**asdict(result), "images_per_second": result.images_per_second}, indent=1))
         return
-    _print(result, request.out)
+    _print(result, request)
 
 
-def _print(result: Generated, out: str) -> None:
+def _print(result: Generated, request: GenerateRequest) -> None:
+    out = request.out
     print(f"{result.made} images made, {result.kept} were there: {out}")
     if result.made:
         print(f"{result.images_per_second:.1f} images/s, {result.seconds:.1f} s, {result.parts} parts")
+    recorded = "" if request.steps or request.sampling else f" ({RECORDED})"
+    print(f"sampled in {sampling_text(result.steps, result.sampling)}{recorded}")
     if result.rejected:
         print(f"{result.rejected} rows left out: {out}/rejected.parquet")
     if result.grid is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -98,8 +99,8 @@ def parse_sampling(
     times: str | None,
     grid: str | None,
     steps: tuple[int, ...] | None,
-) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Values of --sampler, --guidance, --times, --grid and --steps -> sampler settings, and numbers of steps: 1, or those of the times.
+) -> tuple[dict[str, Any], tuple[int, ...] | None]:
+    """Values of --sampler, --guidance, --times, --grid, --steps -> sampler settings, and numbers of steps, those of the times or None.
 
     Raises UserError where a time is no number, and where the times do not make the steps.
     """
@@ -116,4 +117,14 @@ def parse_sampling(
         if steps not in (None, needed):
             raise UserError(f"--times {times} makes {needed[0]} steps: leave --steps out.")
         steps = needed
-    return {name: value for name, value in settings.items() if value is not None}, steps or (1,)
+    return {name: value for name, value in settings.items() if value is not None}, steps
+
+
+RECORDED = "as recorded with its training; --steps, --sampler, --guidance, --times and --grid set others"
+
+
+def sampling_text(steps: int, settings: Mapping[str, str]) -> str:
+    """`2 steps, sampler ode, sampling_grid shifted:3`."""
+    return ", ".join(
+        [f"{steps} step{'s' * (steps > 1)}", *(f"{name} {value}" for name, value in settings.items())]
+    )

@@ -62,7 +62,7 @@ def evaluate(
     steps: Annotated[
         str | None,
         typer.Option(
-            help="Numbers of sampling steps, each scored, such as 1,2,4; default 1, or those of --times."
+            help="Numbers of sampling steps, each scored, such as 1,2,4; default those of --times, else sampling.steps of the sweep."
         ),
     ] = None,
     labels: Annotated[

@@ -122,7 +122,7 @@ def _score_network(request: EvaluateRequest, target: EvaluationTarget, services:
     samples = [
         SampleSettings(steps, labels, seed, count)
         for labels in label_modes(sampling.labels, model.conditional)
-        for steps in sampling.steps
+        for steps in sampling.numbers(target.usual_steps)
         for seed in sampling.seed_numbers
     ]
     ways = [(way, each) for way in models for each in samples]
@@ -208,7 +208,7 @@ def _refuse_unused(request: EvaluateRequest, name: str, places: Sequence[str]) -
         )
     default, sampling = SamplingRequest(), request.sampling
     set_by_user = {
-        "--steps": sampling.steps != default.steps,
+        "--steps": sampling.steps is not None,
         "--labels": sampling.labels != default.labels,
         "--seed": sampling.seed != default.seed,
         "--seeds": sampling.seeds != default.seeds,

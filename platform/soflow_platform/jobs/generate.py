@@ -10,7 +10,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -66,6 +66,10 @@ class Generated:
     """From the first part to the last one's end, with the start of the workers."""
     grid: str | None
     """Name of the grid in the set."""
+    steps: int = 1
+    """Sampling steps of each image."""
+    sampling: dict[str, str] = field(default_factory=dict)
+    """Sampler settings of the images, as tags."""
 
     @property
     def images_per_second(self) -> float:
@@ -111,7 +115,8 @@ def generate(
 def _result(plan: GenerationPlan, made: int, seconds: float) -> Generated:
     grid = GRID_NAME if isinstance(plan.format, PngFormat) else None
     rejected = len(plan.chosen.rejected)
-    return Generated(plan.out, made, plan.count - made, plan.parts, rejected, seconds, grid)
+    how = plan.settings["steps"], plan.settings["sampling"]
+    return Generated(plan.out, made, plan.count - made, plan.parts, rejected, seconds, grid, *how)
 
 
 def make_plan(
@@ -121,7 +126,8 @@ def make_plan(
     target = TargetResolver(project, store, copies, accepts_images=False).find(request.model)
     assert target.weights is not None
     model = ModelUnderTest.open(target.weights, request.sampling)
-    nfe = model.nfe(request.steps)
+    steps = request.steps or target.usual_steps or 1
+    nfe = model.nfe(steps)
     chosen = _labels(request, model.config.classes)
     autoencoder = absolute_autoencoder(request.autoencoder)
     decoder = None
@@ -135,7 +141,7 @@ def make_plan(
     settings = {
         "model": target.name,
         "weights": model.digest,
-        "steps": request.steps,
+        "steps": steps,
         "nfe": nfe,
         "seed": request.seed,
         "sampling": sampling_facts(model.objective),

@@ -32,8 +32,8 @@ class ProtocolRequest:
 class SamplingRequest:
     """How a network generates the images that are scored."""
 
-    steps: tuple[int, ...] = (1,)
-    """Numbers of sampling steps, each scored."""
+    steps: tuple[int, ...] | None = None
+    """Numbers of sampling steps, each scored. None: `sampling.steps` of the sweep, or 1."""
     labels: LabelMode | Literal["both"] = "uniform"
     seed: int = 0
     seeds: int = 1
@@ -42,6 +42,10 @@ class SamplingRequest:
     """Sampler settings that differ from those of training, such as `{"sampling_scale": 2.0}`."""
     guidance: tuple[float, ...] = ()
     """Guidance scales, each scored; empty: that of the settings, or of training."""
+
+    def numbers(self, usual: int | None) -> tuple[int, ...]:
+        """Numbers of steps, where `usual` is `sampling.steps` of the target's sweep."""
+        return self.steps or (usual or 1,)
 
     @property
     def seed_numbers(self) -> range:
@@ -129,7 +133,8 @@ class GenerateRequest:
     """Parquet file whose row i has the label of image i."""
     skip_bad: bool = False
     """Leave out rows of the table that cannot be used."""
-    steps: int = 1
+    steps: int | None = None
+    """None: `sampling.steps` of the sweep, or 1."""
     seed: int = 0
     format: str = "png"
     """Name of an output format, as `generation.output_formats` lists them."""

@@ -117,7 +117,8 @@ def search_steps(
             f"{target.name} holds images: --search-steps is for a network that makes them, leave it out."
         )
     sampling = request.sampling
-    if min(sampling.steps) < 2:
+    numbers = sampling.numbers(target.usual_steps)
+    if min(numbers) < 2:
         raise UserError(
             "--search-steps looks for the times between steps, and one step has none: give --steps 2 or more."
         )
@@ -132,7 +133,7 @@ def search_steps(
     protocol = network_protocol(request.protocol, target, model, services)
     metric = next(iter(request.protocol.metrics), protocol.metrics[0])
     results = []
-    for steps in sampling.steps:
+    for steps in numbers:
         scorer = GridScorer(request, target.name, model, protocol, metric, steps, services)
         results.append(_search(scorer, search))
     return target, results

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from soflow_core.failures import InputError
 from soflow_pipelines.shards.info import INFO_NAME
 from soflow_pipelines.storage.files import atomic, sha256
 from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import StorageError
 from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.errors import UserError
+from soflow_platform.registry.tags import RECIPE_TAG
 from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoints import EMA, Checkpoint, CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
@@ -45,6 +50,8 @@ class EvaluationTarget:
     """Training data as the sweep named them; None if unknown."""
     sweep: SweepRecord | None = None
     """The sweep that they are of; None where the name tells of none."""
+    usual_steps: int | None = None
+    """`sampling.steps` of the sweep that trained the weights; None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,7 @@ class TargetResolver:
             run=checkpoint.state.run,
             data=record.experiment["data"]["source"],
             sweep=record,
+            usual_steps=_usual_steps(record.recipe(trial)),
         )
 
     @property
@@ -159,6 +167,7 @@ class TargetResolver:
             step=state.step,
             run=None if tags is None else state.run,
             data=(tags or {}).get("data.source"),
+            usual_steps=self._recorded_steps(tags or {}),
         )
 
     def _remote(self, uri: str) -> EvaluationTarget:
@@ -214,7 +223,16 @@ class TargetResolver:
             run=version.run_id,
             version=(version.name, str(version.version)),
             data=tags.get("data.source"),
+            usual_steps=_usual_steps(_recipe(tags)) or self._recorded_steps(tags),
         )
+
+    def _recorded_steps(self, tags: Mapping[str, str]) -> int | None:
+        """`sampling.steps` of the sweep that a run belongs to; None where its record is not here or cannot be read."""
+        try:
+            record = load_record(self.project, tags.get(SWEEP_TAG, ""))
+        except InputError:
+            return None
+        return None if record is None else _usual_steps(record.recipe(tags.get(TRIAL_TAG, "")))
 
     def _weights(self, checkpoint: Checkpoint) -> Path:
         """The checkpoint's EMA weights, checked against their SHA-256; copied where they are in object storage."""
@@ -227,6 +245,21 @@ class TargetResolver:
                 )
         except StorageError as error:
             raise UserError(str(error)) from error
+
+
+def _usual_steps(experiment: Mapping[str, Any]) -> int | None:
+    """`sampling.steps` of recorded settings; None where there are none."""
+    steps = (experiment.get("sampling") or {}).get("steps")
+    return steps if isinstance(steps, int) else None
+
+
+def _recipe(tags: Mapping[str, str]) -> dict[str, Any]:
+    """The settings of a version's trial; empty where it has none."""
+    try:
+        recipe = json.loads(tags.get(RECIPE_TAG) or "{}")
+    except ValueError:
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def find_target(name: str, project: ProjectFolder, store: TrackingStore) -> EvaluationTarget:

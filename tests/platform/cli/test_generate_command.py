@@ -48,6 +48,11 @@ def test_the_simple_command_makes_png_files_and_a_grid(
     printed = soflowctl("generate", "--model", model, "--out", str(tmp_path / "out"))
     assert f"100 images made, 0 were there: {tmp_path / 'out'}" in printed
     assert f"grid: {tmp_path / 'out'}/grid.png" in printed
+    assert "sampled in 1 step (as recorded with its training; --steps, " in printed
+    again = soflowctl(
+        "generate", "--model", model, "--out", str(tmp_path / "two"), "--num", "2", "--steps", "2"
+    )
+    assert "sampled in 2 steps\n" in again
     assert len(list((tmp_path / "out").glob("0*-label-*.png"))) == 100
 
 

@@ -197,3 +197,28 @@ def test_one_and_four_workers_make_the_bytes_of_one_process(
         done = make(scored_once, model, tmp_path / name, num=700, format="webdataset", **settings)
         assert done.made == 700
     assert digests(tmp_path / "here") == digests(tmp_path / "two") == digests(tmp_path / "four")
+
+
+def test_steps_are_those_of_the_sweep_where_the_command_names_none(
+    scored: ProjectFolder, tmp_path: Path
+) -> None:
+    record = load_record(scored, SWEEP)
+    assert record is not None
+    record.experiment["sampling"] = {"steps": 2}
+    record.save(scored)
+    names = {
+        "trial": f"{SWEEP}/{TRIAL}",
+        "checkpoint": checkpoint(scored),
+        "version": f"models:/digits/{register_newest(scored)}",
+    }
+    make(scored, checkpoint(scored) / EMA, tmp_path / "two", steps=2)
+    expected = digests(tmp_path / "two")
+    for kind, name in names.items():
+        done = make(scored, name, tmp_path / kind)
+        assert done.steps == 2
+        assert digests(tmp_path / kind).items() - expected.items() == {
+            ("generation.json", digests(tmp_path / kind)["generation.json"])
+        }
+    assert make(scored, names["trial"], tmp_path / "one", steps=1).steps == 1
+    (score,) = scores_of(scored, f"{SWEEP}/{TRIAL}", features="pooled", metrics=("fd",))
+    assert score.tags["steps"] == "2"
