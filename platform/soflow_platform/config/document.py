@@ -363,8 +363,13 @@ def _brackets(text: str) -> int:
 
 
 def _same_part(path: KeyPath, over: dict[str, Any], under: dict[str, Any]) -> bool:
-    """Whether two sections can be merged: another method or network shares no keys with the one below."""
-    if path == ("network",) and over.get("kind", "dit") != under.get("kind", "dit"):
+    """Whether two sections can be merged: another method, network or distribution of times shares no keys with the one below."""
+    usual = None
+    if path == ("network",):
+        usual = "dit"
+    elif path[:2] in (("objective", "time"), ("objective", "times")):
+        usual = "logit_normal"
+    if usual and over.get("kind", usual) != under.get("kind", usual):
         return "kind" not in over
     return over.get("method", under.get("method")) == under.get("method", over.get("method"))
 

@@ -72,6 +72,21 @@ def test_a_replaced_section_has_nothing_of_the_one_below(tmp_path: Path) -> None
     assert child(tmp_path, "search: !replace {}")["search"] == {}
 
 
+def test_another_distribution_of_times_has_nothing_of_the_one_below(tmp_path: Path) -> None:
+    own = "objective: {times: {velocity: {mean: 1.0, std: 2.0}}}\n"
+    write(tmp_path, own, "times.yaml")
+    for text, expected in (
+        ("{kind: uniform}", {"kind": "uniform"}),
+        ("{kind: logit_normal, std: 1.0}", {"kind": "logit_normal", "mean": 1.0, "std": 1.0}),
+        ("{std: 1.0}", {"mean": 1.0, "std": 1.0}),
+    ):
+        text = f"extends: times.yaml\nobjective: {{times: {{velocity: {text}}}}}\n"
+        assert (
+            read_document(write(tmp_path, text, "child.yaml")).data["objective"]["times"]["velocity"]
+            == expected
+        )
+
+
 def test_an_override_takes_a_key_away(tmp_path: Path) -> None:
     assert "asha" not in child(tmp_path, "", "search.asha=!drop")["search"]
 
