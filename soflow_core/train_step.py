@@ -18,7 +18,7 @@ from soflow_core.augmentation import augmentation
 from soflow_core.dropout import dropout
 from soflow_core.ema import EMA, Exponential
 from soflow_core.gradient_sync import GradientSync, Local, all_gather
-from soflow_core.host_copy import HostCopy, map_tensors
+from soflow_core.host_copy import HostCopy, PendingCopy, map_tensors
 from soflow_core.kernels import fast_bfloat16, step_kernels
 from soflow_core.networks.base import NetworkModule
 from soflow_core.objectives.base import Batch, Draws, Loss, Objective
@@ -123,6 +123,8 @@ class TrainStep:
         self.network = self.sync.wrap(network)
         self.mesh = sharding_mesh(self.network)
         self.step = 0
+        self._pending: PendingCopy | None = None
+        """A copy of the state before the next update, which waits for it."""
         self._replicas_compared = not self.sync.replicated
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.names, self.parameters = list(trained), list(trained.values())
@@ -187,6 +189,7 @@ class TrainStep:
             terms = dict(zip(values, numbers, strict=True))
             if not math.isfinite(grad_norm):
                 return self._refuse(terms, grad_norm, rate)
+            self._hold()
             if self.config.clip_norm is not None:
                 clip_grads_with_norm_(self.all_parameters, self.config.clip_norm, norm, foreach=True)
             for group in self.optimizer.param_groups:
@@ -209,6 +212,7 @@ class TrainStep:
 
         Only passes without gradient may run in it; the trained parameters are back afterwards.
         """
+        self._hold()
         name = Exponential(decay).name if isinstance(decay, float) else decay
         with substituted(self.parameters, list(self.ema.average(name).values())):
             yield self.module
@@ -228,6 +232,17 @@ class TrainStep:
         its previous content is overwritten.
         """
         return self._to_host(self._shares(), copy)
+
+    def start_host_state(self, copy: HostCopy | None = None) -> PendingCopy:
+        """As `host_state`, copied by a thread while the next step computes its gradients; its update waits for the copy.
+
+        Of a sharded network, whose copy is a collective, it is complete when this returns.
+        """
+        self._hold()
+        if self.mesh is not None:
+            return PendingCopy(self.host_state(copy))
+        self._pending = (HostCopy() if copy is None else copy).start(self._shares())
+        return self._pending
 
     def host_ema_state(
         self, decay: float | str | None = None, copy: HostCopy | None = None
@@ -252,6 +267,7 @@ class TrainStep:
                 f"the state is of {state['total_steps']} total steps, this training of {self.config.total_steps};"
                 " schedules depend on the total, so resume with the same"
             )
+        self._hold()
         current = self.module.state_dict()
         check_shapes(state["network"], current)
         if self.alignment is not None and "alignment" in state:
@@ -361,6 +377,12 @@ class TrainStep:
     def _ema_shares(self, decay: float | str | None) -> dict[str, Tensor]:
         name = Exponential(decay).name if isinstance(decay, float) else decay
         return {**self.module.state_dict(), **self.ema.average(name)}
+
+    def _hold(self) -> None:
+        """Wait until the state may be changed."""
+        if self._pending is not None:
+            self._pending.hold()
+            self._pending = None
 
     def _to_host(self, shares: dict[str, Any], copy: HostCopy | None) -> dict[str, Any]:
         keep = self.mesh is None or is_first(self.mesh)

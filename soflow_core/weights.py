@@ -63,6 +63,20 @@ def save_weights(
 ) -> None:
     """Writes a safetensors file atomically."""
     path = Path(path)
+    metadata = weights_header(network, objective, data)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        save_file(plain, aside, metadata=metadata)
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def weights_header(network: Architecture, objective: Objective, data: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of a safetensors file of weights: architecture, method and data as JSON under one key."""
     header = {
         "format": FORMAT,
         "network": to_dict(network),
@@ -72,15 +86,7 @@ def save_weights(
     plugins = needed_plugins(network, objective)
     if plugins:
         header["plugins"] = plugins
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        save_file(plain, aside, metadata={HEADER: json.dumps(header, sort_keys=True)})
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    return {HEADER: json.dumps(header, sort_keys=True)}
 
 
 def needed_plugins(network: Architecture, objective: Objective) -> list[dict[str, str]]:
@@ -187,6 +193,12 @@ def require_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every value of a tensor is finite."""
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return True
+    # A sum has a value that is not finite where one of its terms is not. It takes one pass and no memory; where it overflows, or is
+    # none of the type's, each value is looked at.
+    if tensor.element_size() > 2 and torch.isfinite(tensor.sum()):
+        return True
     # Tensors of 8 bits have few operations of their own.
     values = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
     return bool(torch.isfinite(values).all())

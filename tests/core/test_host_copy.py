@@ -1,11 +1,13 @@
 """A state in host memory is a copy: later steps do not change it, and it resumes as the state itself does."""
 
+import time
 from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 
+from soflow_core import host_copy
 from soflow_core.host_copy import HostCopy, map_tensors
 from soflow_core.objectives import SoFlow
 from soflow_core.optimizer import OptimizerConfig
@@ -58,6 +60,43 @@ def test_a_copy_is_the_state_and_stays_it_while_training_goes_on(device: str) ->
     assert_equal(average, ema)
     assert {t.device.type for t in tensors(copy)} == {"cpu"}
     assert all(t.is_pinned() for t in tensors(copy) if device == "cuda")
+
+
+@devices
+def test_the_next_update_waits_for_a_copy_that_a_thread_takes(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is copied is the state before it, however late the thread comes to it."""
+    train, copy = make(device), HostCopy()
+    run(train, 0, 2)
+    state, taken = deepcopy(train.state_dict()), host_copy._copy
+
+    def late(*arguments: Any) -> None:
+        time.sleep(0.3)
+        taken(*arguments)
+
+    monkeypatch.setattr(host_copy, "_copy", late)
+    pending = train.start_host_state(copy)
+    run(train, 2, 3)
+    assert 0 < pending.held < 0.4
+    assert_equal(pending.wait(), state)
+    assert all(t.is_pinned() for t in tensors(pending.wait()) if device == "cuda")
+    state = deepcopy(train.state_dict())
+    pending = train.start_host_state(copy)
+    with train.averaged():
+        assert_equal(pending.wait(), state)
+
+
+def test_a_copy_that_fails_does_not_hold_the_training_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(host_copy, "_copy", fails)
+    train = make()
+    pending = train.start_host_state()
+    run(train, 0, 1)
+    with pytest.raises(MemoryError, match="no room"):
+        pending.wait()
 
 
 def test_a_training_resumed_from_a_copy_is_the_uninterrupted_one() -> None:

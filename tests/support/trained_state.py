@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoints import CheckpointStore
+from soflow_platform.training.state_files import opened_state
 
 
 def final_state(root: str) -> dict[str, Tensor]:
@@ -16,9 +16,8 @@ def final_state(root: str) -> dict[str, Tensor]:
     found, damaged = CheckpointStore(root).newest()
     assert found is not None
     assert damaged == []
-    with found.opened(checkpoints.STATE) as path:
-        state = torch.load(path, weights_only=True)
-    tensors = {key: value for key, value in _flat(state).items() if isinstance(value, Tensor)}
+    with opened_state(found) as state:
+        tensors = {key: value.clone() for key, value in _flat(state).items() if isinstance(value, Tensor)}
     assert len(tensors) > 50
     return tensors
 

@@ -73,7 +73,8 @@ def amount_lines(plan: SweepPlan) -> list[tuple[str, str]]:
         ),
         (
             "checkpoints",
-            f"{amount(largest.checkpoint_bytes, 'B')} each; {amount(sum(t.kept_bytes for t in plan.trials), 'B')} kept and "
+            f"{amount(largest.checkpoint_bytes, 'B')} each, from a copy of {amount(largest.host_copy_bytes, 'B')} in the first "
+            f"worker's host memory; {amount(sum(t.kept_bytes for t in plan.trials), 'B')} kept and "
             f"{amount(sum(t.written_bytes for t in plan.trials), 'B')} written by all trials",
         ),
         ("network", f"{amount(sum(t.network_bytes for t in plan.trials), 'B')} sent between workers"),

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from soflow_core.failures import InputError
 from soflow_core.initial_weights import read_checkpoint
 from soflow_core.networks import Architecture
@@ -32,6 +30,7 @@ from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.training.model import describe_network
 from soflow_platform.training.start import LINEAGE_TAG, LONGEST_LINEAGE, SETTING, Start, start_key
+from soflow_platform.training.state_files import opened_state
 from soflow_platform.tuning.lookup import resolve
 
 FOLDER = "starts"
@@ -114,8 +113,7 @@ class _Finder:
         checkpoint = self._checkpoint(name)
         with checkpoint.opened(EMA) as path:
             header, _ = read_header(path)
-        with checkpoint.opened(STATE) as path:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with checkpoint.opened(STATE) as path, opened_state(checkpoint) as state:
             weights = Weights(header.network_config, header.objective, header.data, dict(state["network"]))
             target = EvaluationTarget(
                 f"{name} at step {checkpoint.state.step}",
@@ -123,7 +121,7 @@ class _Finder:
                 step=checkpoint.state.step,
                 run=checkpoint.state.run,
             )
-            return self._converted(target, weights, "raw")
+            return self._converted(target, weights, "raw", checkpoint.digest_of(STATE))
 
     def _checkpoint(self, name: str) -> Checkpoint:
         """A trial's best checkpoint with a whole state, or its newest; or that of a folder."""
@@ -148,8 +146,10 @@ class _Finder:
             raise UserError(f"{name} has no checkpoint yet, or its record is damaged")
         return found
 
-    def _converted(self, target: EvaluationTarget, weights: Weights, which: str) -> Start:
-        """A start whose weights are written as a file of their own."""
+    def _converted(
+        self, target: EvaluationTarget, weights: Weights, which: str, digest: str | None = None
+    ) -> Start:
+        """A start whose weights are written as a file of their own; `digest` is by default that of the file that they are from."""
         assert target.weights is not None
         assert weights.objective is not None
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +157,7 @@ class _Finder:
             written = Path(scratch) / EMA
             save_weights(written, weights.tensors, weights.network_config, weights.objective, weights.data)
             copy = copy_by_content(written, self.folder)
-        return self._start(target, copy, sha256(target.weights), weights, which)
+        return self._start(target, copy, digest or sha256(target.weights), weights, which)
 
     def _start(
         self, target: EvaluationTarget, copy: Path, digest: str, weights: Weights, which: str

@@ -1,11 +1,13 @@
 """Checkpoints of a trial, in a folder or in S3: each complete or absent, and verified by checksum when it is read.
 
 step-00000200/
-  state.pt           TrainStep's state: network, EMAs, optimizer, step
-  ema.safetensors    the first EMA's weights, as they are registered
-  checkpoint.json    step, images seen, run, evaluations so far, checksums
+  state.pt                 TrainStep's state: network, EMAs, optimizer, step
+  state-000.safetensors    and so on: what of a large state is cut into parts (`training.state_files`)
+  ema.safetensors          the first EMA's weights, as they are registered; a state in parts refers to them
+  checkpoint.json          step, images seen, run, evaluations so far, checksums
 
 `checkpoint.json` is written last: a step without it is no checkpoint, and one whose record cannot be read is damaged.
+Files are hashed, uploaded and downloaded several at a time.
 """
 
 from __future__ import annotations
@@ -15,28 +17,47 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 from soflow_pipelines.storage.files import parse_json, sha256_of
 from soflow_pipelines.storage.local import LocalFolder
-from soflow_pipelines.storage.object_store import ObjectStore, StorageError
+from soflow_pipelines.storage.object_store import READ_BYTES, ObjectStore, StorageError
 from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.storage.records import refuse_newer_format
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 STATE = "state.pt"
 EMA = "ema.safetensors"
 RECORD = "checkpoint.json"
-BLOCK = 1 << 20
+PART = re.compile(r"state-\d{3,}\.safetensors")
+PARTS_FORMAT = 2
+"""Format of a record whose state is in parts, which versions before it cannot read; that of the others is 1."""
+SPLIT_BYTES = 2**30
+"""Bytes of tensors from which a state is cut into parts."""
+FILES_AT_ONCE = 4
+"""Files of a checkpoint that are written, hashed, uploaded or downloaded at a time."""
 LITTLE_SPACE = 1 << 20
 """A write that fails on a disk with fewer free bytes than this is taken to have failed because the disk is full."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NO_SPACE_TEXT = os.strerror(errno.ENOSPC)
+
+WriteFiles = Callable[[Path], Mapping[str, str] | None]
+"""Writes a checkpoint's files into a folder; returns the SHA-256 of those that it hashed and brought to the disk itself."""
+
+
+def part_name(number: int) -> str:
+    """File of a part of a state."""
+    return f"state-{number:03d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -92,44 +113,78 @@ class Checkpoint:
         place, mark, options = self.storage.uri.partition("?")
         return f"{place.rstrip('/')}/{self.name}{mark}{options}"
 
+    def files_of(self, file: str) -> list[str]:
+        """The files that reading one of them needs: it, and for a state in parts also these and the averaged weights."""
+        parts = [name for name in self.files if PART.fullmatch(name)] if file == STATE else []
+        return [file, *parts, EMA] if parts else [file]
+
+    def digest_of(self, file: str) -> str:
+        """SHA-256 of one of the files; of all their checksums where reading it needs several."""
+        names = self.files_of(file)
+        if len(names) == 1:
+            return self.files[file]
+        return hashlib.sha256("".join(self.files[name] for name in sorted(names)).encode()).hexdigest()
+
     @contextlib.contextmanager
     def opened(self, file: str) -> Iterator[Path]:
-        """Local path of one of the files for the length of a block; downloaded where the checkpoint is remote.
-
-        Raises StorageError where its checksum differs or the storage is unavailable.
-        """
-        if isinstance(self.storage, LocalFolder):
-            if self.broken_files([file]):
-                raise self._damaged(file)
-            yield self.storage.path(f"{self.name}/{file}")
-            return
-        with tempfile.TemporaryDirectory(prefix="soflow-checkpoint-") as folder:
-            path = Path(folder) / file
-            with self.storage.open(f"{self.name}/{file}") as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target, BLOCK)
-            with path.open("rb") as content:
-                if sha256_of(content) != self.files[file]:
-                    raise self._damaged(file)
+        """Local path of one of the files for the length of a block, as `opened_all` has several."""
+        with self.opened_all([file]) as (path,):
             yield path
 
+    @contextlib.contextmanager
+    def opened_all(self, files: Sequence[str]) -> Iterator[list[Path]]:
+        """Local paths of files for the length of a block; downloaded, several at a time, where the checkpoint is remote.
+
+        Raises StorageError where the checksum of one differs or the storage is unavailable.
+        """
+        if isinstance(self.storage, LocalFolder):
+            for file in self._differing(files):
+                raise self._damaged(file)
+            yield [self.storage.path(f"{self.name}/{file}") for file in files]
+            return
+        with tempfile.TemporaryDirectory(prefix="soflow-checkpoint-") as folder:
+            paths = [Path(folder) / file for file in files]
+            at_once(lambda path: self._download(path.name, path), paths)
+            yield paths
+
     def broken_files(self, only: Collection[str] | None = None) -> list[str]:
-        """Names of the files, or of those in `only`, whose checksum differs. Raises StorageError where the storage is unavailable."""
-        broken = []
-        for file in self.files if only is None else only:
-            if file in self.compared:
-                continue
-            if self._differs(file):
-                broken.append(file)
-            elif isinstance(self.storage, LocalFolder):
-                self.compared.add(file)
+        """Names of the files, or of those in `only` and what they need, whose checksum differs.
+
+        Raises StorageError where the storage is unavailable.
+        """
+        chosen: Iterable[str] = self.files
+        if only is not None:
+            chosen = dict.fromkeys(needed for file in only for needed in self.files_of(file))
+        return self._differing(chosen)
+
+    def _differing(self, files: Iterable[str]) -> list[str]:
+        asked = [file for file in files if file not in self.compared]
+        broken = [file for file, differs in zip(asked, at_once(self._differs, asked), strict=True) if differs]
+        if isinstance(self.storage, LocalFolder):
+            self.compared.update(file for file in asked if file not in broken)
         return broken
 
     def _differs(self, file: str) -> bool:
         path = f"{self.name}/{file}"
         if file not in self.files or self.storage.size(path) is None:
             return True
-        with self.storage.open(path) as content:
-            return sha256_of(content) != self.files[file]
+        return self._copy(file, None) != self.files[file]
+
+    def _download(self, file: str, path: Path) -> None:
+        """Raises StorageError where the file is not that of the record."""
+        with path.open("wb") as target:
+            if self._copy(file, target) != self.files.get(file):
+                raise self._damaged(file)
+
+    def _copy(self, file: str, target: BinaryIO | None) -> str:
+        """SHA-256 of a file, which is copied to `target` in the same pass, where there is one."""
+        checksum = hashlib.sha256()
+        with self.storage.open(f"{self.name}/{file}") as source:
+            while block := source.read(READ_BYTES):
+                checksum.update(block)
+                if target is not None:
+                    target.write(block)
+        return checksum.hexdigest()
 
     def _damaged(self, file: str) -> StorageError:
         return StorageError(f"{self.location}/{file} is damaged: its checksum differs.")
@@ -150,8 +205,8 @@ class CheckpointStore:
         place, mark, options = base.partition("?")
         return cls(f"{place.rstrip('/')}/{sweep}/{trial}{mark}{options}")
 
-    def publish(self, state: CheckpointState, write: Callable[[Path], None]) -> Checkpoint:
-        """Write a checkpoint with `write(folder)` to a scratch folder, then publish its files one by one and its record last.
+    def publish(self, state: CheckpointState, write: WriteFiles) -> Checkpoint:
+        """Write a checkpoint with `write(folder)` to a scratch folder, then publish its files, several at a time, and its record last.
 
         Raises StorageError or OSError where it cannot be written, whatever `write` raised; there is no such checkpoint then.
         """
@@ -159,19 +214,18 @@ class CheckpointStore:
         name = f"step-{state.step:08d}"
         with _scratch(storage) as scratch:
             try:
-                write(scratch)
+                hashed = write(scratch) or {}
             except Exception as error:
                 raise StorageError(_write_failure(error, scratch)) from error
-            files = {}
-            for path in sorted(scratch.iterdir()):
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
-                    files[path.name] = sha256_of(file)
+            paths = sorted(scratch.iterdir())
+            digests = at_once(lambda path: hashed.get(path.name) or _synced_digest(path), paths)
+            files = {path.name: digest for path, digest in zip(paths, digests, strict=True)}
             # Without its record an earlier checkpoint of the same step no longer counts, so that files of the two are never mixed.
             storage.remove(f"{name}/{RECORD}")
-            for file_name in files:
-                storage.publish(f"{name}/{file_name}", scratch / file_name)
+            at_once(lambda path: storage.publish(f"{name}/{path.name}", path), paths)
         record = {**state.as_record(), "files": files}
+        if any(PART.fullmatch(file) for file in files):
+            record["format"] = PARTS_FORMAT
         storage.write(f"{name}/{RECORD}", json.dumps(record, indent=1).encode())
         return Checkpoint(storage, name, state, files)
 
@@ -243,6 +297,21 @@ class CheckpointStore:
         return recorded
 
 
+def at_once(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Results of `work` in order, FILES_AT_ONCE items at a time. Raises what the first that failed raised, once all have ended."""
+    if len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(FILES_AT_ONCE, "checkpoint") as pool:
+        return list(pool.map(work, items))
+
+
+def _synced_digest(path: Path) -> str:
+    """SHA-256 of a file, which is on the disk then."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        return sha256_of(file)
+
+
 def _write_failure(error: BaseException, folder: Path) -> str:
     """One sentence on why writing a checkpoint failed.
 
@@ -283,7 +352,7 @@ def read_record(storage: ObjectStore, name: str) -> Checkpoint | None:
     except ValueError:
         return None
     if isinstance(record, dict):
-        refuse_newer_format(record, f"{storage.uri}/{name}/{RECORD}")
+        refuse_newer_format(record, f"{storage.uri}/{name}/{RECORD}", PARTS_FORMAT)
     try:
         return Checkpoint(storage, name, CheckpointState.from_record(record), dict(record["files"]))
     except (ValueError, TypeError, KeyError, AttributeError):

@@ -57,12 +57,12 @@ def record_of(content: Any, record_class: type[T], place: str, optional: Sequenc
         raise InputError(f"{place} is damaged: it lacks {missing}.") from None
 
 
-def refuse_newer_format(content: Mapping[str, Any], place: str) -> None:
+def refuse_newer_format(content: Mapping[str, Any], place: str, newest: int = FORMAT) -> None:
     """Raises InputError where a record has a format that this version does not read."""
     written = content.get("format", 1)
-    if not isinstance(written, int) or written > FORMAT:
+    if not isinstance(written, int) or written > newest:
         raise InputError(
-            f"{place} is of format {written!r} and this version of soflow reads {FORMAT}: use a newer soflow."
+            f"{place} is of format {written!r} and this version of soflow reads {newest}: use a newer soflow."
         )
 
 

@@ -28,6 +28,7 @@ memory_pieces  smaller pieces of a batch where memory is exhausted
 stop_rules     values of a metric at which a trial is ended
 stragglers     finds a rank that is slower than the others
 resume         the checkpoint that training resumes from, and its state
+state_files    files of a training state in a checkpoint: one, or parts that several threads write
 stop_request   files that ask a sweep or a trial to stop
 
 What it writes (rank 0 alone):

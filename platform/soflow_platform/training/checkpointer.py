@@ -5,18 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from soflow_platform.errors import JobError
 from soflow_platform.storage.background import BackgroundQueue
-from soflow_platform.storage.checkpoints import CheckpointState, CheckpointStore
+from soflow_platform.storage.checkpoints import CheckpointState, CheckpointStore, WriteFiles
 from soflow_platform.storage.retry import Report, retry, unreported
 
 STUCK_POLL_SECONDS = 0.05
 """Interval at which `ready` checks whether the checkpoint that it waits for is stuck."""
-
-WriteFiles = Callable[[Path], None]
-"""Writes a checkpoint's files into a folder."""
 
 
 class AsyncCheckpointer:

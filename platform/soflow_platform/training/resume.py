@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from soflow_core.failures import summarize
-from soflow_core.weights import is_finite, read_torch_file
+from soflow_core.weights import is_finite
 from soflow_pipelines.storage.object_store import StorageError
 from soflow_platform.errors import JobError
 from soflow_platform.storage.checkpoints import STATE, Checkpoint, CheckpointStore
 from soflow_platform.storage.retry import retry
+from soflow_platform.training.state_files import opened_state
 from soflow_platform.training.trial_status import TrialStatusWriter
 
 if TYPE_CHECKING:
@@ -59,9 +60,8 @@ def load_state(checkpoint: Checkpoint, train_step: TrainStep) -> None:
 
     Raises InputError or JobError where it is no state of this training, or holds a value that is not finite.
     """
-    with checkpoint.opened(STATE) as path:
-        # From the file to its place: on a GPU there is no room for two of a state.
-        state = read_torch_file(path, mmap=True)
+    with opened_state(checkpoint) as state:
+        # From the files to their place: on a GPU there is no room for two of a state.
         place = f"{checkpoint.location}/{STATE}"
         missing = [part for part in PARTS if not isinstance(state, dict) or part not in state]
         if missing:

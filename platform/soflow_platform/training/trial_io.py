@@ -6,16 +6,15 @@ Rank 0 writes with `RankZeroIO`; the other ranks have a `NullIO`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from soflow_pipelines.images.encode import encode_png
 from soflow_pipelines.storage.files import write_bytes
 from soflow_platform.errors import JobError
-from soflow_platform.storage.checkpoints import Checkpoint, CheckpointState, ranked
+from soflow_platform.storage.checkpoints import Checkpoint, CheckpointState, WriteFiles, ranked
 from soflow_platform.storage.code_digest import running_code
 from soflow_platform.tracking.metric_logger import MetricLogger
 from soflow_platform.tracking.store import TrackingStore
@@ -72,7 +71,7 @@ class TrialIO(Protocol):
     def ready_to_save(self, step: int, needed: bool) -> bool:
         """Wait until a checkpoint can be made. Returns False where one that is not `needed` is to be left out."""
 
-    def save(self, progress: CheckpointState, write: Callable[[Path], None]) -> None:
+    def save(self, progress: CheckpointState, write: WriteFiles) -> None:
         """Publish, in the background, the checkpoint of `progress` whose files `write` writes."""
 
     def stop_requested(self, step: int) -> bool:
@@ -122,7 +121,7 @@ class NullIO:
         del step, needed
         return True
 
-    def save(self, progress: CheckpointState, write: Callable[[Path], None]) -> None:
+    def save(self, progress: CheckpointState, write: WriteFiles) -> None:
         pass
 
     def stop_requested(self, step: int) -> bool:
@@ -223,7 +222,7 @@ class RankZeroIO:
     def ready_to_save(self, step: int, needed: bool) -> bool:
         return self.checkpointer.ready(step, needed)
 
-    def save(self, progress: CheckpointState, write: Callable[[Path], None]) -> None:
+    def save(self, progress: CheckpointState, write: WriteFiles) -> None:
         scored = [dict(evaluation) for evaluation in progress.evaluations]
         state = replace(
             progress,

@@ -9,17 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from soflow_core.ema import Power
-from soflow_core.host_copy import HostCopy
+from soflow_core.host_copy import HostCopy, PendingCopy
 from soflow_core.random_source import DrawsVersion
 from soflow_core.train_step import StepRecord
-from soflow_core.weights import save_weights
+from soflow_core.weights import save_weights, weights_header
 from soflow_platform.errors import JobError
 from soflow_platform.evaluation.evaluator import Interrupted
 from soflow_platform.evaluation.ranks import Ranks
@@ -32,6 +32,7 @@ from soflow_platform.training.job import TrialJob
 from soflow_platform.training.resume import load_state
 from soflow_platform.training.setup import TrialSetup, data_facts
 from soflow_platform.training.start import Start, describe_lineage
+from soflow_platform.training.state_files import TensorFile, write_state
 from soflow_platform.training.step_inputs import DeviceInputs, HostInputs, StepInputs, draws_version
 from soflow_platform.training.stop_rules import broken_rule
 from soflow_platform.training.stragglers import ForwardTimer
@@ -45,6 +46,17 @@ class NonFiniteError(JobError):
 
     own_fault = True
     """Another start computes the same numbers."""
+
+
+@dataclass(frozen=True)
+class Stall:
+    """For how long a checkpoint stops training."""
+
+    step: int
+    seconds: float
+    """Until training went on, with the copy of the state still being taken."""
+    copy: PendingCopy
+    """It has the seconds for which the next update waited."""
 
 
 class Trainer:
@@ -68,7 +80,9 @@ class Trainer:
         self.should_stop = ShouldStop(setup, io)
         self.diverged: str | None = None
         """The rule of `search.stop` that ended the training."""
-        self._state_copy, self._ema_copy = HostCopy(), HostCopy()
+        self._state_copy = HostCopy()
+        self._stall: Stall | None = None
+        """Of the last checkpoint, until it is logged."""
 
     @classmethod
     def of_job(
@@ -125,6 +139,7 @@ class Trainer:
             if self.diverged is not None:
                 self.io.log(f"ended by search.stop: {self.diverged}", self.step)
             self._close_inputs()
+            self._log_stall()
             self.io.close()
         except BaseException as error:
             self._close_inputs()
@@ -198,6 +213,7 @@ class Trainer:
         batch = self.inputs.rows()
         self.throughput.loaded()
         record = self.train_step(batch, self.inputs.draws(step))
+        self._log_stall()
         if not record.finite:
             self._raise_non_finite(step, record)
         self.throughput.end(step)
@@ -218,6 +234,13 @@ class Trainer:
         update = {"train/grad_norm": record.grad_norm, "train/learning_rate": record.learning_rate}
         self.io.log_metrics(step, values | update | self.throughput.take(step))
         return values | update
+
+    def _log_stall(self) -> None:
+        """Log for how long the last checkpoint has stopped training, which is known after the next update."""
+        if self._stall is not None:
+            seconds = self._stall.seconds + self._stall.copy.held
+            self.io.log_metrics(self._stall.step, {"system/checkpoint_stall_seconds": seconds})
+            self._stall = None
 
     def evaluate(self) -> bool:
         """Score the first EMA, all ranks together.
@@ -240,7 +263,7 @@ class Trainer:
         return True
 
     def save(self, needed: bool) -> None:
-        """Copy the state to host memory; rank 0 publishes it while training goes on.
+        """Copy the state to host memory, from which rank 0 publishes it. Training goes on; its next update waits for the copy.
 
         A checkpoint that is not `needed` is left out while the one before it is stuck.
         """
@@ -252,26 +275,28 @@ class Trainer:
         ready = self.io.ready_to_save(step, needed)
         if not (distributed.broadcast_object(ready) if sharded else ready):
             return
-        state = self.train_step.host_state(self._state_copy)
-        ema = self.train_step.host_ema_state(copy=self._ema_copy)
-        self.io.log_metrics(step, {"system/checkpoint_stall_seconds": time.perf_counter() - started})
+        pending = self.train_step.start_host_state(self._state_copy)
+        self._stall = Stall(step, time.perf_counter() - started, pending)
         # Weights are sampled as the sweep says, where a command says nothing else.
         objective, facts = self.experiment.sampled_objective, data_facts(self.loader.info, self.experiment)
         snapshot = self._owes_snapshot()
         progress = checkpoints.CheckpointState(step, self._consumed, setup.job.run, draws=self.draws)
 
         def write_averages(folder: Path) -> None:
+            state = pending.wait()
             for width in self.experiment.training.ema_profiles:
                 name = Power(width).name
                 tensors = {**state["network"], **state["ema"][name]}
                 save_weights(folder / snapshot_file(name), tensors, setup.config, objective, facts)
 
-        def write(folder: Path) -> None:
+        def write(folder: Path) -> dict[str, str]:
+            state = pending.wait()
             if snapshot:
                 # Before the checkpoint: training never goes on from a step whose snapshot is missing.
                 setup.snapshots.publish(progress, write_averages)
-            torch.save(state, folder / checkpoints.STATE)
-            save_weights(folder / checkpoints.EMA, ema, setup.config, objective, facts)
+            averaged = {**state["network"], **next(iter(state["ema"].values()))}
+            header = weights_header(setup.config, objective, facts)
+            return write_state(folder, state, TensorFile(averaged, header))
 
         self.io.save(replace(progress, evaluations=list(self.evaluations)), write)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,21 +126,17 @@ def _shorter_trainings(
 
 def continue_trial(project: ProjectFolder, record: SweepRecord, trial: Trial, shorter: Shorter) -> None:
     """Copy the checkpoint that a trial goes on from into its own, complete or not at all. Raises StorageError where that fails."""
-    from soflow_core.weights import read_torch_file
+    from soflow_platform.training.state_files import opened_state, write_state
 
     before = shorter.checkpoint
     scores = before.state.evaluations if shorter.scored_alike else []
     state = replace(before.state, run="", evaluations=scores, pending_metrics=_points(scores))
 
-    def write(folder: Path) -> None:
-        import torch
-
-        with ExitStack() as files:
-            weights = files.enter_context(before.opened(EMA))
-            content = read_torch_file(files.enter_context(before.opened(STATE)), mmap=True)
-            # The totals are equal where a training resumes; nothing of this one depends on its own.
-            torch.save({**content, "total_steps": trial.experiment.training.steps}, folder / STATE)
+    def write(folder: Path) -> dict[str, str]:
+        with before.opened(EMA) as weights, opened_state(before) as content:
             shutil.copyfile(weights, folder / EMA)
+            # The totals are equal where a training resumes; nothing of this one depends on its own.
+            return write_state(folder, {**content, "total_steps": trial.experiment.training.steps}, None)
 
     record.checkpoints(project, trial.name).publish(state, write)
 

@@ -17,6 +17,7 @@ from soflow_pipelines.preparation.builtin import Expected
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.search import AshaConfig
 from soflow_platform.errors import UserError
+from soflow_platform.storage.checkpoints import SPLIT_BYTES
 from soflow_platform.training.alignment_cost import alignment_cost
 from soflow_platform.training.dataset import expected
 from soflow_platform.training.memory import WorkerMemory, worker_memory
@@ -129,6 +130,8 @@ class TrialPlan:
     """Read from the shards."""
     checkpoint_bytes: float
     """Of one checkpoint."""
+    host_copy_bytes: float
+    """Of the copy that a checkpoint is written from, in the memory of the first worker's machine, beside what training takes."""
     kept_bytes: float
     """Of the checkpoints that are kept."""
     written_bytes: float
@@ -243,8 +246,9 @@ def plan_trial(trial: Trial, assumptions: Assumptions, data: Expected | None = N
     step_seconds += training.batch / workers * alignment.image_flops / rate
     memory = worker_memory(experiment, network, [(share, phase.passes) for share, phase in phases])
     state = FLOAT * work.parameters
-    # State: weights, two moments, EMAs; beside it the first EMA as weights of its own.
-    checkpoint = (3 + len(training.ema) + 1) * state
+    # Weights, two moments, EMAs; a small state has the first EMA twice, as weights of its own beside it.
+    copied = (3 + len(training.ema)) * state
+    checkpoint = copied if copied >= SPLIT_BYTES else copied + state
     checkpoints = math.ceil(training.steps / (training.checkpoint_every or experiment.evaluation.every))
     kept = min(training.keep_checkpoints + 1, checkpoints)
     images = training.steps * training.batch
@@ -263,11 +267,12 @@ def plan_trial(trial: Trial, assumptions: Assumptions, data: Expected | None = N
         gpus=workers * (experiment.resources.gpus_per_worker or 1),
         step_seconds=step_seconds,
         scoring_seconds=_scoring_seconds(experiment, data.shape, work, assumptions.device),
-        saving_seconds=checkpoints * checkpoint / HOST_COPY,
+        saving_seconds=checkpoints * copied / HOST_COPY,
         memory=memory,
         images=images,
         data_bytes=images * stored_bytes(data.shape, latents=_latents(experiment, data.shape)),
         checkpoint_bytes=checkpoint,
+        host_copy_bytes=copied,
         kept_bytes=kept * checkpoint,
         written_bytes=checkpoints * checkpoint,
         network_bytes=training.steps

@@ -232,10 +232,15 @@ def test_a_short_outage_of_the_storage_only_delays_a_checkpoint(bucket: str, ser
     assert "succeeded after" in messages[1]
 
 
-def test_a_trial_with_checkpoints_in_s3_trains_the_same_numbers(worker: Make, bucket: str) -> None:
+@pytest.mark.parametrize("split", [2**30, 1], ids=["whole", "parts"])
+def test_a_trial_with_checkpoints_in_s3_trains_the_same_numbers(
+    worker: Make, bucket: str, split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Compared with a trial that keeps them on disk."""
     local, remote = worker("local"), worker("remote", f"training.checkpoints='{bucket}'")
     local.run()
+    monkeypatch.setattr(checkpoints, "SPLIT_BYTES", split)
+    monkeypatch.setattr("soflow_platform.training.state_files.INLINE_BYTES", 2**8)
     remote.run()
     assert remote.setup.checkpoints.root.startswith("s3://runs/")
     assert "/sweep/remote?" in remote.setup.checkpoints.root

@@ -144,7 +144,7 @@ def test_a_trial_without_its_last_checkpoint_is_not_finished(
     def fails(*_: object) -> None:
         raise RuntimeError("file write failed")
 
-    monkeypatch.setattr("soflow_platform.training.worker.save_weights", fails)
+    monkeypatch.setattr("soflow_platform.training.worker.write_state", fails)
     with pytest.raises(JobError, match=r"saving the checkpoint of step 6 .*file write failed"):
         trial.run()
     assert '"state": "finished"' not in (trial.setup.job.folder / "status.json").read_text()

@@ -66,10 +66,8 @@ def note_copies(worker: Trainer) -> None:
 
     def noted() -> bool:
         finished = run()
-        copies = [worker._state_copy, worker._ema_copy]
-        (worker.setup.job.folder / f"copied-{worker.setup.rank}").write_text(
-            str(sum(len(copy._buffers) for copy in copies))
-        )
+        copied = len(worker._state_copy._buffers)
+        (worker.setup.job.folder / f"copied-{worker.setup.rank}").write_text(str(copied))
         return finished
 
     worker.run = noted  # type: ignore[method-assign]

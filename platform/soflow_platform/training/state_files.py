@@ -1,0 +1,171 @@
+"""Files of a training's state in a checkpoint, written by several threads, and read again in either of two layouts.
+
+A small state is one file in torch's format, `state.pt`. A large one is cut into parts, `state-000.safetensors` and so on, each of
+which a thread writes and hashes in one pass; `state.pt` then holds what is small and, in place of each large tensor, the file and
+the name that it has there. Weights that a checkpoint has as `ema.safetensors` are not written a second time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from soflow_core.failures import summarize
+from soflow_core.host_copy import map_tensors
+from soflow_core.weights import WeightsError, read_torch_file
+from soflow_platform.storage import checkpoints
+from soflow_platform.storage.checkpoints import EMA, FILES_AT_ONCE, STATE, Checkpoint, part_name
+
+PART_BYTES = 2**29
+"""A part is closed by the tensor that fills it to this size."""
+INLINE_BYTES = 2**16
+"""Smaller tensors stay in `state.pt`: an optimizer has thousands of counters of one number."""
+WRITE_BYTES = 2**23
+"""Bytes that are hashed and written at a time."""
+STATE_KEY, TENSOR_KEY = "soflow.state", "soflow.tensor"
+"""Keys in the `state.pt` of a state in parts: of the state, and of a tensor's file and name."""
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names of the types in safetensors; a tensor of another type stays in `state.pt`."""
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """Content of a safetensors file."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+
+def write_state(folder: Path, state: Mapping[str, Any], weights: TensorFile | None) -> dict[str, str]:
+    """Write a state, of tensors in host memory, and `weights` as `ema.safetensors` where they are given.
+
+    Returns the SHA-256 of those files that were hashed while they were written; they are on the disk then. Raises OSError.
+    """
+    sizes: list[int] = []
+    map_tensors(state, lambda tensor: sizes.append(tensor.nbytes))
+    files = {} if weights is None else {EMA: weights}
+    if sum(sizes) >= checkpoints.SPLIT_BYTES:
+        cut, parts = _cut(state, {} if weights is None else weights.tensors)
+        # Without a part the record would not say that the state needs other files.
+        state = cut if parts else state
+        files |= parts
+    with ThreadPoolExecutor(FILES_AT_ONCE, "checkpoint-part") as pool:
+        written = {name: pool.submit(write_tensors, folder / name, file) for name, file in files.items()}
+    torch.save(state, folder / STATE)
+    return {name: future.result() for name, future in written.items()}
+
+
+def _cut(
+    state: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, TensorFile]]:
+    """A state with references in place of large tensors, and the parts that hold those that are not among the weights."""
+    places = {id(tensor): (EMA, name) for name, tensor in weights.items()}
+    parts: list[dict[str, Tensor]] = [{}]
+    filled = 0
+
+    def refer(tensor: Tensor) -> Any:
+        nonlocal filled
+        if tensor.nbytes < INLINE_BYTES or tensor.dtype not in DTYPES:
+            return tensor
+        if id(tensor) not in places:
+            if filled >= PART_BYTES:
+                parts.append({})
+                filled = 0
+            places[id(tensor)] = (part_name(len(parts) - 1), f"{len(parts[-1]):05d}")
+            parts[-1][places[id(tensor)][1]] = tensor
+            filled += tensor.nbytes
+        return {TENSOR_KEY: list(places[id(tensor)])}
+
+    cut = {STATE_KEY: map_tensors(dict(state), refer)}
+    return cut, {part_name(number): TensorFile(part, {}) for number, part in enumerate(parts) if part}
+
+
+def write_tensors(path: Path, content: TensorFile) -> str:
+    """Write a safetensors file and return its SHA-256; it is on the disk then. Other threads run meanwhile. Raises OSError."""
+    ordered = sorted(content.tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {"__metadata__": dict(content.metadata)} if content.metadata else {}
+    end = 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    checksum = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        for block in (len(text).to_bytes(8, "little"), text, *(_bytes_of(tensor) for _, tensor in ordered)):
+            view = memoryview(block)
+            while view:
+                # Hashed and written in one pass: a large file may be gone from the page cache when it is read again.
+                done = file.write(view[:WRITE_BYTES])
+                checksum.update(view[:done])
+                view = view[done:]
+        os.fsync(file.fileno())
+    return checksum.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """The memory of a tensor on the CPU, flat; of a copy where it is not contiguous."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+@contextlib.contextmanager
+def opened_state(checkpoint: Checkpoint) -> Iterator[Any]:
+    """The state of a checkpoint for the length of a block; its tensors stay in the files.
+
+    Raises WeightsError where it is damaged or holds more than tensors, StorageError where it cannot be had.
+    """
+    with contextlib.ExitStack() as stack:
+        names = checkpoint.files_of(STATE)
+        paths = dict(zip(names, stack.enter_context(checkpoint.opened_all(names)), strict=True))
+        content = read_torch_file(paths[STATE], mmap=True)
+        if not isinstance(content, dict) or STATE_KEY not in content:
+            yield content
+            return
+        try:
+            files = {
+                name: stack.enter_context(safe_open(path, framework="pt"))
+                for name, path in paths.items()
+                if name != STATE
+            }
+            state = _joined(content[STATE_KEY], files)
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise WeightsError(f"{checkpoint.location} is not complete: {summarize(error)}") from error
+        yield state
+
+
+def _joined(content: Any, files: Mapping[str, Any]) -> Any:
+    """A state with the tensors in place of the references to them."""
+    if isinstance(content, dict):
+        if content.keys() == {TENSOR_KEY}:
+            file, name = content[TENSOR_KEY]
+            return files[file].get_tensor(name)
+        return {key: _joined(value, files) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(_joined(value, files) for value in content)
+    return content
