@@ -4,13 +4,14 @@
 
 Each benchmark runs `--repeat` times in a process of its own; the numbers that it prints are its measurements, and half their
 range is their noise. They are compared with the newest file of benchmarks/results/ with such numbers, or with `--against`. On
-another machine ratios and exact numbers alone are compared. `--save NAME` writes benchmarks/results/bench-NAME.json; without it
-the results go to build/bench.json.
+another machine exact numbers alone are compared. `--save NAME` writes benchmarks/results/bench-NAME.json and, where every benchmark
+ran, the table of docs/performance.md; without it the results go to build/bench.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import re
@@ -27,6 +28,9 @@ from measurements import Results, moved
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- written by benchmarks/all.py --save -->", "<!-- until here -->"
+"""Lines of the page around its table."""
 NUMBER = re.compile(r"(?<![\w./-])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w.])")
 VERDICT = re.compile(r",? (?:bar|limit) .*$")
 SECONDS = 300
@@ -40,6 +44,8 @@ class Small:
     arguments: str
     exact: bool = False
     """Whether it computes, and measures nothing: one run is enough."""
+    shown: tuple[str, ...] = ()
+    """Numbers that stand in docs/performance.md."""
 
 
 BENCHMARKS = {
@@ -47,6 +53,8 @@ BENCHMARKS = {
     "precision": Small("--size S/8 --batch 2 --batches 1", exact=True),
     "step": Small("--sizes S/8 --batch 4 --rounds 3 --threads 1 --clock cpu --no-memory"),
     "host_copy": Small("--size S/8 --batch 2 --rounds 2"),
+    "checkpoints": Small("--rounds 2"),
+    "shard_count": Small(""),
     "loader": Small("--samples 2000"),
     "fid": Small("--dim 512 --rounds 1"),
     "draws": Small("--batch 256 --steps 40"),
@@ -111,7 +119,40 @@ def newest(names: set[str]) -> Path | None:
         for path in RESULTS.glob("*.json")
         if {m.section for m in Results.read(path).measurements} & names
     ]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return max(found, key=lambda path: (Results.read(path).date, path.name), default=None)
+
+
+def page_table(results: Results) -> str:
+    """The numbers of `Small.shown` as a table in Markdown, with the machine and each benchmark's command."""
+    machine = ", ".join(f"{key} {value}" for key, value in results.machine.items())
+    found = {(each.section, each.name): each for each in results.measurements}
+    lines = [f"{results.date}: {machine}.", "", "| benchmark | number | value | noise |", "|---|---|---|---|"]
+    for name, small in BENCHMARKS.items():
+        for shown in small.shown:
+            each = found.get((name, shown))
+            noise = "exact" if small.exact else f"{100 * each.noise:.0f}%" if each else ""
+            value = f"{each.value:.4g}" if each else "not measured"
+            command = f"{name}.py {small.arguments}".strip()
+            lines.append(f"| `{command}` | {shown} | {value} | {noise} |")
+    return "\n".join(lines)
+
+
+def written(page: str, table: str) -> str:
+    """A page with the table between its two lines."""
+    before, begin, rest = page.partition(f"{BEGIN}\n")
+    _, end, after = rest.partition(f"{END}\n")
+    if not begin or not end:
+        raise ValueError(f"{PAGE} lacks the lines {BEGIN} and {END}")
+    return f"{before}{begin}\n{table}\n\n{end}{after}"
+
+
+def processor() -> str:
+    """The processor's model, as the system names it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def comparable(before: Results, now: Results) -> tuple[Results, str]:
@@ -135,7 +176,8 @@ def main() -> int:
     parser.add_argument("--save", metavar="NAME")
     options = parser.parse_args()
     facts = {"torch": torch.__version__, "Python": platform.python_version(), "cores": str(os.cpu_count())}
-    results = Results(f"bench-{options.save or 'now'}", {**facts, "processor": platform.machine()})
+    results = Results(f"bench-{options.save or 'now'}", {"processor": processor(), **facts})
+    results.date = time.strftime("%Y-%m-%d", time.gmtime())
     results.skipped |= FINISHED
     before = options.against or newest(set(options.only))
     for name in options.only:
@@ -151,6 +193,9 @@ def main() -> int:
     kept = Results.read(before) if before else None
     results.write(path)
     print(f"written to {path}")
+    if options.save and set(options.only) == set(BENCHMARKS):
+        PAGE.write_text(written(PAGE.read_text(), page_table(results)))
+        print(f"written to {PAGE}")
     for what, why in results.skipped.items():
         print(f"not measured: {what}: {why}")
     if kept is None:

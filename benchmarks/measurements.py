@@ -41,6 +41,8 @@ class Results:
     """What was not measured -> why."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Of each section."""
+    date: str = ""
+    """YYYY-MM-DD."""
 
     def add(
         self, section: str, name: str, values: float | Sequence[float], unit: str = "", better: str = ""

@@ -2,6 +2,7 @@
 
     python benchmarks/scaling.py            # the tables of docs/scaling.md; computed, in seconds
     python benchmarks/scaling.py --check    # 1, 2 and 4 worker processes on this machine's cores
+    python benchmarks/scaling.py --measure  # the rates of the last table that a machine without a GPU can tell, and that table
 
 The tables are those of DiT-XL/2 trained by SoFlow in `mixed` precision. The check trains S/4 in gloo processes
 of one thread each: it measures a step without exchange, the exchange of its gradients alone, and the whole
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 
+from scaling_parts import Rates, measured, table_rows
 from soflow_core.networks import dit_config
 from soflow_core.objectives import SoFlow
 from soflow_platform.training.step_time import (
@@ -40,7 +43,7 @@ RECIPE_STEPS = 1_200_000
 """SoFlow's steps for XL/2, of 256 samples."""
 
 STORAGE = 1e9
-"""Bytes per second to the checkpoint storage, hashing included."""
+"""Bytes per second to the checkpoint storage, hashing included: assumed."""
 DRAW = 21e-6
 """Seconds of one core for the noise and times of a latent; `--check` measures them."""
 
@@ -151,10 +154,10 @@ def print_draws(work: Work) -> None:
 def print_pauses(work: Work) -> None:
     """Evaluations and checkpoints, for the recipe's batch."""
     device = Device()
-    state, ema = 4 * work.gradient_bytes, work.gradient_bytes
+    state = 4 * work.gradient_bytes
     print(
-        f"checkpoint: {(state + ema) / 1e9:.1f} GB, copied to the host in {(state + ema) / HOST_COPY:.2f} s, written in the "
-        f"background in {(state + ema) / STORAGE:.0f} s\n"
+        f"checkpoint: {state / 1e9:.1f} GB, copied to the host in {state / HOST_COPY:.2f} s, written in the background in "
+        f"{state / STORAGE:.0f} s\n"
     )
     table(
         "GPUs",
@@ -167,15 +170,36 @@ def print_pauses(work: Work) -> None:
         step = ddp_step(work, device, FAST, ranks, 256).total
         flops = 10_000 * (3 * work.forward_flops + 2 * (DECODER_FLOPS + INCEPTION_FLOPS))
         scoring = flops / (device.tf32 * device.utilization * ranks)
-        saving = (state + ema) / HOST_COPY
+        saving = state / HOST_COPY
         shares = (f"{100 * saving / (5000 * step):.2f}%", f"{100 * scoring / (10_000 * step):.2f}%")
         row(ranks, ms(step), shares[0], f"{scoring:.1f}", shares[1])
 
 
-def print_tables() -> None:
+def print_growth(work: Work, rates: Rates) -> None:
+    """Each part of training with 8 rows for each GPU, and the number of GPUs at which it breaks."""
+    table("part", "share of", "8 GPUs", "64", "512", "limit", "passed at")
+    for cells in table_rows(work, rates, FAST, SLOW):
+        row(*cells)
+
+
+def print_measured(work: Work) -> None:
+    rates = measured(Rates())
+    table("rate", "measured here", "of the page")
+    for each in fields(Rates):
+        row(each.name, f"{getattr(rates, each.name):.3g}", f"{getattr(Rates(), each.name):.3g}")
+    print()
+    print_growth(work, rates)
+
+
+def xl2() -> Work:
+    """SoFlow's step of XL/2."""
     network = dit_config("XL/2", channels=4, height=32, width=32, classes=1000, null_label=True)
     ((_, work),) = work_of(network, SoFlow(), "mixed")
     assert work.gradient_bytes == FLOAT * work.parameters
+    return work
+
+
+def print_tables(work: Work) -> None:
     for title, show in (
         ("Passes of a step", lambda: print_work(work)),
         ("Messages", lambda: print_messages(work)),
@@ -185,6 +209,7 @@ def print_tables() -> None:
         ("Data", lambda: print_data(work)),
         ("Draws", lambda: print_draws(work)),
         ("Pauses", lambda: print_pauses(work)),
+        ("Growth", lambda: print_growth(work, Rates())),
     ):
         print(f"\n## {title}\n")
         show()
@@ -194,14 +219,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="measure instead")
+    parser.add_argument("--check", action="store_true", help="hold the model against processes instead")
+    parser.add_argument("--measure", action="store_true", help="measure rates of this machine instead")
     parser.add_argument("--size", default="S/4")
     parser.add_argument("--batch", type=int, default=4, help="samples of each worker")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     options = parser.parse_args()
+    if options.measure:
+        print_measured(xl2())
+        return 0
     if not options.check:
-        print_tables()
+        print_tables(xl2())
         return 0
     from scaling_workers import check
 

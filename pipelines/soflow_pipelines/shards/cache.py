@@ -27,6 +27,12 @@ CHUNK = 4 * 2**20
 FIRST_PAUSE = 0.2
 """Seconds after an attempt that brought no byte, doubled after each further one."""
 ROOM_POLL_SECONDS = 0.05
+COUNTED_SECONDS = 60.0
+"""The bytes of all files are counted again after this time, and where a shard does not fit, not for each shard."""
+LONGEST_COUNT = 64
+"""Bytes in the lock file."""
+MANY_FILES, SLACK = 1024, 64
+"""Of a full cache of more files, this part of the limit is freed at once, so that they are not listed for each shard."""
 
 
 class ShardCache:
@@ -99,16 +105,29 @@ class ShardCache:
     def _reserve(self, descriptor: int, size: int) -> None:
         """Makes room and takes it; waits while downloads of other processes fill the cache."""
         while True:
-            with _locked(self.folder / "lock"):
-                if self._make_room(size):
+            with _locked(self.folder / "lock") as lock:
+                if self._take(lock, size):
                     os.ftruncate(descriptor, size)
                     return
             time.sleep(ROOM_POLL_SECONDS)
 
-    def _make_room(self, size: int) -> bool:
-        """Removes the least recently opened shards until `size` bytes fit; whether they do."""
+    def _take(self, lock: int, size: int) -> bool:
+        """Whether `size` bytes fit; they are added to the count, which is kept in the lock file.
+
+        The count is never too low: a download that fails, or a file that is removed, stays in it until all are counted again.
+        """
+        total, counted_at = _last_count(lock)
+        if not 0 <= time.time() - counted_at < COUNTED_SECONDS or total + size > self.limit:
+            total, counted_at = self._make_room(size), int(time.time())
+        fits = total + size <= self.limit
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{total + fits * size} {counted_at}".encode(), 0)
+        return fits
+
+    def _make_room(self, size: int) -> int:
+        """Removes the least recently opened shards until `size` bytes fit, as far as that is possible; the bytes that are left."""
         files: list[tuple[float, int, Path]] = []
-        total = size
+        total = 0
         for path in self.folder.iterdir():
             if path.suffix not in (".tar", ".part"):
                 continue
@@ -121,12 +140,27 @@ class ShardCache:
             total += status.st_size
             if path.suffix == ".tar":
                 files.append((status.st_mtime, status.st_size, path))
+        room = self.limit - size
+        if total > room and len(files) > MANY_FILES:
+            room -= self.limit // SLACK
         for _, length, path in sorted(files):
-            if total <= self.limit:
+            if total <= room:
                 break
             path.unlink(missing_ok=True)
             total -= length
-        return total <= self.limit
+        return total
+
+
+def _last_count(lock: int) -> tuple[int, int]:
+    """(bytes, Unix time of the last count of all files) in the lock file; zeros where there is none.
+
+    Versions before kept none and may share the folder, so that a count is good for a short time.
+    """
+    try:
+        total, counted_at = os.pread(lock, LONGEST_COUNT, 0).split()
+        return int(total), int(counted_at)
+    except ValueError:
+        return 0, 0
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from soflow_pipelines.shards.writer import BLOCK, npy_header
 
 COLUMNS = ("shard", "label", "offset", "bytes")
 """Columns of the index that the checks read."""
+ROWS_AT_ONCE = 2**20
+"""Rows that are checked at a time: checking takes ten times the memory of a row."""
 
 
 def member_bytes(info: DatasetInfo) -> int:
@@ -42,16 +44,31 @@ def row_defects(info: DatasetInfo, records: list[ShardRecord], index: pa.Table) 
     The order of the rows counts, for the order in which training reads depends on it: that of the shards, and in a shard that
     of the offsets.
     """
-    shard, label, offset, size = (index[name].to_numpy().astype(np.int64) for name in COLUMNS)
-    if not len(shard):
-        return
-    inside = (shard >= 0) & (shard < len(records))
-    lengths = np.array([record.bytes for record in records] or [0], np.int64)
-    length = lengths[np.where(inside, shard, 0)]
+    lengths = np.array([record.bytes for record in records], np.int64)
+    before = None
+    for start in range(0, len(index), ROWS_AT_ONCE):
+        part = index.slice(start, ROWS_AT_ONCE)
+        columns = [part[name].to_numpy().astype(np.int64) for name in COLUMNS]
+        for row, what in _defects(info, lengths, columns, before):
+            yield start + row, what
+        before = int(columns[0][-1]), int(columns[2][-1])
+
+
+def _defects(
+    info: DatasetInfo,
+    lengths: NDArray[np.int64],
+    columns: Sequence[NDArray[np.int64]],
+    before: tuple[int, int] | None,
+) -> Iterator[tuple[int, str]]:
+    """The defects of some rows, of COLUMNS in int64; `before` are shard and offset of the row before them."""
+    shard, label, offset, size = columns
+    inside = (shard >= 0) & (shard < len(lengths))
+    length = np.append(lengths, 0)[np.where(inside, shard, len(lengths))]
     expected = member_bytes(info)
     gap = BLOCK + expected + -expected % BLOCK
-    first = np.concatenate([[True], np.diff(shard) != 0])
-    step = np.concatenate([[gap], np.diff(offset)])
+    shard_before, offset_before = (shard[0] - 1, 0) if before is None else before
+    first = np.diff(shard, prepend=shard_before) != 0
+    step = np.diff(offset, prepend=offset_before)
     unlabelled = info.classes is None
     bad_label = label != UNLABELLED if unlabelled else (label < 0) | (label >= (info.classes or 0))
     allowed = (
@@ -64,9 +81,9 @@ def row_defects(info: DatasetInfo, records: list[ShardRecord], index: pa.Table) 
         return f"{INDEX_NAME} gives it the label {label[row]}, {allowed}"
 
     checks: list[tuple[NDArray[Any], Callable[[int], str]]] = [
-        (~inside, lambda row: f"{INDEX_NAME} puts it into shard {shard[row]} of {len(records)}"),
+        (~inside, lambda row: f"{INDEX_NAME} puts it into shard {shard[row]} of {len(lengths)}"),
         (
-            np.concatenate([[False], np.diff(shard) < 0]),
+            np.diff(shard, prepend=shard_before) < 0,
             lambda _: f"{INDEX_NAME} is not in the order of the shards",
         ),
         (size != expected, lambda row: f"{size[row]} bytes listed, a sample has {expected}"),

@@ -22,10 +22,13 @@ from soflow_pipelines.shards.index_checks import COLUMNS, member_bytes, row_defe
 from soflow_pipelines.shards.info import DatasetInfo, ShardError
 from soflow_pipelines.shards.order import WINDOW_BYTES
 from soflow_pipelines.shards.tables import INDEX_NAME, read_index, read_manifest
-from soflow_pipelines.shards.writer import npy_header
+from soflow_pipelines.shards.writer import BLOCK, npy_header
 from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import StorageError
 from soflow_pipelines.storage.opening import open_storage
+
+MOST_MAPPED = 2**15
+"""Shards mapped at a time: Linux gives a process 65,530 mappings, which other libraries need too."""
 
 
 class SampleReader:
@@ -44,18 +47,25 @@ class SampleReader:
         self._most_mapped = sys.maxsize if local else WINDOW_BYTES
         self._lock = Lock()
         self._info = info
-        self.shards = read_manifest(uri)
+        self.shards = read_manifest(uri, label_counts=False)
         index = read_index(uri, [*COLUMNS, "crc32"])
         self._check_tables(index)
-        self._shard = index["shard"].to_numpy()
-        self._label = index["label"].to_numpy().astype(np.int64)
-        self._offset = index["offset"].to_numpy()
+        # 13 bytes a sample: the shard follows from the row, and offsets are multiples of a block of tar.
+        self._first_row = np.cumsum([0, *(shard.samples for shard in self.shards)])
+        self._label = index["label"].to_numpy()
+        self._block = _block_numbers(index["offset"])
         self._crc = index["crc32"].to_numpy()
+        del index
+        # Arrow keeps what it has freed for its next table, which for this size does not come.
+        pa.default_memory_pool().release_unused()
         self._header = npy_header(info.dtype, info.stored_shape)
         self._bytes = member_bytes(info)
-        self._checked = np.zeros(len(self._shard), np.bool_)
+        self._checked = np.zeros(len(self._label), np.bool_)
         self._local = threading.local()
-        if local:
+        if local and len(self.shards) > MOST_MAPPED:
+            for shard in range(len(self.shards)):
+                self._check_size(shard)
+        elif local:
             # All at once: mapped one by one between batches they would scatter small blocks over the heap,
             # and memory would grow with their number. It also detects a missing or truncated shard at the start.
             for shard in range(len(self.shards)):
@@ -70,7 +80,9 @@ class SampleReader:
             )
         for row, what in row_defects(self._info, self.shards, index):
             raise self._damage(row, index["shard"][row].as_py(), what)
-        counts = np.bincount(index["shard"].to_numpy(), minlength=len(self.shards))
+        counts = np.diff(
+            np.searchsorted(index["shard"].to_numpy(), np.arange(len(self.shards) + 1, dtype=np.int32))
+        )
         for shard, count in zip(self.shards, counts, strict=True):
             if count != shard.samples:
                 raise ShardError(
@@ -88,14 +100,22 @@ class SampleReader:
         stored = self._buffer(len(rows)) if out is None else out
         content = stored.reshape(len(rows), -1).view(np.uint8)
         header = len(self._header)
-        shards, offsets = self._shard[rows].tolist(), self._offset[rows].tolist()
+        shards = self._shards_of(rows).tolist()
+        offsets = (self._block[rows].astype(np.int64) * BLOCK).tolist()
         checked = self._checked[rows].tolist()
         for number, row in enumerate(rows.tolist()):
             shard, offset = self._map(shards[number]), offsets[number]
             if not checked[number]:
                 self._check_sample(row, shard[offset : offset + self._bytes])
             content[number] = shard[offset + header : offset + self._bytes]
-        return stored, self._label[rows]
+        return stored, self._label[rows].astype(np.int64)
+
+    def _shards_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(B,) rows -> (B,) numbers of the shards that hold them."""
+        return np.searchsorted(self._first_row, rows, side="right") - 1
+
+    def _shard_of(self, row: int) -> int:
+        return int(self._shards_of(np.array([row]))[0])
 
     def _buffer(self, count: int) -> NDArray[Any]:
         """An array (B, ...) of the stored type, in the same memory each time: new pages would cost more than reading."""
@@ -106,14 +126,14 @@ class SampleReader:
 
     def _check_sample(self, row: int, member: NDArray[np.uint8]) -> None:
         if len(member) != self._bytes:
-            raise self._damage(row, int(self._shard[row]), "the shard ends inside it")
+            raise self._damage(row, self._shard_of(row), "the shard ends inside it")
         if member[: len(self._header)].tobytes() != self._header:
             raise self._damage(
-                row, int(self._shard[row]), f"it is not {self._info.dtype} of shape {self._info.stored_shape}"
+                row, self._shard_of(row), f"it is not {self._info.dtype} of shape {self._info.stored_shape}"
             )
         if zlib.crc32(member.tobytes()) != self._crc[row]:
             raise self._damage(
-                row, int(self._shard[row]), "its bytes are not those that were written (CRC-32 differs)"
+                row, self._shard_of(row), "its bytes are not those that were written (CRC-32 differs)"
             )
         self._checked[row] = True
 
@@ -127,7 +147,9 @@ class SampleReader:
             if shard not in self._maps:
                 self._maps[shard] = mapped
                 self._mapped_bytes += len(mapped)
-            while self._mapped_bytes > self._most_mapped and len(self._maps) > 1:
+            while len(self._maps) > 1 and (
+                self._mapped_bytes > self._most_mapped or len(self._maps) > MOST_MAPPED
+            ):
                 _, dropped = self._maps.popitem(last=False)
                 self._mapped_bytes -= len(dropped)
         return mapped
@@ -160,8 +182,25 @@ class SampleReader:
         if self.cache is not None:
             self.cache.fetch(self._store, self.shards[shard], stop)
 
+    def _check_size(self, shard: int) -> None:
+        """Raises ShardError where a local shard is missing or has another size than listed."""
+        record = self.shards[shard]
+        size = self._store.size(record.name)
+        if size is None:
+            raise ShardError(f"{self._store.uri}/{record.name} is missing.")
+        if size != record.bytes:
+            raise ShardError(
+                f"{self._store.uri}/{record.name} has {size} bytes, the manifest lists {record.bytes}."
+            )
+
     def _damage(self, row: int, shard: int, what: str) -> ShardError:
         """The error that names a sample's shard and key."""
         key = printable(read_index(self._store.uri, ["key"])["key"][row].as_py())
         name = self.shards[shard].name if 0 <= shard < len(self.shards) else INDEX_NAME
         return ShardError(f"{self._store.uri}/{name}, sample {key}: {what}.")
+
+
+def _block_numbers(offsets: pa.ChunkedArray) -> NDArray[Any]:
+    """Offsets in a shard in blocks of tar, in the smallest type that holds them: four bytes for shards of up to 2 TB."""
+    blocks: NDArray[Any] = offsets.to_numpy() // BLOCK
+    return blocks.astype(np.uint32) if blocks.max(initial=0) < 2**32 else blocks

@@ -56,7 +56,7 @@ MANIFEST_SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardRecord:
     """A row of the manifest, with the shard's rows of the index where it was just written.
 
@@ -144,13 +144,19 @@ def read_info(uri: str | Path) -> DatasetInfo:
     return info
 
 
-def read_manifest(uri: str | Path) -> list[ShardRecord]:
-    """The shards in order, without their rows of the index. Raises ShardError, StorageError."""
+def read_manifest(uri: str | Path, *, label_counts: bool = True) -> list[ShardRecord]:
+    """The shards in order, without their rows of the index. Raises ShardError, StorageError.
+
+    Without `label_counts`, which training does not read, 100,000 shards of 1,000 classes are not millions of numbers in Python.
+    """
     store = open_storage(uri)
-    rows = read_table(store, MANIFEST_NAME, MANIFEST_SCHEMA).to_pylist()
+    columns = [name for name in MANIFEST_SCHEMA.names if label_counts or name != "label_counts"]
+    rows = read_table(store, MANIFEST_NAME, MANIFEST_SCHEMA, columns).to_pylist()
     try:
         records = [
-            ShardRecord(row["shard"], row["samples"], row["bytes"], row["sha256"], dict(row["label_counts"]))
+            ShardRecord(
+                row["shard"], row["samples"], row["bytes"], row["sha256"], dict(row.get("label_counts", ()))
+            )
             for row in rows
         ]
         twice = [name for name, count in Counter(record.name for record in records).items() if count > 1]

@@ -42,9 +42,9 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def held(folder: Path) -> int:
     """Bytes of all files at one moment: room is made and taken, and files are published, under the lock."""
     sizes: dict[int, int] = {}
-    with (folder / "lock").open("w") as lock:
+    with (folder / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for path in folder.iterdir():
+        for path in (path for path in folder.iterdir() if path.name != "lock"):
             with suppress(FileNotFoundError):
                 status = path.stat()
                 sizes[status.st_ino] = status.st_size
@@ -175,7 +175,7 @@ def test_what_is_fetched_appears_only_while_nobody_counts_the_files(origin: Path
         """While a shard is read from it, somebody begins to count."""
 
         def open(self, name: str, start: int = 0) -> Any:
-            self.counting = (cache.folder / "lock").open("w")
+            self.counting = (cache.folder / "lock").open("a")
             fcntl.flock(self.counting, fcntl.LOCK_EX)
             return super().open(name, start)
 
@@ -233,3 +233,39 @@ def test_what_a_killed_process_was_fetching_does_not_fill_the_cache(origin: Path
     path = cache.fetch(open_storage(origin), records[1])
     assert path.exists()
     assert not part.exists()
+
+
+def test_the_files_are_not_listed_for_each_shard(
+    origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 100,000 shards, listing them for each of them would take days."""
+    counts: list[int] = []
+    make_room = ShardCache._make_room
+
+    def counted(self: ShardCache, size: int) -> int:
+        counts.append(size)
+        return make_room(self, size)
+
+    monkeypatch.setattr(ShardCache, "_make_room", counted)
+    records, store = read_manifest(origin), open_storage(origin)
+    cache = ShardCache(tmp_path, 8 * records[0].bytes)
+    for record in records[:8]:
+        cache.fetch(store, record)
+    assert len(counts) == 1
+    for record in records[8:]:
+        cache.fetch(store, record)
+        assert held(tmp_path) <= cache.limit
+
+
+def test_a_full_cache_of_many_files_frees_some_at_once(
+    origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("soflow_pipelines.shards.cache.MANY_FILES", 3)
+    monkeypatch.setattr("soflow_pipelines.shards.cache.SLACK", 2)
+    records, store = read_manifest(origin), open_storage(origin)
+    cache = ShardCache(tmp_path, 4 * records[0].bytes)
+    for record in records[:5]:
+        cache.fetch(store, record)
+    assert {path.stem for path in tmp_path.glob("*.tar")} == {
+        each.sha256 for each in (records[3], records[4])
+    }

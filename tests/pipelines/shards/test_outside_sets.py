@@ -180,7 +180,8 @@ def change_manifest(folder: Path, fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize("fields", MANIFEST_ROWS, ids=lambda fields: ascii(fields)[:60])
 def test_an_impossible_row_of_the_manifest_is_refused(folder: Path, fields: dict[str, Any]) -> None:
     change_manifest(folder, fields)
-    for read in (verify, read_all):
+    # Training does not read the counts of labels.
+    for read in (verify,) if "label_counts" in fields else (verify, read_all):
         with pytest.raises(ShardError, match=r"manifest\.parquet cannot be understood: ") as refused:
             read(folder)
         assert str(refused.value).isprintable()
