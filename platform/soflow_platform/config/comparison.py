@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,6 +25,8 @@ class SamplingConfig(Section):
     """Times at which the steps end, one fewer than `steps`, of methods that have them; None: the trial's own."""
     sampling_grid: str | None = None
     """Time grid of the steps, of methods that have one; None: the trial's own."""
+    labels: Literal["balanced", "uniform"] | None = None
+    """Which labels samples get: every class equally often, or drawn; None: `evaluation.labels`."""
     samples: Positive | None = None
     """Images that are scored; None: `evaluation.samples`."""
 

@@ -75,6 +75,11 @@ class Entry:
         return self.trial.name if self.sweep is None else f"{self.sweep}/{self.trial.name}"
 
     @property
+    def other_labels(self) -> bool:
+        """Whether labels are chosen in another way than in the sweep's own evaluations."""
+        return self.samples.labels != self.trial.experiment.evaluation.labels
+
+    @property
     def work(self) -> int:
         """Function evaluations of all samples."""
         return self.network.nfe(self.samples.steps) * self.samples.count
@@ -103,7 +108,8 @@ class ScoredSweep:
 
     def comparison(self) -> Comparison:
         """The entries as rows."""
-        score = self.entries[0].score
+        usual = [entry for entry in self.entries if not entry.other_labels]
+        score = (usual or self.entries)[0].score
         assert score is not None
         return Comparison(
             self.sweep,
@@ -207,10 +213,9 @@ def _ways(
         if not way.covers(network.trained.method):
             continue
         sampled = network.sampled(way.settings)
+        labels = (way.labels if network.conditional else None) or evaluation.labels
         for steps in way.steps:
-            samples = SampleSettings(
-                steps, evaluation.labels, evaluation.seed, way.samples or evaluation.samples
-            )
+            samples = SampleSettings(steps, labels, evaluation.seed, way.samples or evaluation.samples)
             if (sampled.objective, samples) not in seen:
                 seen.add((sampled.objective, samples))
                 entries.append(Entry(trial, target, sampled, samples, sweep=sweep, unequal=unequal))
@@ -313,7 +318,7 @@ def _row(budget: str, entry: Entry) -> Row:
         uses_jvp=objective.uses_jvp,
         trained_steps=entry.target.step or 0,
         trained_guidance=objective.trained_guidance,
-        sampling=_sampling(score.tags),
+        sampling=_sampling(score.tags, entry.other_labels),
         steps=entry.samples.steps,
         nfe=int(score.tags["nfe"]),
         samples=entry.samples.count,
@@ -322,6 +327,7 @@ def _row(budget: str, entry: Entry) -> Row:
         others=others,
         flags=tuple(_flags(entry, score)),
         point=_point(entry.trial),
+        labels=entry.samples.labels if entry.other_labels else None,
     )
     return row if entry.cost is None else replace(row, **vars(entry.cost))
 
@@ -343,7 +349,7 @@ def _flags(entry: Entry, score: Score) -> list[str]:
             f"{entry.trial.name} is at step {done} of {experiment.training.steps}: it has not had its budget."
         )
     if entry.samples.count != experiment.evaluation.samples:
-        way = f"{entry.network.objective.method} ({_sampling(score.tags)})"
+        way = f"{entry.network.objective.method} ({_sampling(score.tags, entry.other_labels)})"
         flags.append(
             f"{way} is scored on {entry.samples.count} samples, where {experiment.evaluation.samples} are usual: fewer give a larger "
             "distance."
@@ -351,11 +357,12 @@ def _flags(entry: Entry, score: Score) -> list[str]:
     return flags
 
 
-def _sampling(tags: dict[str, str]) -> str:
-    """Sampler, guidance, times and grid: `euler, guidance 3`, `consistency, times 0.55`."""
+def _sampling(tags: dict[str, str], other_labels: bool) -> str:
+    """Sampler, guidance, times and grid: `euler, guidance 3`, `consistency, times 0.55`; and labels that are not the sweep's."""
     scale = float(tags.get("sampling_scale", "1"))
     parts = [tags["sampler"]] if "sampler" in tags else []
     parts += [f"guidance {scale:g}"] if scale != 1 else []
     parts += [f"times {tags['sampling_times']}"] if "sampling_times" in tags else []
     parts += [f"grid {tags['sampling_grid']}"] if "sampling_grid" in tags else []
+    parts += [f"{tags['labels']} labels"] if other_labels else []
     return ", ".join(parts)

@@ -134,6 +134,27 @@ def test_times_and_samplers_are_compared_on_one_trial(scored: ProjectFolder, rec
     assert len({row.distance for row in rows}) == 3
 
 
+def test_other_labels_have_rows_of_their_own_and_decide_nothing(
+    scored: ProjectFolder, record: SweepRecord
+) -> None:
+    drawn = SamplingConfig(methods=("soflow",), steps=(1,), labels="uniform")
+    found = compared(scored, record, drawn, SamplingConfig(steps=(1,)))
+    assert [(row.method, row.sampling, row.labels) for row in found.rows] == [
+        ("soflow", "uniform labels", "uniform"),
+        ("soflow", "", None),
+        ("flow_matching", "euler", None),
+    ]
+    (score,) = scores_of(scored, str(newest(scored, "trial-00-soflow")), num=100, labels="uniform")
+    assert found.rows[0].distance == score.values["fd"] != found.rows[1].distance
+    assert found.settings["labels"] == "balanced"
+    without = replace(found, rows=found.rows[1:])
+    assert conclusions(found) == conclusions(without)
+
+
+def newest(project: ProjectFolder, trial: str) -> Path:
+    return project.trial(SWEEP, trial) / "checkpoints" / "step-00000006"
+
+
 def test_a_row_has_the_score_that_evaluate_gives(scored: ProjectFolder, record: SweepRecord) -> None:
     newest = scored.trial(SWEEP, "trial-01-flow_matching") / "checkpoints" / "step-00000006"
     row = compared(scored, record).rows[-1]
