@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -198,6 +198,23 @@ class TrainStep:
             self.step += 1
             self.ema.update(self.parameters, self.step)
         return self._record(terms, grad_norm, rate)
+
+    def adopt(self, objective: Objective, optimizer: OptimizerConfig) -> None:
+        """Goes on with other loss weights, schedules and learning rate from the next step.
+
+        Raises ValueError, without any change, where another method, network or optimizer would be needed.
+        """
+        before = self.objective
+        for name in ("method", "teacher_decay", "uses_jvp"):
+            if getattr(objective, name) != getattr(before, name):
+                raise ValueError(
+                    f"{name} is {getattr(before, name)} in this training and cannot become {getattr(objective, name)}"
+                )
+        if replace(self.config.optimizer, lr=optimizer.lr, final_lr=optimizer.final_lr) != optimizer:
+            raise ValueError("of the optimizer, lr and final_lr alone can change in a training")
+        check_conditions(objective, self.module)
+        self.objective = objective
+        self.config = replace(self.config, optimizer=optimizer)
 
     def ema_state(self, decay: float | str | None = None) -> dict[str, Tensor]:
         """The network's state with averaged parameters, of an EMA given by decay or name, by default the first.

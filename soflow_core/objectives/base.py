@@ -99,6 +99,8 @@ class Objective(ABC):
 
     method: str
     """Name of the method in sweep files and weights headers, given by `@register`."""
+    fixed_settings: ClassVar[frozenset[str]] = frozenset()
+    """Numbers among the settings that stay for a whole training: those that decide what the network's times mean."""
 
     @classmethod
     def registration_fault(cls, part: type[Objective]) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -83,6 +84,8 @@ def discrete_loss(
 @dataclass(frozen=True)
 class ImprovedConsistency(ConsistencyModel):
     """Settings of iCT (arXiv 2310.14189): neighbouring noise levels of a grid that doubles in stages."""
+
+    fixed_settings: ClassVar[frozenset[str]] = frozenset({"sigma_min", "sigma_max", "rho"})
 
     time: LogitNormal = field(default_factory=lambda: LogitNormal(-1.1, 2.0))
     """Distribution of the noise level: mean and std of ln sigma."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -37,6 +38,8 @@ MOST_STEPS = 100_000
 @dataclass(frozen=True)
 class Diffusion(SteppedModel):
     """Settings of diffusion; the defaults are DiT's."""
+
+    fixed_settings: ClassVar[frozenset[str]] = frozenset({"beta_first", "beta_last"})
 
     diffusion_steps: int = 1000
     """Length of the chain."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ MOST_STEPS = 2**20
 @dataclass(frozen=True)
 class Shortcut(AverageVelocityModel):
     """Settings of Shortcut models; the defaults are the official code's."""
+
+    fixed_settings: ClassVar[frozenset[str]] = frozenset({"teacher_ema"})
 
     base_steps: int = 128
     """Steps of the finest grid; a power of 2."""

@@ -30,7 +30,8 @@ from soflow_platform.config.comparison import SamplingConfig
 from soflow_platform.config.dimensions import Dimension
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.gate import GateConfig, GuardConfig
-from soflow_platform.config.search import AshaConfig, FinalConfig
+from soflow_platform.config.mid_run import SettingsChange
+from soflow_platform.config.search import AshaConfig, FinalConfig, PbtConfig
 from soflow_platform.config.sections import NetworkConfig
 from soflow_platform.config.training import AlignmentConfig
 
@@ -49,6 +50,8 @@ SECTIONS: dict[str, type] = {
     "search.final": FinalConfig,
     "search.asha": AshaConfig,
     "training.alignment": AlignmentConfig,
+    "search.pbt": PbtConfig,
+    "training.changes": SettingsChange,
     "registry.gate": GateConfig,
     "registry.gate.guards": GuardConfig,
 }

@@ -57,9 +57,9 @@ def reduced(arguments: list[str]) -> list[str]:
     if sweep == "my-sweep":
         steps = ("--set", "training.batch=32", "--set", "training.steps=20", "--set", "evaluation.every=20")
         return [*arguments, *SMALL_NETWORK, *SMALL_SAMPLES, *steps, *ONE_TRIAL]
-    if sweep in ("methods-digits", "samples"):
+    if sweep in ("methods-digits", "methods-digits-tuned", "samples"):
         steps = ("--set", "training.steps=20", "--set", "evaluation.every=20", "--set", "training.batch=32")
-        steps = (*steps, *TWO_METHODS) if sweep == "methods-digits" else steps
+        steps = steps if sweep == "samples" else (*steps, *TWO_METHODS)
         comparison = ("--set", "comparison=[{steps: [1, 2], samples: 64}]")
         cheap = ("--no-costs",) if rest[0] == "compare" else ()
         return [*arguments, *SMALL_NETWORK, *SMALL_SAMPLES, *steps, *comparison, *cheap]

@@ -9,6 +9,7 @@ options           options that several commands share
 terminal          console, tables, progress bars
 sweep_file        a sweep file by path or name, checked, with its trials
 run               run
+shutdown          signals to it, and the loss of its Ray
 dry_run           run --dry-run
 validate          validate
 plan              plan

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from soflow_platform.cli.plan import amount_lines, notes, plan_table, short_plan
-from soflow_platform.cli.sweep_file import later_trials, steps_of
+from soflow_platform.cli.sweep_file import compared_by, later_trials, steps_of
 from soflow_platform.cli.terminal import styled
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import UserError
@@ -36,7 +36,7 @@ def print_dry_run(screen: Console, experiment: Experiment, trials: list[Trial], 
         f"{len(trials)} trials{later_trials(experiment)} of {steps_of(trials)} steps, "
         f"{experiment.training.batch} samples in each step"
     )
-    screen.print(f"compared by {experiment.search.metric} ({experiment.mode})")
+    screen.print(compared_by(experiment))
     screen.print(f"asks Ray for {request(experiment)}")
     screen.print(f"storage {root}")
     try:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from soflow_platform.cli.options import Places
+from soflow_platform.cli.shutdown import GracefulShutdown, restart_lost_ray
 from soflow_platform.cli.sweep_file import CheckedSweep, print_proxy, read
 from soflow_platform.cli.terminal import console
 from soflow_platform.config.experiment import Experiment
-from soflow_platform.errors import JobError, Stopped, UserError
+from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.code_digest import describe_difference, running_code
 from soflow_platform.storage.project import ProjectFolder, find_project, require_writable
-from soflow_platform.training.stop_request import request_stop
 from soflow_platform.training.trial_status import TrialState
 from soflow_platform.tuning.record import (
     SweepRecord,
@@ -27,7 +24,6 @@ from soflow_platform.tuning.record import (
     lock_sweep,
     new_or_resumed_record,
     sweep_id,
-    with_recorded_names,
 )
 from soflow_platform.tuning.recorded import awaits_results, describe_growth, grown_sweep, known_trials
 from soflow_platform.tuning.search_space import Trial
@@ -36,11 +32,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from soflow_pipelines.preparation.builtin import Expected
-    from soflow_platform.cli.display import SweepDisplay
     from soflow_platform.training.start import Start
     from soflow_platform.tuning.display import TrialOutcome
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,11 +69,6 @@ class RunOptions:
         return [*(name for name, given in flags.items() if given), "--no-check"]
 
 
-INTERRUPTED, TERMINATED = 130, 143
-"""Exit codes."""
-SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-
-
 def run_command(
     name: str,
     overrides: tuple[str, ...],
@@ -106,8 +94,7 @@ def run_command(
     require_writable(storage)
     sweep, existing = _existing_sweep(storage, sweep_file, options, screen)
     if existing is not None:
-        named = with_recorded_names(planned, existing)
-        planned = known_trials(sweep_file.document, experiment, existing, named)
+        planned = known_trials(sweep_file.document, experiment, existing, planned)
         if _is_finished(existing, sweep_file, planned, options, screen):
             show_result(screen, existing, storage)
             _score_best(screen, existing, experiment, Places(address, storage_option, existing.tracking_uri))
@@ -304,19 +291,6 @@ def find_starts(
     return resolve_starts(starting, data, storage, experiment.tracking.uri or storage.tracking_uri, known)
 
 
-def restart_lost_ray(run: Callable[[], T], restarts: int, say: Callable[[str], None]) -> T:
-    """The result of `run`, which is started again up to `restarts` times where the Ray of this command has died."""
-    from soflow_platform.cluster.connection import RayLost
-
-    while restarts > 0:
-        restarts -= 1
-        try:
-            return run()
-        except RayLost as error:
-            say(f"{error} Starting Ray again.")
-    return run()
-
-
 def _require_checkpoints(storage: ProjectFolder, record: SweepRecord, experiment: Experiment) -> None:
     """Raises UserError where trials have checkpoints in the place that was set before and none in the one that is set now."""
     before, now = record.experiment["training"].get("checkpoints"), experiment.training.checkpoints
@@ -331,70 +305,6 @@ def _require_checkpoints(storage: ProjectFolder, record: SweepRecord, experiment
                 f"the checkpoints of sweep {record.id} are in {left.root} and not in {chosen.root}: move them there, or leave "
                 "training.checkpoints as it was."
             )
-
-
-class GracefulShutdown:
-    """While a block runs, SIGTERM, SIGHUP and Ctrl-C ask the trials to save and stop.
-
-    A second signal, or `grace` seconds gone by, ends the block at once. Either way what is open is closed, and the exit code says why:
-    143, or 130 for Ctrl-C. The signal handlers that were installed before are restored when the block ends.
-    """
-
-    def __init__(self, storage: ProjectFolder, sweep: str, display: SweepDisplay, grace: float) -> None:
-        self._storage, self._sweep, self._display, self._grace = storage, sweep, display, grace
-        self._handlers: dict[int, Any] = {}
-        self.requested: int | None = None
-        """The first signal that came."""
-
-    @property
-    def exit_code(self) -> int:
-        """0 where no signal came."""
-        if self.requested is None:
-            return 0
-        return INTERRUPTED if self.requested == signal.SIGINT else TERMINATED
-
-    def __enter__(self) -> GracefulShutdown:
-        for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                # Under nohup a hang-up stays ignored.
-                self._handlers[number] = signal.signal(number, self._on_signal)
-        self._handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._exit)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        del kind, trace
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self._handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if self.exit_code and isinstance(error, (SystemExit, Stopped)):
-            if isinstance(error, Stopped):
-                print(f"soflowctl: stopped: {error}", file=sys.stderr)
-            # An exit inside one of Ray's calls comes out of it with Ray's own code.
-            raise SystemExit(self.exit_code) from None
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        first, self.requested = self.requested is None, self.requested or number
-        if not first or not self._display.training:
-            print("ended at once: run the same command to go on.", file=sys.stderr)
-            self._exit(number, frame)
-        if number == signal.SIGHUP:
-            _leave_terminal()
-        print("asked to stop: trials finish their step and save; once more ends at once.", file=sys.stderr)
-        request_stop(self._storage, self._sweep)
-        signal.setitimer(signal.ITIMER_REAL, self._grace)
-
-    def _exit(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        raise SystemExit(self.exit_code)
-
-
-def _leave_terminal() -> None:
-    """Send what would go to a terminal that is gone to the null device: writing there fails."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream.isatty():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _print_short_plan(

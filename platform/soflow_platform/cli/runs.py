@@ -9,6 +9,7 @@ from rich.table import Table
 from soflow_platform.cli.terminal import console, plain_table
 from soflow_platform.storage.checkpoints import best_evaluation
 from soflow_platform.storage.project import ProjectFolder, find_project
+from soflow_platform.tuning.lineage import describe
 from soflow_platform.tuning.lookup import resolve
 from soflow_platform.tuning.record import SweepRecord, all_records
 from soflow_platform.tuning.status import sweep_state
@@ -48,7 +49,8 @@ def _sweeps_table(storage: ProjectFolder, records: list[SweepRecord]) -> Table:
 
 def _trials_table(storage: ProjectFolder, record: SweepRecord) -> Table:
     metric = record.metric
-    table = plain_table("trial", "step", "best step", metric, "checkpoints")
+    lineage = ["trained by"] if record.rungs else []
+    table = plain_table("trial", "step", "best step", metric, "checkpoints", *lineage)
     for trial in record.trials:
         published = record.checkpoints(storage, trial.name).published()
         state = published[-1].state if published else None
@@ -59,5 +61,6 @@ def _trials_table(storage: ProjectFolder, record: SweepRecord) -> Table:
             f"{best['step']:,}" if best else "-",
             f"{best[metric]:.4g}" if best else "-",
             str(len(published)),
+            *([describe(record.history(trial.name), record.steps(trial.name))] if lineage else []),
         )
     return table

@@ -69,6 +69,13 @@ def later_trials(experiment: Experiment) -> str:
     return f", and up to {added} more from results," if added else ""
 
 
+def compared_by(experiment: Experiment) -> str:
+    """`compared by eval/fid_nfe1 (min), at rungs by eval/fd_nfe1 (min)`."""
+    text = f"compared by {experiment.search.metric} ({experiment.mode})"
+    rung, mode = experiment.rung_metric
+    return text if rung == experiment.search.metric else f"{text}, at rungs by {rung} ({mode})"
+
+
 def _check_networks(planned: list[Trial]) -> None:
     """Raises UserError where a trial's network cannot take the shape that the file names."""
     from soflow_platform.training.dataset import expected

@@ -5,7 +5,14 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from soflow_platform.cli.sweep_file import CheckedSweep, later_trials, print_proxy, read, steps_of
+from soflow_platform.cli.sweep_file import (
+    CheckedSweep,
+    compared_by,
+    later_trials,
+    print_proxy,
+    read,
+    steps_of,
+)
 from soflow_platform.config.recipe import departures, recipe_of
 
 
@@ -16,7 +23,7 @@ def validate_command(name: str, overrides: tuple[str, ...], proxy: str | None = 
     methods = ", ".join(dict.fromkeys(trial.experiment.objective.method for trial in planned))
     print(
         f"{sweep.path} is valid: {len(planned)} trial(s){later_trials(experiment)} of {methods}, {steps_of(planned)} steps "
-        f"of {experiment.training.batch} samples, compared by {experiment.search.metric} ({experiment.mode})."
+        f"of {experiment.training.batch} samples, {compared_by(experiment)}."
     )
     print_proxy(sweep, proxy)
     for line in recipe_warnings(sweep):

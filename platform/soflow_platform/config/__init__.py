@@ -10,6 +10,7 @@ gate         registry: the registered model and the gate before its champion
 sampling_settings  how trained networks are sampled
 comparison   ways of sampling that `compare` scores
 search       search space, budgets, scheduler
+mid_run      settings that may change in mid-run, and their changes
 dimensions   how one setting of a search space varies
 constraints  conditions between settings, parsed and evaluated
 locations    paths and URIs made absolute

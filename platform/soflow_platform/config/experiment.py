@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from soflow_core.augmentation import LABELS
 from soflow_core.networks import NETWORKS
@@ -18,6 +18,7 @@ from soflow_core.settings import identifying
 from soflow_platform.config.comparison import USUAL_COMPARISON, SamplingConfig
 from soflow_platform.config.evaluation import DIGITS, EvaluationConfig
 from soflow_platform.config.gate import RegistryConfig
+from soflow_platform.config.mid_run import changeable, check_order, may_change, rebuilt_for, with_changes
 from soflow_platform.config.parts import PartOf, network_section
 from soflow_platform.config.plugin_settings import Plugins
 from soflow_platform.config.sampling_settings import SamplingSection, with_sampling
@@ -42,6 +43,7 @@ LATER_SEARCH_SETTINGS: dict[str, Any] = {
     "final": None,
     "objectives": [],
     "stop": {},
+    "pbt": None,
 }
 """Settings that `search` has got since 0.1.0, with the values at which nothing changes. With these they are no part of the digest, so
 that sweeps keep it; of methods and networks, the settings that are marked as inert."""
@@ -62,6 +64,7 @@ LATER_TRAINING_SETTINGS: dict[str, Any] = {
     "augment": None,
     "draws": "auto",
     "alignment": AlignmentConfig().model_dump(mode="json"),
+    "changes": [],
 }
 """The same of `training`."""
 
@@ -157,12 +160,13 @@ class Experiment(Section):
                 f"search.metric {self.search.metric!r} is never reported: this sweep reports {', '.join(reported)}; "
                 "`evaluation.metrics` adds others"
             )
-        rung = self.search.asha.metric if self.search.asha else None
-        if rung is not None and rung not in reported:
-            raise ValueError(
-                f"search.asha.metric {rung!r} is never reported: this sweep reports {', '.join(reported)}; "
-                "`evaluation.pooled` and `evaluation.metrics` add others"
-            )
+        for kind, scheduler in (("asha", self.search.asha), ("pbt", self.search.pbt)):
+            rung = scheduler.metric if scheduler else None
+            if rung is not None and rung not in reported:
+                raise ValueError(
+                    f"search.{kind}.metric {rung!r} is never reported: this sweep reports {', '.join(reported)}; "
+                    "`evaluation.pooled` and `evaluation.metrics` add others"
+                )
         for name in self.search.stop:
             if name not in reported and name not in LOGGED_METRICS:
                 known = ", ".join((*LOGGED_METRICS, *reported))
@@ -185,6 +189,54 @@ class Experiment(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _changes_are_possible(self) -> Experiment:
+        changes = self.training.changes
+        check_order(changes, self.training.steps, self.objective)
+        for change in changes:
+            try:
+                later = self.at(change.after + 1)
+            except ValidationError as error:
+                message = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"training.changes after step {change.after}: {message}") from None
+            if differing := rebuilt_for(self.objective, later.objective):
+                raise ValueError(
+                    f"training.changes after step {change.after} changes what network and workers are built for ({differing}): "
+                    "keep that"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _population_can_change(self) -> Experiment:
+        search, training = self.search, self.training
+        if search.pbt is None:
+            return self
+        for key in dict.fromkeys((*search.space, *(key for point in search.first for key in point))):
+            if key != "name" and not may_change(self.objective, key):
+                raise ValueError(
+                    f"search.pbt changes settings in mid-run and `{key}` stays for a whole training: "
+                    f"vary {changeable(self.objective)}"
+                )
+        if search.pbt.every % self.evaluation.every:
+            raise ValueError(
+                f"search.pbt.every ({search.pbt.every}) is no multiple of evaluation.every ({self.evaluation.every}), at which "
+                "trials are scored: make it one"
+            )
+        if search.pbt.every == training.steps:
+            raise ValueError(
+                f"search.pbt.every ({search.pbt.every}) is training.steps, where nothing is left to train: lower it"
+            )
+        if training.ema_profiles:
+            raise ValueError(
+                "search.pbt copies checkpoints, without the snapshots of training.ema_profiles: leave them out"
+            )
+        return self
+
+    def at(self, step: int) -> Experiment:
+        """The settings of a step, counted from 1: with the changes of `training.changes` before it, and with none to come."""
+        changes = [change for change in self.training.changes if change.after < step]
+        return Experiment(**with_changes(self.resolved(), changes)) if self.training.changes else self
+
     def _steps_within(self) -> dict[str, int | None]:
         """Settings that name a step of the training."""
         return {
@@ -192,6 +244,7 @@ class Experiment(Section):
             "training.ema_snapshot_every": self.training.ema_snapshot_every,
             "optimizer.warmup_steps": self.optimizer.warmup_steps,
             "search.asha.first_rung": self.search.asha.first_rung if self.search.asha else None,
+            "search.pbt.every": self.search.pbt.every if self.search.pbt else None,
         }
 
     @property
@@ -202,7 +255,8 @@ class Experiment(Section):
     @property
     def rung_metric(self) -> tuple[str, str]:
         """What trials are compared by at rungs, and `min` or `max`."""
-        own = self.search.asha.metric if self.search.asha else None
+        scheduler = self.search.asha or self.search.pbt
+        own = scheduler.metric if scheduler else None
         if own is None or own == self.search.metric:
             return self.search.metric, self.mode
         return own, self.evaluation.reported(self.data.conditional)[own]
@@ -216,7 +270,7 @@ class Experiment(Section):
     @property
     def sampled_objective(self) -> Objective:
         """The method as its trained network is sampled. Raises UserError where it cannot be sampled as `sampling` says."""
-        return with_sampling(self.objective, self.sampling.settings)
+        return with_sampling(self.at(self.training.steps).objective, self.sampling.settings)
 
     @property
     def model_name(self) -> str:
@@ -251,6 +305,8 @@ class Experiment(Section):
         search = {key: resolved["search"][key] for key in COMPARING_SEARCH}
         # What is added later is no setting of older sweeps.
         search["asha"] = _without(search["asha"] or {}, LATER_ASHA_SETTINGS) or None
+        if resolved["search"]["pbt"] is not None:
+            search["pbt"] = resolved["search"]["pbt"]
         evaluation = _evaluation_of_the_digest(resolved)
         return _digest(
             {**self._sampled(), "data": resolved["data"], "evaluation": evaluation, "search": search}

@@ -21,7 +21,11 @@ TAKEN: tuple[KeyPath, ...] = (
     ("resources",),
 )
 """What a proxy decides: size, length and machines. Everything else (data, method, space, trials, metric) stays the sweep's."""
-SCALED: tuple[KeyPath, ...] = (("search", "asha", "first_rung"), ("optimizer", "warmup_steps"))
+SCALED: tuple[KeyPath, ...] = (
+    ("search", "asha", "first_rung"),
+    ("search", "pbt", "every"),
+    ("optimizer", "warmup_steps"),
+)
 """Counts of steps that keep their share of the training."""
 
 

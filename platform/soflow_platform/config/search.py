@@ -29,6 +29,21 @@ class AshaConfig(Section):
     """What trials are compared by at rungs; None: `search.metric`, by which the sweep is ranked."""
 
 
+class PbtConfig(Section):
+    """Population-based training: at rungs the worse trials go on from checkpoints of better ones, with settings moved from theirs."""
+
+    every: Positive
+    """Steps between rungs, at which all trials have seen equally many images."""
+    replaced: Annotated[float, Field(gt=0, le=0.5)] = 0.25
+    """Share of the population that is replaced at a rung, the worst, by copies of as many of the best."""
+    move: Annotated[float, Field(gt=0, le=0.5)] = 0.2
+    """How far a setting moves, up or down: a share of its distribution; one of a list goes to a neighbour."""
+    resample: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Probability with which a setting is drawn anew instead."""
+    metric: str | None = None
+    """What trials are compared by at rungs; None: `search.metric`, by which the sweep is ranked."""
+
+
 class StopLimits(Section):
     """Limits of a metric beyond which a trial is ended."""
 
@@ -93,6 +108,7 @@ class SearchConfig(Section):
     objectives: Annotated[tuple[str, ...], Field(max_length=4)] = ()
     """What `tpe` looks for beside `metric`: other metrics that are reported, or `train_seconds`."""
     asha: AshaConfig | None = None
+    pbt: PbtConfig | None = None
     stop: dict[str, StopRule] = Field(default_factory=dict)
     """When a trial that diverges is ended: `{train/loss: nan}`, `{eval/fd_nfe1: {above: 500}}`."""
 
@@ -159,6 +175,27 @@ class SearchConfig(Section):
             key == "seed" for key in (*self.space, *itertools.chain(*self.first))
         ):
             raise ValueError("`seeds` or `final` and a `seed` that varies exclude each other: keep one")
+        return self
+
+    @model_validator(mode="after")
+    def _population_fits(self) -> SearchConfig:
+        if self.pbt is None:
+            return self
+        if self.asha is not None:
+            raise ValueError("`asha` ends trials at rungs and `pbt` replaces them: keep one")
+        if self.algorithm == "tpe":
+            raise ValueError("`pbt` begins with its whole population: take algorithm: random, sobol or grid")
+        if self.seeds > 1 or self.final is not None or self.budgets != ("steps",):
+            raise ValueError(
+                "`pbt` compares one population of one seed and equal steps: leave `seeds`, `final` and `budgets` out; the settings "
+                "that a trial came to are trained again with other seeds by its command in the report"
+            )
+        dimensions = self.dimensions()
+        if waiting := next((key for key, dimension in dimensions.items() if dimension.when), None):
+            raise ValueError(f"`pbt` moves every setting of every trial: leave `when` of `{waiting}` out")
+        grid = math.prod(len(dimension.grid) for dimension in dimensions.values() if dimension.grid)
+        if not self.space or grid * (self.trials or 1) + len(self.first) < 2:
+            raise ValueError("`pbt` needs a `space` and a population of 2 trials or more (`trials`)")
         return self
 
     @property

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from soflow_platform.config.evaluation import known_features
 from soflow_platform.config.locations import absolute_place, absolute_weights
+from soflow_platform.config.mid_run import SettingsChange
 from soflow_platform.config.sections import Minutes, Positive, Samples, Section
 
 
@@ -79,6 +80,8 @@ class TrainingConfig(Section):
     draws: Literal["auto", "generator", "counter"] = "auto"
     """How noise, times, dropped labels and posterior samples are drawn: `generator`: one after the other, on the CPU; `counter`: on the
     device, each as a function of seed, step and row. `auto`: `counter` on a GPU. A trial goes on as it began."""
+    changes: Annotated[tuple[SettingsChange, ...], Field(max_length=1000)] = ()
+    """Settings that have other values from a step on: loss weights, time schedules, the learning rate."""
     log_every: Positive = 50
     """Steps between two points of the training curves."""
     checkpoint_every: Positive | None = None

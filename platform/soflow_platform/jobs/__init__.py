@@ -17,6 +17,7 @@ report_charts      its Plotly figures
 report_importance  share of the metric's variance that each setting explains
 report_page        its HTML, with style and script in the files beside it
 report_pareto      fronts of several objectives
+report_population  decisions at the rungs of a population, and what its trials went through
 benchmark          seconds and memory of training and sampling
 generate           a folder of images from weights
 export             a generator as one file that runs without the platform, or as a folder for diffusers

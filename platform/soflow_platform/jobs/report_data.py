@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 import shlex
@@ -17,6 +18,7 @@ from soflow_platform.storage.checkpoints import best_evaluation
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import TRIAL_TAG, Tracking, TrackingStore
 from soflow_platform.training.trial_status import read_status
+from soflow_platform.tuning.lineage import changes
 from soflow_platform.tuning.points import PointSettings
 from soflow_platform.tuning.ranking import RankedPoint, ScoredTrial, ranked_points
 from soflow_platform.tuning.record import ScoredStep, SweepRecord
@@ -68,13 +70,16 @@ class ReportedTrial:
         return self.seconds_at(self.step)
 
     def schedule(self) -> tuple[str, list[tuple[int, float]]] | None:
-        """Name and curve of its method's schedule over the steps k of K; None where the method has none."""
-        objective, steps = self.trial.experiment.objective, self.trial.experiment.training.steps
+        """Name and curve of its method's schedule over the steps k of K, through what changed in mid-run; None where it has none."""
+        experiment, steps = self.trial.experiment, self.trial.experiment.training.steps
         at = sorted({round(steps * place / CURVE_POINTS) for place in range(CURVE_POINTS + 1)})
-        if isinstance(objective, SoFlow):
-            return "r(k, K)", [(step, objective.schedule.ratio(step, steps)) for step in at]
-        if isinstance(objective, AlphaFlow):
-            return "alpha(k, K)", [(step, objective.schedule.alpha(step, steps)) for step in at]
+        began = [0, *(change.after for change in experiment.training.changes)]
+        objectives = [experiment.at(after + 1).objective for after in began]
+        used = [(step, objectives[bisect.bisect_right(began, step) - 1]) for step in at]
+        if isinstance(experiment.objective, SoFlow):
+            return "r(k, K)", [(step, objective.schedule.ratio(step, steps)) for step, objective in used]
+        if isinstance(experiment.objective, AlphaFlow):
+            return "alpha(k, K)", [(step, objective.schedule.alpha(step, steps)) for step, objective in used]
         return None
 
 
@@ -225,8 +230,12 @@ def _with_state(trial: ReportedTrial, state: str, step: int) -> ReportedTrial:
 
 
 def _command(record: SweepRecord, trial: Trial, base_file: str) -> str:
-    """The command that trains a trial anew, as a sweep of its own."""
+    """The command that trains a trial anew, as a sweep of its own; one of a population through all that its lineage went through."""
     settings = {key: value for key, value in trial.settings.items() if key != "budget"}
+    if record.rungs:
+        history = record.history(trial.name)
+        later = changes(history)
+        settings = {**history[0].settings, **({"training.changes": later} if later else {})}
     if trial.experiment.training.steps != record.experiment["training"]["steps"]:
         settings["training.steps"] = trial.experiment.training.steps
     number = trial.name.split("-")[1] if "-" in trial.name else str(trial.index)

@@ -15,6 +15,7 @@ from soflow_platform.jobs import report_charts as charts
 from soflow_platform.jobs.report_data import ReportedTrial, SweepReport
 from soflow_platform.jobs.report_importance import importance
 from soflow_platform.jobs.report_pareto import front_of, pareto_chart
+from soflow_platform.jobs.report_population import population_parts
 
 GRIDS = 4
 """Sample grids that are shown of a trial."""
@@ -48,6 +49,7 @@ def page(report: SweepReport, base_text: str) -> str:
     made = _Page()
     _head(made, report)
     _ranking(made, report)
+    _population(made, report)
     if report.scored:
         _curves(made, report)
         _fronts(made, report)
@@ -130,6 +132,9 @@ def _head(made: _Page, report: SweepReport) -> None:
 def _ranking(made: _Page, report: SweepReport) -> None:
     several = any(len(point.trials) > 1 for point in report.ranked)
     by = "the mean over the seeds of a point" if several else "the best evaluation of each trial"
+    rung, _ = report.experiment.rung_metric
+    if rung != report.metric:
+        by += f"; at rungs trials were compared by {rung}"
     made.section("Ranking", f"By {report.metric}: {by}. A point is what its trials have in common.")
     columns = report.varied()
     place_of = {trial.name: place for place, trial in enumerate(report.trials)}
@@ -160,6 +165,18 @@ def _ranking(made: _Page, report: SweepReport) -> None:
     made.add(
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>', *rows, "</tbody></table></div>"
     )
+
+
+def _population(made: _Page, report: SweepReport) -> None:
+    parts = list(population_parts(report.record))
+    if parts:
+        metric, _ = report.experiment.rung_metric
+        made.section(
+            "Population",
+            f"At each rung the worst trials by {metric} went on from the checkpoints of better ones, with other settings. Ranking and "
+            "charts have the settings with which the trials themselves began; schedules are as they were trained.",
+        )
+        made.add(*parts)
 
 
 def _number_of(name: str) -> str:

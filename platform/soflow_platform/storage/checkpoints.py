@@ -82,6 +82,8 @@ class CheckpointState:
     """Lineage of the weights that training started from; None: fresh ones."""
     draws: int | None = None
     """Version of the draws of noise, times and posterior samples (`soflow_core.random_source`); None, of an earlier version, is 1."""
+    copied_from: str | None = None
+    """The trial whose checkpoint of this step it is a copy of (`search.pbt`); None: the trial's own."""
 
     def as_record(self) -> dict[str, Any]:
         record = asdict(self)

@@ -28,6 +28,8 @@ class TrialJob:
     """The weights that it starts from: the arguments of `Start`. None: fresh ones."""
     attempt: int = 1
     """Number of the sweep's present start, from 1."""
+    until: int | None = None
+    """The step at which training pauses, for others to reach it (`search.pbt`); None: it goes on to the last one."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

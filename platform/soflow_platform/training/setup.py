@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -67,9 +68,20 @@ class TrialSetup:
         job, base = self.job, self.experiment.training.checkpoints
         return snapshot_store(job.project, job.sweep, job.trial, base)
 
+    @cached_property
+    def _changes(self) -> list[tuple[int, Experiment]]:
+        """The last step before each change of settings, and the settings after it; first those of the first step."""
+        experiment = self.experiment
+        later = [(change.after, experiment.at(change.after + 1)) for change in experiment.training.changes]
+        return [(0, experiment.at(1)), *later]
+
+    def settings_at(self, step: int) -> Experiment:
+        """The settings of a step, counted from 1."""
+        return next(settings for after, settings in reversed(self._changes) if after < max(step, 1))
+
     def draw(self, step: int) -> Draws:
         """This rank's rows of the step's times and noise, which are drawn for the global batch and do not depend on `world`."""
-        experiment, shape = self.experiment, tuple(self.loader.info.shape)
+        experiment, shape = self.settings_at(step), tuple(self.loader.info.shape)
         generator = step_generator(experiment.seed, step)
         batch, conditional = experiment.training.batch, experiment.data.conditional
         return experiment.objective.draw(generator, batch, shape, conditional).rows(self.rank, self.world)

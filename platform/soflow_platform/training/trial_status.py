@@ -35,7 +35,7 @@ class TrialState(str, Enum):
 
     NOT_STARTED = "not started"
     WAITING = "waiting"
-    """Its sweep runs; the trial has not started."""
+    """Its sweep runs; the trial has not started, or waits at a rung for the others of its population."""
     STARTING = "starting"
     RESTARTING = "restarting"
     """Its workers were lost and new ones are started."""

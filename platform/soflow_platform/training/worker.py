@@ -17,6 +17,7 @@ import torch
 
 from soflow_core.ema import Power
 from soflow_core.host_copy import HostCopy, PendingCopy
+from soflow_core.objectives import Objective
 from soflow_core.random_source import DrawsVersion
 from soflow_core.train_step import StepRecord
 from soflow_core.weights import save_weights, weights_header
@@ -71,6 +72,9 @@ class Trainer:
         self.inputs: StepInputs | None = None
         """Made when it is known where training begins."""
         training = setup.experiment.training
+        self.steps = training.steps
+        self.end = min(setup.job.until or self.steps, self.steps)
+        """The step at which this start ends: the last one, or a rung at which the trial waits for others."""
         self.throughput = Throughput(
             training.batch, training.steps, setup.flops_per_image, setup.device, setup.world
         )
@@ -101,18 +105,22 @@ class Trainer:
         """Train to the last step, or to the step after which a stop was requested. Returns whether it was the last."""
         for _ in self.train():
             pass
-        return self.step == self.experiment.training.steps
+        return self.step == self.steps
 
     def train(self) -> Iterator[dict[str, Any]]:
-        """Train to the last step or to a stop; yields each evaluation once it is in a checkpoint, the last when all is saved.
+        """Train to the last step, a rung or a stop; yields each evaluation once it is in a checkpoint, the last when all is saved.
 
         Closing the iterator ends the trial as pruned.
         """
-        last = self.experiment.training.steps
+        last = self.end
         try:
             self.resume()
             yielded = len(self.evaluations)
-            stopping = self._owes_evaluation() and not self.evaluate()
+            owed = self._owes_evaluation()
+            stopping = owed and not self.evaluate()
+            if owed and not stopping and self.step == last:
+                # The evaluation at a rung, which a stop had interrupted: there is no step after it to save it with.
+                self.save(needed=True)
             while self.step < last and not stopping:
                 try:
                     record = self.train_one_step()
@@ -128,7 +136,7 @@ class Trainer:
                 stopping = (
                     interrupted
                     or (self.should_stop() and self.step < last)
-                    or (self.diverged is not None and self.step < last)
+                    or (self.diverged is not None and self.step < self.steps)
                 )
                 if evaluated or stopping or self._is_saved() or self.should_stop.save_requested:
                     self.should_stop.save_requested = False
@@ -152,9 +160,12 @@ class Trainer:
 
     def _end(self) -> TrialState:
         """How the training ended."""
-        if self.step == self.experiment.training.steps:
+        if self.step == self.steps:
             return TrialState.FINISHED
-        return TrialState.STOPPED if self.diverged is None else TrialState.PRUNED
+        if self.diverged is not None:
+            return TrialState.PRUNED
+        at_rung = self.step == self.end and not self._owes_evaluation()
+        return TrialState.WAITING if at_rung else TrialState.STOPPED
 
     def _apply_rules(self, values: Mapping[str, float]) -> None:
         """Note where values, which are the same on every rank, break a rule of `search.stop`."""
@@ -175,7 +186,7 @@ class Trainer:
         else:
             with self._ema_network() as (network, _):
                 if setup.rank == 0:
-                    grids = setup.evaluator.grids(network, self.experiment.sampled_objective, setup.device)
+                    grids = setup.evaluator.grids(network, self._sampled_objective, setup.device)
                     self.io.show(0, grids)
             self._log_start()
         self.inputs = self._open_inputs()
@@ -190,7 +201,7 @@ class Trainer:
         inputs = DeviceInputs(
             self.loader, self.experiment.seed, conditional, setup.draw_on_device, setup.device
         )
-        if self.step < self.experiment.training.steps:
+        if self.step < self.steps:
             inputs.begin(self.step + 1)
         return inputs
 
@@ -206,6 +217,7 @@ class Trainer:
     def train_one_step(self) -> StepRecord:
         """One optimizer step. Raises NonFiniteError on every rank where some rank's loss or gradient is not finite."""
         step = self.step + 1
+        self._adopt_settings(step)
         if self.forward_timer is not None:
             self.forward_timer.measuring = self._is_logged(step)
         self.throughput.begin()
@@ -218,6 +230,13 @@ class Trainer:
             self._raise_non_finite(step, record)
         self.throughput.end(step)
         return record
+
+    def _adopt_settings(self, step: int) -> None:
+        """Take the settings of a step where they have changed (`training.changes`)."""
+        settings, trained = self.setup.settings_at(step), self.train_step
+        if (settings.objective, settings.optimizer) != (trained.objective, trained.config.optimizer):
+            trained.adopt(settings.objective, settings.optimizer)
+            self.io.log("trains with the settings of training.changes", step)
 
     def log(self, record: StepRecord) -> dict[str, float]:
         """Publish a step's progress, and every so often its metrics, which are means over the ranks; these are returned."""
@@ -249,12 +268,10 @@ class Trainer:
         """
         setup, step = self.setup, self.step
         self.io.set_state(TrialState.EVALUATING, step)
-        interruptible = step < self.experiment.training.steps
+        interruptible = step < self.steps
         try:
             with self._ema_network(interruptible) as (network, ranks):
-                result = setup.evaluator.evaluate(
-                    network, self.experiment.sampled_objective, setup.device, ranks
-                )
+                result = setup.evaluator.evaluate(network, self._sampled_objective, setup.device, ranks)
         except Interrupted:
             return False
         self.evaluations.append({"step": step, **result.metrics})
@@ -278,7 +295,7 @@ class Trainer:
         pending = self.train_step.start_host_state(self._state_copy)
         self._stall = Stall(step, time.perf_counter() - started, pending)
         # Weights are sampled as the sweep says, where a command says nothing else.
-        objective, facts = self.experiment.sampled_objective, data_facts(self.loader.info, self.experiment)
+        objective, facts = self._sampled_objective, data_facts(self.loader.info, self.experiment)
         snapshot = self._owes_snapshot()
         progress = checkpoints.CheckpointState(step, self._consumed, setup.job.run, draws=self.draws)
 
@@ -301,13 +318,18 @@ class Trainer:
         self.io.save(replace(progress, evaluations=list(self.evaluations)), write)
 
     @property
+    def _sampled_objective(self) -> Objective:
+        """The method, with the settings of the present step, as its network is sampled."""
+        return self.setup.settings_at(self.step).sampled_objective
+
+    @property
     def _consumed(self) -> int:
         """Samples that all ranks have trained on: the loader's state in a checkpoint."""
         return self.loader.consumed if self.inputs is None else self.inputs.consumed
 
     def _is_due(self, every: int) -> bool:
         """Whether something that is done every so many steps, and after the last one, is to be done now."""
-        return self.step % every == 0 or self.step == self.experiment.training.steps
+        return self.step % every == 0 or self.step == self.steps
 
     def _is_saved(self) -> bool:
         """Whether this step is one of those with a checkpoint, whether it is evaluated or not."""

@@ -6,6 +6,9 @@ trial_names    what trials are named by
 tpe            points that Optuna's TPE proposes from results
 drawing        trials that results lead to, drawn while a sweep runs or in its end
 searcher       Tune's search algorithm over them
+population     decides at a rung of population-based training who goes on from whom, and with which settings
+population_run trains a population from rung to rung
+lineage        what the trials of a population went through
 ranking        points compared by the mean over their seeds
 plan           FLOPs, memory, bytes, GPU-hours and money of a sweep, before it is started
 record         sweep.json: settings, trials, result; the sweep's lock
@@ -19,5 +22,7 @@ display        events and outcomes that the terminal shows
 ray_tune       runs the trials under Ray Tune
 trial          Tune's trial function
 context        a sweep, where it is kept and shown, and how its trials ended
+sweep_data     the training data, with the statistics that trials are scored against
 sweep          the driver: prepare, train, choose, register
+conclusion     how a sweep ends: outcomes, the best trial, its registration
 """

@@ -122,10 +122,21 @@ def trial_outcome(context: SweepContext, trial: Trial, failure: str | None) -> T
         state = TrialState.FINISHED
     elif stop_requested(context.project, record.id, trial.name):
         state = TrialState.STOPPED
+    elif experiment.search.pbt is not None and _waits(context, trial):
+        # The sweep ended before its population went on from a rung.
+        state = TrialState.STOPPED
     else:
         state = TrialState.PRUNED
     status = TrialStatus(state=state, step=step, steps=steps, failure=failure)
     return TrialOutcome(trial.name, status, ScoredStep.of(scored[1]) if scored else None)
+
+
+def _waits(context: SweepContext, trial: Trial) -> bool:
+    """Whether a trial has come to a rung, at which it waits for others."""
+    with suppress(InputError, OSError):
+        status = read_status(context.project.trial(context.record.id, trial.name))
+        return status is not None and status.state is TrialState.WAITING
+    return False
 
 
 def scored_trials(

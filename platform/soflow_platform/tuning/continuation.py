@@ -79,7 +79,11 @@ def find_continuations(
     anew: dict[str, str] = {}
     for trial in trials:
         candidates = shorter.get(trial.name, [])
-        if not candidates or record.checkpoints(project, trial.name).published():
+        if (
+            not candidates
+            or trial.experiment.search.pbt
+            or record.checkpoints(project, trial.name).published()
+        ):
             continue
         older, entry, experiment = max(candidates, key=lambda each: each[2].training.steps)
         steps = trial.experiment.training.steps

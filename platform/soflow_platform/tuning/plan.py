@@ -365,8 +365,24 @@ def _notes(
         )
     if not largest.alignment_counted:
         notes.append("training.alignment is not counted: how large its feature network is is not known here.")
+    notes += _rung_notes(experiment, len(planned))
     if largest.memory.activations is None:
         notes.append("activations are not counted for this kind of network.")
+    return notes
+
+
+def _rung_notes(experiment: Experiment, trials: int) -> list[str]:
+    """What is to be known of a scheduler that compares trials before their last step."""
+    search, notes = experiment.search, []
+    rung, _ = experiment.rung_metric
+    if rung != search.metric:
+        notes.append(f"trials are compared by {rung} at rungs, and by {search.metric} in the end.")
+    if search.pbt is not None:
+        count = len(range(search.pbt.every, experiment.training.steps, search.pbt.every))
+        notes.append(
+            f"all {trials} trials wait for each other at {count} rung(s), each {search.pbt.every:,} steps, where their processes start "
+            "again (search.pbt): this is in no time above."
+        )
     return notes
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soflow_pipelines.storage.files import read_json, write_json
@@ -18,6 +18,7 @@ from soflow_platform.storage.code_digest import Code, running_code
 from soflow_platform.storage.locks import is_locked, locked
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.storage.records import read_record, record_of
+from soflow_platform.tuning.lineage import Interval, Replacement, Rung, changes, intervals, values_at
 
 if TYPE_CHECKING:
     from soflow_platform.config.experiment import Experiment
@@ -113,6 +114,8 @@ class SweepRecord:
     """Whether the experiment holds a view of the sweep for MLflow's page, under the key `run`."""
     finished: bool = False
     best: BestTrial | None = None
+    rungs: list[Rung] = field(default_factory=list)
+    """What was decided at each rung of a population (`search.pbt`), in order."""
 
     def candidate(self, model: str) -> Candidate:
         """The best evaluation, to be registered under this name. Raises ValueError where there is none yet."""
@@ -132,7 +135,23 @@ class SweepRecord:
         )
 
     def recipe(self, trial: str) -> dict[str, Any]:
-        """The settings of one of its trials: those of the sweep, with what varies in it."""
+        """The settings that one of its trials is trained with: in a population with the changes at its rungs and its ancestors'."""
+        if not self.rungs:
+            return self.planned(trial)
+        history = self.history(trial)
+        recipe = self.planned(history[0].trial)
+        if later := changes(history):
+            recipe["training"]["changes"] = later
+        return recipe
+
+    def history(self, trial: str) -> list[Interval]:
+        """The varied settings of a trial by intervals of steps; one interval where it was never replaced by another's copy."""
+        keys = dict.fromkeys(key for entry in self.trials for key in entry.settings if key != "budget")
+        points = {entry.name: values_at(self.planned(entry.name), keys) for entry in self.trials}
+        return intervals(points, self.rungs, trial)
+
+    def planned(self, trial: str) -> dict[str, Any]:
+        """The settings of one of its trials as its file has them: those of the sweep, with what varies in it."""
         recipe: dict[str, Any] = copy.deepcopy(self.experiment)
         entry = next((each for each in self.trials if each.name == trial), None)
         settings = {key: value for key, value in (entry.settings if entry else {}).items() if key != "budget"}
@@ -185,6 +204,7 @@ class _StoredRecord(SweepRecord):
 
     trials: list[dict[str, Any]]  # type: ignore[assignment]
     best: dict[str, Any] | None = None  # type: ignore[assignment]
+    rungs: list[dict[str, Any]] = field(default_factory=list)  # type: ignore[assignment]
 
 
 def load_record(storage: ProjectFolder, sweep: str) -> SweepRecord | None:
@@ -198,7 +218,21 @@ def load_record(storage: ProjectFolder, sweep: str) -> SweepRecord | None:
         return None
     trials = [record_of(each, TrialEntry, f"a trial in {path}") for each in stored.trials]
     best = None if stored.best is None else record_of(stored.best, BestTrial, f"the best trial in {path}")
-    return SweepRecord(**{**vars(stored), "trials": trials, "best": best})
+    return SweepRecord(
+        **{
+            **vars(stored),
+            "trials": trials,
+            "best": best,
+            "rungs": [_rung(each, path) for each in stored.rungs],
+        }
+    )
+
+
+def _rung(stored: Any, path: Path) -> Rung:
+    rung = record_of(stored, Rung, f"a rung in {path}")
+    return replace(
+        rung, replaced=[record_of(each, Replacement, f"a rung in {path}") for each in rung.replaced]
+    )
 
 
 def all_records(storage: ProjectFolder) -> list[SweepRecord]:
@@ -240,20 +274,6 @@ def new_or_resumed_record(
     if existing is not None:
         return replace(existing, **settings)
     return SweepRecord(id=sweep, name=experiment.name, **settings)
-
-
-def with_recorded_names(trials: Sequence[Trial], record: SweepRecord) -> list[Trial]:
-    """The trials of a file by the names that its sweep has them by: those whose settings stand at the same place of the record.
-
-    Names are formed otherwise than in earlier versions, and folders, checkpoints and runs are found by them.
-    """
-    entries = [*record.trials, *([None] * len(trials))]
-    return [
-        replace(trial, name=entry.name)
-        if entry is not None and json.dumps(entry.settings) == json.dumps(trial.settings)
-        else trial
-        for trial, entry in zip(trials, entries, strict=False)
-    ]
 
 
 @contextlib.contextmanager

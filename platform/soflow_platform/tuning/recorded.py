@@ -6,6 +6,7 @@ sweep that has trained the others. Trials that are in a record keep their names 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -48,24 +49,35 @@ def known_trials(
         if phase_of(entry) != "listed":
             found.append(_made_again(document, experiment, record, entry, index))
             continue
-        digest = _digest(record, entry)
-        same = next((trial for trial in left if digests[trial.name] == digest), None) or next(
-            (trial for trial in left if trial.name == entry.name), None
-        )
-        if same is None:
+        digest, at_place = _digest(record, entry), planned[position : position + 1]
+        candidates = [
+            *(trial for trial in left if digests[trial.name] == digest),
+            *(trial for trial in left if trial.name == entry.name),
+            # Names are formed otherwise than in earlier versions, whose digests this one may not compute.
+            *(trial for trial in at_place if trial in left and _same_settings(trial, entry)),
+        ]
+        if not candidates:
             found.append(_made_again(document, experiment, record, entry, index))
             continue
-        left.remove(same)
-        found.append(replace(same, index=index, name=entry.name))
+        left.remove(candidates[0])
+        found.append(replace(candidates[0], index=index, name=entry.name))
     following = max((trial.index for trial in found), default=-1) + 1
     return found + [_renumbered(trial, index) for index, trial in enumerate(left, start=following)]
+
+
+def _same_settings(trial: Trial, entry: TrialEntry) -> bool:
+    """Whether a trial has the varied settings of a recorded one, as JSON keeps them."""
+    return json.dumps(trial.settings) == json.dumps(entry.settings)
 
 
 def grown_sweep(project: ProjectFolder, experiment: Experiment, planned: Sequence[Trial]) -> Grown | None:
     """The sweep that these trials continue: of the same name, scored alike, with no listed trial that is not among them.
 
-    Of several the one with the most trials, then the newest. None where there is none.
+    Of several the one with the most trials, then the newest. None where there is none, and for a population, which is compared from its
+    first rung on.
     """
+    if experiment.search.pbt is not None:
+        return None
     scoring = experiment.scoring_digest()
     digests = {trial.experiment.training_digest() for trial in planned}
     best: SweepRecord | None = None
@@ -134,7 +146,7 @@ def _better(record: SweepRecord, other: SweepRecord) -> bool:
 def _digest(record: SweepRecord, entry: TrialEntry) -> str | None:
     """The training digest of a recorded trial; None where this version cannot read its settings."""
     try:
-        return Experiment(**record.recipe(entry.name)).training_digest()
+        return Experiment(**record.planned(entry.name)).training_digest()
     except (InputError, ValueError, TypeError, KeyError):
         return None
 

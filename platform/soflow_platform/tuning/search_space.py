@@ -56,6 +56,11 @@ def trials(document: Document, experiment: Experiment) -> list[Trial]:
     the same steps is one trial, of both. Raises UserError where a point is not a valid experiment.
     """
     search = experiment.search
+    if search.pbt is not None and experiment.training.changes:
+        where = document.origin(("training", "changes"))
+        raise UserError(
+            f"{where}: search.pbt decides what changes in mid-run: leave training.changes out, or search.pbt."
+        )
     usual, *others = search.budgets
     points: list[Point] = []
     found: list[Trial] = []

@@ -169,7 +169,11 @@ def _trial_report(storage: ProjectFolder, record: SweepRecord, trial: str, runni
         loss=status.loss,
         checkpoint_step=checkpoint,
         heartbeat_seconds=heartbeat,
-        stale=live and heartbeat is not None and heartbeat > STALE_SECONDS,
+        # One that waits for others at a rung has no process that could say so.
+        stale=live
+        and state is not TrialState.WAITING
+        and heartbeat is not None
+        and heartbeat > STALE_SECONDS,
         restarts=max(0, (status.attempt or 1) - (status.first_attempt or 1)),
         host=status.host,
         pid=status.pid,

@@ -12,46 +12,30 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from soflow_core.failures import summarize
-from soflow_pipelines.shards.info import DatasetInfo
 from soflow_platform.cluster.connection import Cluster, connected
 from soflow_platform.cluster.ray_internals import import_ray, start_autoscaling_coordinator
 from soflow_platform.config.experiment import Experiment, flatten, varied_params
-from soflow_platform.errors import JobError, Stopped, UserError
-from soflow_platform.evaluation.evaluator import Evaluator
-from soflow_platform.evaluation.runner import RayStatisticsRunner
-from soflow_platform.registry.versions import propose
+from soflow_platform.errors import Stopped, UserError
 from soflow_platform.storage.checkpoints import CheckpointState
 from soflow_platform.storage.code_digest import MIXED_CODE_TAG, running_code
-from soflow_platform.tracking.environment import DIFF_ARTIFACT, git_diff, host_tags
+from soflow_platform.tracking.environment import DIFF_ARTIFACT, git_diff
 from soflow_platform.tracking.links import view_state
 from soflow_platform.tracking.page_texts import NOTE_TAG
 from soflow_platform.tracking.run_names import run_name
-from soflow_platform.tracking.store import TRIAL_TAG, Tracking, TrackingStore, tracked_dataset
-from soflow_platform.training.dataset import open_data
+from soflow_platform.tracking.store import TAG_LIMIT, Tracking, TrackingStore, tracked_dataset
 from soflow_platform.training.job import TrialJob
 from soflow_platform.training.launch import fail_trial
-from soflow_platform.training.model import network_config
 from soflow_platform.training.start import start_of
 from soflow_platform.training.stop_request import clear_stops, stop_requested
 from soflow_platform.training.trial_status import TrialState
-from soflow_platform.tuning.context import (
-    SweepContext,
-    failed_before,
-    finished_trials,
-    furthest_first,
-    scored_trials,
-    trial_outcome,
-)
+from soflow_platform.tuning.conclusion import Conclusion
+from soflow_platform.tuning.context import SweepContext, finished_trials, furthest_first, scored_trials
 from soflow_platform.tuning.display import TrialOutcome
-from soflow_platform.tuning.drawing import (
-    DrawnTrials,
-    add_trials,
-    draws_left,
-    final_settings,
-    is_complete,
-)
+from soflow_platform.tuning.drawing import DrawnTrials, add_trials, draws_left, final_settings, is_complete
+from soflow_platform.tuning.lineage import describe
+from soflow_platform.tuning.population_run import PopulationRun
 from soflow_platform.tuning.progress import start_progress_actor
-from soflow_platform.tuning.ranking import RankedPoint, ranked_points
+from soflow_platform.tuning.ranking import ranked_points
 from soflow_platform.tuning.ray_tune import (
     SAVED,
     Terminal,
@@ -60,40 +44,14 @@ from soflow_platform.tuning.ray_tune import (
     reported_failures,
     run_trials,
 )
-from soflow_platform.tuning.record import BestTrial, ScoredStep
+from soflow_platform.tuning.record import ScoredStep
 from soflow_platform.tuning.search_space import Trial
+from soflow_platform.tuning.sweep_data import PreparedData, prepare
 from soflow_platform.tuning.trial import TrialTask
 from soflow_platform.tuning.trial_names import named_settings
 
-
-@dataclass(frozen=True)
-class PreparedData:
-    """The training data, opened, with its reference statistics computed."""
-
-    location: str
-    info: DatasetInfo
-    evaluator_tags: Mapping[str, str]
-    host_tags: Mapping[str, str]
-
-    def check(self, trial: Trial) -> None:
-        """Raises UserError where the data do not fit a trial's network."""
-        network_config(trial.experiment, self.info)
-
-    def tags(self, experiment: Experiment) -> dict[str, str]:
-        """Tags of the run of a sweep or of a trial with these settings."""
-        return {
-            "method": experiment.objective.method,
-            "network": experiment.network.title,
-            **(
-                {"plugins": ", ".join(f"{p.module} (sha256 {p.digest})" for p in experiment.plugins)}
-                if experiment.plugins
-                else {}
-            ),
-            "data.source": str(experiment.data.source),
-            "data.digest": self.info.digest,
-            **self.host_tags,
-            **self.evaluator_tags,
-        }
+LINEAGE_TAG = "lineage"
+"""Tag of the run of a trial whose settings changed in mid-run: which trial trained which steps, with which settings."""
 
 
 def run_sweep(context: SweepContext, address: str | None) -> list[TrialOutcome]:
@@ -136,7 +94,7 @@ def _run_on(
         failures = runner.train(cluster, prepared, concurrent, finished)
         if stop_requested(context.project, context.record.id):
             raise Stopped(SAVED)
-        return runner.conclude(failures)
+        return runner.conclusion.conclude(failures)
 
 
 def conclude_trained(context: SweepContext) -> list[TrialOutcome]:
@@ -145,36 +103,13 @@ def conclude_trained(context: SweepContext) -> list[TrialOutcome]:
     prepared = prepare(context)
     runner = SweepRunner(context, open_tracking(context))
     with runner.tracked_run(prepared.tags(context.experiment)):
-        return runner.conclude(context.failed)
+        return runner.conclusion.conclude(context.failed)
 
 
 def open_tracking(context: SweepContext) -> Tracking:
     """The sweep's MLflow experiment."""
     name = context.experiment.tracking.experiment or context.experiment.name
     return Tracking.open(context.tracking_uri, name, context.project)
-
-
-def prepare(context: SweepContext, cluster: Cluster | None = None) -> PreparedData:
-    """Open the data, and compute the reference statistics where they are missing, on the cluster if there is one.
-
-    Raises UserError where the data do not fit a trial's network.
-    """
-    experiment = context.experiment
-    location, info = open_data(experiment, context.project)
-    for trial in context.trials:
-        network_config(trial.experiment, info)
-    with contextlib.ExitStack() as stack:
-        compute = None
-        if cluster is not None:
-            report = stack.enter_context(context.display.describing())
-            runner = RayStatisticsRunner(context.project, report=report, cluster=cluster)
-            compute = stack.enter_context(runner).one
-        evaluator = Evaluator.open(
-            experiment.evaluation, info, location, experiment.data.conditional, context.project, compute
-        )
-    if evaluator.without_grids is not None:
-        context.display.say(evaluator.without_grids)
-    return PreparedData(location, info, evaluator.tags(), host_tags())
 
 
 @dataclass(frozen=True)
@@ -187,6 +122,10 @@ class TuneStage:
     """Trials that run at the same time."""
     actor: Any
     """The sweep's progress actor."""
+    until: int | None = None
+    """The step at which trials pause for others to reach it; None: they go on to their last one."""
+    final: bool = False
+    """Whether its trials are the best points again."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +134,11 @@ class SweepRunner:
 
     context: SweepContext
     tracking: Tracking
+
+    @property
+    def conclusion(self) -> Conclusion:
+        """Its end."""
+        return Conclusion(self.context, self.tracking)
 
     @contextlib.contextmanager
     def tracked_run(self, tags: Mapping[str, str]) -> Iterator[None]:
@@ -268,6 +212,13 @@ class SweepRunner:
         stage = TuneStage(cluster, prepared, concurrent, actor)
         context.display.start(record, cluster, actor)
         try:
+            if context.experiment.search.pbt is not None:
+                population = PopulationRun(
+                    context,
+                    lambda trials, step: self._run(replace(stage, until=step), trials),
+                    self._note_lineage,
+                )
+                return population.train()
             searched = [trial for trial in self._scheduled(finished) if trial.phase != "final"]
             failures = dict(context.failed)
             if searched or draws_left(context):
@@ -276,33 +227,30 @@ class SweepRunner:
             if not stop_requested(project, record.id):
                 again = self._final_trials(failures)
                 if again := [t for t in again if t.name not in finished and t.name not in failures]:
-                    failures |= self._run(stage, again, final=True)
+                    failures |= self._run(replace(stage, final=True), again)
             return failures
         finally:
             context.display.stop()
 
-    def _run(
-        self, stage: TuneStage, trials: list[Trial], drawn: DrawnTrials | None = None, final: bool = False
-    ) -> dict[str, str]:
+    def _run(self, stage: TuneStage, trials: list[Trial], drawn: DrawnTrials | None = None) -> dict[str, str]:
         """Run trials under Tune, with those that are drawn meanwhile. Returns what failed: trial name -> sentence."""
         record, project, experiment = self.context.record, self.context.project, self.context.experiment
-        if final:
+        if stage.final:
             # The last comparison is one of whole trainings.
             search = experiment.search.model_copy(update={"asha": None})
             experiment = experiment.model_copy(update={"search": search})
-        name = f"tune-{record.attempts}{'-final' if final else ''}"
+        part = "-final" if stage.final else "" if stage.until is None else f"-to-{stage.until}"
+        name = f"tune-{record.attempts}{part}"
         settings = TuneSettings(
             experiment, stage.concurrent, name, project.sweep(record.id), Terminal(self.context.display.say)
         )
-        tasks = [self._task(trial, stage.prepared) for trial in trials]
+        tasks = [self._task(trial, stage) for trial in trials]
         searcher = None
         if drawn is not None:
             from soflow_platform.tuning.searcher import SweepSearcher
 
             metric, mode = experiment.search.metric, experiment.mode
-            searcher = SweepSearcher(
-                tasks, drawn, lambda trial: self._task(trial, stage.prepared), metric, mode
-            )
+            searcher = SweepSearcher(tasks, drawn, lambda trial: self._task(trial, stage), metric, mode)
         errors = run_trials(tasks, settings, stage.cluster, stage.actor, searcher)
         reported = reported_failures(tasks, project, stage.actor)
         for task in tasks:
@@ -313,12 +261,29 @@ class SweepRunner:
                 reported[trial] = errors[trial].sentence
         return reported
 
+    def _note_lineage(self, trial: str) -> None:
+        """Keep with a trial's run which settings it had and has, by intervals of steps."""
+        context, tracking = self.context, self.tracking
+        history = context.record.history(trial)
+        values = {f"search.{key}": str(value) for key, value in history[-1].settings.items()}
+        lineage = describe(history, context.experiment.training.steps)[:TAG_LIMIT]
+
+        def note() -> None:
+            run = tracking.find(context.record.id, trial)
+            if run is None:
+                return
+            for key, value in {**values, LINEAGE_TAG: lineage}.items():
+                tracking.client.set_tag(run.info.run_id, key, value)
+
+        context.patiently(note, "noting settings that have changed")
+
     def _final_trials(self, failures: Mapping[str, str]) -> list[Trial]:
         """The best points with fresh seeds, which are added to the sweep where it has none yet."""
         context = self.context
         if is_complete(context):
             return [trial for trial in context.trials if trial.phase == "final"]
-        outcomes = context.patiently(lambda: self.collect(failures), "reading the trials' checkpoints")
+        collected = self.conclusion.collect
+        outcomes = context.patiently(lambda: collected(failures), "reading the trials' checkpoints")
         final = [trial for trial in context.trials if trial.phase == "final"]
         others = [outcome for outcome in outcomes if outcome.name not in {trial.name for trial in final}]
         scored = scored_trials(context.trials, others, context.experiment.search.metric)
@@ -342,20 +307,23 @@ class SweepRunner:
         )
         return [*(trial for trial in trials if trial.name in finished), *unfinished]
 
-    def _task(self, trial: Trial, prepared: PreparedData) -> TrialTask:
+    def _task(self, trial: Trial, stage: TuneStage) -> TrialTask:
         record = self.context.record
         varied = {f"search.{key}": str(value) for key, value in trial.settings.items()}
+        # In a population with what its rungs have changed so far.
+        experiment = Experiment(**record.recipe(trial.name)) if record.rungs else trial.experiment
         start = start_of(trial.experiment, record.starts)
         job = TrialJob(
             sweep=record.id,
             trial=trial.name,
-            experiment=trial.experiment.resolved(),
-            data=prepared.location,
+            experiment=experiment.resolved(),
+            data=stage.prepared.location,
             storage=str(self.context.project.root),
             tracking_uri=self.context.tracking_uri,
             run="",
             start=None if start is None else start.as_dict(),
             attempt=record.attempts,
+            until=stage.until,
         )
         return TrialTask(
             job=job,
@@ -366,89 +334,13 @@ class SweepRunner:
                 named_settings(trial.settings, self.context.experiment.search),
                 None if trial.settings else _label(trial),
             ),
-            tags={**prepared.tags(trial.experiment), **varied, **({} if start is None else start.tags())},
+            tags={
+                **stage.prepared.tags(trial.experiment),
+                **varied,
+                **({} if start is None else start.tags()),
+            },
             rung_steps=self.context.experiment.training.steps,
         )
-
-    def conclude(self, failures: Mapping[str, str]) -> list[TrialOutcome]:
-        """Collect how the trials ended, close their runs, choose and register the best. Raises JobError where an outage lasts."""
-        outcomes = self.context.patiently(lambda: self.collect(failures), "reading the trials' checkpoints")
-        self.context.patiently(lambda: self.close_runs(outcomes), "closing the trials' runs")
-        self.context.patiently(lambda: self.register_best(outcomes), "concluding the sweep")
-        return outcomes
-
-    def collect(self, failures: Mapping[str, str]) -> list[TrialOutcome]:
-        """How each trial ended, by its checkpoints."""
-        return [trial_outcome(self.context, trial, failures.get(trial.name)) for trial in self.context.trials]
-
-    def close_runs(self, outcomes: list[TrialOutcome]) -> None:
-        """Close the trials' MLflow runs."""
-        ends = {TrialState.FAILED: "FAILED", TrialState.STOPPED: "KILLED"}
-        states = {o.name: ends.get(o.status.state, "FINISHED") for o in outcomes}
-        for run in self.tracking.children(self.context.record.run or ""):
-            state = states.get(run.data.tags.get(TRIAL_TAG, ""))
-            if state and run.info.status != state:
-                self.tracking.finish(run.info.run_id, state)
-
-    def register_best(self, outcomes: list[TrialOutcome]) -> None:
-        """Store the best trial in the record, register its EMA weights, and close the sweep's run.
-
-        Raises JobError where no trial was scored.
-        """
-        record, experiment, project = self.context.record, self.context.experiment, self.context.project
-        point, best = self._best(outcomes)
-        if best is None or best.best is None:
-            reasons = "; ".join(f"{o.name}: {o.status.failure or 'not scored'}" for o in outcomes)
-            own = failed_before(project, record, self.context.trials)
-            option = " with --retry-failed" if len(own) == len(outcomes) else ""
-            raise JobError(
-                f"no trial of sweep {record.id} could be scored ({reasons}); the same command{option} tries again."
-            )
-        step = best.best.step
-        store = record.checkpoints(project, best.name)
-        checkpoint = next((c for c in store.published() if c.state.step == step), None)
-        if checkpoint is None:
-            raise JobError(f"the best checkpoint, step {step} of {best.name}, is gone from {store.root}.")
-        samples = project.trial(record.id, best.name) / "samples"
-        record.best = BestTrial(
-            trial=best.name,
-            step=step,
-            metrics=best.best.metrics,
-            grids=[str(path) for path in sorted(samples.glob(f"*-step-{step:08d}.png"))],
-            checkpoint=checkpoint.location,
-            mean=point.mean if point and point.std is not None else None,
-            std=point.std if point else None,
-        )
-        if experiment.registry.enabled:
-            self.context.display.say("registering the best trial")
-            made = propose(self.tracking, record.candidate(experiment.model_name), checkpoint)
-            record.best = replace(
-                record.best,
-                model=experiment.model_name,
-                version=made.version,
-                outdone_by=made.outdone_by,
-            )
-        failed = any(o.status.state is TrialState.FAILED for o in outcomes)
-        stopped = any(o.status.state is TrialState.STOPPED for o in outcomes)
-        record.finished = not failed and not stopped
-        record.save(project)
-        run = record.run or ""
-        self.tracking.log_result(run, record.best.as_json())
-        self.tracking.finish(run, "FAILED" if failed else "FINISHED")
-
-    def _best(self, outcomes: list[TrialOutcome]) -> tuple[RankedPoint | None, TrialOutcome | None]:
-        """The point with the best mean over its seeds, and its best trial; None where no trial was scored."""
-        experiment = self.context.experiment
-        final = {trial.name for trial in self.context.trials if trial.phase == "final"}
-        scored = [
-            trial
-            for trial in scored_trials(self.context.trials, outcomes, experiment.search.metric)
-            if trial.name in final or not final
-        ]
-        best = next((point for point in ranked_points(scored, experiment.mode) if point.values), None)
-        if best is None:
-            return None, None
-        return best, next(outcome for outcome in outcomes if outcome.name == best.trials[0].name)
 
 
 def _label(trial: Trial) -> str:

@@ -103,6 +103,8 @@ class TrialDriver:
         self.project, self.folder = self.job.project, self.job.folder
         self.experiment = Experiment(**self.job.experiment)
         self.steps = self.experiment.training.steps
+        self.end = min(self.job.until or self.steps, self.steps)
+        """The step at which this start ends: the last one, or a rung of its population."""
         self.actor = progress_actor(self.job.sweep)
         self.status = TrialStatusWriter(self.folder, self.job.trial, self.steps, self.job.attempt, self.actor)
         self.tracking = Tracking(TrackingStore(self.job.tracking_uri), task.tracking_experiment_id)
@@ -113,10 +115,10 @@ class TrialDriver:
         """An evaluation as Tune gets it."""
         step = evaluation["step"]
         at = rung_step(step, self.steps, self.task.rung_steps or self.steps)
-        return {**evaluation, RUNG_STEP: at, "done": step == self.steps}
+        return {**evaluation, RUNG_STEP: at, "done": step == self.end}
 
     def run(self) -> Generator[dict[str, Any], None, None]:
-        """Train to the last step, or until the trial is stopped or fails; yields its evaluations in order, each once.
+        """Train to the last step, to its rung, or until the trial is stopped or fails; yields its evaluations in order, each once.
 
         That of the last step is yielded when everything is saved and closed. Closing the iterator ends the trial as pruned. Raises
         what ends the training. Where another start would not help, the progress actor, the status file and the trial's run have the
@@ -182,7 +184,7 @@ class TrialDriver:
         try:
             with closing(train_here(job, self.experiment, self.actor)) as evaluations:
                 for evaluation in evaluations:
-                    if evaluation["step"] == self.steps:
+                    if evaluation["step"] == self.end:
                         last = [evaluation]
                     else:
                         yield evaluation
@@ -192,7 +194,9 @@ class TrialDriver:
             raise
         finally:
             release_memory()
-        self._close_run(job.run, "FINISHED" if last else "KILLED")
+        if not last or self.end == self.steps:
+            # At a rung the run stays open: the trial goes on when its population has reached it.
+            self._close_run(job.run, "FINISHED" if last else "KILLED")
         yield from last
 
     def train_in_group(self, job: TrialJob) -> Iterator[dict[str, Any]]:
@@ -214,7 +218,7 @@ class TrialDriver:
             # Before the last look at the progress actor, which then has all that the workers sent.
             running = train.is_alive()
             for evaluation in ray.get(self.actor.evaluations.remote(self.job.trial, self.reported)):
-                if evaluation["step"] < self.steps:
+                if evaluation["step"] < self.end:
                     yield evaluation
             status = ray.get(self.actor.progress.remote(self.job.trial))
             if train.lost is not None:
@@ -248,6 +252,9 @@ class TrialDriver:
             )
         stopped = end.kind is EndKind.STOPPED or end.status.state is TrialState.STOPPED
         state = "FAILED" if end.failure else "KILLED" if stopped else "FINISHED"
+        if state == "FINISHED" and self.end < self.steps and end.status.state is TrialState.WAITING:
+            # At a rung the run stays open.
+            return
         # A failure is not raised: Tune would start the trial again, which helps against lost machines alone.
         self._close_run(run, state)
 

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from soflow_platform.cli.display import SweepDisplay
-from soflow_platform.cli.run import GracefulShutdown, restart_lost_ray
+from soflow_platform.cli.shutdown import GracefulShutdown, restart_lost_ray
 from soflow_platform.cluster.connection import RayLost
 from soflow_platform.config.validation import read_experiment
 from soflow_platform.errors import Stopped

@@ -25,10 +25,10 @@ from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.training.trial_status import TrialState
+from soflow_platform.tuning.context import SweepContext, trial_outcome
 from soflow_platform.tuning.display import Display
 from soflow_platform.tuning.record import BestTrial, SweepRecord, load_record
 from soflow_platform.tuning.search_space import Trial
-from soflow_platform.tuning.sweep import SweepContext, trial_outcome
 from tests.support.scored_sweep import SWEEP
 
 

@@ -182,7 +182,7 @@ def test_a_sweep_waits_for_its_tracking_server_before_it_closes_its_runs(
         SweepRunner(
             SweepContext(record(experiment), experiment, [], storage, display),
             Tracking(TrackingStore(server.uri), "1"),
-        ).conclude({})
+        ).conclusion.conclude({})
     assert display.lines[0].startswith("closing the trials' runs failed (")
     assert display.lines[1].startswith("closing the trials' runs succeeded after ")
 

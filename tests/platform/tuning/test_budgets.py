@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -210,3 +212,15 @@ def test_a_budget_that_cannot_be_is_refused(override: str, message: str) -> None
         trials(*reversed(read_experiment(METHODS, (override,))))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", [METHODS, CIFAR10])
+def test_the_tuned_files_give_every_method_a_search_of_equal_size(path: Path) -> None:
+    rows = read_experiment(path)[0].search.space["objective"]
+    experiment, document = read_experiment(path.with_name(f"{path.stem}-tuned.yaml"))
+    planned = trials(document, experiment)
+    counts = Counter(json.dumps(trial.settings["objective"]) for trial in planned)
+    assert isinstance(rows, list)
+    assert counts == {json.dumps(row): 6 for row in rows}
+    usual = read_experiment(path)[0].optimizer.lr
+    assert Counter(trial.settings["optimizer.lr"] for trial in planned)[usual] == len(planned) / 3

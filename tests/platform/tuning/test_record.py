@@ -19,8 +19,8 @@ from soflow_platform.tuning.record import (
     SweepRecord,
     TrialEntry,
     load_record,
-    with_recorded_names,
 )
+from soflow_platform.tuning.recorded import known_trials
 from soflow_platform.tuning.search_space import trials
 from tests.support.sweep_files import MINIMAL, write
 
@@ -101,12 +101,15 @@ def test_a_record_that_is_no_json_is_refused_in_a_sentence(storage: ProjectFolde
 
 def test_trials_that_an_earlier_version_named_otherwise_keep_their_names(tmp_path: Path) -> None:
     space = "search={space: {objective: [{method: meanflow}, {method: meanflow, difference: 0.05}, {method: ict}]}}"
-    planned = trials(*reversed(read_experiment(write(tmp_path, MINIMAL), (space,))))
+    experiment, document = read_experiment(write(tmp_path, MINIMAL), (space,))
+    planned = trials(document, experiment)
     older = [
         TrialEntry(f"trial-0{i}-{name}", planned[i].settings)
         for i, name in enumerate(["meanflow", "meanflow"])
     ]
-    kept = with_recorded_names(planned, replace(WRITTEN, trials=older))
-    assert [trial.name for trial in kept] == ["trial-00-meanflow", "trial-01-meanflow", "trial-02-ict"]
-    others = [replace(entry, settings={}) for entry in older]
-    assert with_recorded_names(planned, replace(WRITTEN, trials=others)) == planned
+    # Settings that this version cannot read have no digest by which their trials could be known.
+    for settings in (experiment.resolved(), WRITTEN.experiment):
+        record = replace(WRITTEN, experiment=settings, trials=older)
+        kept = known_trials(document, experiment, record, planned)
+        assert [trial.name for trial in kept] == ["trial-00-meanflow", "trial-01-meanflow", "trial-02-ict"]
+        assert [trial.experiment for trial in kept] == [trial.experiment for trial in planned]
