@@ -4,8 +4,8 @@
 
 Each benchmark runs `--repeat` times in a process of its own; the numbers that it prints are its measurements, and half their
 range is their noise. They are compared with the newest file of benchmarks/results/ with such numbers, or with `--against`. On
-another machine exact numbers alone are compared. `--save NAME` writes benchmarks/results/bench-NAME.json and, where every benchmark
-ran, the table of docs/performance.md; without it the results go to build/bench.json.
+another machine exact numbers alone are compared. `--save NAME` writes benchmarks/results/bench-NAME.json and the table of
+docs/performance.md; without it the results go to build/bench.json.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ NUMBER = re.compile(r"(?<![\w./-])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w.])
 VERDICT = re.compile(r",? (?:bar|limit) .*$")
 SECONDS = 300
 """Of one run of a benchmark."""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+"""Several threads that wait for each other make numbers of a busy machine worthless."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,29 @@ class Small:
 
 
 BENCHMARKS = {
-    "scaling": Small("", exact=True),
-    "precision": Small("--size S/8 --batch 2 --batches 1", exact=True),
+    "scaling": Small(
+        "",
+        exact=True,
+        shown=(
+            "8, step",
+            "64, step",
+            "256, step",
+            "gradients, 400 Gb/s for each GPU, 8 rows, passed at",
+            "gradients, 100 Gb/s for each node, 32 rows, passed at",
+            "draws, `generator`, passed at",
+            "curves, a trial on each node, passed at",
+            "checkpoints, a trial on each node, passed at",
+        ),
+    ),
+    "precision": Small(
+        "--size S/8 --batch 2 --batches 1",
+        exact=True,
+        shown=tuple(
+            f"{pair}, r = {ratio}"
+            for pair in ("float32", "tf32", "bfloat16")
+            for ratio in ("0.1", "0.01", "0.002")
+        ),
+    ),
     "step": Small("--sizes S/8 --batch 4 --rounds 3 --threads 1 --clock cpu --no-memory"),
     "host_copy": Small("--size S/8 --batch 2 --rounds 2"),
     "checkpoints": Small("--rounds 2"),
@@ -98,7 +121,9 @@ def run(name: str, repeat: int, results: Results) -> None:
     command = [sys.executable, f"benchmarks/{name}.py", *small.arguments.split()]
     taken: dict[str, list[float]] = {}
     for _ in range(1 if small.exact else repeat):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
         if done.returncode not in (0, 1) or not done.stdout.strip():
             lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
             raise RuntimeError(lines[-1][:300])
@@ -126,7 +151,12 @@ def page_table(results: Results) -> str:
     """The numbers of `Small.shown` as a table in Markdown, with the machine and each benchmark's command."""
     machine = ", ".join(f"{key} {value}" for key, value in results.machine.items())
     found = {(each.section, each.name): each for each in results.measurements}
-    lines = [f"{results.date}: {machine}.", "", "| benchmark | number | value | noise |", "|---|---|---|---|"]
+    lines = [
+        f"{results.date}: {machine}; load {results.load:g} as it began.",
+        "",
+        "| benchmark | number | value | noise |",
+        "|---|---|---|---|",
+    ]
     for name, small in BENCHMARKS.items():
         for shown in small.shown:
             each = found.get((name, shown))
@@ -179,7 +209,10 @@ def main() -> int:
     results = Results(f"bench-{options.save or 'now'}", {"processor": processor(), **facts})
     results.date = time.strftime("%Y-%m-%d", time.gmtime())
     results.skipped |= FINISHED
+    results.load = round(os.getloadavg()[0], 1)
     before = options.against or newest(set(options.only))
+    kept = Results.read(before) if before else None
+    path = RESULTS / f"{results.name}.json" if options.save else ROOT / "build" / "bench.json"
     for name in options.only:
         started = time.monotonic()
         try:
@@ -189,11 +222,10 @@ def main() -> int:
         results.seconds[name] = time.monotonic() - started
         counted = sum(each.section == name for each in results.measurements)
         print(f"{name}: {counted} numbers in {results.seconds[name]:.0f} s", flush=True)
-    path = RESULTS / f"{results.name}.json" if options.save else ROOT / "build" / "bench.json"
-    kept = Results.read(before) if before else None
-    results.write(path)
+        # After each, so that a run that is cut has what it has measured.
+        results.write(path)
     print(f"written to {path}")
-    if options.save and set(options.only) == set(BENCHMARKS):
+    if options.save:
         PAGE.write_text(written(PAGE.read_text(), page_table(results)))
         print(f"written to {PAGE}")
     for what, why in results.skipped.items():

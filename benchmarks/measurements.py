@@ -43,6 +43,8 @@ class Results:
     """Of each section."""
     date: str = ""
     """YYYY-MM-DD."""
+    load: float = 0.0
+    """Processes that wanted a core as it began: above 0 other programs were at work."""
 
     def add(
         self, section: str, name: str, values: float | Sequence[float], unit: str = "", better: str = ""

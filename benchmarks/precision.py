@@ -78,8 +78,8 @@ def noise(
     wrong = size = 0.0
     for _ in range(options.batches):
         x0, x1 = torch.randn(2, options.batch, 4, 32, 32, generator=generator, dtype=torch.float64)
-        start = objective.times.start.sample(generator, options.batch)
-        end = objective.times.end.sample(generator, options.batch)
+        start = objective.times.start.from_normal(torch.randn(options.batch, generator=generator))
+        end = objective.times.end.from_normal(torch.randn(options.batch, generator=generator))
         t, s = consistency_times(start, end, gap=0.1)
         rows = [a.to(options.device) for a in (x0, x1, t.double(), s.double())]
         reference = quotient(objective, exact, *rows, ratio)

@@ -68,3 +68,25 @@ def test_every_benchmark_is_run_or_says_why_not() -> None:
     root = Path(__file__).parents[2]
     scripts = {path.stem for path in (root / "benchmarks").glob("*.py") if "def main(" in path.read_text()}
     assert scripts - {"all", "gpu_suite", "scaling_workers"} == BENCHMARKS.keys() | FINISHED.keys()
+
+
+def test_the_page_has_the_table_of_the_newest_results() -> None:
+    """docs/performance.md is written from benchmarks/results/, not by hand."""
+    from all import BENCHMARKS, PAGE, newest, page_table, written
+
+    path = newest(set(BENCHMARKS) - {"step", "loader"})
+    assert path is not None
+    made = Results.read(path)
+    assert written(PAGE.read_text(), page_table(made)) == PAGE.read_text()
+    kept = {(each.section, each.name) for each in made.measurements}
+    shown = {(name, label) for name, small in BENCHMARKS.items() for label in small.shown}
+    assert len(shown) > 10
+    assert shown <= kept
+
+
+def test_results_tell_no_place_of_the_machine() -> None:
+    from all import RESULTS
+
+    for path in RESULTS.glob("bench-*.json"):
+        text = path.read_text()
+        assert not any(place in text for place in ("/tmp", "/home", "/root", "/work", "localhost"))
