@@ -57,6 +57,10 @@ def reduced(arguments: list[str]) -> list[str]:
     if sweep == "my-sweep":
         steps = ("--set", "training.batch=32", "--set", "training.steps=20", "--set", "evaluation.every=20")
         return [*arguments, *SMALL_NETWORK, *SMALL_SAMPLES, *steps, *ONE_TRIAL]
+    if sweep == "digits-guidance":
+        points = ("--set", "search.first=[{}, {objective.guidance.mix: 1.0}]", "--set", "search.seeds=1")
+        steps = ("--set", "training.steps=20", "--set", "evaluation.every=20", "--set", "training.batch=32")
+        return [*arguments, *SMALL_NETWORK, *SMALL_SAMPLES, *steps, *points]
     if sweep in ("methods-digits", "methods-digits-tuned", "samples"):
         steps = ("--set", "training.steps=20", "--set", "evaluation.every=20", "--set", "training.batch=32")
         steps = steps if sweep == "samples" else (*steps, *TWO_METHODS)

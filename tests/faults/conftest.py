@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -12,6 +13,14 @@ from tests.support.object_store import free_port
 from tests.support.watched import RUNNING, Outcome
 
 OUTCOMES: list[Outcome] = []
+TIMEOUT = 900
+"""Seconds for a test: it trains to the end after its fault, which takes minutes where other programs are at work."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.timeout(TIMEOUT))
 
 
 @pytest.fixture
