@@ -10,6 +10,7 @@ log_scores         logs scores on the run and the registered version they belong
 promote            decides about a candidate and moves the champion alias
 gate_scores        scores of candidate and champion under one protocol
 compare            compares the methods of a sweep: distance and cost
+compare_rows       its rows, and the mean and spread of those that differ in their seed alone
 compare_report     conclusions, Markdown, CSV, JSON and plot of a comparison
 report             writes a sweep as one HTML page
 report_data        what it shows, from record, checkpoints, status files and MLflow
