@@ -139,19 +139,28 @@ def test_damage_of_one_part_is_damage_of_the_state(tmp_path: Path, name: str) ->
         pass
 
 
+def before_the_second_part(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
+    """Have something happen when the second part of a state is about to be written."""
+    written = state_files.write_tensors
+
+    def write(path: Path, content: TensorFile) -> str:
+        if path.name == "state-001.safetensors":
+            action()
+        return written(path, content)
+
+    monkeypatch.setattr(state_files, "write_tensors", write)
+
+
 @pytest.mark.usefixtures("in_parts")
 def test_a_process_killed_between_two_parts_leaves_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(tmp_path, 1)
-    written = state_files.write_tensors
 
-    def dies(path: Path, content: TensorFile) -> str:
-        if path.name == "state-001.safetensors":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return written(path, content)
+    def dies() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(state_files, "write_tensors", dies)
+    before_the_second_part(monkeypatch, dies)
     child = multiprocessing.get_context("fork").Process(target=publish, args=(tmp_path, 2))
     child.start()
     child.join(20)
@@ -166,14 +175,11 @@ def test_a_part_that_cannot_be_written_fails_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(tmp_path, 1)
-    written = state_files.write_tensors
 
-    def fails(path: Path, content: TensorFile) -> str:
-        if path.name == "state-001.safetensors":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return written(path, content)
+    def fails() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(state_files, "write_tensors", fails)
+    before_the_second_part(monkeypatch, fails)
     with pytest.raises(StorageError, match="no space is left on the disk"):
         publish(tmp_path, 2)
     assert [each.state.step for each in CheckpointStore(tmp_path).published()] == [1]
