@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,9 +57,16 @@ def modules(floor: str) -> Iterator[Path]:
     yield from sorted(FLOORS[floor].rglob("*.py"))
 
 
+@cache
+def nodes(path: Path) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    """The import statements of a file, wherever they stand in it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return tuple(node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
+
+
 def imported(path: Path) -> Iterator[tuple[int, str]]:
-    """Every import in a file, wherever it stands in it: (line, dotted name)."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """Every import in a file: (line, dotted name)."""
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -151,7 +159,7 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 
 
 def _imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and node.module in known:
             submodules = {f"{node.module}.{alias.name}" for alias in node.names} & set(known)
             yield from submodules or {node.module}

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from soflow_core.weights import load_weights
 from tests.support.commands import command, environment
+from tests.support.in_process import run_here
 
 OLDER = Path(__file__).parent / "version_0_1"
 FINISHED, STOPPED = "finished-9ed4ff86", "stopped-e6678f8d"
@@ -80,7 +81,13 @@ def project(tmp_path: Path) -> Path:
 @pytest.fixture
 def ask(project: Path) -> Callable[..., str]:
     """A command that reads the older project folder and succeeds."""
-    return lambda *arguments: succeeded(*arguments, "--storage", project)
+
+    def answer(*arguments: str) -> str:
+        done = run_here(*arguments, "--storage", project)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return answer
 
 
 def trial_folder(project: Path, sweep: str, trial: str) -> Path:
@@ -159,9 +166,10 @@ def test_log_of_an_older_trial_is_printed(ask: Callable[..., str]) -> None:
 
 def test_finished_older_sweep_is_not_trained_again(project: Path) -> None:
     before = (project / "sweeps" / FINISHED / "sweep.json").read_bytes()
-    printed = succeeded("run", OLDER / "finished.yaml", "--storage", project)
-    assert f"sweep {FINISHED} is finished" in printed
-    assert BEST in printed
+    done = run_here("run", OLDER / "finished.yaml", "--storage", project)
+    assert done.returncode == 0, done.stderr
+    assert f"sweep {FINISHED} is finished" in done.stdout
+    assert BEST in done.stdout
     assert sorted(path.name for path in (project / "sweeps").iterdir()) == [FINISHED, STOPPED]
     assert (project / "sweeps" / FINISHED / "sweep.json").read_bytes() == before
 
@@ -177,13 +185,17 @@ def test_weights_of_an_older_checkpoint_are_read(project: Path) -> None:
 
 def test_older_checkpoint_makes_the_images_it_made(project: Path, tmp_path: Path) -> None:
     model, out = checkpoint_folder(project, FINISHED, OTHER, 60), tmp_path / "images"
-    succeeded("generate", "--model", model, "--num", "10", "--steps", "2", "--seed", "5", "--out", out)
+    done = run_here("generate", "--model", model, "--num", "10", "--steps", "2", "--seed", "5", "--out", out)
+    assert done.returncode == 0, done.stderr
     assert_same_images(out.glob("0*.png"), (OLDER / "expected" / "checkpoint").glob("*.png"))
 
 
-def test_older_registered_model_makes_the_images_it_made(ask: Callable[..., str], tmp_path: Path) -> None:
-    ask("generate", "--model", "models:/finished@champion", "--num", "10", "--out", str(tmp_path / "images"))
-    assert_same_images((tmp_path / "images").glob("0*.png"), (OLDER / "expected" / "model").glob("*.png"))
+def test_older_registered_model_makes_the_images_it_made(project: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    model = ("--model", "models:/finished@champion", "--storage", project)
+    done = run_here("generate", *model, "--num", "10", "--out", images)
+    assert done.returncode == 0, done.stderr
+    assert_same_images(images.glob("0*.png"), (OLDER / "expected" / "model").glob("*.png"))
 
 
 def test_older_registered_model_is_loaded_by_mlflow_with_its_own_code(
@@ -206,7 +218,7 @@ def test_older_registered_model_is_loaded_by_mlflow_with_its_own_code(
 
 
 def test_champion_of_an_older_version_is_champion(project: Path) -> None:
-    again = soflowctl("promote", "finished", "--storage", project)
+    again = run_here("promote", "finished", "--storage", project)
     assert (again.returncode, "version 1 of 'finished' is the champion already" in again.stderr) == (2, True)
 
 
@@ -290,7 +302,7 @@ def test_weights_of_a_newer_format_are_refused(project: Path, tmp_path: Path) ->
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["soflow"])
     save_file(load_file(path), path, metadata={"soflow": json.dumps({**header, FORMAT: TOO_NEW})})
-    done = soflowctl("generate", "--model", path, "--num", "1", "--out", tmp_path / "images")
+    done = run_here("generate", "--model", path, "--num", "1", "--out", tmp_path / "images")
     assert_refused(done, path)
 
 

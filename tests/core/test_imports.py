@@ -1,31 +1,31 @@
 """What importing the core loads: torch alone, so that reading settings stays quick."""
 
-import subprocess
-import sys
+import json
 
 import pytest
 
+from tests.support.fresh_interpreter import last_lines
+
 HEAVY = ("timm", "torchvision", "torch._dynamo", "numpy.testing", "scipy", "ray", "mlflow")
+SETTINGS = ("soflow_core.objectives", "soflow_core.optimizer", "soflow_core.settings", "soflow_core.nfe")
+TRAINING = "soflow_core.networks, soflow_core.train_step, soflow_core.weights"
 
 
-def loaded_by(statement: str) -> set[str]:
-    """Modules in sys.modules after a statement in a fresh interpreter."""
-    program = f"import sys, torch; before = set(sys.modules); {statement}; print(*set(sys.modules) - before)"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    return set(result.stdout.split())
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """Modules -> what importing them loads in an interpreter that has torch."""
+    program = "import json, sys\nbefore = set(sys.modules)\nimport {}\nprint(json.dumps([*set(sys.modules) - before]))"
+    programs = {modules: program.format(modules) for modules in (*SETTINGS, TRAINING)}
+    printed = last_lines([("import torch", programs)], tmp_path_factory.mktemp("loaded"))
+    return {modules: set(json.loads(line)) for modules, line in printed.items()}
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["soflow_core.objectives", "soflow_core.optimizer", "soflow_core.settings", "soflow_core.nfe"],
-)
-def test_settings_and_methods_load_no_heavy_library(module: str) -> None:
-    loaded = loaded_by(f"import {module}")
-    assert module in loaded
-    assert [name for name in loaded if name.startswith(HEAVY)] == []
+@pytest.mark.parametrize("module", SETTINGS)
+def test_settings_and_methods_load_no_heavy_library(module: str, loaded: dict[str, set[str]]) -> None:
+    assert module in loaded[module]
+    assert [name for name in loaded[module] if name.startswith(HEAVY)] == []
 
 
-def test_networks_load_neither_timm_nor_torchvision() -> None:
-    loaded = loaded_by("import soflow_core.networks, soflow_core.train_step, soflow_core.weights")
-    assert "soflow_core.networks.dit" in loaded
-    assert [name for name in loaded if name.split(".")[0] in ("timm", "torchvision")] == []
+def test_networks_load_neither_timm_nor_torchvision(loaded: dict[str, set[str]]) -> None:
+    assert "soflow_core.networks.dit" in loaded[TRAINING]
+    assert [name for name in loaded[TRAINING] if name.split(".")[0] in ("timm", "torchvision")] == []

@@ -11,14 +11,13 @@ from soflow_platform.jobs.targets import find_target
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import TrackingStore
 from tests.support.commands import Run
-from tests.support.scored_sweep import SWEEP, trained_sweep
+from tests.support.scored_sweep import SWEEP, digits_files, empty_store, trained_sweep
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> ProjectFolder:
-    folder = tmp_path_factory.mktemp("swept")
-    TrackingStore(f"sqlite:///{folder / 'mlflow.db'}").prepare()
-    return trained_sweep(folder / "runs", folder / "mlflow.db")
+    store, files = empty_store(tmp_path_factory), digits_files(tmp_path_factory)
+    return trained_sweep(tmp_path_factory.mktemp("swept") / "runs", store, files)
 
 
 def test_a_trial_is_scored_on_the_cluster_and_the_score_kept_and_logged(

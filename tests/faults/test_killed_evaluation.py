@@ -16,8 +16,7 @@ import psutil
 import pytest
 
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import TrackingStore
-from tests.support.scored_sweep import SWEEP, trained_sweep
+from tests.support.scored_sweep import SWEEP, digits_files, empty_store, trained_sweep
 
 pytestmark = pytest.mark.faults
 SECONDS = 240
@@ -68,9 +67,8 @@ def until_some_blocks(storage: ProjectFolder, process: subprocess.Popen[str], lo
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> ProjectFolder:
-    folder = tmp_path_factory.mktemp("swept")
-    TrackingStore(f"sqlite:///{folder / 'mlflow.db'}").prepare()
-    return trained_sweep(folder / "runs", folder / "mlflow.db")
+    store, files = empty_store(tmp_path_factory), digits_files(tmp_path_factory)
+    return trained_sweep(tmp_path_factory.mktemp("swept") / "runs", store, files)
 
 
 @pytest.fixture(scope="module")

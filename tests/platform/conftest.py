@@ -13,11 +13,11 @@ from soflow_platform.config.document import apply_override, read_document
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.validation import validate
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import Tracking, TrackingStore
+from soflow_platform.tracking.store import Tracking
 from soflow_platform.training.dataset import open_data
 from soflow_platform.training.job import TrialJob
 from soflow_platform.training.worker import Trainer
-from tests.support.scored_sweep import trained_sweep
+from tests.support import scored_sweep
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,16 +48,21 @@ def storage(tmp_path: Path) -> ProjectFolder:
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its tables: making them takes seconds, copying the file does not."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    TrackingStore(f"sqlite:///{path}").prepare()
-    return path
+    """An MLflow database with its tables."""
+    return scored_sweep.empty_store(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def scored_once(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> ProjectFolder:
+def digits_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project folder with the digits' shards and the classifier of them. Tests take a copy."""
+    return scored_sweep.digits_files(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def scored_once(tmp_path_factory: pytest.TempPathFactory) -> ProjectFolder:
     """A finished sweep of two methods. Tests read it; those that score take a copy."""
-    return trained_sweep(tmp_path_factory.mktemp("scored") / "runs", empty_store)
+    files = scored_sweep.scored_files(tmp_path_factory)
+    return ProjectFolder(Path(shutil.copytree(files, tmp_path_factory.mktemp("scored") / "runs")))
 
 
 @pytest.fixture
@@ -75,8 +80,9 @@ def tracking(storage: ProjectFolder, empty_store: Path) -> Tracking:
 
 
 @pytest.fixture
-def worker(storage: ProjectFolder, tracking: Tracking) -> Callable[..., Trainer]:
-    """Makes one worker of one trial, as Ray Train would, without Ray."""
+def worker(storage: ProjectFolder, tracking: Tracking, digits_files: Path) -> Callable[..., Trainer]:
+    """Makes one worker of one trial, as Ray Train would, without Ray; the digits are there as after an earlier trial."""
+    shutil.copytree(digits_files, storage.root, dirs_exist_ok=True)
 
     def make(trial: str, *overrides: str) -> Trainer:
         experiment = small_experiment(*overrides)

@@ -7,8 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from soflow_pipelines.features import digits_classifier
+from soflow_pipelines.preparation.builtin import ensure_builtin
 from soflow_platform.config.document import apply_override, read_document
 from soflow_platform.config.validation import validate
 from soflow_platform.evaluation.runner import LocalStatisticsRunner
@@ -21,6 +24,7 @@ from soflow_platform.training.job import TrialJob
 from soflow_platform.training.worker import Trainer
 from soflow_platform.tuning.record import BestTrial, SweepRecord, TrialEntry
 from soflow_platform.tuning.search_space import trials
+from tests.support.made_once import made_once
 
 ROOT = Path(__file__).parents[2]
 SWEEP = "digits-00000000"
@@ -33,11 +37,38 @@ SETTINGS = (
 )
 
 
-def trained_sweep(root: Path, empty_store: Path) -> ProjectFolder:
+def empty_store(factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables: making them takes seconds, copying the file does not."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        TrackingStore(f"sqlite:///{folder / 'mlflow.db'}").prepare()
+
+    return made_once(factory, "empty-store", make) / "mlflow.db"
+
+
+def digits_files(factory: pytest.TempPathFactory) -> Path:
+    """What a project folder has after the first training on the digits: their shards, and the classifier of them."""
+
+    def make(folder: Path) -> None:
+        project = ProjectFolder(folder)
+        ensure_builtin("digits", project.data / "digits")
+        digits_classifier(project.features)
+
+    return made_once(factory, "digits-files", make)
+
+
+def scored_files(factory: pytest.TempPathFactory) -> Path:
+    """The project folder of `trained_sweep`. All processes read it; a test takes a copy."""
+    store, files = empty_store(factory), digits_files(factory)
+    return made_once(factory, "scored", lambda folder: trained_sweep(folder, store, files))
+
+
+def trained_sweep(root: Path, store: Path, files: Path) -> ProjectFolder:
     """A project folder with the sweep's record, its checkpoints and its runs in MLflow."""
     storage = ProjectFolder(root)
-    root.mkdir(parents=True)
-    shutil.copy(empty_store, root)
+    shutil.copytree(files, root)
+    shutil.copy(store, root)
     document = read_document(ROOT / "sweeps" / "digits.yaml")
     for override in SETTINGS:
         apply_override(document, override)

@@ -10,6 +10,7 @@ import pytest
 
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tuning.record import SweepRecord, TrialEntry
+from tests.support.fresh_interpreter import last_lines
 
 DIGITS = Path(__file__).parents[3] / "sweeps" / "digits.yaml"
 HEAVY = {"torch", "torchvision", "timm", "ray", "mlflow", "numpy", "pyarrow", "pandas"}
@@ -25,6 +26,7 @@ PLANNING = {
     "soflow_platform.jobs",
 }
 COMPILER_AND_SHARDING = {"torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "sympy"}
+PLANS = ["validate", "plan", "run --dry-run"]
 COMMANDS = ["--help", "status", "logs", "stop", "runs", "promote --help", "ui --help"]
 DRIVER = {
     "torchvision",
@@ -50,24 +52,32 @@ MODULES = {
 }
 """What modules of the driver do not import; those first that import the least."""
 
-
-def loaded(program: str, modules: set[str]) -> set[str]:
-    """Those of the modules that a process has imported at its end."""
-    report = f"    print('LOADED', *sorted({modules!r} & set(sys.modules)))\n"
-    text = f"import sys\ntry:\n{program}finally:\n{report}"
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120)
-    last = done.stdout.splitlines()[-1]
-    assert last.startswith("LOADED"), done.stderr
-    return set(last.split()[1:])
+STEP = """
+    from soflow_core.objectives import SoFlow
+    from soflow_core.train_step import TrainStep, TrainStepConfig
+    from tests.support.random_networks import random_inputs, random_network
+    train = TrainStep(random_network(), SoFlow(), TrainStepConfig(1))
+    train(*random_inputs(train.objective))
+    train.load_state_dict(train.state_dict())
+"""
 
 
 def command(*arguments: str) -> str:
     argv = ["soflowctl", *arguments]
-    return f"    sys.argv = {argv!r}\n    from soflow_platform.cli.main import main\n    main()\n"
+    return f"\n    sys.argv = {argv!r}\n    from soflow_platform.cli.main import main\n    main()\n"
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_that_reads_files_imports_nothing_heavy(storage: ProjectFolder, line: str) -> None:
+def reporting(program: str, modules: set[str]) -> str:
+    """The program, which prints at its end those of the modules that it has imported."""
+    return (
+        f"import sys\ntry:{program}finally:\n    print('LOADED', *sorted({modules!r} & set(sys.modules)))\n"
+    )
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Program -> what it has imported of that which it must not. Each is a process; those of the last stage begin with torch."""
+    storage = ProjectFolder(tmp_path_factory.mktemp("project"))
     SweepRecord(
         id="digits-aa11",
         name="digits",
@@ -77,25 +87,36 @@ def test_a_command_that_reads_files_imports_nothing_heavy(storage: ProjectFolder
         metric="eval/fd_nfe1",
         mode="min",
     ).save(storage)
-    names = [] if "--help" in line else ["digits-aa11", "--storage", str(storage.root)]
-    assert loaded(command(*line.split(), *names), HEAVY) == set()
+    place = ("digits-aa11", "--storage", str(storage.root))
+    reading = {
+        line: reporting(command(*line.split(), *(() if "--help" in line else place)), HEAVY)
+        for line in COMMANDS
+    }
+    planning = {line: reporting(command(*line.split(), str(DIGITS)), PLANNING) for line in PLANS}
+    training = {"step": reporting(STEP, COMPILER_AND_SHARDING)}
+    stages = [("", reading), ("import torch", planning | training)]
+    printed = last_lines(stages, tmp_path_factory.mktemp("programs"))
+    words = {name: line.split() for name, line in printed.items()}
+    assert {first for first, *_ in words.values()} == {"LOADED"}
+    return {name: rest for name, (_, *rest) in words.items()}
 
 
-@pytest.mark.parametrize("line", ["validate", "plan", "run --dry-run"])
-def test_a_plan_needs_neither_ray_nor_mlflow_nor_the_evaluation(line: str) -> None:
-    assert loaded(command(*line.split(), str(DIGITS)), PLANNING) == set()
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_that_reads_files_imports_nothing_heavy(line: str, loaded: dict[str, list[str]]) -> None:
+    assert loaded[line] == []
 
 
-def test_a_training_step_of_one_process_needs_neither_compiler_nor_sharding() -> None:
-    step = (
-        "    from soflow_core.objectives import SoFlow\n"
-        "    from soflow_core.train_step import TrainStep, TrainStepConfig\n"
-        "    from tests.support.random_networks import random_inputs, random_network\n"
-        "    train = TrainStep(random_network(), SoFlow(), TrainStepConfig(1))\n"
-        "    train(*random_inputs(train.objective))\n"
-        "    train.load_state_dict(train.state_dict())\n"
-    )
-    assert loaded(step, COMPILER_AND_SHARDING) == set()
+@pytest.mark.parametrize("line", PLANS)
+def test_a_plan_needs_neither_ray_nor_mlflow_nor_the_evaluation(
+    line: str, loaded: dict[str, list[str]]
+) -> None:
+    assert loaded[line] == []
+
+
+def test_a_training_step_of_one_process_needs_neither_compiler_nor_sharding(
+    loaded: dict[str, list[str]],
+) -> None:
+    assert loaded["step"] == []
 
 
 def test_modules_of_the_driver_import_no_training_libraries() -> None:

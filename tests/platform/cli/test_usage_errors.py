@@ -20,6 +20,7 @@ from soflow_platform.storage.checkpoints import CheckpointState
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tuning.record import new_or_resumed_record, sweep_id
 from soflow_platform.tuning.search_space import trials
+from tests.support.in_process import run_here
 
 ROOT = Path(__file__).parents[3]
 DIGITS = str(ROOT / "sweeps" / "digits.yaml")
@@ -219,9 +220,11 @@ def test_a_mistake_ends_the_process_with_code_2_and_no_traceback(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_address_where_no_ray_answers_is_refused(tmp_path: Path) -> None:
+def test_an_address_where_no_ray_answers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SOFLOW_STORAGE", raising=False)
     address = f"127.0.0.1:{free_port()}"
-    done = soflowctl(tmp_path, "run", DIGITS, "--address", address)
+    done = run_here("run", DIGITS, "--address", address)
     assert done.returncode == 2
     assert f"no Ray answers at {address} (Connection refused)" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -269,8 +272,8 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     assert done.stdout.endswith("HEAVY []\n")
 
 
-def test_validate_prints_trials_steps_and_metric(tmp_path: Path) -> None:
-    done = soflowctl(tmp_path, "validate", DIGITS)
+def test_validate_prints_trials_steps_and_metric() -> None:
+    done = run_here("validate", DIGITS)
     assert done.returncode == 0
     assert (
         "is valid: 4 trial(s) of soflow, 600 steps of 128 samples, compared by eval/fd_nfe1 (min)"
@@ -278,8 +281,12 @@ def test_validate_prints_trials_steps_and_metric(tmp_path: Path) -> None:
     )
 
 
-def test_the_plan_of_xl2_names_parameters_resources_and_data(tmp_path: Path) -> None:
-    done = soflowctl(tmp_path, "run", "xl2", "--dry-run")
+def test_the_plan_of_xl2_names_parameters_resources_and_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SOFLOW_STORAGE", raising=False)
+    done = run_here("run", "xl2", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\ntrial-") == 13
     assert "676.4 M" in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,12 +77,23 @@ def register_changed(project: ProjectFolder, like: str, shift: float) -> str:
     )
 
 
+def promote_first(project: ProjectFolder) -> ProjectFolder:
+    """Makes the first trial champion, version 1."""
+    change_gate(project, seeds=3)
+    assert decide(project, FIRST).decision.kind == "promoted"
+    return project
+
+
+@pytest.fixture(scope="module")
+def promoted_once(scored_once: ProjectFolder, tmp_path_factory: pytest.TempPathFactory) -> ProjectFolder:
+    root = shutil.copytree(scored_once.root, tmp_path_factory.mktemp("promoted") / "runs")
+    return promote_first(ProjectFolder(Path(root)))
+
+
 @pytest.fixture
-def promoted(scored: ProjectFolder) -> ProjectFolder:
-    """The project whose first trial is champion, version 1."""
-    change_gate(scored, seeds=3)
-    assert decide(scored, FIRST).decision.kind == "promoted"
-    return scored
+def promoted(promoted_once: ProjectFolder, tmp_path: Path) -> ProjectFolder:
+    """A project whose first trial is champion, version 1; its files lie where those of all tests do."""
+    return ProjectFolder(Path(shutil.copytree(promoted_once.root, tmp_path / "runs")))
 
 
 def test_a_trial_is_registered_and_becomes_the_first_champion(promoted: ProjectFolder) -> None:
@@ -181,7 +193,8 @@ def test_fewer_samples_than_the_sweep_took_are_refused(promoted: ProjectFolder) 
     assert decide(promoted, SECOND, dry_run=True, samples=128).decision.numbers["samples"] == 128
 
 
-def test_a_champion_whose_weights_are_gone_is_said(promoted: ProjectFolder) -> None:
+def test_a_champion_whose_weights_are_gone_is_said(scored: ProjectFolder) -> None:
+    promoted = promote_first(scored)
     (artifacts_of(promoted, "1") / "ema.safetensors").unlink()
     with pytest.raises(JobError, match=r"champion version 1 of 'digits' cannot be scored.*pass --force"):
         decide(promoted, SECOND)

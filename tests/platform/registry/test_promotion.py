@@ -14,23 +14,22 @@ from soflow_platform.jobs.requests import PromoteRequest
 from soflow_platform.registry import versions
 from soflow_platform.registry.card import DESCRIPTION_LIMIT
 from soflow_platform.registry.promotion import Champions, Decision
+from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.locks import locked
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking
-from soflow_platform.training.worker import Trainer
 from soflow_platform.tuning.record import BestTrial, SweepRecord
-from tests.support.scored_sweep import local_services
+from tests.support.scored_sweep import SWEEP, local_services
 
 Register = Callable[..., str]
 METRIC = "eval/fd_nfe1"
 
 
 @pytest.fixture
-def add(worker: Callable[..., Trainer], tracking: Tracking) -> Register:
-    """Registers a trained trial as the result of a sweep that scored `value`."""
-    trained = worker("trial")
-    trained.run()
-    checkpoint = trained.setup.checkpoints.published()[-1]
+def add(scored_once: ProjectFolder, tracking: Tracking) -> Register:
+    """Registers the newest checkpoint of a trained trial as the result of a sweep that scored `value`."""
+    checkpoints = CheckpointStore(scored_once.trial(SWEEP, "trial-00-soflow") / "checkpoints")
+    checkpoint = checkpoints.published()[-1]
 
     def register(sweep: str, value: float, **tags: str) -> str:
         run = tracking.open_run(

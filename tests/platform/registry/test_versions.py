@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,11 +33,14 @@ sys.stdout.buffer.write(images[1])
 """
 
 
-@pytest.fixture
-def registered(scored: ProjectFolder) -> ProjectFolder:
-    """The project whose first trial is version 1 of the model digits, and champion."""
-    promote(PromoteRequest(f"{SWEEP}/trial-00-soflow"), local_services(scored))
-    return scored
+@pytest.fixture(scope="module")
+def registered(scored_once: ProjectFolder, tmp_path_factory: pytest.TempPathFactory) -> ProjectFolder:
+    """A project whose first trial is version 1 of the model digits, and champion. Tests read it."""
+    project = ProjectFolder(
+        Path(shutil.copytree(scored_once.root, tmp_path_factory.mktemp("registered") / "runs"))
+    )
+    promote(PromoteRequest(f"{SWEEP}/trial-00-soflow"), local_services(project))
+    return project
 
 
 def artifacts(project: ProjectFolder) -> Path:

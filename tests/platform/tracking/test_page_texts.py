@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import urllib.parse
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from soflow_platform.tracking.store import Tracking
 
 
 @pytest.fixture(scope="module")
-def tracking(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
+def tracking(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Tracking:
     project = ProjectFolder(tmp_path_factory.mktemp("project"))
+    shutil.copy(empty_store, project.root)
     return Tracking.open(project.tracking_uri, "grids", project)
 
 
