@@ -8,9 +8,12 @@
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest
-# Tests run in so many processes, a file's tests in one of them; `make test JOBS=0` runs them in one.
-JOBS ?= 2
+# One thread for each process: networks of tests are small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Tests run in so many processes, a file's tests in one of them, the longest files first: three keep two cores busy, for one often
+# waits. The slow ones need the memory of two. `make test JOBS=0` runs them in one.
+JOBS ?= 3
+SHARED = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: run test test-slow test-faults test-all bench lint format wheel clean help
 
@@ -20,11 +23,12 @@ run: .venv/.installed
 
 test: .venv/.installed
 	@echo "test: everything but what is marked slow or faults"
-	@$(PYTEST) -n $(JOBS) --dist loadfile -m "not slow and not faults"
+	@$(PYTEST) $(SHARED) -m "not slow and not faults"
 
+test-slow: JOBS = 2
 test-slow: .venv/.installed
 	@echo "test-slow: the longer checks"
-	@$(PYTEST) -n $(JOBS) --dist loadfile -m slow
+	@$(PYTEST) $(SHARED) -m slow
 
 test-faults: .venv/.installed
 	@echo "test-faults: kills processes, nodes and servers"
