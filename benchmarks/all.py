@@ -4,7 +4,8 @@
 
 Each benchmark runs `--repeat` times in a process of its own; the numbers that it prints are its measurements, and half their
 range is their noise. They are compared with the newest file of benchmarks/results/ with such numbers, or with `--against`. On
-another machine exact numbers alone are compared. `--save NAME` writes benchmarks/results/bench-NAME.json and the table of
+another machine exact numbers alone are compared, and of benchmarks beside which other programs took more than a tenth of the
+machine no times. `--save NAME` writes benchmarks/results/bench-NAME.json and the table of
 docs/performance.md; without it the results go to build/bench.json.
 """
 
@@ -18,8 +19,10 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -35,6 +38,8 @@ NUMBER = re.compile(r"(?<![\w./-])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w.])
 VERDICT = re.compile(r",? (?:bar|limit) .*$")
 SECONDS = 300
 """Of one run of a benchmark."""
+BUSY = 0.1
+"""Share of the processors that other programs may take beside a benchmark whose times are compared."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 """Several threads that wait for each other make numbers of a busy machine worthless."""
 
@@ -55,14 +60,14 @@ BENCHMARKS = {
         "",
         exact=True,
         shown=(
-            "8, step",
-            "64, step",
-            "256, step",
-            "gradients, 400 Gb/s for each GPU, 8 rows, passed at",
-            "gradients, 100 Gb/s for each node, 32 rows, passed at",
-            "draws, `generator`, passed at",
-            "curves, a trial on each node, passed at",
-            "checkpoints, a trial on each node, passed at",
+            "Parts of a step, batch 256, fast, ms: GPUs 8, step",
+            "Parts of a step, batch 256, fast, ms: GPUs 64, step",
+            "Parts of a step, batch 256, fast, ms: GPUs 256, step",
+            "Growth: gradients, 400 Gb/s for each GPU, 8 rows, passed at",
+            "Growth: gradients, 100 Gb/s for each node, 32 rows, passed at",
+            "Growth: draws, `generator`, passed at",
+            "Growth: curves, a trial on each node, passed at",
+            "Growth: checkpoints, a trial on each node, passed at",
         ),
     ),
     "precision": Small(
@@ -94,20 +99,50 @@ FINISHED = {"recognition": "needs a finished sweep: run it alone"}
 
 
 def numbers(text: str) -> Iterator[tuple[str, float]]:
-    """What a benchmark printed: the numeric cells of its tables, and the numbers of its other lines, each with a name."""
-    header: list[str] = []
-    for line in text.splitlines():
-        if line.startswith("|"):
-            cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-            if not header:
-                header = cells
-            elif set(line) - set("|-: "):
-                for name, cell in zip(header[1:], cells[1:], strict=False):
-                    found = NUMBER.fullmatch(cell.split(" ")[0]) if cell else None
-                    if found:
-                        yield f"{cells[0]}, {name}", float(found[0].replace(",", ""))
+    """What a benchmark printed: the numeric cells of its tables, and the numbers of its other lines, each with a name of its own.
+
+    A name begins with the heading above (`## ...`). That of a cell goes on with the row (`GPUs 8`) and the column, that of another
+    number is its line with # for each number.
+    """
+    title, named = "", Counter[str]()
+    for kind, lines in groupby(text.splitlines(), lambda line: line[:1] if line[:1] in ("|", "#") else ""):
+        if kind == "#":
+            title = list(lines)[-1].lstrip("# ").strip() + ": "
             continue
-        header = []
+        for label, value in _cells(list(lines)) if kind else _in_lines(lines):
+            named[title + label] += 1
+            again = f" ({named[title + label]})" if named[title + label] > 1 else ""
+            yield f"{title}{label}{again}", value
+
+
+def _cells(lines: list[str]) -> Iterator[tuple[str, float]]:
+    """The numbers that the cells of a table begin with, by row and column."""
+    rows = [
+        [cell.strip() for cell in line.strip().strip("|").split("|")]
+        for line in lines
+        if set(line) - set("|-: ")
+    ]
+    heads, *rows = rows
+    keys = 1
+    if len({row[0] for row in rows}) < len(rows) and all(
+        "." not in cell for row in rows for cell in row[1:2]
+    ):
+        # Rows of two settings, such as GPUs and batch.
+        keys = 2
+    for row in rows:
+        named = [
+            f"{head} {cell}" if NUMBER.match(cell) else cell
+            for head, cell in zip(heads[:keys], row[:keys], strict=False)
+        ]
+        for head, cell in zip(heads[keys:], row[keys:], strict=False):
+            found = NUMBER.match(cell)
+            if found:
+                yield f"{', '.join(named)}, {head}", float(found[0].rstrip(",").replace(",", ""))
+
+
+def _in_lines(lines: Iterable[str]) -> Iterator[tuple[str, float]]:
+    """The numbers of lines of text, but for limits."""
+    for line in lines:
         plain = VERDICT.sub("", line.strip())
         found_all = NUMBER.findall(plain)
         label = NUMBER.sub("#", plain)
@@ -151,8 +186,10 @@ def page_table(results: Results) -> str:
     """The numbers of `Small.shown` as a table in Markdown, with the machine and each benchmark's command."""
     machine = ", ".join(f"{key} {value}" for key, value in results.machine.items())
     found = {(each.section, each.name): each for each in results.measurements}
+    timed = [share for name, share in results.others.items() if not BENCHMARKS[name].exact]
+    beside = f"; other programs took up to {max(timed):.0%} of it" if max(timed, default=0.0) > BUSY else ""
     lines = [
-        f"{results.date}: {machine}; load {results.load:g} as it began.",
+        f"{results.date}: {machine}; load {results.load:g} as it began{beside}.",
         "",
         "| benchmark | number | value | noise |",
         "|---|---|---|---|",
@@ -185,14 +222,35 @@ def processor() -> str:
     return platform.machine()
 
 
+def taken_by_others(seconds: float = 1.0) -> float:
+    """Share of the processors that is taken while this process waits; 0 where the system does not say."""
+
+    def ticks() -> tuple[int, int]:
+        # user, nice, system, idle, waiting for disks, interrupts, ...
+        every = [int(number) for number in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        return sum(every), every[3] + every[4]
+
+    try:
+        before = ticks()
+        time.sleep(seconds)
+        total, idle = (now - then for now, then in zip(ticks(), before, strict=True))
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return 1 - idle / total if total else 0.0
+
+
 def comparable(before: Results, now: Results) -> tuple[Results, str]:
-    """The results before, without what another machine or another selection of benchmarks cannot be compared by."""
+    """The results before, without what another machine, selection of benchmarks or other programs keep from being compared."""
     measured = {each.section for each in now.measurements}
     kept = [each for each in before.measurements if each.section in measured]
     note = ""
+    busy = {name for each in (before, now) for name, share in each.others.items() if share > BUSY}
     if before.machine != now.machine:
         note = " (another machine: exact numbers alone are compared)"
         kept = [each for each in kept if BENCHMARKS.get(each.section, Small("")).exact]
+    elif busy := {name for name in busy & measured if not BENCHMARKS.get(name, Small("")).exact}:
+        note = f" (not compared, for other programs were at work: {', '.join(sorted(busy))})"
+        kept = [each for each in kept if each.section not in busy]
     return Results(before.name, before.machine, kept), note
 
 
@@ -214,14 +272,18 @@ def main() -> int:
     kept = Results.read(before) if before else None
     path = RESULTS / f"{results.name}.json" if options.save else ROOT / "build" / "bench.json"
     for name in options.only:
+        others = taken_by_others()
         started = time.monotonic()
         try:
             run(name, options.repeat, results)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             results.skipped[name] = " ".join(str(error).split())[:300]
         results.seconds[name] = time.monotonic() - started
+        results.others[name] = round(max(others, taken_by_others()), 2)
         counted = sum(each.section == name for each in results.measurements)
-        print(f"{name}: {counted} numbers in {results.seconds[name]:.0f} s", flush=True)
+        share = results.others[name]
+        beside = f", other programs took {share:.0%} of the machine" if share > BUSY else ""
+        print(f"{name}: {counted} numbers in {results.seconds[name]:.0f} s{beside}", flush=True)
         # After each, so that a run that is cut has what it has measured.
         results.write(path)
     print(f"written to {path}")

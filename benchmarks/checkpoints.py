@@ -170,7 +170,7 @@ def save(
 def load(store: CheckpointStore, place: dict[str, Any]) -> float:
     """Seconds to verify the newest checkpoint and to copy its state to its place."""
     started = time.perf_counter()
-    checkpoint, damaged = store.newest()
+    checkpoint, damaged = store.newest(keep=True)
     assert checkpoint is not None
     assert not damaged
     with opened_state(checkpoint) as state:

@@ -45,6 +45,8 @@ class Results:
     """YYYY-MM-DD."""
     load: float = 0.0
     """Processes that wanted a core as it began: above 0 other programs were at work."""
+    others: dict[str, float] = field(default_factory=dict)
+    """Share of the processors that other programs took just before or after each section, the larger of the two."""
 
     def add(
         self, section: str, name: str, values: float | Sequence[float], unit: str = "", better: str = ""

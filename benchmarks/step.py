@@ -1,6 +1,7 @@
 """Seconds and peak memory of one training step of each method, beside the plain step of the same network.
 
     python benchmarks/step.py --sizes S/4 B/4 --batch 16 --threads 2
+    python benchmarks/step.py --sizes digits --batch 128 --threads 1
     python benchmarks/step.py --device cuda --sizes B/2 XL/2 --batch 64 --precision mixed --compile
 
 All rows share one network, one optimizer and one batch; the rounds go through the rows in turn, and a row's
@@ -41,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from soflow_core.guidance import VelocityGuidance
 from soflow_core.kernels import step_kernels
-from soflow_core.networks import DiT, dit_config
+from soflow_core.networks import DiT, DiTConfig, dit_config
 from soflow_core.objectives import Batch, FlowMatching, Loss, MeanFlow, Objective, SoFlow
 from soflow_core.objectives.base import DEFAULT_POLICY
 from soflow_core.passes import PassPolicy
@@ -60,7 +61,8 @@ MATCHED = VelocityGuidance(omega=0.75, kappa=0.75, end=0.8)
 TOTAL_STEPS = 1000
 COUNTED = 16
 """Rows whose multiply-adds are counted at most: in eager float32 a large batch would not fit."""
-SHAPE = (4, 32, 32)
+DIGITS = DiTConfig(1, 8, 8, patch=2, hidden=96, depth=4, heads=4, classes=10, null_label=True)
+"""Of sweeps/digits.yaml, as the size `digits`."""
 # Numerator, denominator, largest ratio.
 BARS = (("soflow", "six calls", 0.95), ("soflow", "plain", 1.55), ("soflow", "meanflow", 1.0))
 MEMORY_BAR = ("soflow", "meanflow", 1.0)
@@ -101,7 +103,12 @@ class Bench:
         if self.compile:
             # Rows beside the training step compile versions of their own.
             torch._dynamo.config.recompile_limit = MOST_GRAPHS
-        config = dit_config(self.size, channels=4, height=32, width=32, classes=1000, null_label=True)
+        config = (
+            DIGITS
+            if self.size == "digits"
+            else dit_config(self.size, channels=4, height=32, width=32, classes=1000, null_label=True)
+        )
+        self.shape = config.sample_shape
         network = DiT(config).to(self.device)
         with torch.no_grad():
             for parameter in network.parameters():
@@ -114,8 +121,8 @@ class Bench:
         )
         self.generator = torch.Generator().manual_seed(0)
         self.batch = Batch(
-            torch.randn(self.batch_size, *SHAPE, generator=self.generator),
-            torch.randint(1000, (self.batch_size,), generator=self.generator),
+            torch.randn(self.batch_size, *self.shape, generator=self.generator),
+            torch.randint(config.classes, (self.batch_size,), generator=self.generator),
         )
 
     @property
@@ -135,7 +142,7 @@ class Bench:
             self.step.objective = objective
             pieces = PIECES if row == "in pieces" else 1
             self.step.config = replace(self.step.config, accumulate=pieces)
-            draws = objective.draw(self.generator, self.batch_size, SHAPE, conditional=True)
+            draws = objective.draw(self.generator, self.batch_size, self.shape, conditional=True)
             with eager() if row == UNCOMPILED else nullcontext():
                 record = self.step(self.batch, draws)
             if not record.finite:
@@ -157,7 +164,7 @@ class Bench:
     def half(self) -> None:
         """The passes that `mixed` runs in bfloat16, without an update."""
         objective, batch = OBJECTIVES[HALF], self.batch.to(self.device)
-        draws = objective.draw(self.generator, self.batch_size, SHAPE, conditional=True).to(self.device)
+        draws = objective.draw(self.generator, self.batch_size, self.shape, conditional=True).to(self.device)
         with step_kernels(self.device, tf32_allowed=True, deterministic=False):
             self.step.optimizer.zero_grad(set_to_none=True)
             policy = self.step.policy
@@ -196,7 +203,7 @@ class Bench:
                 network(batch.x0, t, t, batch.labels).square().mean().backward()
             else:
                 objective = OBJECTIVES[row]
-                draws = objective.draw(self.generator, count, SHAPE, conditional=True).to(self.device)
+                draws = objective.draw(self.generator, count, self.shape, conditional=True).to(self.device)
                 objective.loss(network, batch, draws, 0, TOTAL_STEPS, policy).loss.backward()
         return counter.get_total_flops() / count
 

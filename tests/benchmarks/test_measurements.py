@@ -62,6 +62,37 @@ def test_numbers_are_read_from_tables_and_lines() -> None:
     ]
 
 
+def test_a_number_is_named_by_heading_row_and_column() -> None:
+    from all import numbers
+
+    steps = "| GPUs | batch 256: step ms, images/s, efficiency |\n|---|---|\n| 8 | 131.9, 1,941, 98% |\n"
+    data = "| GPUs | batch | MB/s |\n|---|---|---|\n| 8 | 256 | 12.5 |\n| 8 | 4096 | 20 |\n"
+    loops = "| loop | s/step |\n|---|---|\n| bare | 0.5 |\n| platform | 0.6 |\n| bare | 0.7 |\n"
+    assert list(numbers(f"\n## Fast\n\n{steps}\n## Slow\n\n{steps}\n## Data\n\n{data}\n{loops}")) == [
+        ("Fast: GPUs 8, batch 256: step ms, images/s, efficiency", 131.9),
+        ("Slow: GPUs 8, batch 256: step ms, images/s, efficiency", 131.9),
+        ("Data: GPUs 8, batch 256, MB/s", 12.5),
+        ("Data: GPUs 8, batch 4096, MB/s", 20.0),
+        ("Data: bare, s/step", 0.5),
+        ("Data: platform, s/step", 0.6),
+        ("Data: bare, s/step (2)", 0.7),
+    ]
+
+
+def test_times_beside_other_programs_are_not_compared_and_exact_numbers_are() -> None:
+    from all import comparable
+
+    before, now = Results("before", {}), Results("now", {})
+    for each in (before, now):
+        for section in ("scaling", "step", "fid"):
+            each.add(section, "number", 1.0)
+    now.others = {"scaling": 0.9, "step": 0.9, "fid": 0.02}
+    kept, note = comparable(before, now)
+    assert [each.section for each in kept.measurements] == ["scaling", "fid"]
+    assert note == " (not compared, for other programs were at work: step)"
+    assert comparable(now, before) == (Results("now", {}, kept.measurements), note)
+
+
 def test_every_benchmark_is_run_or_says_why_not() -> None:
     from all import BENCHMARKS, FINISHED
 

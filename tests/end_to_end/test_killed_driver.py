@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import TRIAL_TAG, Tracking, TrackingStore
 from soflow_platform.tuning.record import SweepRecord, all_records
 from tests.support.commands import REDUCED, ROOT, Run, command, environment
+from tests.support.killed_sweeps import kill_when, wait_for
 
 pytestmark = pytest.mark.faults
 ARGUMENTS = ["run", "sweeps/digits.yaml", *REDUCED]
@@ -23,14 +21,6 @@ ONE_AT_A_TIME = [
     *("--set", "resources.concurrent_trials=1"),
     *("--set", "search.space={objective.weight_power: [0.5, 1.0]}"),
 ]
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 150) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the command ended before it could be killed"
-        assert time.monotonic() < deadline, "the sweep did not get there in time"
-        time.sleep(0.1)
 
 
 def status_files(storage: ProjectFolder) -> list[str]:
@@ -45,16 +35,13 @@ def steps(storage: ProjectFolder, record: SweepRecord, number: int) -> list[int]
 def test_finished_trials_are_kept_and_the_killed_one_is_resumed(soflowctl: Run, tmp_path: Path) -> None:
     storage = ProjectFolder(tmp_path / "runs")
     arguments = [*ARGUMENTS, *ONE_AT_A_TIME, "--storage", str(storage.root)]
-    process = subprocess.Popen(
-        command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        wait_for(lambda: bool(all_records(storage)), process)
-        (record,) = all_records(storage)
-        wait_for(lambda: 40 in steps(storage, record, 0) and 10 in steps(storage, record, 1), process)
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+
+    def reached() -> bool:
+        found = all_records(storage)
+        return bool(found) and 40 in steps(storage, found[0], 0) and 10 in steps(storage, found[0], 1)
+
+    kill_when(reached, arguments)
+    (record,) = all_records(storage)
     finished = storage.trial(record.id, record.trials[0].name) / "checkpoints" / "step-00000040"
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in finished.iterdir()}
     assert record.run is not None

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +11,8 @@ import pytest
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import TRIAL_TAG, Tracking, TrackingStore
 from soflow_platform.tuning.record import SweepRecord, all_records
-from tests.support.commands import ROOT, Run, command, environment
+from tests.support.commands import Run
+from tests.support.killed_sweeps import kill_when
 from tests.support.trained_state import differing_tensors, final_state
 
 STEPS, EVERY = 60, 20
@@ -94,18 +91,7 @@ def test_a_population_whose_driver_was_killed_goes_on_as_if_it_had_not_been(
 ) -> None:
     storage = ProjectFolder(tmp_path / "runs")
     arguments = ["run", "digits", *SETTINGS, "--storage", str(storage.root)]
-    process = subprocess.Popen(
-        command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 280
-        while not ((records := all_records(storage)) and records[0].rungs):
-            assert process.poll() is None, "the command ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    kill_when(lambda: bool(records := all_records(storage)) and bool(records[0].rungs), arguments)
     assert len(record_of(storage).rungs) == 1
     done = soflowctl(*arguments)
     assert done.returncode == 0, done.stderr

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +9,8 @@ import pytest
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tuning.record import SweepRecord, all_records
 from soflow_platform.tuning.status import trial_reports
-from tests.support.commands import REDUCED, ROOT, Run, command, environment
+from tests.support.commands import REDUCED, Run
+from tests.support.killed_sweeps import kill_when
 
 SEARCH = (
     "search={algorithm: tpe, trials: 8, startup: 3, first: [{}], final: {best: 2, seeds: 2}, "
@@ -33,18 +30,9 @@ def finished(storage: ProjectFolder, record: SweepRecord) -> list[str]:
 def test_a_killed_search_keeps_its_trials_and_draws_the_rest(soflowctl: Run, tmp_path: Path) -> None:
     storage = ProjectFolder(tmp_path / "runs")
     arguments = [*ARGUMENTS, "--storage", str(storage.root)]
-    process = subprocess.Popen(
-        command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    kill_when(
+        lambda: bool(records := all_records(storage)) and len(finished(storage, records[0])) >= 5, arguments
     )
-    try:
-        deadline = time.monotonic() + 280
-        while not ((records := all_records(storage)) and len(finished(storage, records[0])) >= 5):
-            assert process.poll() is None, "the command ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
     (before,) = all_records(storage)
     kept = finished(storage, before)
     assert [trial.phase for trial in before.trials[:5]] == [None] * 4 + ["drawn"]

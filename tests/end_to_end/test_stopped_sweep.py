@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.record import all_records
 from tests.support.commands import REDUCED, ROOT, Run, command, environment
+from tests.support.killed_sweeps import wait_for
 
 STEPS = 1500
 ARGUMENTS = [
@@ -22,14 +21,6 @@ ARGUMENTS = [
     *("--set", f"training.steps={STEPS}", "--set", "training.log_every=100"),
     *("--set", "evaluation.every=500", "--set", "search.space={objective.weight_power: [0.5, 1.0]}"),
 ]
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert process.poll() is None, "the sweep ended before it could be stopped"
-        assert time.monotonic() < deadline, "the sweep did not get there in time"
-        time.sleep(0.2)
 
 
 @pytest.mark.slow
@@ -49,7 +40,7 @@ def test_trial_and_sweep_stop_with_their_work_saved_and_go_on(soflowctl: Run, tm
         command(*ARGUMENTS, *place), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
     )
     try:
-        wait_for(lambda: len(status()) == 2 and all(t["step"] > 20 for t in status().values()), process)
+        wait_for(lambda: len(status()) == 2 and all(t["step"] > 20 for t in status().values()), process, 240)
         (record,) = all_records(storage)
         first, second = (trial.name for trial in record.trials)
 

@@ -14,10 +14,9 @@ from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.validation import validate
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking
-from soflow_platform.training.dataset import open_data
-from soflow_platform.training.job import TrialJob
 from soflow_platform.training.worker import Trainer
 from tests.support import scored_sweep
+from tests.support.trained_trials import trainer_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,18 +84,6 @@ def worker(storage: ProjectFolder, tracking: Tracking, digits_files: Path) -> Ca
     shutil.copytree(digits_files, storage.root, dirs_exist_ok=True)
 
     def make(trial: str, *overrides: str) -> Trainer:
-        experiment = small_experiment(*overrides)
-        location, _ = open_data(experiment, storage)
-        run = tracking.open_run("sweep", trial, params={}, tags={}, trial=trial)
-        job = TrialJob(
-            sweep="sweep",
-            trial=trial,
-            experiment=experiment.resolved(),
-            data=location,
-            storage=str(storage.root),
-            tracking_uri=tracking.store.uri,
-            run=run,
-        )
-        return Trainer.of_job(job, torch.device("cpu"))
+        return trainer_of(storage, tracking, small_experiment(*overrides), "sweep", trial)
 
     return make

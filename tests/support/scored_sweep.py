@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from soflow_pipelines.features import digits_classifier
 from soflow_pipelines.preparation.builtin import ensure_builtin
@@ -20,11 +19,10 @@ from soflow_platform.jobs.requests import EvaluateRequest, ProtocolRequest, Samp
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.training.dataset import open_data
-from soflow_platform.training.job import TrialJob
-from soflow_platform.training.worker import Trainer
 from soflow_platform.tuning.record import BestTrial, SweepRecord, TrialEntry
 from soflow_platform.tuning.search_space import trials
 from tests.support.made_once import made_once
+from tests.support.trained_trials import trainer_of
 
 ROOT = Path(__file__).parents[2]
 SWEEP = "digits-00000000"
@@ -73,24 +71,13 @@ def trained_sweep(root: Path, store: Path, files: Path) -> ProjectFolder:
     for override in SETTINGS:
         apply_override(document, override)
     experiment = validate(document)
-    location, info = open_data(experiment, storage)
+    _, info = open_data(experiment, storage)
     tracking = Tracking.open(storage.tracking_uri, "digits", storage)
     facts = {"data.source": "digits", "data.digest": info.digest}
     parent = tracking.open_run(SWEEP, SWEEP, params={}, tags=facts)
     points = trials(document, experiment)
     for point in points:
-        run = tracking.open_run(SWEEP, point.name, params={}, tags=facts, trial=point.name, parent=parent)
-        job = TrialJob(
-            sweep=SWEEP,
-            trial=point.name,
-            experiment=point.experiment.resolved(),
-            data=location,
-            storage=str(root),
-            tracking_uri=tracking.store.uri,
-            run=run,
-        )
-        torch.set_num_threads(1)
-        Trainer.of_job(job, torch.device("cpu")).run()
+        trainer_of(storage, tracking, point.experiment, SWEEP, point.name, tags=facts, parent=parent).run()
     SweepRecord(
         id=SWEEP,
         name="digits",

@@ -11,7 +11,8 @@ from soflow_platform.cli.terminal import styled
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import UserError
 from soflow_platform.training.dataset import check_data
-from soflow_platform.tuning.plan import Assumptions, plan_sweep
+from soflow_platform.tuning.plan import plan_sweep
+from soflow_platform.tuning.plan_assumptions import Assumptions
 from soflow_platform.tuning.search_space import Trial
 
 if TYPE_CHECKING:

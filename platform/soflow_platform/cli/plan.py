@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from soflow_platform.cli.sweep_file import CheckedSweep
 from soflow_platform.cli.terminal import console, duration, plain_table, styled
-from soflow_platform.tuning.plan import Assumptions, SweepPlan, TrialPlan, plan_sweep
+from soflow_platform.tuning.plan import SweepPlan, TrialPlan, plan_sweep
+from soflow_platform.tuning.plan_assumptions import Assumptions
 
 if TYPE_CHECKING:
     from rich.table import Table

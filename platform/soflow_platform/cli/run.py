@@ -311,7 +311,8 @@ def _print_short_plan(
     screen: Console, experiment: Experiment, planned: list[Trial], data: Expected | None = None
 ) -> None:
     from soflow_platform.cli.plan import short_plan
-    from soflow_platform.tuning.plan import Assumptions, plan_sweep
+    from soflow_platform.tuning.plan import plan_sweep
+    from soflow_platform.tuning.plan_assumptions import Assumptions
 
     with contextlib.suppress(UserError):
         # Where the shape of the samples is not known, or the method makes no passes that can be counted.

@@ -137,7 +137,7 @@ def plan(
     """Say what a sweep computes, keeps, sends and costs: FLOPs, memory, bytes, GPU-hours, days and money. Starts nothing."""
     from soflow_platform.cli.plan import plan_command
     from soflow_platform.cli.sweep_file import print_proxy, read
-    from soflow_platform.tuning.plan import USUAL_GPU, Assumptions
+    from soflow_platform.tuning.plan_assumptions import USUAL_GPU, Assumptions
 
     assumptions = Assumptions(gpu or USUAL_GPU, gpus, utilization, price, currency)
     checked = read(sweep, tuple(overrides or ()), proxy)

@@ -12,7 +12,8 @@ from typing import Any
 
 from soflow_core.objectives import SoFlow
 from soflow_pipelines.storage.files import write_bytes
-from soflow_platform.jobs.compare_rows import SIGNIFICANCE, Comparison, Row, order_is_decided
+from soflow_platform.jobs.compare_rows import Comparison, Row, decided_orders
+from soflow_platform.tuning.seed_statistics import SIGNIFICANCE
 
 CLAIMANT = SoFlow
 """The method whose claim, the best distance at one function evaluation, the conclusions confirm or deny."""
@@ -34,8 +35,9 @@ COLUMNS = (
 
 
 SPREAD = (
-    "numbers are means over them, ± is the standard deviation of one training; an order is called decided where Welch's t-test "
-    f"gives it less than {SIGNIFICANCE:.0%} by chance"
+    "numbers are means over them, ± is the standard deviation of one training; an order is called decided by Welch's t-test, with "
+    "Holm's correction for all pairs that are ranked together: the chance that one is called so without a difference is at most "
+    f"{SIGNIFICANCE:.0%}"
 )
 ONE_SEED = "methods that are close may change places with another one (`search.seeds`)"
 
@@ -164,10 +166,15 @@ def _at_one_evaluation(which: str, name: str, rows: Sequence[Row]) -> list[str]:
     return sentences
 
 
+def _near(rows: Sequence[Row], place: int) -> list[Row]:
+    """The rows whose order with the one at a place is not decided."""
+    decided = decided_orders(rows)
+    return [row for i, row in enumerate(rows) if decided.get((min(i, place), max(i, place))) is False]
+
+
 def _undecided(rows: Sequence[Row]) -> str:
     """The methods that the first of the rows is not decidedly better than, as the end of a sentence; empty where there is none."""
-    best, *others = rows
-    near = [row for row in others if order_is_decided(best, row) is False]
+    near = _near(rows, 0)
     if not near:
         return ""
     return ", not decidedly before " + " and ".join(f"{row.label(rows)} ({distance(row)})" for row in near)
@@ -177,9 +184,8 @@ def _claim(claimant: Row, rows: Sequence[Row]) -> str:
     """Whether no other row is better, where the spread over seeds allows to say so."""
     rank = rows.index(claimant) + 1
     if rank == 1:
-        near = [row for row in rows[1:] if order_is_decided(claimant, row) is False]
-        return "holds" if not near else "is not decided: others are within the spread over seeds"
-    if order_is_decided(rows[0], claimant) is False:
+        return "holds" if not _near(rows, 0) else "is not decided: others are within the spread over seeds"
+    if rows[0] in _near(rows, rank - 1):
         return f"is not decided: it is {rank} of {len(rows)}, and the best is within the spread over seeds"
     return f"does not hold: it is {rank} of {len(rows)}"
 

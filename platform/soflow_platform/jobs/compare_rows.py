@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-SIGNIFICANCE = 0.05
-"""Chance of so large a difference of two means, where both methods were equally good, below which their order is decided."""
+from soflow_platform.tuning.seed_statistics import SeedMean, differing
 
 
 @dataclass(frozen=True)
@@ -104,34 +102,19 @@ def _mean(rows: Sequence[Row]) -> Row:
         return first
     agreements = [row.label_agreement for row in rows if row.label_agreement is not None]
     names = [name for name in first.others if all(name in row.others for row in rows)]
-    distances = [row.distance for row in rows]
+    distance = SeedMean.of([row.distance for row in rows])
     return replace(
         first,
         trial=re.sub(r"[-_ ]?\bseed=\d+", "", first.trial),
-        distance=statistics.fmean(distances),
-        spread=statistics.stdev(distances),
+        distance=distance.mean,
+        spread=distance.std,
         seeds=len(rows),
-        label_agreement=statistics.fmean(agreements) if len(agreements) == len(rows) else None,
-        others={name: statistics.fmean(row.others[name] for row in rows) for name in names},
+        label_agreement=SeedMean.of(agreements).mean if len(agreements) == len(rows) else None,
+        others={name: SeedMean.of([row.others[name] for row in rows]).mean for name in names},
         flags=tuple(dict.fromkeys(flag for row in rows for flag in row.flags)),
     )
 
 
-def order_is_decided(better: Row, worse: Row) -> bool | None:
-    """Whether the means of two rows differ by more than their seeds do (Welch's t-test); None where one has a single seed."""
-    if better.spread is None or worse.spread is None:
-        return None
-    from scipy.stats import ttest_ind_from_stats
-
-    if better.spread == worse.spread == 0:
-        return better.distance != worse.distance
-    test = ttest_ind_from_stats(
-        better.distance,
-        better.spread,
-        better.seeds,
-        worse.distance,
-        worse.spread,
-        worse.seeds,
-        equal_var=False,
-    )
-    return bool(test.pvalue < SIGNIFICANCE)
+def decided_orders(rows: Sequence[Row]) -> dict[tuple[int, int], bool]:
+    """Whether the order of two of the rows is decided, by their places i < j; pairs of which one has a single seed are left out."""
+    return differing([SeedMean(row.distance, row.spread, row.seeds) for row in rows])

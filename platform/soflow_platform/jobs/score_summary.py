@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from soflow_platform.jobs.evaluate import Score
+from soflow_platform.tuning.seed_statistics import SeedMean
 
 SEED = "seed"
 VARIED = ("sampling_scale", "labels", "steps", "nfe")
@@ -47,14 +46,13 @@ def summaries(scores: Sequence[Score]) -> list[ScoreSummary]:
 
 def _summary(scores: Sequence[Score]) -> ScoreSummary:
     first = scores[0]
-    values = {name: [score.values[name] for score in scores] for name in first.values}
-    spread = first.spread
-    if len(scores) > 1:
-        spread = {name: float(np.std(each, ddof=1)) for name, each in values.items()}
+    means = {name: SeedMean.of([score.values[name] for score in scores]) for name in first.values}
     return ScoreSummary(
         first.name,
-        {name: float(np.mean(each)) for name, each in values.items()},
-        spread,
+        {name: each.mean for name, each in means.items()},
+        first.spread
+        if len(scores) == 1
+        else {name: each.std for name, each in means.items() if each.std is not None},
         {name: value for name, value in first.tags.items() if name != SEED},
         tuple(score.tags[SEED] for score in scores if SEED in score.tags),
     )

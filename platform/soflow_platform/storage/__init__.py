@@ -2,6 +2,7 @@
 
 project      ProjectFolder: the paths of everything that is kept of runs
 checkpoints  CheckpointStore: the checkpoints of one trial, in a folder or in S3
+checkpoint_files  reads the files of a checkpoint, several at a time, each in one pass
 ema_snapshots  snapshots of power-function averages, published as checkpoints are
 records      reads JSON records of this and earlier versions
 locks        file locks between processes

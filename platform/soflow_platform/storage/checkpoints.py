@@ -21,20 +21,23 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any
 
-from soflow_pipelines.storage.files import parse_json, sha256_of
+from soflow_pipelines.storage.files import parse_json
 from soflow_pipelines.storage.local import LocalFolder
-from soflow_pipelines.storage.object_store import READ_BYTES, ObjectStore, StorageError
+from soflow_pipelines.storage.object_store import ObjectStore, StorageError
 from soflow_pipelines.storage.opening import open_storage
+from soflow_platform.storage.checkpoint_files import (
+    KeptFiles,
+    at_once,
+    copy_hashed,
+    read_hashed,
+    synced_digest,
+)
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.storage.records import refuse_newer_format
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 STATE = "state.pt"
 EMA = "ema.safetensors"
@@ -44,8 +47,6 @@ PARTS_FORMAT = 2
 """Format of a record whose state is in parts, which versions before it cannot read; that of the others is 1."""
 SPLIT_BYTES = 2**30
 """Bytes of tensors from which a state is cut into parts."""
-FILES_AT_ONCE = 4
-"""Files of a checkpoint that are written, hashed, uploaded or downloaded at a time."""
 LITTLE_SPACE = 1 << 20
 """A write that fails on a disk with fewer free bytes than this is taken to have failed because the disk is full."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -108,6 +109,8 @@ class Checkpoint:
     """SHA-256 of each file."""
     compared: set[str] = field(default_factory=set, compare=False)
     """Files of a local folder whose checksum was verified already, so that many GB are hashed once."""
+    kept: KeptFiles = field(default_factory=KeptFiles, compare=False)
+    """What was read while it was verified (`CheckpointStore.newest` with `keep`), until its state has been read."""
 
     @property
     def location(self) -> str:
@@ -145,48 +148,60 @@ class Checkpoint:
             yield [self.storage.path(f"{self.name}/{file}") for file in files]
             return
         with tempfile.TemporaryDirectory(prefix="soflow-checkpoint-") as folder:
-            paths = [Path(folder) / file for file in files]
-            at_once(lambda path: self._download(path.name, path), paths)
-            yield paths
+            asked = {file: Path(folder) / file for file in files if file not in self.kept.copies}
+            at_once(lambda file: self._download(file, asked[file]), list(asked))
+            yield [asked.get(file) or self.kept.copies[file] for file in files]
 
-    def broken_files(self, only: Collection[str] | None = None) -> list[str]:
+    def broken_files(self, only: Collection[str] | None = None, keep: bool = False) -> list[str]:
         """Names of the files, or of those in `only` and what they need, whose checksum differs.
 
+        With `keep` what reading the state of a remote one needs is kept as it was verified (`kept`), where none is broken.
         Raises StorageError where the storage is unavailable.
         """
         chosen: Iterable[str] = self.files
         if only is not None:
             chosen = dict.fromkeys(needed for file in only for needed in self.files_of(file))
-        return self._differing(chosen)
+        broken = self._differing(chosen, keep)
+        if broken:
+            self.kept.let_go()
+        return broken
 
-    def _differing(self, files: Iterable[str]) -> list[str]:
+    def _differing(self, files: Iterable[str], keep: bool = False) -> list[str]:
+        needed = self.files_of(STATE) if keep else []
+        local = isinstance(self.storage, LocalFolder)
+        if keep and not local:
+            self.kept.make_folder()
+
+        def differs(file: str) -> bool:
+            path = f"{self.name}/{file}"
+            size = self.storage.size(path)
+            if file not in self.files or size is None:
+                return True
+            # Files on this machine are mapped, from the page cache where it has room: a copy in memory of its own costs more than that.
+            if file not in needed or local:
+                return self._copy(file) != self.files[file]
+            if file == STATE:
+                self.kept.copies[file] = self.kept.make_folder() / file
+                return self._copy(file, self.kept.copies[file]) != self.files[file]
+            with self.storage.open(path) as source:
+                digest, self.kept.contents[file] = read_hashed(source, size)
+            return digest != self.files[file]
+
         asked = [file for file in files if file not in self.compared]
-        broken = [file for file, differs in zip(asked, at_once(self._differs, asked), strict=True) if differs]
-        if isinstance(self.storage, LocalFolder):
+        broken = [file for file, different in zip(asked, at_once(differs, asked), strict=True) if different]
+        if local:
             self.compared.update(file for file in asked if file not in broken)
         return broken
 
-    def _differs(self, file: str) -> bool:
-        path = f"{self.name}/{file}"
-        if file not in self.files or self.storage.size(path) is None:
-            return True
-        return self._copy(file, None) != self.files[file]
-
     def _download(self, file: str, path: Path) -> None:
         """Raises StorageError where the file is not that of the record."""
-        with path.open("wb") as target:
-            if self._copy(file, target) != self.files.get(file):
-                raise self._damaged(file)
+        if self._copy(file, path) != self.files.get(file):
+            raise self._damaged(file)
 
-    def _copy(self, file: str, target: BinaryIO | None) -> str:
-        """SHA-256 of a file, which is copied to `target` in the same pass, where there is one."""
-        checksum = hashlib.sha256()
-        with self.storage.open(f"{self.name}/{file}") as source:
-            while block := source.read(READ_BYTES):
-                checksum.update(block)
-                if target is not None:
-                    target.write(block)
-        return checksum.hexdigest()
+    def _copy(self, file: str, path: Path | None = None) -> str:
+        """SHA-256 of a file, which is copied to a path in the same pass, where there is one."""
+        with self.storage.open(f"{self.name}/{file}") as source, contextlib.ExitStack() as stack:
+            return copy_hashed(source, None if path is None else stack.enter_context(path.open("wb")))
 
     def _damaged(self, file: str) -> StorageError:
         return StorageError(f"{self.location}/{file} is damaged: its checksum differs.")
@@ -220,7 +235,7 @@ class CheckpointStore:
             except Exception as error:
                 raise StorageError(_write_failure(error, scratch)) from error
             paths = sorted(scratch.iterdir())
-            digests = at_once(lambda path: hashed.get(path.name) or _synced_digest(path), paths)
+            digests = at_once(lambda path: hashed.get(path.name) or synced_digest(path), paths)
             files = {path.name: digest for path, digest in zip(paths, digests, strict=True)}
             # Without its record an earlier checkpoint of the same step no longer counts, so that files of the two are never mixed.
             storage.remove(f"{name}/{RECORD}")
@@ -235,11 +250,17 @@ class CheckpointStore:
         """Every checkpoint whose record can be read, oldest first. The checksums of their files are not verified."""
         return [checkpoint for checkpoint in self._recorded().values() if checkpoint is not None]
 
-    def newest(self, files: Collection[str] | None = None) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint whose files, or those in `files`, are undamaged; and a sentence for each damaged one after it."""
+    def newest(
+        self, files: Collection[str] | None = None, keep: bool = False
+    ) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint whose files, or those in `files`, are undamaged; and a sentence for each damaged one after it.
+
+        With `keep` remote files are fetched once: what the state needs is kept in memory, or of `state.pt` a copy on the disk, until
+        the state has been read (`training.state_files.opened_state`).
+        """
         damaged: list[str] = []
         for name, checkpoint in reversed(self._recorded().items()):
-            broken = [RECORD] if checkpoint is None else checkpoint.broken_files(files)
+            broken = [RECORD] if checkpoint is None else checkpoint.broken_files(files, keep)
             if checkpoint is not None and not broken:
                 return checkpoint, damaged
             damaged.append(f"{name} is damaged ({', '.join(broken)}): going back to the one before it.")
@@ -297,21 +318,6 @@ class CheckpointStore:
             with _unless_removed(storage, f"{name}/{RECORD}"):
                 recorded[name] = read_record(storage, name)
         return recorded
-
-
-def at_once(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """Results of `work` in order, FILES_AT_ONCE items at a time. Raises what the first that failed raised, once all have ended."""
-    if len(items) < 2:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(FILES_AT_ONCE, "checkpoint") as pool:
-        return list(pool.map(work, items))
-
-
-def _synced_digest(path: Path) -> str:
-    """SHA-256 of a file, which is on the disk then."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-        return sha256_of(file)
 
 
 def _write_failure(error: BaseException, folder: Path) -> str:

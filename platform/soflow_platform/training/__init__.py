@@ -30,6 +30,7 @@ stragglers     finds a rank that is slower than the others
 resume         the checkpoint that training resumes from, and its state
 state_files    files of a training state in a checkpoint: one, or parts that several threads write
 stop_request   files that ask a sweep or a trial to stop
+stop_agreement  what all ranks agree on after a step: stop, or save
 
 What it writes (rank 0 alone):
 trial_io       status, log, metrics, sample grids and checkpoints behind one interface

@@ -29,7 +29,7 @@ def find_resume_point(
     the storage is unavailable for longer than `patience` seconds.
     """
     checkpoint, damaged = retry(
-        lambda: store.newest(), description=f"reading {store.root}", timeout=patience, log=report.log
+        lambda: store.newest(keep=True), description=f"reading {store.root}", timeout=patience, log=report.log
     )
     for sentence in damaged:
         report.log(sentence)

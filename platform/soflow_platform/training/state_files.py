@@ -1,8 +1,8 @@
 """Files of a training's state in a checkpoint, written by several threads, and read again in either of two layouts.
 
 A small state is one file in torch's format, `state.pt`. A large one is cut into parts, `state-000.safetensors` and so on, each of
-which a thread writes and hashes in one pass; `state.pt` then holds what is small and, in place of each large tensor, the file and
-the name that it has there. Weights that a checkpoint has as `ema.safetensors` are not written a second time.
+which a thread writes, or reads, and hashes in one pass; `state.pt` then holds what is small and, in place of each large tensor, the
+file and the name that it has there. Weights that a checkpoint has as `ema.safetensors` are not written a second time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +25,10 @@ from torch import Tensor
 from soflow_core.failures import summarize
 from soflow_core.host_copy import map_tensors
 from soflow_core.weights import WeightsError, read_torch_file
+from soflow_pipelines.storage.files import parse_json
 from soflow_platform.storage import checkpoints
-from soflow_platform.storage.checkpoints import EMA, FILES_AT_ONCE, STATE, Checkpoint, part_name
+from soflow_platform.storage.checkpoint_files import FILES_AT_ONCE
+from soflow_platform.storage.checkpoints import EMA, STATE, Checkpoint, part_name
 
 PART_BYTES = 2**29
 """A part is closed by the tensor that fills it to this size."""
@@ -48,6 +51,7 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """Names of the types in safetensors; a tensor of another type stays in `state.pt`."""
+TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -134,27 +138,51 @@ def _bytes_of(tensor: Tensor) -> Any:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
+class TensorsInMemory:
+    """Tensors of a safetensors file that was read to memory, which they share."""
+
+    def __init__(self, content: mmap.mmap) -> None:
+        """Raises ValueError where it is no such file."""
+        begin = 8 + int.from_bytes(content[:8], "little")
+        self._header = parse_json(content[8:begin])
+        self._values = torch.frombuffer(content, dtype=torch.uint8)[begin:]
+        self._begin = begin
+
+    def get_tensor(self, name: str) -> Tensor:
+        """Raises KeyError, ValueError, TypeError or RuntimeError where the file has no such tensor."""
+        entry = self._header[name]
+        begin, end = entry["data_offsets"]
+        dtype, values = TYPES[entry["dtype"]], self._values[begin:end]
+        if (self._begin + begin) % dtype.itemsize:
+            # Other writers may not align their tensors.
+            values = values.clone()
+        return values.view(dtype).view(entry["shape"])
+
+
 @contextlib.contextmanager
 def opened_state(checkpoint: Checkpoint) -> Iterator[Any]:
-    """The state of a checkpoint for the length of a block; its tensors stay in the files.
+    """The state of a checkpoint for the length of a block.
 
+    Parts that were kept as they were verified (`CheckpointStore.newest`) are not read again: tensors are in that memory, which is given
+    back at the end. Those of other parts stay in the files.
     Raises WeightsError where it is damaged or holds more than tensors, StorageError where it cannot be had.
     """
     with contextlib.ExitStack() as stack:
-        names = checkpoint.files_of(STATE)
+        stack.callback(checkpoint.kept.let_go)
+        contents = checkpoint.kept.contents
+        names = [name for name in checkpoint.files_of(STATE) if name not in contents]
         paths = dict(zip(names, stack.enter_context(checkpoint.opened_all(names)), strict=True))
         content = read_torch_file(paths[STATE], mmap=True)
         if not isinstance(content, dict) or STATE_KEY not in content:
             yield content
             return
         try:
-            files = {
-                name: stack.enter_context(safe_open(path, framework="pt"))
-                for name, path in paths.items()
-                if name != STATE
-            }
+            files: dict[str, Any] = {name: TensorsInMemory(kept) for name, kept in contents.items()}
+            for name, path in paths.items():
+                if name != STATE:
+                    files[name] = stack.enter_context(safe_open(path, framework="pt"))
             state = _joined(content[STATE_KEY], files)
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise WeightsError(f"{checkpoint.location} is not complete: {summarize(error)}") from error
         yield state
 

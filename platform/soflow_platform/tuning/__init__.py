@@ -10,7 +10,9 @@ population     decides at a rung of population-based training who goes on from w
 population_run trains a population from rung to rung
 lineage        what the trials of a population went through
 ranking        points compared by the mean over their seeds
+seed_statistics  mean and spread over seeds, and which means differ
 plan           FLOPs, memory, bytes, GPU-hours and money of a sweep, before it is started
+plan_assumptions  the GPU that a plan is computed for
 record         sweep.json: settings, trials, result; the sweep's lock
 recorded       the trials of a sweep as its record has them, and those that its file adds
 continuation   trials that go on from a shorter training

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from soflow_platform.tuning.seed_statistics import SeedMean
 
 SEED = "seed"
 
@@ -37,12 +38,12 @@ class RankedPoint:
     @property
     def mean(self) -> float | None:
         """Over the seeds that have a value; None where none has."""
-        return statistics.fmean(self.values) if self.values else None
+        return SeedMean.of(self.values).mean if self.values else None
 
     @property
     def std(self) -> float | None:
         """Sample standard deviation over the seeds; None for fewer than two."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+        return SeedMean.of(self.values).std if self.values else None
 
     @property
     def complete(self) -> bool:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from soflow_pipelines.storage.object_store import StorageError
 from soflow_pipelines.storage.opening import open_storage
 from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoints import CheckpointState, CheckpointStore
+from soflow_platform.training import state_files
 from soflow_platform.training.checkpointer import AsyncCheckpointer
+from soflow_platform.training.state_files import TensorFile, opened_state, write_state
 from soflow_platform.training.worker import Trainer
 from tests.support.object_store import S3Server, Wire, serving, set_credentials, uri
 from tests.support.trained_state import differing_tensors, final_state
@@ -187,6 +191,37 @@ def test_a_damaged_file_is_not_opened(root: str) -> None:
         published.opened(checkpoints.STATE),
     ):
         pass
+
+
+@pytest.mark.parametrize("split", [2**30, 1], ids=["whole", "parts"])
+def test_a_state_is_read_in_the_pass_that_verifies_it(
+    root: str, split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a remote checkpoint is at hand when the files are gone; files in a folder are mapped."""
+    monkeypatch.setattr(checkpoints, "SPLIT_BYTES", split)
+    monkeypatch.setattr(state_files, "INLINE_BYTES", 2**8)
+    weights, moments = torch.arange(999.0), torch.arange(500.0)
+    state = {"network": {"w": weights}, "optimizer": {"m": moments}}
+    CheckpointStore(root).publish(
+        CheckpointState(1, 8, "run"),
+        lambda folder: write_state(folder, state, TensorFile(state["network"], {})),
+    )
+    found, damaged = CheckpointStore(root).newest(keep=True)
+    assert found is not None
+    assert damaged == []
+    # Another rank, to which the checkpoint is sent, reads for itself.
+    sent = pickle.loads(pickle.dumps(found))
+    assert (sent.files, sent.kept.contents, sent.kept.copies) == (found.files, {}, {})
+    with opened_state(sent) as read:
+        assert torch.equal(read["optimizer"]["m"], moments)
+    for file in found.files:
+        if root.startswith("s3:"):
+            found.storage.remove(f"{found.name}/{file}")
+    with opened_state(found) as read:
+        assert torch.equal(read["network"]["w"], weights)
+        assert torch.equal(read["optimizer"]["m"], moments)
+        assert read.keys() == state.keys()
+    assert (found.kept.contents, found.kept.copies) == ({}, {})
 
 
 def test_the_best_checkpoint_there_is_is_kept_beside_the_newest(root: str) -> None:

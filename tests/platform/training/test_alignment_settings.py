@@ -23,7 +23,8 @@ from soflow_platform.training.dataset import check_data
 from soflow_platform.training.model import describe_network
 from soflow_platform.training.step_time import feature_flops
 from soflow_platform.training.worker import Trainer
-from soflow_platform.tuning.plan import Assumptions, plan_trial
+from soflow_platform.tuning.plan import plan_trial
+from soflow_platform.tuning.plan_assumptions import Assumptions
 from soflow_platform.tuning.search_space import Trial
 from tests.platform.conftest import small_experiment
 

@@ -19,13 +19,12 @@ from soflow_pipelines.storage.object_store import StorageError
 from soflow_platform.errors import JobError
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import FAILURE_TAG, Tracking
-from soflow_platform.training.dataset import open_data
 from soflow_platform.training.failure import Failure, another_start_may_help
-from soflow_platform.training.job import TrialJob
 from soflow_platform.training.launch import train_here
 from soflow_platform.training.trial_log import LOG, read_tail
 from soflow_platform.training.trial_status import FAILURE, TrialState, read_status
 from tests.platform.conftest import small_experiment
+from tests.support.trained_trials import job_of
 
 HERE = Path(__file__)
 
@@ -109,10 +108,7 @@ def test_a_trial_keeps_the_traceback_of_its_loss(
 ) -> None:
     monkeypatch.setattr(FlowMatching, "loss", broken_loss)
     experiment = small_experiment("objective={method: flow_matching}")
-    location, _ = open_data(experiment, storage)
-    run = tracking.open_run("sweep", "trial", params={}, tags={}, trial="trial")
-    root, uri = str(storage.root), tracking.store.uri
-    job = TrialJob("sweep", "trial", experiment.resolved(), location, root, uri, run)
+    job = job_of(storage, tracking, experiment)
     with pytest.raises(RuntimeError, match="size of tensor"):
         list(train_here(job, experiment, None))
 

@@ -9,7 +9,8 @@ from soflow_core.networks import DiTConfig
 from soflow_pipelines.preparation.builtin import BUILTIN
 from soflow_platform.training.flops import second_head_flops
 from soflow_platform.training.model import describe_network
-from soflow_platform.tuning.plan import Assumptions, plan_trial
+from soflow_platform.tuning.plan import plan_trial
+from soflow_platform.tuning.plan_assumptions import Assumptions
 from soflow_platform.tuning.search_space import Trial
 from tests.platform.conftest import small_experiment
 

@@ -20,11 +20,10 @@ from soflow_platform.errors import JobError
 from soflow_platform.storage.checkpoints import EMA, STATE
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking
-from soflow_platform.training.dataset import open_data
-from soflow_platform.training.job import TrialJob
 from soflow_platform.training.launch import release_memory, train_here
 from soflow_platform.training.trial_status import TrialState, read_status
 from tests.platform.conftest import ROOT, small_experiment
+from tests.support.trained_trials import job_of
 
 OTHERS = (
     ["objective={method: flow_matching}"],
@@ -44,18 +43,7 @@ class Process:
 
     def evaluations(self, trial: str, *overrides: str) -> Any:
         experiment = small_experiment(*overrides)
-        location, _ = open_data(experiment, self.storage)
-        run = self.tracking.open_run("sweep", trial, params={}, tags={}, trial=trial)
-        job = TrialJob(
-            "sweep",
-            trial,
-            experiment.resolved(),
-            location,
-            str(self.storage.root),
-            self.tracking.store.uri,
-            run,
-        )
-        return train_here(job, experiment, None)
+        return train_here(job_of(self.storage, self.tracking, experiment, trial=trial), experiment, None)
 
     def train(self, trial: str, *overrides: str) -> str:
         """A digest of the trial's last checkpoint and of its evaluations."""

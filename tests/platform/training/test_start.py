@@ -17,12 +17,12 @@ from soflow_platform.storage.checkpoints import EMA, STATE
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking
 from soflow_platform.training.in_process import train_locally
-from soflow_platform.training.job import TrialJob
 from soflow_platform.training.start import Start, check_start_file, describe_lineage
 from soflow_platform.training.worker import Trainer
 from soflow_platform.tuning.record import load_record
 from tests.platform.conftest import small_experiment
 from tests.support.scored_sweep import SWEEP
+from tests.support.trained_trials import trainer_of
 
 DATA = BUILTIN["digits"]
 SOURCE = f"{SWEEP}/trial-01"
@@ -77,19 +77,9 @@ def test_the_lineage_is_in_checkpoint_registered_version_and_card(scored: Projec
     start = start_of(scored, SOURCE)
     experiment = small_experiment(f"training.start_from={SOURCE}", "training.steps=2")
     tracking = Tracking.open(scored.tracking_uri, "digits", scored)
-    run = tracking.open_run("second", "trial", params={}, tags=start.tags(), trial="trial")
-    data = str(scored.data / "digits")
-    job = TrialJob(
-        sweep="second",
-        trial="trial",
-        experiment=experiment.resolved(),
-        data=data,
-        storage=str(scored.root),
-        tracking_uri=scored.tracking_uri,
-        run=run,
-        start=start.as_dict(),
+    trainer = trainer_of(
+        scored, tracking, experiment, "second", "trial", tags=start.tags(), start=start.as_dict()
     )
-    trainer = Trainer.of_job(job, torch.device("cpu"))
     assert trainer.run()
     (checkpoint,) = trainer.setup.checkpoints.published()
     assert checkpoint.state.start == start.lineage

@@ -13,15 +13,14 @@ from soflow_platform.config.validation import validate
 from soflow_platform.storage.checkpoints import STATE
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking
-from soflow_platform.training.dataset import check_data, open_data
-from soflow_platform.training.job import TrialJob
+from soflow_platform.training.dataset import check_data
 from soflow_platform.training.length_dependence import length_dependence
 from soflow_platform.training.model import describe_network
-from soflow_platform.training.worker import Trainer
 from soflow_platform.tuning.continuation import continue_trials
 from soflow_platform.tuning.record import SweepRecord, load_record, new_or_resumed_record
 from soflow_platform.tuning.search_space import Trial, trials
 from tests.support.scored_sweep import ROOT, SETTINGS, SWEEP
+from tests.support.trained_trials import trainer_of
 
 LONGER = "training={steps: 9, batch: 8, ema: [0.5], log_every: 1, keep_checkpoints: 10}"
 
@@ -41,13 +40,8 @@ def longer(project: ProjectFolder) -> tuple[SweepRecord, list[Trial]]:
 
 def trained(project: ProjectFolder, sweep: str, trial: Trial) -> dict[str, torch.Tensor]:
     """The weights after the trial's training in this process, from its newest checkpoint."""
-    location, _ = open_data(trial.experiment, project)
     tracking = Tracking.open(project.tracking_uri, "digits", project)
-    run = tracking.open_run(sweep, trial.name, params={}, tags={}, trial=trial.name)
-    settings, uri = trial.experiment.resolved(), project.tracking_uri
-    job = TrialJob(sweep, trial.name, settings, location, str(project.root), uri, run)
-    torch.set_num_threads(1)
-    trainer = Trainer.of_job(job, torch.device("cpu"))
+    trainer = trainer_of(project, tracking, trial.experiment, sweep, trial.name)
     trainer.run()
     return trainer.train_step.module.state_dict()
 

@@ -13,7 +13,8 @@ from soflow_platform.cli.plan import amount, as_record, plan_command, short_plan
 from soflow_platform.cli.sweep_file import CheckedSweep, read
 from soflow_platform.config.search import AshaConfig
 from soflow_platform.errors import UserError
-from soflow_platform.tuning.plan import Assumptions, SweepPlan, asha_share, plan_sweep
+from soflow_platform.tuning.plan import SweepPlan, asha_share, plan_sweep
+from soflow_platform.tuning.plan_assumptions import Assumptions
 from tests.support.sweep_files import MINIMAL, write
 
 PAPER = ("search={metric: eval/fid_nfe1}",)

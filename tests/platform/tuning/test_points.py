@@ -16,7 +16,8 @@ from soflow_platform.config.search import SearchConfig
 from soflow_platform.config.validation import read_experiment
 from soflow_platform.errors import UserError
 from soflow_platform.tracking.run_names import run_name
-from soflow_platform.tuning.plan import Assumptions, plan_sweep
+from soflow_platform.tuning.plan import plan_sweep
+from soflow_platform.tuning.plan_assumptions import Assumptions
 from soflow_platform.tuning.points import PointSettings, SearchSpace
 from soflow_platform.tuning.ranking import ScoredTrial, ranked_points
 from soflow_platform.tuning.search_space import trials

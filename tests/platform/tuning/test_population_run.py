@@ -18,9 +18,6 @@ from soflow_platform.config.validation import validate
 from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking
-from soflow_platform.training.dataset import open_data
-from soflow_platform.training.job import TrialJob
-from soflow_platform.training.worker import Trainer
 from soflow_platform.tuning.context import SweepContext
 from soflow_platform.tuning.display import Display
 from soflow_platform.tuning.population_run import PopulationRun
@@ -29,6 +26,7 @@ from soflow_platform.tuning.recorded import known_trials, trials_of_record
 from soflow_platform.tuning.search_space import Trial, trials
 from tests.platform.conftest import ROOT, SMALL
 from tests.support.trained_state import differing_tensors, final_state
+from tests.support.trained_trials import trainer_of
 
 SWEEP = "digits-population"
 POPULATION = (
@@ -50,7 +48,6 @@ class Sweep:
         for setting in (*SMALL, POPULATION):
             apply_override(self.document, setting)
         self.experiment = validate(self.document)
-        self.location, _ = open_data(self.experiment, storage)
         existing = load_record(storage, SWEEP)
         planned = trials(self.document, self.experiment)
         if existing is not None:
@@ -77,34 +74,10 @@ class Sweep:
 
     def train_one(self, trial: Trial, step: int) -> None:
         recipe = Experiment(**self.record.recipe(trial.name)) if self.record.rungs else trial.experiment
-        train(self.storage, self.tracking, self.location, trial.name, recipe, step)
+        trainer_of(self.storage, self.tracking, recipe, SWEEP, trial.name, until=step).run()
 
     def store(self, trial: str) -> CheckpointStore:
         return self.record.checkpoints(self.storage, trial)
-
-
-def train(
-    storage: ProjectFolder,
-    tracking: Tracking,
-    location: str,
-    trial: str,
-    experiment: Experiment,
-    until: int | None = None,
-) -> Trainer:
-    run = tracking.open_run(SWEEP, trial, params={}, tags={}, trial=trial)
-    job = TrialJob(
-        sweep=SWEEP,
-        trial=trial,
-        experiment=experiment.resolved(),
-        data=location,
-        storage=str(storage.root),
-        tracking_uri=tracking.store.uri,
-        run=run,
-        until=until,
-    )
-    trainer = Trainer.of_job(job, torch.device("cpu"))
-    trainer.run()
-    return trainer
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +133,8 @@ def test_a_trial_of_a_population_is_reproduced_by_one_training(
     last = record.rungs[-1].replaced[0].trial
     experiment = next(trial.experiment for trial in trials_of_record(record) if trial.name == last)
     assert experiment.training.changes
-    location, _ = open_data(experiment, storage)
-    again = train(storage, tracking, location, "again", Experiment(**experiment.resolved()))
+    again = trainer_of(storage, tracking, Experiment(**experiment.resolved()), SWEEP, "again")
+    again.run()
     roots = [str(record.checkpoints(storage, last).root), str(again.setup.checkpoints.root)]
     assert differing_tensors(final_state(roots[0]), final_state(roots[1])) == []
 
