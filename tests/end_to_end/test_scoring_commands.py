@@ -11,6 +11,7 @@ from soflow_platform.jobs.targets import find_target
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import TrackingStore
 from tests.support.commands import Run
+from tests.support.in_process import run_here
 from tests.support.scored_sweep import SWEEP, digits_files, empty_store, trained_sweep
 
 
@@ -31,7 +32,7 @@ def test_a_trial_is_scored_on_the_cluster_and_the_score_kept_and_logged(
     assert lines[0].split() == ["images", "steps", "NFE", "fd", "label_agreement"]
     assert [line.split()[-4:-2] for line in lines[1:3]] == [["1", "2"], ["2", "4"]]
     assert "evaluate/fd200_nfe4_uniform" in lines[-1]
-    again = soflowctl(*arguments, "--json")
+    again = run_here(*arguments, "--json")
     assert again.returncode == 0, again.stderr
     scores = json.loads(again.stdout)
     assert [score["settings"]["nfe"] for score in scores] == ["2", "4"]

@@ -17,6 +17,7 @@ from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.tuning.record import all_records
 from tests.support.commands import ROOT, Run
+from tests.support.in_process import run_here
 from tests.support.random_weights import save_inception
 
 SMALL = {
@@ -164,11 +165,9 @@ def test_real_images_become_latents_a_sweep_fid_of_decoded_samples_and_decoded_i
     assert [Image.open(path).size for path in sorted(images.glob("0*.png"))] == [(256, 256)] * 3
 
 
-def test_latents_of_other_classes_are_refused_with_both_numbers(
-    soflowctl: Run, latents: Path, tmp_path: Path
-) -> None:
+def test_latents_of_other_classes_are_refused_with_both_numbers(latents: Path, tmp_path: Path) -> None:
     arguments = overrides(latents, **{"data.classes": "1000"})
-    done = soflowctl("run", "xl2", "--storage", str(tmp_path / "runs"), *arguments)
+    done = run_here("run", "xl2", "--storage", str(tmp_path / "runs"), *arguments)
     assert done.returncode == 2
     assert "holds 10 classes, the network is conditioned on 1000 classes" in done.stderr
     assert not (tmp_path / "runs").exists()
@@ -182,10 +181,10 @@ def test_latents_of_other_classes_are_refused_with_both_numbers(
     ],
 )
 def test_latents_of_another_autoencoder_or_scaling_are_refused(
-    soflowctl: Run, latents: Path, tmp_path: Path, key: str, value: str, message: str
+    latents: Path, tmp_path: Path, key: str, value: str, message: str
 ) -> None:
     arguments = overrides(latents, **{key: value})
-    done = soflowctl("run", "xl2", "--storage", str(tmp_path / "runs"), *arguments)
+    done = run_here("run", "xl2", "--storage", str(tmp_path / "runs"), *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert not (tmp_path / "runs").exists()

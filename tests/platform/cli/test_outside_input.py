@@ -15,7 +15,9 @@ from soflow_core.networks import DiT, DiTConfig
 from soflow_core.objectives import SoFlow
 from soflow_core.settings import to_dict
 from soflow_core.weights import HEADER, save_weights
-from soflow_pipelines.preparation.builtin import ensure_builtin
+from soflow_pipelines.shards.info import DatasetInfo
+from soflow_pipelines.shards.writer import Sample, write_shards
+from soflow_pipelines.sources.digits import load_digits
 from tests.support.checked_command import CheckedCommand
 from tests.support.fuzz import AMOUNTS, EDITS, JSON, Edit, edited, examples
 
@@ -103,7 +105,12 @@ def test_any_text_as_a_sweep_file_and_as_an_override(
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_builtin("digits", tmp_path_factory.mktemp("fuzz") / "digits")
+    """120 of the digits in three shards."""
+    data, folder = load_digits(), tmp_path_factory.mktemp("fuzz") / "digits"
+    info = DatasetInfo(kind="pixels", shape=(1, 8, 8), dtype="uint8", classes=10)
+    samples = (Sample(f"{n:08d}", data.images[n], int(data.labels[n])) for n in range(120))
+    write_shards(samples, folder, info, per_shard=40)
+    return folder
 
 
 @pytest.mark.parametrize("name", ["dataset.json", "manifest.parquet", "index.parquet"])
