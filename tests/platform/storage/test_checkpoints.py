@@ -9,6 +9,7 @@ import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -202,10 +203,12 @@ def test_a_state_is_read_in_the_pass_that_verifies_it(
     monkeypatch.setattr(state_files, "INLINE_BYTES", 2**8)
     weights, moments = torch.arange(999.0), torch.arange(500.0)
     state = {"network": {"w": weights}, "optimizer": {"m": moments}}
-    CheckpointStore(root).publish(
+    publish = partial(
+        CheckpointStore(root).publish,
         CheckpointState(1, 8, "run"),
         lambda folder: write_state(folder, state, TensorFile(state["network"], {})),
     )
+    publish()
     found, damaged = CheckpointStore(root).newest(keep=True)
     assert found is not None
     assert damaged == []
@@ -222,6 +225,15 @@ def test_a_state_is_read_in_the_pass_that_verifies_it(
         assert torch.equal(read["optimizer"]["m"], moments)
         assert read.keys() == state.keys()
     assert (found.kept.contents, found.kept.copies) == ({}, {})
+    publish()
+    for file in found.files:
+        path = f"{found.name}/{file}"
+        content = found.storage.read(path)
+        found.storage.write(path, content[:-1] + bytes([content[-1] ^ 1]))
+        none, (sentence,) = CheckpointStore(root).newest(keep=True)
+        assert none is None
+        assert sentence == f"{found.name} is damaged ({file}): going back to the one before it."
+        found.storage.write(path, content)
 
 
 def test_the_best_checkpoint_there_is_is_kept_beside_the_newest(root: str) -> None:

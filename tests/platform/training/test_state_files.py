@@ -75,15 +75,14 @@ def publish(root: Path | str, step: int = 1) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("keep", [False, True], ids=["from files", "from memory"])
 @pytest.mark.parametrize("split", [False, True], ids=["one file", "parts"])
 def test_a_state_is_read_as_it_was_written(
-    tmp_path: Path, split: bool, keep: bool, request: pytest.FixtureRequest
+    tmp_path: Path, split: bool, request: pytest.FixtureRequest
 ) -> None:
     if split:
         request.getfixturevalue("in_parts")
     state = publish(tmp_path)
-    found, damaged = CheckpointStore(tmp_path).newest(keep=keep)
+    found, damaged = CheckpointStore(tmp_path).newest()
     assert found is not None
     assert damaged == []
     assert any(name.startswith("state-") for name in found.files) is split
@@ -123,16 +122,15 @@ def test_a_version_that_knows_no_parts_refuses_the_record(
 
 
 @pytest.mark.usefixtures("in_parts")
-@pytest.mark.parametrize("keep", [False, True], ids=["from files", "from memory"])
 @pytest.mark.parametrize("name", ["state-001.safetensors", EMA, STATE])
-def test_damage_of_one_part_is_damage_of_the_state(tmp_path: Path, name: str, keep: bool) -> None:
+def test_damage_of_one_part_is_damage_of_the_state(tmp_path: Path, name: str) -> None:
     for step in (1, 2):
         publish(tmp_path, step)
     path = tmp_path / "step-00000002" / name
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    found, damaged = CheckpointStore(tmp_path).newest([STATE], keep)
+    found, damaged = CheckpointStore(tmp_path).newest([STATE])
     assert found is not None
     assert found.state.step == 1
     assert damaged == [f"step-00000002 is damaged ({name}): going back to the one before it."]
