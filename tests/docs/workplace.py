@@ -40,6 +40,7 @@ def make_workplace(folder: Path) -> Path:
     write_cifar10(folder / "cifar-10-binary.tar.gz", images=40)
     write_pixels(folder / "CIFAR", images=64)
     write_latents(folder / "LATENTS", latents=64, classes=10)
+    write_latents(folder / "CIFAR-LATENTS", latents=64, classes=10, side=4)
     write_latents(folder / "imagenet-latents", latents=64, classes=1000)
     return folder
 
@@ -61,12 +62,15 @@ def reduced(arguments: list[str]) -> list[str]:
         points = ("--set", "search.first=[{}, {objective.guidance.mix: 1.0}]", "--set", "search.seeds=1")
         steps = ("--set", "training.steps=20", "--set", "evaluation.every=20", "--set", "training.batch=32")
         return [*arguments, *SMALL_NETWORK, *SMALL_SAMPLES, *steps, *points]
-    if sweep in ("methods-digits", "methods-digits-tuned", "samples"):
+    of_methods = ("methods-digits", "methods-cifar10-latents")
+    tuned = sweep.endswith("-tuned")
+    if sweep.removesuffix("-tuned") in of_methods or sweep == "samples":
         steps = ("--set", "training.steps=20", "--set", "evaluation.every=20", "--set", "training.batch=32")
         steps = steps if sweep == "samples" else (*steps, *TWO_METHODS)
         comparison = ("--set", "comparison=[{steps: [1, 2], samples: 64}]")
         cheap = ("--no-costs",) if rest[0] == "compare" else ()
-        return [*arguments, *SMALL_NETWORK, *SMALL_SAMPLES, *steps, *comparison, *cheap]
+        seeds = ("--set", "search.final.seeds=2") if tuned else ()
+        return [*arguments, *SMALL_NETWORK, *SMALL_SAMPLES, *steps, *comparison, *cheap, *seeds]
     if sweep in ("cifar10", "cifar10-unet"):
         steps = (
             "--set",
@@ -122,18 +126,18 @@ def write_pixels(folder: Path, images: int) -> None:
     write_shards((Sample(f"{i:08d}", row, i % 10) for i, row in enumerate(rows)), folder, info, total=images)
 
 
-def write_latents(folder: Path, latents: int, classes: int) -> None:
-    """Posterior means and standard deviations (8, 32, 32), as those of the ImageNet recipe."""
+def write_latents(folder: Path, latents: int, classes: int, side: int = 32) -> None:
+    """Posterior means and standard deviations (8, side, side), as those of the ImageNet recipe."""
     generator = np.random.default_rng(0)
     info = DatasetInfo(
         kind="latents",
-        shape=(4, 32, 32),
+        shape=(4, side, side),
         dtype="float16",
         classes=classes,
         autoencoder="stabilityai/sd-vae-ft-mse",
         scaling=0.18215,
     )
-    mean = generator.standard_normal((latents, 4, 32, 32)) * 4
+    mean = generator.standard_normal((latents, 4, side, side)) * 4
     rows = np.concatenate([mean, np.full_like(mean, 0.1)], axis=1).astype(np.float16)
     write_shards(
         (Sample(f"{i:08d}", row, i % classes) for i, row in enumerate(rows)), folder, info, total=latents

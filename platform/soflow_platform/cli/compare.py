@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,44 @@ if TYPE_CHECKING:
     from soflow_platform.jobs.requests import CompareRequest
 
 
+@dataclass(frozen=True)
+class CopiesRequest:
+    """Where a comparison is written beside the sweep's folder."""
+
+    page: Path | None = None
+    """A Markdown page that holds the comparison between two lines of its own."""
+    plot: Path | None = None
+    """PNG of the plot."""
+
+    def check(self) -> None:
+        """Raises UserError where a file cannot be written."""
+        for option, path, suffix in (("--markdown", self.page, ".md"), ("--plot", self.plot, ".png")):
+            if path is not None and (path.suffix != suffix or not path.absolute().parent.is_dir()):
+                raise UserError(f"{option} {path}: give a file FILE{suffix} in a folder that exists.")
+
+    def write(self, comparison: Comparison, names: str, plot: Path) -> None:
+        """Write the files; `plot` is the comparison's own PNG. Raises UserError for a page with one of its lines alone."""
+        from soflow_pipelines.storage.files import write_bytes
+        from soflow_platform.jobs.compare_report import page_with
+
+        if self.plot is not None:
+            write_bytes(self.plot, plot.read_bytes())
+        if self.page is not None:
+            picture = None if self.plot is None else Path(os.path.relpath(self.plot, self.page.parent)).as_posix()
+            try:
+                text = page_with(self.page.read_text() if self.page.exists() else "", comparison, names, picture)
+            except ValueError as error:
+                raise UserError(f"--markdown {self.page}: {error}.") from None
+            write_bytes(self.page, text.encode())
+
+
 def compare_command(
-    sweeps: tuple[str, ...], overrides: tuple[str, ...], places: Places, costs: bool, as_json: bool
+    sweeps: tuple[str, ...],
+    overrides: tuple[str, ...],
+    places: Places,
+    costs: bool,
+    as_json: bool,
+    copies: CopiesRequest,
 ) -> None:
     """Compare the methods of sweeps, print the table, keep it beside the first sweep and on its run.
 
@@ -29,6 +66,7 @@ def compare_command(
     """
     project = find_project(places.storage)
     request = find_requests(sweeps, overrides, project)
+    copies.check()
     record = request.record
     require_writable(project)
     from rich.console import Console
@@ -53,6 +91,8 @@ def compare_command(
 
     def keep(comparison: Comparison) -> None:
         files = save(comparison, folder)
+        names = " ".join(each.name for each in request.records)
+        copies.write(comparison, names, next(file for file in files if file.suffix == ".png"))
         if record.run is not None and not request.others:
             log_comparison(store.client, record.run, files, conclusions(comparison))
 
@@ -70,6 +110,9 @@ def compare_command(
         print(json.dumps(as_record(comparison), indent=1))
         return
     _print(console(), comparison, folder)
+    for copy in (copies.page, copies.plot):
+        if copy is not None:
+            console().print(f"saved  {copy}", highlight=False, soft_wrap=True)
 
 
 def _others(request: CompareRequest) -> str:

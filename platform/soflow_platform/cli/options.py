@@ -37,7 +37,7 @@ SweepArgument = Annotated[
     typer.Argument(
         metavar="SWEEP",
         help="A sweep file, or the name of one that comes with soflow: digits, cifar10, b4, b2, m2, l2, xl2, "
-        "methods-digits, methods-cifar10, methods-digits-tuned, methods-cifar10-tuned.",
+        "methods-digits, methods-cifar10, methods-cifar10-latents, and each of these with -tuned.",
     ),
 ]
 ProxyOption = Annotated[

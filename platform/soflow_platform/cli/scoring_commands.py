@@ -185,12 +185,24 @@ def compare(
         typer.Option("--costs/--no-costs", help="Measure seconds and memory of each method on this machine."),
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.md",
+            help="A page in which the comparison is written, in the place of an earlier one of these sweeps or at its end.",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Copy of the plot, which the page of --markdown shows."),
+    ] = None,
     address: AddressOption = None,
     storage: StorageOption = None,
     tracking: TrackingOption = None,
 ) -> None:
     """Compare the methods of one sweep or of several: distance at each number of function evaluations, costs of steps and images."""
-    from soflow_platform.cli.compare import compare_command
+    from soflow_platform.cli.compare import CopiesRequest, compare_command
 
     places = Places(address, storage, tracking)
-    compare_command(tuple(sweeps), tuple(overrides or ()), places, costs, as_json)
+    copies = CopiesRequest(markdown, plot)
+    compare_command(tuple(sweeps), tuple(overrides or ()), places, costs, as_json, copies)

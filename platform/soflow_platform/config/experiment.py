@@ -22,7 +22,7 @@ from soflow_platform.config.mid_run import changeable, check_order, may_change, 
 from soflow_platform.config.parts import PartOf, network_section
 from soflow_platform.config.plugin_settings import Plugins
 from soflow_platform.config.sampling_settings import SamplingSection, with_sampling
-from soflow_platform.config.search import LOGGED_METRICS, TRAINING_SECONDS, SearchConfig
+from soflow_platform.config.search import LATER_FINAL_SETTINGS, LOGGED_METRICS, TRAINING_SECONDS, SearchConfig
 from soflow_platform.config.sections import (
     DataConfig,
     Section,
@@ -160,12 +160,17 @@ class Experiment(Section):
                 f"search.metric {self.search.metric!r} is never reported: this sweep reports {', '.join(reported)}; "
                 "`evaluation.metrics` adds others"
             )
-        for kind, scheduler in (("asha", self.search.asha), ("pbt", self.search.pbt)):
-            rung = scheduler.metric if scheduler else None
-            if rung is not None and rung not in reported:
+        final = self.search.final
+        own = {
+            "asha.metric": self.search.asha and self.search.asha.metric,
+            "pbt.metric": self.search.pbt and self.search.pbt.metric,
+            **{f"final.metrics.{method}": name for method, name in (final.metrics if final else {}).items()},
+        }
+        for setting, metric in own.items():
+            if metric is not None and metric not in reported:
                 raise ValueError(
-                    f"search.{kind}.metric {rung!r} is never reported: this sweep reports {', '.join(reported)}; "
-                    "`evaluation.pooled` and `evaluation.metrics` add others"
+                    f"search.{setting} {metric!r} is never reported: this sweep reports {', '.join(reported)}; "
+                    "`evaluation.nfe`, `pooled` and `metrics` add others"
                 )
         for name in self.search.stop:
             if name not in reported and name not in LOGGED_METRICS:
@@ -352,6 +357,8 @@ def _search_of_the_digest(search: dict[str, Any]) -> dict[str, Any]:
     kept = _without(search, LATER_SEARCH_SETTINGS)
     if kept["asha"] is not None:
         kept["asha"] = _without(kept["asha"], LATER_ASHA_SETTINGS)
+    if kept.get("final"):
+        kept["final"] = _without(kept["final"], LATER_FINAL_SETTINGS)
     first_kinds = ("uniform", "log_uniform")
     kept["space"] = {
         key: {name: each for name, each in way.items() if name in first_kinds or each is not None}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from soflow_core.objectives import OBJECTIVES
 from soflow_platform.config.constraints import Constraint
 from soflow_platform.config.dimensions import Dimension, dimension_of, in_order
 from soflow_platform.config.sections import Positive, Section
@@ -69,6 +71,14 @@ class FinalConfig(Section):
     """Points that are trained again."""
     seeds: Positive = 3
     """Seeds for each of them."""
+    of_each: str | None = None
+    """A setting that varies: the best points of each of its values are trained again, such as each method's; None: the best of all."""
+    metrics: dict[str, str] = Field(default_factory=dict)
+    """From a method to the metric that its points are ranked by, where that is not `search.metric`; with `of_each: objective`."""
+
+
+LATER_FINAL_SETTINGS: dict[str, Any] = {"of_each": None, "metrics": {}}
+"""Settings that `search.final` has got later, with the values at which nothing changes: they are no part of a sweep's digest."""
 
 
 Algorithm = Literal["grid", "random", "sobol", "tpe"]
@@ -178,6 +188,25 @@ class SearchConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _final_fits(self) -> SearchConfig:
+        if self.final is None:
+            return self
+        key = self.final.of_each
+        if key is not None and key not in self.space and not any(key in point for point in self.first):
+            raise ValueError(f"`final.of_each` names `{key}`, which does not vary: name a setting of `space`")
+        dimension = None if key is None or key not in self.space else self.dimensions()[key]
+        if dimension is not None and dimension.values is None:
+            raise ValueError(f"`final.of_each` names `{key}`, which is a range: name one with a list of values")
+        if self.final.metrics and key not in ("objective", "objective.method"):
+            raise ValueError(
+                "`final.metrics` rank the points of each method: they need `of_each: objective`"
+            )
+        unknown = [method for method in self.final.metrics if method not in OBJECTIVES]
+        if unknown:
+            raise ValueError(f"`final.metrics` has no method {unknown[0]!r}; known are {', '.join(OBJECTIVES)}")
+        return self
+
+    @model_validator(mode="after")
     def _population_fits(self) -> SearchConfig:
         if self.pbt is None:
             return self
@@ -206,7 +235,17 @@ class SearchConfig(Section):
     @property
     def added(self) -> int:
         """At most so many trials come to those that the file lists while the sweep runs."""
-        return self.drawn + (self.final.best * self.final.seeds if self.final else 0)
+        return self.drawn + (self._groups * self.final.best * self.final.seeds if self.final else 0)
+
+    @property
+    def _groups(self) -> int:
+        """Values of `final.of_each`, each of which has a best point; 1 without it."""
+        key = self.final.of_each if self.final else None
+        if key is None:
+            return 1
+        values = self.dimensions()[key].values if key in self.space else None
+        listed = [*(values or ()), *(point[key] for point in self.first if key in point)]
+        return len({json.dumps(value, sort_keys=True, default=str) for value in listed})
 
     def dimensions(self) -> dict[str, Dimension]:
         """The space, with bare lists as what they are for the algorithm."""

@@ -22,6 +22,7 @@ from soflow_platform.jobs.log_scores import log_scores
 from soflow_platform.jobs.model_under_test import ModelUnderTest, SampleSettings
 from soflow_platform.jobs.requests import CompareRequest, ProtocolRequest
 from soflow_platform.jobs.targets import EvaluationTarget
+from soflow_platform.tuning.record import SweepRecord
 from soflow_platform.tuning.recorded import trials_of_record
 from soflow_platform.tuning.search_space import Trial
 
@@ -179,7 +180,9 @@ def _entries(
     trained: dict[str, str] = {}
     for record, experiment in zip(request.records, experiments, strict=True):
         sweep = record.id if request.others else None
-        for trial in trials_of_record(record):
+        trials, searched = _compared_trials(record, experiment)
+        left_out += searched
+        for trial in trials:
             try:
                 target = services.resolver.trial(record, trial.name, newest=True)
             except UserError as error:
@@ -193,6 +196,21 @@ def _entries(
             unequal = _unequal(name, experiment, experiments[0])
             entries += _ways(trial, target, request, experiments[0], sweep, unequal)
     return entries, left_out
+
+
+def _compared_trials(record: SweepRecord, experiment: Experiment) -> tuple[list[Trial], list[str]]:
+    """A sweep's trials; where it trained the best points of each method again (`search.final.of_each`), those alone, and a sentence."""
+    trials = trials_of_record(record)
+    chosen = [trial for trial in trials if trial.phase == "final"]
+    final = experiment.search.final
+    if not chosen or final is None or final.of_each is None:
+        return trials, []
+    count = len(trials) - len(chosen)
+    sentence = (
+        f"the {count} trials of {record.id}'s search, by whose scores settings were chosen; what is compared are the best again, with "
+        "fresh seeds"
+    )
+    return chosen, [sentence]
 
 
 def _ways(
@@ -328,8 +346,15 @@ def _row(budget: str, entry: Entry) -> Row:
         flags=tuple(_flags(entry, score)),
         point=_point(entry.trial),
         labels=entry.samples.labels if entry.other_labels else None,
+        varied=_varied(entry.trial),
     )
     return row if entry.cost is None else replace(row, **vars(entry.cost))
+
+
+def _varied(trial: Trial) -> str:
+    """The settings of its point but for method, seed and budget: `optimizer.lr 0.001`."""
+    own = {key: value for key, value in trial.settings.items() if key not in ("objective", "seed", "budget")}
+    return ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in own.items())
 
 
 def _point(trial: Trial) -> str:

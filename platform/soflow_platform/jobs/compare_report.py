@@ -40,6 +40,8 @@ SPREAD = (
     f"{SIGNIFICANCE:.0%}"
 )
 ONE_SEED = "methods that are close may change places with another one (`search.seeds`)"
+BEGIN, END = "<!-- written by soflowctl compare {names} -->", "<!-- until here: {names} -->"
+"""Lines of a page between which `soflowctl compare --markdown` writes the comparison of the sweeps of these names."""
 
 
 def save(comparison: Comparison, folder: Path) -> list[Path]:
@@ -77,9 +79,44 @@ def markdown(comparison: Comparison) -> str:
             f"- costs: {comparison.device}, one thread, all methods in one run; a step on average over its schedule; peak MB are all "
             "tensors alive at once in training; ms/image in batches of 64; speed-up over DDPM of 1000 steps"
         )
+    lines += _varied(comparison)
     flags = dict.fromkeys(flag for row in comparison.rows for flag in row.flags)
-    lines += [f"- {flag}" for flag in [*flags, *comparison.left_out]]
+    lines += [f"- {flag}" for flag in flags]
+    lines += [f"- left out: {sentence}" for sentence in comparison.left_out]
     return "\n".join(lines) + "\n"
+
+
+def _varied(comparison: Comparison) -> list[str]:
+    """A line on the settings of each method beside its own, where a search varied them."""
+    found = {
+        row.label(rows): row.varied
+        for rows in map(comparison.of, comparison.budgets)
+        for row in rows
+        if row.varied
+    }
+    return [f"- settings of the trials: {'; '.join(f'{name}: {varied}' for name, varied in found.items())}"] if found else []
+
+
+def page_with(page: str, comparison: Comparison, names: str, picture: str | None) -> str:
+    """A Markdown page with the comparison between its two lines of `names`, or at its end where it has none.
+
+    `picture` is the plot's path from the page. Headings stand below those of the page. Raises ValueError where one line stands alone.
+    """
+    begin, end = BEGIN.format(names=names), END.format(names=names)
+    title, *body = markdown(comparison).splitlines()
+    lines = [begin, "", f"Sweep {title.removeprefix('# ')}:", *(f"#{line}" if line.startswith("#") else line for line in body), ""]
+    if picture is not None:
+        lines += [f"![{comparison.distance} against function evaluations]({picture})", ""]
+    block = "\n".join([*lines, end])
+    if (begin in page) != (end in page):
+        raise ValueError(f"it has one of the lines {begin!r} and {end!r}: give it both, or none")
+    if begin not in page:
+        return f"{page.rstrip()}\n\n{block}\n".lstrip()
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"its line {end!r} stands before {begin!r}: exchange them")
+    return before + block + after
 
 
 def titles(comparison: Comparison) -> list[str]:

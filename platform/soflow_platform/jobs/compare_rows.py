@@ -44,6 +44,8 @@ class Row:
     """Standard deviation of `distance` over the seeds; None of one seed."""
     labels: str | None = None
     """How labels were chosen, where that is not the sweep's way."""
+    varied: str = ""
+    """Settings of the trial's point in the search, but for method and seed: `optimizer.lr 0.001`."""
 
     def label(self, rows: Sequence[Row]) -> str:
         """The method's name; with its guidance or its trial's name where `rows` hold other trainings of the same method."""

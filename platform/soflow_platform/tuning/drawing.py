@@ -5,16 +5,19 @@ Each is stored in the record of the sweep before it starts, so that a sweep that
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from soflow_platform.config.search import TRAINING_SECONDS
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage.checkpoints import CheckpointState
 from soflow_platform.training.trial_status import read_status
-from soflow_platform.tuning.context import SweepContext
+from soflow_platform.tuning.context import SweepContext, scored_trials
+from soflow_platform.tuning.display import TrialOutcome
 from soflow_platform.tuning.points import SearchSpace
-from soflow_platform.tuning.ranking import RankedPoint
+from soflow_platform.tuning.ranking import RankedPoint, ranked_points
 from soflow_platform.tuning.record import ScoredStep, TrialEntry
 from soflow_platform.tuning.search_space import Phase, Trial, added_trial
 from soflow_platform.tuning.tpe import Proposer, Tried, TriedState
@@ -132,17 +135,57 @@ def is_complete(context: SweepContext) -> bool:
     return bool(context.trials) and context.trials[-1].phase == "final"
 
 
+def ranked_for_final(context: SweepContext, outcomes: Sequence[TrialOutcome]) -> list[RankedPoint]:
+    """The points of the search, best first: by `search.metric`, and those of a method in `search.final.metrics` by its own metric.
+
+    Points of methods with different metrics are compared with each other by nothing: `of_each` takes each method's own best.
+    """
+    experiment = context.experiment
+    own = experiment.search.final.metrics if experiment.search.final else {}
+    reported = experiment.evaluation.reported(experiment.data.conditional)
+    methods = {trial.name: trial.experiment.objective.method for trial in context.trials}
+    scored = []
+    for trial in scored_trials(context.trials, outcomes, experiment.search.metric):
+        metric = own.get(methods[trial.name])
+        if metric is not None and trial.value is not None:
+            best = context.record.checkpoints(context.project, trial.name).best(metric, reported[metric])
+            # Ranked in the mode of `search.metric`.
+            sign = 1 if reported[metric] == experiment.mode else -1
+            trial = replace(trial, value=None if best is None else sign * best[1][metric])
+        scored.append(trial)
+    return ranked_points(scored, experiment.mode)
+
+
 def final_settings(context: SweepContext, ranked: Sequence[RankedPoint]) -> list[dict[str, Any]]:
     """The settings of the trials that `search.final` asks for and that are not there yet, from the ranking of the others."""
     search, seed = context.experiment.search, context.experiment.seed
     if search.final is None or is_complete(context):
         return []
     first = seed + search.seeds
-    best = [point for point in ranked if point.values][: search.final.best]
     wanted = [
         {**point.settings, "seed": fresh}
-        for point in best
+        for point in _best_points(context, ranked)
         for fresh in range(first, first + search.final.seeds)
     ]
     there = [trial.settings for trial in context.trials if trial.phase == "final"]
     return [settings for settings in wanted if settings not in there]
+
+
+def _best_points(context: SweepContext, ranked: Sequence[RankedPoint]) -> list[RankedPoint]:
+    """The best points of all, or those of each value of `search.final.of_each`, in the order in which the sweep has the values."""
+    final = context.experiment.search.final
+    assert final is not None
+    scored = [point for point in ranked if point.values]
+    if final.of_each is None:
+        return scored[: final.best]
+    groups: dict[str, list[RankedPoint]] = {
+        _value(trial.settings, final.of_each): [] for trial in context.trials if trial.phase != "final"
+    }
+    for point in scored:
+        groups[_value(point.settings, final.of_each)].append(point)
+    return [point for group in groups.values() for point in group[: final.best]]
+
+
+def _value(settings: Mapping[str, Any], key: str) -> str:
+    """The value of a setting, which may be a whole section, as text; settings without it have one value in common."""
+    return json.dumps(settings.get(key), sort_keys=True, default=str)

@@ -29,13 +29,19 @@ from soflow_platform.training.start import start_of
 from soflow_platform.training.stop_request import clear_stops, stop_requested
 from soflow_platform.training.trial_status import TrialState
 from soflow_platform.tuning.conclusion import Conclusion
-from soflow_platform.tuning.context import SweepContext, finished_trials, furthest_first, scored_trials
+from soflow_platform.tuning.context import SweepContext, finished_trials, furthest_first
 from soflow_platform.tuning.display import TrialOutcome
-from soflow_platform.tuning.drawing import DrawnTrials, add_trials, draws_left, final_settings, is_complete
+from soflow_platform.tuning.drawing import (
+    DrawnTrials,
+    add_trials,
+    draws_left,
+    final_settings,
+    is_complete,
+    ranked_for_final,
+)
 from soflow_platform.tuning.lineage import describe
 from soflow_platform.tuning.population_run import PopulationRun
 from soflow_platform.tuning.progress import start_progress_actor
-from soflow_platform.tuning.ranking import ranked_points
 from soflow_platform.tuning.ray_tune import (
     SAVED,
     Terminal,
@@ -286,8 +292,7 @@ class SweepRunner:
         outcomes = context.patiently(lambda: collected(failures), "reading the trials' checkpoints")
         final = [trial for trial in context.trials if trial.phase == "final"]
         others = [outcome for outcome in outcomes if outcome.name not in {trial.name for trial in final}]
-        scored = scored_trials(context.trials, others, context.experiment.search.metric)
-        points = final_settings(context, ranked_points(scored, context.experiment.mode))
+        points = final_settings(context, ranked_for_final(context, others))
         if points:
             context.display.say(f"the best points again, with fresh seeds: {len(points)} trials")
             final += add_trials(context, points, "final")

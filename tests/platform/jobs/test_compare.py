@@ -19,7 +19,7 @@ from PIL import Image
 
 from soflow_core.networks import DiT, DiTConfig
 from soflow_core.objectives import Diffusion, FlowMatching, SoFlow
-from soflow_platform.cli.compare import find_request, find_requests
+from soflow_platform.cli.compare import CopiesRequest, find_request, find_requests
 from soflow_platform.config.comparison import SamplingConfig
 from soflow_platform.config.document import apply_override, read_document
 from soflow_platform.config.experiment import Experiment
@@ -35,7 +35,7 @@ from soflow_platform.jobs.benchmark import (
     measure_training,
 )
 from soflow_platform.jobs.compare import ScoredSweep, score_sweep
-from soflow_platform.jobs.compare_report import conclusions, markdown, save, table
+from soflow_platform.jobs.compare_report import conclusions, markdown, page_with, save, table
 from soflow_platform.jobs.compare_rows import Comparison, Row
 from soflow_platform.jobs.model_under_test import ModelUnderTest
 from soflow_platform.jobs.requests import CompareRequest
@@ -90,6 +90,27 @@ def test_trials_of_several_sweeps_stand_in_one_table_each_training_once(
     assert [row.distance for row in found.rows[:5]] == [row.distance for row in one.rows]
     assert {row.label(found.rows) for row in found.rows if row.method == "soflow"} == {"soflow"}
     assert f"{SWEEP}/trial-01-flow_matching" in {row.label(found.rows) for row in found.rows}
+
+
+def test_where_each_method_is_trained_again_with_its_own_setting_those_trials_alone_are_compared(
+    scored: ProjectFolder, record: SweepRecord
+) -> None:
+    chosen = record.trials[1]
+    settings = {**chosen.settings, "optimizer.lr": record.experiment["optimizer"]["lr"]}
+    record.trials[1] = replace(chosen, settings=settings, phase="final")
+    record.experiment["search"]["space"]["optimizer.lr"] = [1e-3]
+    record.experiment["search"]["final"] = {"best": 1, "seeds": 1}
+    both = compared(scored, record, SamplingConfig(steps=(1,)))
+    assert [row.method for row in both.rows] == ["soflow", "flow_matching"]
+    record.experiment["search"]["final"]["of_each"] = "objective"
+    found = compared(scored, record, SamplingConfig(steps=(1,)))
+    assert found.rows == both.rows[1:]
+    assert found.rows[0].varied == "optimizer.lr 0.001"
+    (sentence,) = found.left_out
+    assert sentence.startswith(f"the 1 trials of {SWEEP}'s search, by whose scores settings were chosen")
+    text = markdown(found)
+    assert f"- left out: {sentence}" in text
+    assert "- settings of the trials: flow_matching: optimizer.lr 0.001" in text
 
 
 def test_sweeps_that_are_scored_otherwise_are_not_compared(
@@ -396,6 +417,37 @@ def test_seeds_of_one_point_are_one_row_with_their_mean_and_spread() -> None:
     assert "| soflow | no | - | 600 | 1 | 8 ± 1 |" in text
     assert "- seeds: 1, 3; numbers are means over them" in text
     assert len(list(csv.DictReader(io.StringIO(table(found))))) == 4
+
+
+def test_a_page_has_one_block_for_the_sweeps_of_these_names_and_keeps_the_rest() -> None:
+    first, second = comparison(row("soflow", 1, 8.0)), comparison(row("soflow", 1, 7.0))
+    page = page_with("# Methods\n\nText.\n", first, "digits", None)
+    page = page_with(f"{page}\nMore text.\n", first, "latents", "pictures/latents.png")
+    before, _, rest = page.partition("<!-- written by soflowctl compare digits -->")
+    assert before == "# Methods\n\nText.\n\n"
+    assert "\nMore text.\n\n<!-- written by soflowctl compare latents -->" in rest
+    assert "![fd against function evaluations](pictures/latents.png)\n\n<!-- until here: latents -->\n" in rest
+    assert "### Equal training steps" in rest
+    # The same sweeps again, in the place where they are.
+    again = page_with(page, second, "digits", None)
+    assert again == page.replace("| 8 |", "| 7 |", 1).replace("fd 8.", "fd 7.", 1).replace("(fd 8)", "(fd 7)", 1)
+    with pytest.raises(ValueError, match="it has one of the lines"):
+        page_with(page.replace("<!-- until here: digits -->", ""), first, "digits", None)
+
+
+def test_the_files_of_a_comparison_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--markdown .*page.txt: give a file FILE.md in a folder that exists"):
+        CopiesRequest(tmp_path / "page.txt").check()
+    with pytest.raises(UserError, match=r"--plot .*: give a file FILE.png in a folder that exists"):
+        CopiesRequest(None, tmp_path / "nowhere" / "plot.png").check()
+    plot = tmp_path / "own.png"
+    plot.write_bytes(b"png")
+    (tmp_path / "pictures").mkdir()
+    copies = CopiesRequest(tmp_path / "page.md", tmp_path / "pictures" / "plot.png")
+    copies.check()
+    copies.write(comparison(row("soflow", 1, 8.0)), "digits", plot)
+    assert "](pictures/plot.png)" in (tmp_path / "page.md").read_text()
+    assert (tmp_path / "pictures" / "plot.png").read_bytes() == b"png"
 
 
 def test_an_order_within_the_spread_over_seeds_is_not_decided() -> None:

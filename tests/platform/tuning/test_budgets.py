@@ -33,6 +33,7 @@ from soflow_platform.tuning.search_space import trials
 ROOT = Path(__file__).parents[3]
 METHODS = ROOT / "sweeps" / "methods-digits.yaml"
 CIFAR10 = ROOT / "sweeps" / "methods-cifar10.yaml"
+LATENTS = ROOT / "sweeps" / "methods-cifar10-latents.yaml"
 
 # Forward and backward are 3, each pass without gradient is 1, a Jacobian-vector product is 2; all on a batch of 128.
 TRAINING: list[tuple[Objective, float]] = [
@@ -214,13 +215,27 @@ def test_a_budget_that_cannot_be_is_refused(override: str, message: str) -> None
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", [METHODS, CIFAR10])
+@pytest.mark.parametrize("path", [METHODS, CIFAR10, LATENTS])
 def test_the_tuned_files_give_every_method_a_search_of_equal_size(path: Path) -> None:
     rows = read_experiment(path)[0].search.space["objective"]
     experiment, document = read_experiment(path.with_name(f"{path.stem}-tuned.yaml"))
     planned = trials(document, experiment)
     counts = Counter(json.dumps(trial.settings["objective"]) for trial in planned)
     assert isinstance(rows, list)
-    assert counts == {json.dumps(row): 6 for row in rows}
+    assert counts == {json.dumps(row): 3 for row in rows}
     usual = read_experiment(path)[0].optimizer.lr
     assert Counter(trial.settings["optimizer.lr"] for trial in planned)[usual] == len(planned) / 3
+    # Three trials of each row with fresh seeds, which `compare` shows alone.
+    assert experiment.search.added == 3 * len(rows)
+
+
+def test_the_tuned_files_sample_alike_and_no_method_is_left_out() -> None:
+    ways = [
+        read_experiment(path.with_name(f"{path.stem}-tuned.yaml"))[0].comparison
+        for path in (METHODS, CIFAR10, LATENTS)
+    ]
+    alike = [[row.model_copy(update={"samples": None}) for row in each] for each in ways]
+    assert alike[0] == alike[1] == alike[2]
+    methods = {row["method"] for row in read_experiment(METHODS)[0].search.space["objective"]}
+    many = {method for method in methods for row in alike[0] if max(row.steps) >= 50 and row.covers(method)}
+    assert many == methods

@@ -10,13 +10,20 @@ import pytest
 
 from soflow_platform.config.validation import read_experiment
 from soflow_platform.errors import JobError, UserError
-from soflow_platform.storage.checkpoints import CheckpointState
+from soflow_platform.storage.checkpoints import CheckpointState, CheckpointStore
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.training.trial_status import TrialState, TrialStatus
 from soflow_platform.tuning.context import SweepContext
-from soflow_platform.tuning.display import Display
-from soflow_platform.tuning.drawing import DrawnTrials, add_trials, final_settings, is_complete
+from soflow_platform.tuning.display import Display, TrialOutcome
+from soflow_platform.tuning.drawing import (
+    DrawnTrials,
+    add_trials,
+    final_settings,
+    is_complete,
+    ranked_for_final,
+)
 from soflow_platform.tuning.ranking import ScoredTrial, ranked_points
-from soflow_platform.tuning.record import load_record, new_or_resumed_record
+from soflow_platform.tuning.record import ScoredStep, load_record, new_or_resumed_record
 from soflow_platform.tuning.recorded import known_trials, trials_of_record
 from soflow_platform.tuning.search_space import Trial, trials
 from tests.support.sweep_files import MINIMAL, write
@@ -27,9 +34,9 @@ SEARCH = (
 )
 
 
-def started(storage: ProjectFolder, folder: Path, *overrides: str) -> SweepContext:
+def started(storage: ProjectFolder, folder: Path, *overrides: str, search: str = SEARCH) -> SweepContext:
     """The sweep as a command finds it: what it has recorded so far, with its place."""
-    experiment, document = read_experiment(write(folder, MINIMAL), (SEARCH, *overrides))
+    experiment, document = read_experiment(write(folder, MINIMAL), (search, *overrides))
     planned = trials(document, experiment)
     existing = load_record(storage, "small")
     if existing is not None:
@@ -91,6 +98,55 @@ def test_the_best_point_comes_again_with_seeds_that_no_trial_had(
     assert final_settings(context, ranked_points(scores, "min")) == []
     assert not is_complete(context)
     assert started(storage, tmp_path).trials == context.trials
+
+
+EACH = (
+    "search={final: {best: 1, seeds: 2, of_each: objective, metrics: {flow_matching: eval/fd_nfe4}}, "
+    "space: {objective: [{method: soflow}, {method: flow_matching}], optimizer.lr: [1e-3, 1e-4]}}"
+)
+
+
+def test_the_best_point_of_each_method_comes_again_by_the_metric_of_the_method(
+    storage: ProjectFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = started(storage, tmp_path, "evaluation.nfe=[1, 4]", search=EACH)
+    # At 1 NFE the first learning rate of both is the better one, at 4 the second one.
+    status = TrialStatus(state=TrialState.FINISHED, step=40, steps=40)
+    evaluations = {
+        trial.name: {"step": 40, "eval/fd_nfe1": float(trial.index), "eval/fd_nfe4": float(-trial.index)}
+        for trial in context.trials
+    }
+    outcomes = [TrialOutcome(name, status, ScoredStep.of(each)) for name, each in evaluations.items()]
+
+    def best(store: CheckpointStore, metric: str, mode: str) -> tuple[None, dict[str, Any]]:
+        assert (metric, mode) == ("eval/fd_nfe4", "min")
+        return None, evaluations[Path(str(store.root)).parent.name]
+
+    monkeypatch.setattr(CheckpointStore, "best", best)
+    soflow, flow = ({"method": "soflow"}, {"method": "flow_matching"})
+    points = final_settings(context, ranked_for_final(context, outcomes))
+    assert points == [
+        {"objective": method, "optimizer.lr": lr, "seed": seed}
+        for method, lr in ((soflow, 1e-3), (flow, 1e-4))
+        for seed in (1, 2)
+    ]
+    assert context.experiment.search.added == 4
+
+
+@pytest.mark.parametrize(
+    ("final", "message"),
+    [
+        ("{of_each: network}", "names `network`, which does not vary"),
+        ("{of_each: objective.weight_power}", "is a range: name one with a list of values"),
+        ("{metrics: {soflow: eval/fd_nfe1}}", "they need `of_each: objective`"),
+    ],
+)
+def test_a_final_that_cannot_be_is_refused(
+    storage: ProjectFolder, tmp_path: Path, final: str, message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        started(storage, tmp_path, f"search.final={final}")
+    assert message in str(caught.value)
 
 
 def test_a_space_in_which_nothing_can_be_trained_ends_in_a_sentence(
