@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from soflow_pipelines.shards.verify import verify
 from soflow_pipelines.sources.opening import open_source
 from soflow_pipelines.storage.files import write_bytes
 from soflow_platform.jobs.prepare import PrepareRequest, prepare
+from tests.support.commands import command, environment
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("SOFLOW_TEST_DATA") or ROOT.parent / "shared")
@@ -104,3 +107,36 @@ def test_a_network_learns_from_latents_and_its_samples_are_decoded(latents: Path
     assert images.float().std() > 5
     write_bytes(tmp_path / "grid.png", encode_png(image_grid(images, columns=2)))
     assert Image.open(tmp_path / "grid.png").size == (2 * 258 + 2, 2 * 258 + 2)
+
+
+@pytest.mark.timeout(900)
+def test_methods_with_settings_of_their_own_are_compared_on_latents_of_cifar10(tmp_path: Path) -> None:
+    images = tmp_path / "images.zip"
+    with zipfile.ZipFile(SHARED / "data" / "cifar10-train.zip") as whole, zipfile.ZipFile(images, "w") as part:
+        for name in [name for name in whole.namelist() if name.endswith(("0001.jpg", "0002.jpg", "0003.jpg"))]:
+            part.writestr(name, whole.read(name))
+    latents = tmp_path / "latents"
+    done = prepare(PrepareRequest(str(images), str(latents), autoencoder=str(AUTOENCODER), resolution=32))
+    assert (done.info.shape, done.info.classes) == ((4, 4, 4), 10)
+    space = "search.space={objective: [{method: soflow}, {method: flow_matching, drop: 0.1}], optimizer.lr: [1e-3, 1e-4]}"
+    small = ("training.steps=8", "training.batch=8", "evaluation.every=8", "evaluation.samples=32", space)
+    ways = "comparison=[{steps: [1, 2]}]"
+    settings = [f"data.source={latents}", "evaluation.grid=2", "search.final.seeds=2", *small, ways]
+    sweep = ["methods-cifar10-latents-tuned", *(word for each in settings for word in ("--set", each))]
+    page, plot = tmp_path / "comparison.md", tmp_path / "plot.png"
+    for line in (
+        ["run", *sweep],
+        ["compare", *sweep, "--no-costs", "--markdown", str(page), "--plot", str(plot)],
+    ):
+        ended = subprocess.run(
+            command(*line, "--storage", str(tmp_path / "runs")),
+            env=environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == 0, ended.stderr[-2000:]
+    text = page.read_text()
+    assert text.count("| soflow | no | - | 8 | 1 | ") == text.count("| flow_matching | no | euler | 8 | 2 | ") == 1
+    assert "the 4 trials of " in text
+    assert "seeds: 2;" in text
+    assert Image.open(plot).format == "PNG"
