@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from soflow_platform.cli.options import AddressOption, Places, StorageOption, TrackingOption
-from soflow_platform.cli.terminal import plain_table, quiet_libraries, stdout_to_stderr
+from soflow_platform.cli.terminal import console, plain_table, quiet_libraries, stdout_to_stderr
 from soflow_platform.errors import UserError
 from soflow_platform.storage.project import find_project, require_writable
 
 if TYPE_CHECKING:
-    from soflow_platform.jobs.posthoc_ema import EmaRequest
+    from soflow_platform.jobs.posthoc_ema import Average, EmaRequest
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How averages are scored."""
+
+    images: int
+    steps: tuple[int, ...] = (1, 2)
+    seeds: int = 1
+    plot: Path | None = None
+    """PNG with a panel for each metric against length, a line for each number of steps."""
 
 
 def ema(
@@ -39,17 +52,39 @@ def ema(
         ),
     ] = None,
     score: Annotated[
-        int | None, typer.Option(metavar="IMAGES", min=2, help="Score each with as many images.")
+        int | None,
+        typer.Option(metavar="IMAGES", min=2, help="Score each with as many images, and print one table."),
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="With --score: numbers of sampling steps, by default 1,2.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="With --score: seeds of the images, for mean and spread.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="With --score: plot of every metric against the length."),
     ] = None,
     address: AddressOption = None,
     storage: StorageOption = None,
     tracking: TrackingOption = None,
 ) -> None:
     """Reconstruct averages of a trial's weights from the snapshots of its training; register or score them."""
+    from soflow_platform.cli.evaluate import parse_steps, require_png
     from soflow_platform.jobs.posthoc_ema import EmaRequest
 
+    scoring = None
+    if score is not None:
+        require_png(plot)
+        usual = ScoreOptions(score)
+        numbers = usual.steps if steps is None else parse_steps(steps)
+        scoring = ScoreOptions(score, numbers, seeds or usual.seeds, plot)
+    else:
+        for option, value in (("--steps", steps), ("--seeds", seeds), ("--plot", plot)):
+            if value is not None:
+                raise UserError(f"{option} is of scores: give --score IMAGES too.")
     request = EmaRequest(trial, parse_lengths(length), step, out)
-    ema_command(request, Places(address, storage, tracking), register, score)
+    ema_command(request, Places(address, storage, tracking), register, scoring)
 
 
 def parse_lengths(text: str) -> tuple[float, ...]:
@@ -63,11 +98,12 @@ def parse_lengths(text: str) -> tuple[float, ...]:
     return lengths
 
 
-def ema_command(request: EmaRequest, places: Places, register: str | None, score: int | None) -> None:
+def ema_command(
+    request: EmaRequest, places: Places, register: str | None, scoring: ScoreOptions | None
+) -> None:
     """Write the weights, and say how closely each profile is met."""
     project = find_project(places.storage)
     require_writable(project)
-    from soflow_platform.cli.terminal import console
     from soflow_platform.jobs.posthoc_ema import reconstruct, register_average
 
     quiet_libraries()
@@ -94,10 +130,21 @@ def ema_command(request: EmaRequest, places: Places, register: str | None, score
             versions = [register_average(average, register, tracking) for average in averages]
         for average, version in zip(averages, versions, strict=True):
             console().print(f"models:/{register}/{version} has length {average.length:g}", highlight=False)
-    if score is not None:
-        from soflow_platform.cli.evaluate import evaluate_command
-        from soflow_platform.jobs.requests import EvaluateRequest
+    if scoring is not None:
+        _score(averages, scoring, places)
 
-        for average in averages:
-            console().print(f"length {average.length:g}:", highlight=False)
-            evaluate_command(EvaluateRequest(str(average.weights), score), places, as_json=False)
+
+def _score(averages: Sequence[Average], scoring: ScoreOptions, places: Places) -> None:
+    """Score the averages, print one table of all, and write the plot."""
+    from soflow_platform.cli.evaluate import print_scores, scoring_services
+    from soflow_platform.jobs.posthoc_ema import score_averages
+    from soflow_platform.jobs.requests import SamplingRequest
+    from soflow_platform.jobs.score_summary import plot, summaries
+
+    sampling = SamplingRequest(steps=scoring.steps, seeds=scoring.seeds)
+    with scoring_services(places) as services:
+        scores = score_averages(averages, scoring.images, sampling, services)
+    print_scores(scores)
+    if scoring.plot is not None:
+        scoring.plot.write_bytes(plot(summaries(scores)))
+        console().print(f"saved  {scoring.plot}", highlight=False, soft_wrap=True)

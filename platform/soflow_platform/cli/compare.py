@@ -64,9 +64,9 @@ def compare_command(
 
     The table is kept before costs are measured and again with them, so that a failure there leaves the scores.
     """
+    copies.check()
     project = find_project(places.storage)
     request = find_requests(sweeps, overrides, project)
-    copies.check()
     record = request.record
     require_writable(project)
     from rich.console import Console

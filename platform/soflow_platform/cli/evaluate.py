@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SHOWN = 8
 """Names of logged metrics that are printed."""
-HEADINGS = {"sampling_scale": "guidance", "labels": "labels"}
+HEADINGS = {"ema_length": "length", "sampling_scale": "guidance", "labels": "labels"}
 """Columns of what a command varies beside steps."""
 
 
@@ -42,9 +42,8 @@ def evaluate_command(
     from soflow_platform.jobs.score_summary import plot as draw
     from soflow_platform.jobs.score_summary import summaries
 
-    if plot is not None and (plot.suffix != ".png" or not plot.absolute().parent.is_dir()):
-        raise UserError(f"--plot {plot}: give a file FILE.png in a folder that exists.")
-    with _services(places) as services:
+    require_png(plot)
+    with scoring_services(places) as services:
         target, scores = evaluate(request, services)
     logged = _logged(target, scores, services)
     if plot is not None:
@@ -54,18 +53,24 @@ def evaluate_command(
     if as_json:
         print(json.dumps([as_record(score) for score in scores], indent=1))
         return
-    _print_scores(scores)
+    print_scores(scores)
     sampling = request.sampling
     if target.weights is not None and not (sampling.steps or sampling.settings or sampling.guidance):
         console().print(f"sampled {RECORDED}", highlight=False)
     _print_logged(target, logged)
 
 
+def require_png(plot: Path | None) -> None:
+    """Raises UserError where a plot cannot be written to the file of --plot."""
+    if plot is not None and (plot.suffix != ".png" or not plot.absolute().parent.is_dir()):
+        raise UserError(f"--plot {plot}: give a file FILE.png in a folder that exists.")
+
+
 def search_command(request: EvaluateRequest, search: StepSearch, places: Places, as_json: bool) -> None:
     """Search the time grid of the target's sampler, log the scores of what was found, and print them."""
     from soflow_platform.jobs.search_steps import search_steps
 
-    with _services(places) as services:
+    with scoring_services(places) as services:
         target, results = search_steps(request, search, services)
     logged = _logged(target, [score for result in results for score in result.scores], services)
     if as_json:
@@ -95,7 +100,7 @@ def step_search(
 
 
 @contextlib.contextmanager
-def _services(places: Places) -> Iterator[Services]:
+def scoring_services(places: Places) -> Iterator[Services]:
     """Project folder, tracking store and runner of a scoring command, with a bar on stderr."""
     project = find_project(places.storage)
     require_writable(project)
@@ -198,7 +203,7 @@ def _search_record(result: FoundSteps) -> dict[str, Any]:
     }
 
 
-def _print_scores(scores: Sequence[Score]) -> None:
+def print_scores(scores: Sequence[Score]) -> None:
     """Print a table with a row for each way of sampling, then the settings and the notes."""
     from soflow_platform.jobs.score_summary import summaries, varied
 
@@ -215,6 +220,7 @@ def _print_scores(scores: Sequence[Score]) -> None:
         name: value
         for name, value in scores[0].tags.items()
         if name not in ("steps", "nfe", "seed", *columns)
+        if all(score.tags.get(name) == value for score in scores)
     }
     if rows[0].seeds:
         shared |= {"seeds" if len(rows[0].seeds) > 1 else "seed": ", ".join(rows[0].seeds)}

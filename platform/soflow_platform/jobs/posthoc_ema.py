@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -12,6 +12,8 @@ from soflow_core.ema import combine, posthoc_residual, posthoc_weights
 from soflow_core.weights import load_weights, read_header, save_weights
 from soflow_pipelines.storage.object_store import StorageError
 from soflow_platform.errors import UserError
+from soflow_platform.jobs.evaluate import Score, Services, evaluate
+from soflow_platform.jobs.requests import EvaluateRequest, SamplingRequest
 from soflow_platform.registry.versions import NewVersion, describe_weights, register_weights
 from soflow_platform.storage.checkpoints import Checkpoint
 from soflow_platform.storage.ema_snapshots import snapshot_store, widths_of
@@ -115,6 +117,18 @@ def _average(used: Sequence[Checkpoint], length: float, folder: Path, sweep: str
     save_weights(out, combine(tensors(), coefficients), header.network_config, header.objective, header.data)
     residual = posthoc_residual(stored, target, coefficients)
     return Average(out, sweep, trial, last.step, last.images, length, residual, len(used))
+
+
+def score_averages(
+    averages: Sequence[Average], images: int, sampling: SamplingRequest, services: Services
+) -> list[Score]:
+    """The scores of every average in every way of sampling, all on the same noise; the tag `ema_length` tells averages apart."""
+    scores = []
+    for average in averages:
+        _, found = evaluate(EvaluateRequest(str(average.weights), images, sampling), services)
+        named = {"ema_length": f"{average.length:g}"}
+        scores += [replace(score, name=average.trial, tags={**score.tags, **named}) for score in found]
+    return scores
 
 
 def register_average(average: Average, model: str, tracking: Tracking) -> str:

@@ -11,7 +11,7 @@ from soflow_platform.jobs.evaluate import Score
 from soflow_platform.tuning.seed_statistics import SeedMean
 
 SEED = "seed"
-VARIED = ("sampling_scale", "labels", "steps", "nfe")
+VARIED = ("ema_length", "sampling_scale", "labels", "steps", "nfe")
 """Settings in which the scores of one command can differ, beside the seed."""
 
 
@@ -63,15 +63,20 @@ def varied(rows: Sequence[ScoreSummary]) -> list[str]:
     return [name for name in VARIED if len({row.tags.get(name) for row in rows}) > 1]
 
 
+AXES = {"ema_length": "EMA length", "sampling_scale": "guidance scale"}
+"""What scores are drawn against, where they differ in it: the setting and the title of its axis."""
+
+
 def plot(rows: Sequence[ScoreSummary]) -> bytes:
-    """PNG with a panel for each metric against guidance, or against function evaluations where one guidance was scored.
+    """PNG with a panel for each metric against the length of the EMA or guidance, or against function evaluations where neither varies.
 
     A line joins the rows that differ in nothing else; bars are the standard deviation over seeds.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    across = "sampling_scale" if "sampling_scale" in varied(rows) else "nfe"
+    differing = varied(rows)
+    across = next((name for name in AXES if name in differing), "nfe")
     others = [name for name in varied(rows) if name != across and not (across == "nfe" and name == "steps")]
     metrics = list(rows[0].values)
     figure = Figure(figsize=(4.4 * len(metrics), 4.0), layout="constrained")
@@ -92,7 +97,7 @@ def plot(rows: Sequence[ScoreSummary]) -> bytes:
                 capsize=3,
                 label=label or None,
             )
-        panel.set(title=metric, xlabel="guidance scale" if across == "sampling_scale" else "NFE")
+        panel.set(title=metric, xlabel=AXES.get(across, "NFE"))
         panel.grid(alpha=0.3)
         if any(lines):
             panel.legend(fontsize=8)

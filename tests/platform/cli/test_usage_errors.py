@@ -172,6 +172,14 @@ MISTAKES = {
         ["compare", "methods-digits"],
         "there is no sweep 'methods-digits' under",
     ),
+    "a page of a comparison that is no page": (
+        ["compare", "methods-digits", "--markdown", "table.txt"],
+        "--markdown table.txt: give a file FILE.md in a folder that exists.",
+    ),
+    "a plot of averages without scores": (
+        ["ema", "digits/trial-00", "--length", "0.1", "--plot", "ema.png"],
+        "--plot is of scores: give --score IMAGES too.",
+    ),
     "a way of sampling that a method does not have": (
         ["validate", "methods-digits", "--set", "comparison=[{steps: [1], methods: [ict], sampler: ode}]"],
         "--set comparison: `comparison`: ict has no sampling setting `sampler`: it has sampling_grid, sampling_times.",

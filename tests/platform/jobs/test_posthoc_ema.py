@@ -12,12 +12,15 @@ from torch import Tensor
 from soflow_core.weights import load_weights
 from soflow_platform.cli.averages import parse_lengths
 from soflow_platform.errors import UserError
-from soflow_platform.jobs.posthoc_ema import EmaRequest, reconstruct, register_average
+from soflow_platform.jobs.posthoc_ema import Average, EmaRequest, reconstruct, register_average, score_averages
+from soflow_platform.jobs.requests import SamplingRequest
+from soflow_platform.jobs.score_summary import plot, summaries, varied
 from soflow_platform.registry.versions import find_version
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking
 from soflow_platform.training.worker import Trainer
 from soflow_platform.tuning.record import SweepRecord, TrialEntry
+from tests.support.scored_sweep import SWEEP, local_services, scores_of
 
 STEPS = 60
 SHARES = {0.1: 1e-4, 0.07: 0.1, 0.15: 0.3}
@@ -74,6 +77,21 @@ def test_an_average_that_was_not_kept_is_reconstructed(
     registered = find_version(tracking.store, f"digits/{version}")
     assert registered.tags["soflow.ema_length"] == "0.15"
     assert "relative width 0.15" in registered.description
+
+
+def test_scores_of_averages_are_one_table_and_one_plot_against_the_length(scored: ProjectFolder) -> None:
+    store = scored.trial(SWEEP, "trial-00-soflow") / "checkpoints"
+    kept = {0.05: store / "step-00000002" / "ema.safetensors", 0.1: store / "step-00000006" / "ema.safetensors"}
+    averages = [Average(path, SWEEP, "trial-00-soflow", 6, 48, length, 0.0, 3) for length, path in kept.items()]
+    scores = score_averages(averages, 100, SamplingRequest(steps=(1, 2), seeds=2), local_services(scored))
+    rows = summaries(scores)
+    assert [(row.name, row.tags["ema_length"], row.tags["nfe"], row.seeds) for row in rows] == [
+        ("trial-00-soflow", length, nfe, ("0", "1")) for length in ("0.05", "0.1") for nfe in ("1", "2")
+    ]
+    assert varied(rows) == ["ema_length", "steps", "nfe"]
+    one, two = scores_of(scored, str(kept[0.1]), steps=(2,), seeds=2)
+    assert rows[-1].values["fd"] == (one.values["fd"] + two.values["fd"]) / 2
+    assert plot(rows).startswith(b"\x89PNG")
 
 
 def test_an_average_can_end_at_an_earlier_step(
