@@ -42,11 +42,51 @@ class ScaleRange:
         return self.low * (self.high / self.low) ** source.uniform()
 
 
+@dataclass(frozen=True)
+class EndRange:
+    """Times that one end of a guidance interval is drawn from, uniformly; the network takes the interval as a condition."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(f"an end of the guidance interval from {self.low} to {self.high}; give 0 <= low < high <= 1")
+
+    @property
+    def middle(self) -> float:
+        """The mean of both ends."""
+        return (self.low + self.high) / 2
+
+    def sample(self, source: RandomSource) -> Tensor:
+        """-> (n,): a time for each row."""
+        return self.low + (self.high - self.low) * source.uniform()
+
+    def holds(self, time: float) -> bool:
+        """Whether the range has this time."""
+        return self.low <= time <= self.high
+
+
 def draw_scale(scale: float | ScaleRange, source: RandomSource, dropped: Tensor) -> Tensor | None:
     """(n,) bool -> (n,): scales of the rows, 1 where the label is dropped; None where the setting is one scale."""
     if not isinstance(scale, ScaleRange):
         return None
     return torch.where(dropped, 1.0, scale.sample(source))
+
+
+def scale_of(condition: Tensor) -> Tensor:
+    """(B,) or (B, 3) -> (B,): the scales of a guidance condition, which may have the ends of an interval beside them."""
+    return condition if condition.dim() == 1 else condition[:, 0]
+
+
+def at_all_times(scale: Tensor, condition: Tensor) -> Tensor:
+    """(B,) -> (B,) or (B, 3) as `condition`: these scales, with the whole interval 0 to 1 where intervals are conditions."""
+    if condition.dim() == 1:
+        return scale
+    return torch.stack([scale, torch.zeros_like(scale), torch.ones_like(scale)], dim=1)
 
 
 def sampled_scale(trained: float | ScaleRange, chosen: float | None) -> float:
@@ -203,10 +243,10 @@ class IntervalGuidance:
 
     scale: float | ScaleRange = 1.0
     """w: 1 is no guidance. A range is drawn from, row by row, and is a condition of the network."""
-    start: float = 0.0
-    """First time of the interval."""
-    end: float = 1.0
-    """Last time of the interval."""
+    start: float | EndRange = 0.0
+    """First time of the interval. A range is drawn from, row by row, and the interval is a condition of the network."""
+    end: float | EndRange = 1.0
+    """Last time of the interval; a range where `start` is one."""
     drop: float = 0.1
     """Probability that a sample's label is replaced by the null label."""
 
@@ -214,28 +254,64 @@ class IntervalGuidance:
         check_values(self)
         if not isinstance(self.scale, ScaleRange) and self.scale < 1:
             raise ValueError(f"guidance.scale is {self.scale}; give 1 for no guidance or more for guidance")
-        if not 0 <= self.start <= self.end <= 1:
-            raise ValueError(
-                f"the guidance interval {self.start} to {self.end} is empty; give 0 <= start <= end <= 1"
-            )
+        self._check_interval()
         check_drop("guidance.drop", self.drop)
+
+    def _check_interval(self) -> None:
+        if isinstance(self.start, EndRange) != isinstance(self.end, EndRange):
+            raise ValueError("one end of the guidance interval is a range (low, high) and one is not; give both alike")
+        if self.varies and not isinstance(self.scale, ScaleRange):
+            raise ValueError("a guidance interval that varies needs a guidance.scale that does: give a range (low, high)")
+        first = self.start.high if isinstance(self.start, EndRange) else self.start
+        last = self.end.low if isinstance(self.end, EndRange) else self.end
+        if not 0 <= first <= last <= 1:
+            raise ValueError(f"the guidance interval {first} to {last} is empty; give 0 <= start <= end <= 1")
+
+    @property
+    def varies(self) -> bool:
+        """Whether the interval is drawn row by row."""
+        return isinstance(self.start, EndRange)
 
     @property
     def active(self) -> bool:
         """Whether the target is guided."""
         return isinstance(self.scale, ScaleRange) or self.scale > 1
 
-    def inside(self, t: Tensor) -> Tensor:
-        """(B,) -> (B,) bool: whether these times are guided."""
+    def draw(self, source: RandomSource, dropped: Tensor, whole: Tensor) -> Tensor | None:
+        """(n,) bool x 2 -> guidance conditions: scales (n,); with an interval that varies (n, 3), scale, first and last time.
+
+        Rows whose label is dropped have the scale 1; these and those of `whole` have the interval 0 to 1. None where the setting is
+        one scale.
+        """
+        scale = draw_scale(self.scale, source, dropped)
+        if scale is None or not isinstance(self.start, EndRange) or not isinstance(self.end, EndRange):
+            return scale
+        ends = torch.stack([scale, self.start.sample(source), self.end.sample(source)], dim=1)
+        return torch.where((whole | dropped)[:, None], at_all_times(scale, ends), ends)
+
+    def inside(self, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """(B,) -> (B,) bool: whether these times are guided; `condition` (B, 3) where the interval varies."""
+        if isinstance(self.start, EndRange) or isinstance(self.end, EndRange):
+            assert condition is not None
+            return (t >= condition[:, 1]) & (t <= condition[:, 2])
         return (t >= self.start) & (t <= self.end)
+
+    def of_velocity(self, condition: Tensor, inside: Tensor) -> Tensor:
+        """(B,) or (B, 3), (B,) bool -> the same shape: the condition under which a row's own velocity is predicted.
+
+        Where intervals vary, it is the scale that the row's interval leaves at its time, 1 outside, as that of all times.
+        """
+        if condition.dim() == 1:
+            return condition
+        return at_all_times(torch.where(inside, condition[:, 0], 1.0), condition)
 
     def velocity(
         self, sample: Tensor, unconditional: Tensor, predicted: Tensor, scale: Tensor | None = None
     ) -> Tensor:
-        """(B, C, H, W) x 3 -> (B, C, H, W): v_g of v_c, v_u and v_p; `scale` (B,) where the setting is a range."""
+        """(B, C, H, W) x 3 -> (B, C, H, W): v_g of v_c, v_u and v_p; `scale` (B,) or (B, 3) where the setting is a range."""
         if isinstance(self.scale, ScaleRange):
             assert scale is not None
-            return sample + per_row(1 - 1 / scale, sample) * (predicted - unconditional)
+            return sample + per_row(1 - 1 / scale_of(scale), sample) * (predicted - unconditional)
         return sample + (1 - 1 / self.scale) * (predicted - unconditional)
 
 

@@ -94,6 +94,13 @@ def fit(source: Weights, target: Architecture, method: str) -> Fit:
             if target.guidance_scale
             else "the guidance scale is no condition any longer and has the effect of scale 1"
         )
+    if old.guidance_interval and not target.guidance_interval:
+        raise WeightsError(
+            "the weights are those of a network with a guidance interval as a condition and this one has none: give guidance.start and "
+            "guidance.end ranges"
+        )
+    if target.guidance_interval and not old.guidance_interval:
+        notes.append("the guidance interval is a new condition without effect at the start")
     if (trained == "diffusion") != (method == "diffusion"):
         notes.append(
             f"{trained or 'the old method'} and {method} predict different things, at times of other ranges"
@@ -108,6 +115,7 @@ def fit(source: Weights, target: Architecture, method: str) -> Fit:
     own = (
         "y_embedder.",
         "w_embedder.",
+        *([] if old.guidance_interval else ["start_embedder.", "end_embedder."]),
         *(["s_embedder."] if anew else []),
         *(["velocity_"] if new_head else []),
     )
@@ -117,7 +125,11 @@ def fit(source: Weights, target: Architecture, method: str) -> Fit:
 
 def _conditions(config: DiTConfig) -> str:
     """The conditions of a network, in words."""
-    names = (("the guidance scale", config.guidance_scale), ("labels", config.classes is not None))
+    names = (
+        ("the guidance scale", config.guidance_scale),
+        ("its interval", config.guidance_interval),
+        ("labels", config.classes is not None),
+    )
     times = "one time" if config.times == 1 else "two times"
     return ", ".join([times, *(name for name, there in names if there)])
 
@@ -150,7 +162,7 @@ def start_from(network: NetworkModule, source: Weights, method: str) -> Fit:
     if second_time_is_new(trained, method) or "s_embedder.mlp.2.weight" not in tensors:
         state["s_embedder.mlp.2.weight"].zero_()
         state["s_embedder.mlp.2.bias"].copy_(_embedding_of_zero(tensors, "s_embedder.", old.hidden))
-    constant = state["t_embedder.mlp.2.bias"]
+    constant = state["s_embedder.mlp.2.bias" if target.difference_alone else "t_embedder.mlp.2.bias"]
     if target.guidance_scale and old.guidance_scale:
         for name in state:
             if name.startswith("w_embedder."):

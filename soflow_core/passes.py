@@ -19,8 +19,9 @@ from soflow_core.settings import check_values
 Network = Callable[..., Tensor]
 """F(x, t, s, labels): (B, C, H, W), (B,), (B,), (B,) int64 or None -> (B, C, H, W).
 
-A network with the guidance scale as a condition takes it, (B,), as fifth argument. The others are never given one. A network with a
-second head takes a `Head` as sixth argument, by default `average`; the others are never given one.
+A network with the guidance scale as a condition takes it, (B,), as fifth argument; with the guidance interval as a condition, too,
+scale, first and last time, (B, 3). The others are never given one. A network with a second head takes a `Head` as sixth argument, by
+default `average`; the others are never given one.
 """
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -177,7 +178,7 @@ class Passes:
         earlier, later = torch.maximum(t - difference, s), (t + difference).clamp(max=1)
         points = [x + per_row(time - t, x) * velocity for time in (later, earlier)]
         both = None if labels is None else labels.repeat(2)
-        scales = None if scale is None else scale.repeat(2)
+        scales = None if scale is None else torch.cat([scale, scale])
         times = torch.cat([later, earlier])
         values = self.high_precision(torch.cat(points), times, s.repeat(2), both, scales)
         ahead, behind = values.chunk(2)
@@ -200,11 +201,17 @@ class Passes:
             return _call(network, arguments, scale, head).float()
 
 
-def at_scale(network: Network, scale: float | None, noise: Tensor) -> Network:
-    """The network with this guidance scale as its condition, for rows like those of `noise`; None is without one."""
+def at_scale(
+    network: Network, scale: float | None, noise: Tensor, interval: tuple[float, float] | None = None
+) -> Network:
+    """The network with this guidance scale as its condition, for rows like those of `noise`; None is without one.
+
+    `interval` is the guidance interval where that is a condition, too.
+    """
     if scale is None:
         return network
-    return partial(network, scale=noise.new_full((len(noise),), scale))
+    columns = [noise.new_full((len(noise),), value) for value in (scale, *(interval or ()))]
+    return partial(network, scale=columns[0] if interval is None else torch.stack(columns, dim=1))
 
 
 def _call(network: Network, arguments: Arguments, scale: Tensor | None, head: Head = "average") -> Tensor:

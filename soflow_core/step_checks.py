@@ -41,6 +41,11 @@ def check_conditions(objective: Objective, module: nn.Module) -> None:
         raise ValueError(
             f"{objective.method} with these settings needs a network with guidance_scale={needed} in its architecture"
         )
+    if objective.conditions_on_interval != module.config.guidance_interval:
+        raise ValueError(
+            f"{objective.method} with these settings needs a network with guidance_interval={objective.conditions_on_interval} in its "
+            "architecture"
+        )
     if objective.needs_null_label and not module.config.null_label:
         raise ValueError(
             f"{objective.method} drops labels or guides, and this network has no null label; build it with null_label=True"

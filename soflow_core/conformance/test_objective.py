@@ -37,6 +37,7 @@ def network_for(objective: Objective, conditional: bool = True, seed: int = 0) -
         classes=CLASSES if conditional else None,
         null_label=conditional and objective.needs_null_label,
         guidance_scale=conditional and objective.conditions_on_scale,
+        guidance_interval=conditional and objective.conditions_on_interval,
         velocity_blocks=int(objective.uses_velocity_head),
     )
     return filled(config.build(), seed)

@@ -39,6 +39,8 @@ class Architecture(ABC):
     """Whether the label table has a row, index `classes`, for a dropped label."""
     guidance_scale: bool = field(default=False, kw_only=True)
     """Whether the guidance scale is a condition beside times and label, as an embedding of 1 - 1/w."""
+    guidance_interval: bool = field(default=False, kw_only=True)
+    """Whether both ends of the guidance interval are conditions beside the scale."""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -48,6 +50,8 @@ class Architecture(ABC):
             raise ValueError("null_label needs classes; give their number or set null_label to false")
         if self.guidance_scale and self.classes is None:
             raise ValueError("guidance_scale needs classes; give their number or set guidance_scale to false")
+        if self.guidance_interval and not self.guidance_scale:
+            raise ValueError("guidance_interval needs guidance_scale; set both, or guidance_interval to false")
 
     def check_bound(self, name: str, largest: int) -> None:
         """Raises ValueError where a setting is not above 0 and at most `largest`; None passes."""
@@ -135,8 +139,9 @@ class NetworkModule(nn.Module):
     """Network F(x, t, s, labels, scale): (B, C, H, W), (B,), (B,), (B,) int64 or None, (B,) or None -> (B, C, H, W).
 
     t and s are times from 0 (data) to 1 (noise), s <= t. A label is from 0 to classes - 1, or NULL_LABEL where it is dropped; None
-    labels are the null label in every row. `scale` is the guidance scale where it is a condition; None is 1, no guidance. A network of
-    two heads takes another argument `head` (`soflow_core.passes.Head`).
+    labels are the null label in every row. `scale` is the guidance scale where it is a condition; None is 1, no guidance. Where
+    its interval is one, too, `scale` is (B, 3): scale, first and last time; scales alone are those of all times. A network of two
+    heads takes another argument `head` (`soflow_core.passes.Head`).
 
     Rows are independent of each other, so that a batch can be split over ranks. A pass draws nothing, in training as in evaluation:
     all randomness of a step comes from the objective, but for masks of dropout, which are a function of a seed that the step sets

@@ -4,8 +4,8 @@ The condition of a block is t_embedding(t) + s_embedding(t - s) + label_embeddin
 instead of t - s, or no second time (`DiTConfig.second_time`). Parameters have the names of
 the official SoFlow checkpoints without their `network.` prefix.
 
-Six settings depart from that network, each on its own: `qk_norm`, `rope`, `swiglu`, `registers`, `condition_tokens` and
-`velocity_blocks`.
+Seven settings depart from that network, each on its own: `qk_norm`, `rope`, `swiglu`, `registers`, `condition_tokens`,
+`velocity_blocks` and `difference_alone`.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ PARITY: dict[str, Any] = {
     "registers": 0,
     "condition_tokens": 0,
     "velocity_blocks": 0,
+    "difference_alone": False,
 }
 """Settings that the paper's network does not have, with the values at which this one is the paper's."""
 
@@ -98,6 +99,8 @@ class DiTConfig(Architecture):
     """Tokens for each condition (times, guidance scale, label) before the patches, in place of adaLN; 0 is adaLN."""
     velocity_blocks: int = 0
     """Last blocks of which a second head, for the velocity, has its own, with an output layer; 0 is no second head."""
+    difference_alone: bool = False
+    """Whether t - s is the only time that the network is given, and t itself is none of its conditions."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,6 +112,10 @@ class DiTConfig(Architecture):
         if not 0 <= self.velocity_blocks <= self.depth:
             raise ValueError(
                 f"velocity_blocks is {self.velocity_blocks}; it must be from 0 to the depth, {self.depth}"
+            )
+        if self.difference_alone and self.second_time != "difference":
+            raise ValueError(
+                f"difference_alone leaves t - s as the only time, and second_time is {self.second_time}; leave one of them out"
             )
         if self.height % self.patch or self.width % self.patch:
             raise ValueError(
@@ -148,12 +155,17 @@ class DiTConfig(Architecture):
     @property
     def times(self) -> int:
         """Number of embeddings of times."""
-        return 1 if self.second_time == "none" else 2
+        return 1 if self.second_time == "none" or self.difference_alone else 2
+
+    @property
+    def embedders(self) -> int:
+        """Number of embeddings of numbers: times, guidance scale, both ends of its interval."""
+        return self.times + self.guidance_scale + 2 * self.guidance_interval
 
     @property
     def conditions(self) -> int:
-        """Number of conditions: times, guidance scale, label."""
-        return self.times + self.guidance_scale + (self.classes is not None)
+        """Number of conditions: times, guidance scale and interval, label."""
+        return self.embedders + (self.classes is not None)
 
     @property
     def mlp_width(self) -> int:
@@ -177,7 +189,7 @@ class DiTConfig(Architecture):
         d, mlp, adaln = self.hidden, self.mlp_width, not self.condition_tokens
         pixels = self.channels * self.patch**2
         labels = 0 if self.classes is None else (self.classes + int(self.null_label)) * d
-        embedders = (self.times + self.guidance_scale) * (linear(FREQUENCIES, d) + linear(d, d)) + labels
+        embedders = self.embedders * (linear(FREQUENCIES, d) + linear(d, d)) + labels
         added = (self.registers + self.conditions * self.condition_tokens) * d
         block = linear(d, 3 * d) + linear(d, d) + (1 + self.swiglu) * linear(d, mlp) + linear(mlp, d)
         # Modulation; or factors and shifts of two norms, and two gates.
@@ -199,8 +211,7 @@ class DiTConfig(Architecture):
         """FLOPs of one forward pass of one sample: all matrix products, as torch's FlopCounterMode counts them."""
         d = self.hidden
         patch = self.channels * self.patch**2 * d * self.patches
-        # Times, and the guidance scale where it is a condition.
-        embeddings = (self.times + self.guidance_scale) * (FREQUENCIES * d + d * d)
+        embeddings = self.embedders * (FREQUENCIES * d + d * d)
         return float(2 * (patch + embeddings)) + self._head_flops(self.depth)
 
     def second_head_flops(self) -> float:
@@ -242,8 +253,8 @@ class DiTConfig(Architecture):
 class DiT(NetworkModule):
     """Network F(x, t, s, labels, scale): (B, C, H, W), (B,), (B,), (B,) int64 or None -> (B, C, H, W).
 
-    None labels are the null label in every row. `scale` (B,) is the guidance scale, where it is a condition; None is 1,
-    no guidance. Times are embedded unscaled. `checkpoint_blocks` recomputes each block in the backward pass, for less
+    None labels are the null label in every row. `scale` (B,) is the guidance scale, where it is a condition, (B, 3) with its interval;
+    None is 1, no guidance. Times are embedded unscaled. `checkpoint_blocks` recomputes each block in the backward pass, for less
     memory. With `velocity_blocks` there are two heads, and `head` says whose output a pass has; of both the channels are those of
     the average velocity, then those of the velocity.
     """
@@ -255,9 +266,11 @@ class DiT(NetworkModule):
         self.config = config
         self.checkpoint_blocks = checkpoint_blocks
         self.x_embedder = PatchEmbed(config.channels, config.patch, config.hidden)
-        self.t_embedder = TimeEmbedder(config.hidden)
+        self.t_embedder = None if config.difference_alone else TimeEmbedder(config.hidden)
         self.s_embedder = None if config.second_time == "none" else TimeEmbedder(config.hidden)
         self.w_embedder = TimeEmbedder(config.hidden) if config.guidance_scale else None
+        self.start_embedder = TimeEmbedder(config.hidden) if config.guidance_interval else None
+        self.end_embedder = TimeEmbedder(config.hidden) if config.guidance_interval else None
         self.y_embedder = (
             None
             if config.classes is None
@@ -300,8 +313,8 @@ class DiT(NetworkModule):
 
     def initialize(self) -> None:
         """Initial weights: Xavier linear layers and s embedding, N(0, 0.02) label and t embeddings, zero modulation
-        and output layers, so that F = 0. The embedding of the guidance scale is 0, too. Registers and what is added to condition
-        tokens are N(0, 0.02), and gates are 0.
+        and output layers, so that F = 0. The embeddings of guidance scale and interval are 0, too. Registers and what is added to
+        condition tokens are N(0, 0.02), and gates are 0.
         """
 
         def xavier(module: nn.Module) -> None:
@@ -318,7 +331,7 @@ class DiT(NetworkModule):
         for name, parameter in self.named_parameters():
             if name.startswith("t_embedder.") and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
-            if name.startswith("w_embedder.mlp.2"):
+            if name.startswith(("w_embedder.mlp.2", "start_embedder.mlp.2", "end_embedder.mlp.2")):
                 nn.init.zeros_(parameter)
             if "adaLN_modulation" in name or name.startswith(("final_layer.linear", "velocity_layer.linear")):
                 nn.init.zeros_(parameter)
@@ -395,16 +408,16 @@ class DiT(NetworkModule):
     def conditions(
         self, t: Tensor, s: Tensor, labels: Tensor | None, scale: Tensor | None = None
     ) -> list[Tensor]:
-        """The embeddings of times, guidance scale and label, each (B, hidden), in the precision of the weights even under autocast.
+        """The embeddings of times, guidance scale, its interval and label, each (B, hidden), in the precision of the weights even under autocast.
 
         Difference quotients over times need it, and it costs next to nothing.
         """
         with torch.autocast(t.device.type, enabled=False):
-            embedded: list[Tensor] = [self.t_embedder(t)]
+            embedded: list[Tensor] = [] if self.t_embedder is None else [self.t_embedder(t)]
             if self.s_embedder is not None:
                 embedded.append(self.s_embedder(s if self.config.second_time == "time" else t - s))
             if self.w_embedder is not None:
-                embedded.append(self.w_embedder(torch.zeros_like(t) if scale is None else 1 - 1 / scale))
+                embedded += self._guidance(self.w_embedder, t, scale)
             elif scale is not None:
                 raise ValueError(
                     "this network takes no guidance scale; build it with guidance_scale=True, or give none"
@@ -418,6 +431,21 @@ class DiT(NetworkModule):
                     )
                 labels = torch.full(t.shape, NULL_LABEL, dtype=torch.int64, device=t.device)
             return [*embedded, self.y_embedder(labels)]
+
+    def _guidance(self, embedder: nn.Module, t: Tensor, scale: Tensor | None) -> list[Tensor]:
+        """The embeddings of 1 - 1/w, and of both ends of the interval where it is a condition: 0 and 1 where `scale` has none."""
+        given = 1 if scale is None or scale.dim() == 1 else scale.shape[1]
+        if given == 3 and self.start_embedder is None:
+            raise ValueError(
+                "this network takes no guidance interval; build it with guidance_interval=True, or give scales alone"
+            )
+        w = scale if scale is None or given == 1 else scale[:, 0]
+        embedded = [embedder(torch.zeros_like(t) if w is None else 1 - 1 / w)]
+        if self.start_embedder is None or self.end_embedder is None:
+            return embedded
+        whole = torch.zeros_like(t), torch.ones_like(t)
+        first, last = whole if scale is None or given == 1 else (scale[:, 1], scale[:, 2])
+        return [*embedded, self.start_embedder(first), self.end_embedder(last)]
 
     def unpatchify(self, pixels: Tensor) -> Tensor:
         """(B, N, patch * patch * channels) -> (B, C, H, W)."""

@@ -24,6 +24,7 @@ def dit_config(
     classes: int | None = None,
     null_label: bool = False,
     guidance_scale: bool = False,
+    guidance_interval: bool = False,
 ) -> DiTConfig:
     """Architecture of a named size, for example "XL/2" (size / patch). Raises ValueError for an unknown name."""
     name, _, patch = size.partition("/")
@@ -44,4 +45,5 @@ def dit_config(
         classes=classes,
         null_label=null_label,
         guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
     )

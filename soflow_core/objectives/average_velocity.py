@@ -30,7 +30,7 @@ class Start:
     first: int
     """Number of leading rows with s = t."""
     scale: Tensor | None = None
-    """(B,): guidance scale of each row, where it is a condition of the network."""
+    """(B,): guidance scale of each row, where it is a condition of the network; (B, 3) with its interval."""
 
 
 def draw_pairs(

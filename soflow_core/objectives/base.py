@@ -59,7 +59,8 @@ class Draws:
     """(B,) bool: rows whose label is dropped; None where no label is dropped."""
     velocity_rows: int
     scale: Tensor | None = None
-    """(B,): guidance scale of each row, 1 where the label is dropped; None where one scale is trained."""
+    """(B,): guidance scale of each row, 1 where the label is dropped; with the first and last time of its interval (B, 3), where that
+    varies; None where one scale is trained."""
 
     def rows(self: DrawsT, rank: int, world: int) -> DrawsT:
         """Rows rank, rank + world, rank + 2 world, ... of the global batch."""
@@ -125,6 +126,11 @@ class Objective(ABC):
         return False
 
     @property
+    def conditions_on_interval(self) -> bool:
+        """Whether a conditional network needs the guidance interval as a condition beside the scale."""
+        return False
+
+    @property
     def uses_velocity_head(self) -> bool:
         """Whether the loss needs a network with a second head, for the velocity."""
         return False
@@ -145,6 +151,11 @@ class Objective(ABC):
 
         Of a network that is trained on a range of scales it is the one that is sampled.
         """
+        return None
+
+    @property
+    def sampled_interval(self) -> tuple[float, float] | None:
+        """Guidance interval that a network with one as a condition is sampled at; None where it is no condition."""
         return None
 
     @property

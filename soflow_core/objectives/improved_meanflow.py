@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from soflow_core.guidance import (
+    EndRange,
     IntervalGuidance,
     ScaleRange,
-    draw_scale,
+    at_all_times,
     drop_labels,
     null_labels,
     sampled_scale,
@@ -64,6 +65,8 @@ class ImprovedMeanFlow(DifferentialModel):
     """Whether the network's own velocity is predicted by a second head (`network.velocity_blocks`), which is trained beside u."""
     sampling_scale: float | None = setting(None, inert=True, sampling=True)
     """Guidance scale at sampling, of a network trained on a range of scales; None is the middle of that range."""
+    sampling_interval: tuple[float, float] | None = setting(None, inert=True, sampling=True)
+    """Guidance interval at sampling, of a network trained on intervals that vary; None is from the middle of each end's range."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,6 +74,19 @@ class ImprovedMeanFlow(DifferentialModel):
         check_weight_eps(self.weight_eps)
         # Refuses a scale that is not trained.
         sampled_scale(self.guidance.scale, self.sampling_scale)
+        self._check_sampling_interval()
+
+    def _check_sampling_interval(self) -> None:
+        if self.sampling_interval is None:
+            return
+        (first, last), start, end = self.sampling_interval, self.guidance.start, self.guidance.end
+        if not isinstance(start, EndRange) or not isinstance(end, EndRange):
+            raise ValueError("sampling_interval is of a network trained on ranges of guidance.start and end; leave it out")
+        if not (start.holds(first) and end.holds(last)):
+            raise ValueError(
+                f"sampling_interval is {first} to {last}; the network is trained on starts from {start.low} to {start.high} and ends "
+                f"from {end.low} to {end.high}"
+            )
 
     @property
     def needs_null_label(self) -> bool:
@@ -79,6 +95,17 @@ class ImprovedMeanFlow(DifferentialModel):
     @property
     def conditions_on_scale(self) -> bool:
         return isinstance(self.guidance.scale, ScaleRange)
+
+    @property
+    def conditions_on_interval(self) -> bool:
+        return self.guidance.varies
+
+    @property
+    def sampled_interval(self) -> tuple[float, float] | None:
+        start, end = self.guidance.start, self.guidance.end
+        if not isinstance(start, EndRange) or not isinstance(end, EndRange):
+            return None
+        return self.sampling_interval or (start.middle, end.middle)
 
     @property
     def uses_velocity_head(self) -> bool:
@@ -101,11 +128,11 @@ class ImprovedMeanFlow(DifferentialModel):
         noise = source.normal(*sample_shape)
         t, s = draw_pairs(source, self.time, velocity_rows)
         dropped = leading_rows(source, self.guidance.drop)
-        scale = draw_scale(self.guidance.scale, source, dropped)
+        condition = self.guidance.draw(source, dropped, source.rows < velocity_rows)
         first = source.leading(velocity_rows)
         if not conditional:
             return Draws(noise, t, s, None, first)
-        return Draws(noise, t, s, dropped, first, scale)
+        return Draws(noise, t, s, dropped, first, condition)
 
     def loss(
         self,
@@ -157,22 +184,24 @@ class ImprovedMeanFlow(DifferentialModel):
         """-> v_g and v_p (B, C, H, W): the guided sample velocity, and the network's own, of the second head or u(x, t, t, y).
 
         One pass at s = t gives v_u where it is used, and v_p of the rows after `first`; that of the others is the prediction.
+        Where intervals vary, these are asked for at all times: v_p at the scale that the row's interval leaves at its time.
         """
         first, count = start.first, len(start.x)
         guided = start.labels is not None and self.guidance.active
         # Rows whose label is dropped have v_p = v_u, and so v_g = v_c.
-        use = self.guidance.inside(start.t) & ~dropped
+        inside = self.guidance.inside(start.t, start.scale) if guided else torch.zeros_like(dropped)
+        use = inside & ~dropped
         x, t = start.x[first:], start.t[first:]
         rows = torch.ones_like(use[first:])
         labels = None if start.labels is None else start.labels[first:]
-        scale = None if start.scale is None else start.scale[first:]
+        scale = None if start.scale is None else self.guidance.of_velocity(start.scale, inside)[first:]
         if guided:
             assert labels is not None
             x, t = torch.cat([start.x, x]), torch.cat([start.t, t])
             rows, labels = torch.cat([use, rows]), torch.cat([null_labels(count, x.device), labels])
-            if start.scale is not None:
+            if scale is not None:
                 # The unconditional velocity is that of a scale of 1, as dropped rows train it.
-                scale = torch.cat([torch.ones_like(start.scale), start.scale[first:]])
+                scale = torch.cat([at_all_times(torch.ones_like(start.t), scale), scale])
         needed = len(x) > 0 or passes.policy.uniform
         head: Head = "velocity" if self.velocity_head else "average"
         run = partial(passes.low_precision, head=head)

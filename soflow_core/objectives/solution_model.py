@@ -50,7 +50,7 @@ class SolutionModel(SteppedModel):
         renoise: Sequence[Tensor] = (),
     ) -> Tensor:
         scale = self.trained_guidance if self.conditions_on_scale and labels is not None else None
-        conditioned = at_scale(network, scale, noise)
+        conditioned = at_scale(network, scale, noise, self.sampled_interval)
 
         def solve(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
             return self.solution(conditioned, x, t, s, labels)

@@ -38,6 +38,7 @@ TESTS = [
     "test_times.py",
     "test_guidance.py",
     "test_guidance_scale.py",
+    "test_guidance_interval.py",
     "test_samplers.py",
     "test_solution_sampling.py",
     "test_soflow.py",
@@ -180,7 +181,14 @@ MUTATIONS = [
     ),
     Mutation("improved MeanFlow: w for 1 - 1/w", GUIDANCE, "(1 - 1 / self.scale) *", "(self.scale - 1) *"),
     Mutation("improved MeanFlow: guided away", GUIDANCE, "(predicted - unconditional)", "(unconditional - predicted)", times=2),
-    Mutation("improved MeanFlow: interval ignored", IMPROVED, "self.guidance.inside(start.t) & ~dropped", "~dropped"),
+    Mutation("improved MeanFlow: interval ignored", IMPROVED, "use = inside & ~dropped", "use = ~dropped"),
+    Mutation(
+        "improved MeanFlow: own velocity in the interval of its row",
+        IMPROVED,
+        "self.guidance.of_velocity(start.scale, inside)[first:]",
+        "start.scale[first:]",
+    ),
+    Mutation("improved MeanFlow: own velocity guided outside", GUIDANCE, "torch.where(inside, condition[:, 0], 1.0)", "condition[:, 0]"),
     Mutation("improved MeanFlow: own velocity at s", IMPROVED, "rows, x, t, t, labels, scale)", "rows, x, t, 0.5 * t, labels, scale)"),
     Mutation(
         "improved MeanFlow: own velocity of the wrong rows",

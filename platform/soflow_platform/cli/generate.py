@@ -15,6 +15,7 @@ from soflow_platform.cli.options import (
     AddressOption,
     GridOption,
     GuidanceOption,
+    IntervalOption,
     Places,
     SamplerOption,
     StorageOption,
@@ -81,6 +82,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Image i is a function of the seed, i and its label.")] = 0,
     sampler: SamplerOption = None,
     guidance: GuidanceOption = None,
+    interval: IntervalOption = None,
     times: TimesOption = None,
     grid: GridOption = None,
     file_format: Annotated[
@@ -118,7 +120,8 @@ def generate(
         raise typer.BadParameter("--model and --out are needed, or --verify.")
     from soflow_platform.jobs.requests import GenerateRequest
 
-    sampling, numbers = parse_sampling(sampler, guidance, times, grid, None if steps is None else (steps,))
+    chosen = None if steps is None else (steps,)
+    sampling, numbers = parse_sampling(sampler, guidance, times, grid, chosen, interval)
     request = GenerateRequest(
         model=model,
         out=out,

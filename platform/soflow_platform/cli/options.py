@@ -62,6 +62,14 @@ GuidanceOption = Annotated[
         help="Guidance scale at sampling, for methods that have one or are trained on a range of scales.",
     ),
 ]
+IntervalOption = Annotated[
+    str | None,
+    typer.Option(
+        "--interval",
+        metavar="FROM,TO",
+        help="Times between which samples are guided, such as 0.2,0.7, for networks that are trained on intervals that vary.",
+    ),
+]
 TimesOption = Annotated[
     str | None,
     typer.Option(
@@ -99,12 +107,15 @@ def parse_sampling(
     times: str | None,
     grid: str | None,
     steps: tuple[int, ...] | None,
+    interval: str | None = None,
 ) -> tuple[dict[str, Any], tuple[int, ...] | None]:
-    """Values of --sampler, --guidance, --times, --grid, --steps -> sampler settings, and numbers of steps, those of the times or None.
+    """Values of these options -> sampler settings, and numbers of steps, those of the times or None.
 
-    Raises UserError where a time is no number, and where the times do not make the steps.
+    Raises UserError where a time or an interval is no number, and where the times do not make the steps.
     """
     settings: dict[str, Any] = {"sampler": sampler, "sampling_scale": guidance, "sampling_grid": grid}
+    if interval is not None:
+        settings["sampling_interval"] = _parse_interval(interval)
     if times is not None:
         if grid is not None:
             raise UserError("--times and --grid both say where the steps end: leave one of them out.")
@@ -120,7 +131,16 @@ def parse_sampling(
     return {name: value for name, value in settings.items() if value is not None}, steps
 
 
-RECORDED = "as recorded with its training; --steps, --sampler, --guidance, --times and --grid set others"
+def _parse_interval(text: str) -> tuple[float, float]:
+    """`0.2,0.7` -> (0.2, 0.7). Raises UserError where these are not two numbers."""
+    try:
+        first, last = (float(time) for time in text.split(","))
+    except ValueError:
+        raise UserError(f"--interval {text!r} is no interval of times; give two numbers such as 0.2,0.7.") from None
+    return first, last
+
+
+RECORDED = "as recorded with its training; --steps, --sampler, --guidance, --interval, --times and --grid set others"
 
 
 def sampling_text(steps: int, settings: Mapping[str, str]) -> str:

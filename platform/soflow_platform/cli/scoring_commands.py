@@ -11,6 +11,7 @@ import typer
 from soflow_platform.cli.options import (
     AddressOption,
     GridOption,
+    IntervalOption,
     Places,
     SamplerOption,
     SetOption,
@@ -96,6 +97,7 @@ def evaluate(
     ] = None,
     sampler: SamplerOption = None,
     guidance: GuidanceScalesOption = None,
+    interval: IntervalOption = None,
     times: TimesOption = None,
     grid: GridOption = None,
     search_steps: Annotated[
@@ -141,6 +143,7 @@ def evaluate(
         times,
         grid,
         None if steps is None else parse_steps(steps),
+        interval,
     )
     search = step_search(search_trials, seeds, times, plot, scales) if search_steps else None
     if search is None and search_trials is not None:

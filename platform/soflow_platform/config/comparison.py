@@ -21,6 +21,8 @@ class SamplingConfig(Section):
     """Of methods that have several; None: the trial's own."""
     sampling_scale: float | None = None
     """Guidance at sampling, of methods that have it; None: the trial's own."""
+    sampling_interval: tuple[float, float] | None = None
+    """Guidance interval at sampling, of methods that have it; None: the trial's own."""
     sampling_times: tuple[float, ...] | None = None
     """Times at which the steps end, one fewer than `steps`, of methods that have them; None: the trial's own."""
     sampling_grid: str | None = None
@@ -51,6 +53,7 @@ class SamplingConfig(Section):
         given = {
             "sampler": self.sampler,
             "sampling_scale": self.sampling_scale,
+            "sampling_interval": self.sampling_interval,
             "sampling_times": self.sampling_times,
             "sampling_grid": self.sampling_grid,
         }

@@ -23,6 +23,7 @@ BUILT_FOR = (
     "uses_jvp",
     "needs_null_label",
     "conditions_on_scale",
+    "conditions_on_interval",
     "teacher_decay",
     "needs_true_float32",
     "uses_velocity_head",

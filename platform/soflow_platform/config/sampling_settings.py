@@ -27,6 +27,8 @@ class SamplingSection(Section):
     """Times at which the steps end, for sampling in one step more than there are times; None: those of the grid."""
     guidance: float | None = None
     """Guidance scale at sampling, of methods that have it or are trained on a range; None: the method's own."""
+    interval: tuple[float, float] | None = None
+    """Guidance interval at sampling, of networks trained on intervals that vary; None: the middle of each end's range."""
     steps: Steps = 1
     """Steps of the registered model's `predict` where a request names none."""
 
@@ -38,6 +40,7 @@ class SamplingSection(Section):
             "sampling_grid": self.grid,
             "sampling_times": self.times,
             "sampling_scale": self.guidance,
+            "sampling_interval": self.interval,
         }
         return {name: value for name, value in given.items() if value is not None}
 

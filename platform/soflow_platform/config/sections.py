@@ -80,6 +80,7 @@ class NetworkConfig(NetworkSection):
     registers: Annotated[int, Field(ge=0, le=MOST_TOKENS["registers"])] = 0
     condition_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS["condition_tokens"])] = 0
     velocity_blocks: Annotated[int, Field(ge=0, le=LARGEST["depth"])] = 0
+    difference_alone: bool = False
 
     @model_validator(mode="after")
     def _one_description(self) -> NetworkConfig:

@@ -77,6 +77,8 @@ def sampling_facts(objective: Objective) -> dict[str, str]:
     facts = {name: getattr(objective, name) for name in sorted(marked(objective, SAMPLING))}
     if objective.conditions_on_scale:
         facts["sampling_scale"] = objective.trained_guidance
+    if objective.conditions_on_interval:
+        facts["sampling_interval"] = objective.sampled_interval
     return {name: _as_tag(value) for name, value in facts.items() if value is not None}
 
 

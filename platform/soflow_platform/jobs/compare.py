@@ -387,6 +387,7 @@ def _sampling(tags: dict[str, str], other_labels: bool) -> str:
     scale = float(tags.get("sampling_scale", "1"))
     parts = [tags["sampler"]] if "sampler" in tags else []
     parts += [f"guidance {scale:g}"] if scale != 1 else []
+    parts += [f"interval {tags['sampling_interval']}"] if "sampling_interval" in tags else []
     parts += [f"times {tags['sampling_times']}"] if "sampling_times" in tags else []
     parts += [f"grid {tags['sampling_grid']}"] if "sampling_grid" in tags else []
     parts += [f"{tags['labels']} labels"] if other_labels else []

@@ -214,6 +214,7 @@ def _refuse_unused(request: EvaluateRequest, name: str, places: Sequence[str]) -
         "--seeds": sampling.seeds != default.seeds,
         "--sampler": "sampler" in sampling.settings,
         "--guidance": "sampling_scale" in sampling.settings or bool(sampling.guidance),
+        "--interval": "sampling_interval" in sampling.settings,
         "--times": "sampling_times" in sampling.settings,
         "--grid": "sampling_grid" in sampling.settings,
     }

@@ -342,6 +342,7 @@ def _write(scorer: GridScorer, grid: Grid, row: HeldOut, scores: Sequence[Score]
     section = {
         "sampler": settings.get("sampler"),
         "guidance": settings.get("sampling_scale"),
+        "interval": None if "sampling_interval" not in settings else list(settings["sampling_interval"]),
         "grid": settings.get("sampling_grid"),
         "times": None if "sampling_times" not in settings else list(settings["sampling_times"]),
         "steps": scorer.steps,

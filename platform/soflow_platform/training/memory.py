@@ -95,7 +95,7 @@ def saved_bytes(network: DiTConfig, bfloat16: bool) -> float:
     block += _mlp_bytes(network, bfloat16) + _query_key_bytes(network, bfloat16)
     patches = network.patches
     output = FLOAT * n * d + ((FLOAT if adaln else 0) + number) * patches * d + 2 * patches * FLOAT
-    embeddings = (network.times + network.guidance_scale) * (FREQUENCIES + 2 * d) * FLOAT
+    embeddings = network.embedders * (FREQUENCIES + 2 * d) * FLOAT
     # The sum of the embeddings, and the output layer's modulation.
     embeddings += d * FLOAT + 2 * d * number if adaln else 0
     sample = network.channels * network.height * network.width * number

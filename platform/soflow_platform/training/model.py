@@ -37,6 +37,7 @@ def describe_network(experiment: Experiment, data: Expected) -> Architecture:
     # Where the file leaves the number of classes to the data, the label embedding is decided when they are read.
     null_label = classes is not None and experiment.objective.needs_null_label
     guidance_scale = classes is not None and experiment.objective.conditions_on_scale
+    guidance_interval = classes is not None and experiment.objective.conditions_on_interval
     try:
         network: Architecture = experiment.network.architecture(
             channels=channels,
@@ -45,6 +46,7 @@ def describe_network(experiment: Experiment, data: Expected) -> Architecture:
             classes=classes,
             null_label=null_label,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
         )
     except ValueError as error:
         raise UserError(f"network: {error}.") from None
