@@ -408,7 +408,7 @@ class DiT(NetworkModule):
     def conditions(
         self, t: Tensor, s: Tensor, labels: Tensor | None, scale: Tensor | None = None
     ) -> list[Tensor]:
-        """The embeddings of times, guidance scale, its interval and label, each (B, hidden), in the precision of the weights even under autocast.
+        """The embeddings of times, guidance, label, each (B, hidden), in the precision of the weights even under autocast.
 
         Difference quotients over times need it, and it costs next to nothing.
         """

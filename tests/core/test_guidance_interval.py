@@ -1,4 +1,4 @@
-"""Improved MeanFlow trained on intervals of guided times that vary, which the network takes as a condition; and t - s as the only time."""
+"""Improved MeanFlow on guidance intervals that vary, which the network takes as a condition; and t - s as the only time."""
 
 from __future__ import annotations
 

@@ -188,7 +188,9 @@ MUTATIONS = [
         "self.guidance.of_velocity(start.scale, inside)[first:]",
         "start.scale[first:]",
     ),
-    Mutation("improved MeanFlow: own velocity guided outside", GUIDANCE, "torch.where(inside, condition[:, 0], 1.0)", "condition[:, 0]"),
+    Mutation(
+        "improved MeanFlow: own velocity guided outside", GUIDANCE, "torch.where(inside, condition[:, 0], 1.0)", "condition[:, 0]"
+    ),
     Mutation("improved MeanFlow: own velocity at s", IMPROVED, "rows, x, t, t, labels, scale)", "rows, x, t, 0.5 * t, labels, scale)"),
     Mutation(
         "improved MeanFlow: own velocity of the wrong rows",
