@@ -284,12 +284,14 @@ class TrainingKey:
 
     network: Architecture
     settings: str
-    """The experiment as JSON, but for its length: a step is timed at fractions of the schedule."""
+    """The experiment as JSON, but for its length: a step is timed at fractions of the schedule; and for seed and learning rate."""
 
     @classmethod
     def of(cls, benchmark: TrainingBenchmark) -> TrainingKey:
         settings = benchmark.experiment.resolved()
         settings["training"] = {**settings["training"], "steps": 0}
+        settings["optimizer"] = {**settings["optimizer"], "lr": 0}
+        settings["seed"] = 0
         return cls(benchmark.network, json.dumps(settings, sort_keys=True))
 
 

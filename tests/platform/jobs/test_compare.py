@@ -34,7 +34,7 @@ from soflow_platform.jobs.benchmark import (
     measure_sampling,
     measure_training,
 )
-from soflow_platform.jobs.compare import ScoredSweep, score_sweep
+from soflow_platform.jobs.compare import ScoredSweep, TrainingKey, score_sweep
 from soflow_platform.jobs.compare_report import conclusions, markdown, page_with, save, table
 from soflow_platform.jobs.compare_rows import Comparison, Row
 from soflow_platform.jobs.model_under_test import ModelUnderTest
@@ -282,6 +282,17 @@ def test_each_row_has_the_costs_of_its_training_and_its_sampling(
         (2.0, 20.0, 0.5),
     ]
     assert table.rows[0].speedup == pytest.approx(6000)
+
+
+def test_trainings_that_differ_in_seed_and_learning_rate_are_timed_once(record: SweepRecord) -> None:
+    experiment = Experiment(**record.experiment)
+    keys = {
+        TrainingKey.of(TrainingBenchmark(TINY, experiment.model_copy(update=update)))
+        for update in ({}, {"seed": 3}, {"optimizer": experiment.optimizer.model_copy(update={"lr": 1e-4})})
+    }
+    assert len(keys) == 1
+    other = experiment.model_copy(update={"objective": FlowMatching()})
+    assert TrainingKey.of(TrainingBenchmark(TINY, other)) not in keys
 
 
 def test_a_failing_benchmark_without_a_message_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
