@@ -175,14 +175,24 @@ def _of_budget(budget: str, name: str, rows: Sequence[Row]) -> list[str]:
             "" if len(scales) == 1 else ", no guidance" if scale == 1 else f", guidance {scale:g} in training"
         )
         sentences += _at_one_evaluation(f"equal {budget}, 1 NFE{guided}", name, same_guidance)
-    overall = min(rows, key=lambda row: row.distance)
+    overall, *others = _best_of_each(rows)
     if overall.nfe > 1:
         sampling = f" ({overall.sampling})" if overall.sampling else ""
         sentences.append(
             f"equal {budget}, any NFE: the best is {overall.label(rows)}{sampling} at {overall.nfe} NFE, {name} "
-            f"{distance(overall)}."
+            f"{distance(overall)}{_undecided([overall, *others])}."
         )
     return sentences
+
+
+def _best_of_each(rows: Sequence[Row]) -> list[Row]:
+    """The best row of each training, best first; of those that a star sets apart only where there are no others."""
+    best: dict[str, Row] = {}
+    for row in [row for row in rows if not row.flags] or rows:
+        name = row.label(rows)
+        if name not in best or row.distance < best[name].distance:
+            best[name] = row
+    return sorted(best.values(), key=lambda row: row.distance)
 
 
 def _at_one_evaluation(which: str, name: str, rows: Sequence[Row]) -> list[str]:

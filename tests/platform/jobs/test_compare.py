@@ -461,6 +461,17 @@ def test_the_files_of_a_comparison_are_refused_before_anything_is_scored(tmp_pat
     assert (tmp_path / "pictures" / "plot.png").read_bytes() == b"png"
 
 
+def test_the_best_at_any_number_is_of_equal_samples_and_said_to_be_decided_or_not() -> None:
+    several = [replace(each, steps=50, nfe=50) for each in seeds("flow_matching", 5.0, 6.0, 7.0)]
+    few = replace(row("diffusion", 1000, 1.0), flags=("scored on few samples",))
+    near = comparison(*several, *seeds("soflow", 5.5, 6.5, 7.5), few)
+    assert conclusions(near)[-1] == (
+        "equal steps, any NFE: the best is flow_matching at 50 NFE, fd 6 ± 1, not decidedly before soflow (6.5 ± 1)."
+    )
+    far = comparison(*several, *seeds("soflow", 15.0, 16.0, 17.0), few)
+    assert conclusions(far)[-1] == "equal steps, any NFE: the best is flow_matching at 50 NFE, fd 6 ± 1."
+
+
 def test_an_order_within_the_spread_over_seeds_is_not_decided() -> None:
     near = comparison(*seeds("meanflow", 7.0, 8.0, 9.0, jvp=True), *seeds("soflow", 7.5, 8.5, 9.5))
     assert conclusions(near) == [
