@@ -137,6 +137,6 @@ def test_methods_with_settings_of_their_own_are_compared_on_latents_of_cifar10(t
         assert ended.returncode == 0, ended.stderr[-2000:]
     text = page.read_text()
     assert text.count("| soflow | no | - | 8 | 1 | ") == text.count("| flow_matching | no | euler | 8 | 2 | ") == 1
-    assert "the 4 trials of " in text
+    assert "the 4 trial(s) of " in text
     assert "seeds: 2;" in text
     assert Image.open(plot).format == "PNG"

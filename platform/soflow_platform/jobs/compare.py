@@ -207,7 +207,7 @@ def _compared_trials(record: SweepRecord, experiment: Experiment) -> tuple[list[
         return trials, []
     count = len(trials) - len(chosen)
     sentence = (
-        f"the {count} trials of {record.id}'s search, by whose scores settings were chosen; what is compared are the best again, with "
+        f"the {count} trial(s) of {record.id}'s search, by whose scores settings were chosen; what is compared are the best again, with "
         "fresh seeds"
     )
     return chosen, [sentence]

@@ -107,7 +107,7 @@ def test_where_each_method_is_trained_again_with_its_own_setting_those_trials_al
     assert found.rows == both.rows[1:]
     assert found.rows[0].varied == "optimizer.lr 0.001"
     (sentence,) = found.left_out
-    assert sentence.startswith(f"the 1 trials of {SWEEP}'s search, by whose scores settings were chosen")
+    assert sentence.startswith(f"the 1 trial(s) of {SWEEP}'s search, by whose scores settings were chosen")
     text = markdown(found)
     assert f"- left out: {sentence}" in text
     assert "- settings of the trials: flow_matching: optimizer.lr 0.001" in text
