@@ -10,11 +10,10 @@ import pytest
 
 from soflow_platform.config.validation import read_experiment
 from soflow_platform.errors import JobError, UserError
-from soflow_platform.storage.checkpoints import CheckpointState, CheckpointStore
+from soflow_platform.storage.checkpoints import EMA, CheckpointState
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.training.trial_status import TrialState, TrialStatus
-from soflow_platform.tuning.context import SweepContext
-from soflow_platform.tuning.display import Display, TrialOutcome
+from soflow_platform.tuning.context import SweepContext, trial_outcome
+from soflow_platform.tuning.display import Display
 from soflow_platform.tuning.drawing import (
     DrawnTrials,
     add_trials,
@@ -23,7 +22,7 @@ from soflow_platform.tuning.drawing import (
     ranked_for_final,
 )
 from soflow_platform.tuning.ranking import ScoredTrial, ranked_points
-from soflow_platform.tuning.record import ScoredStep, load_record, new_or_resumed_record
+from soflow_platform.tuning.record import load_record, new_or_resumed_record
 from soflow_platform.tuning.recorded import known_trials, trials_of_record
 from soflow_platform.tuning.search_space import Trial, trials
 from tests.support.sweep_files import MINIMAL, write
@@ -100,6 +99,10 @@ def test_the_best_point_comes_again_with_seeds_that_no_trial_had(
     assert started(storage, tmp_path).trials == context.trials
 
 
+def write_weights(folder: Path) -> None:
+    (folder / EMA).write_bytes(b"weights")
+
+
 EACH = (
     "search={final: {best: 1, seeds: 2, of_each: objective, metrics: {flow_matching: eval/fd_nfe4}}, "
     "space: {objective: [{method: soflow}, {method: flow_matching}], optimizer.lr: [1e-3, 1e-4]}}"
@@ -107,22 +110,15 @@ EACH = (
 
 
 def test_the_best_point_of_each_method_comes_again_by_the_metric_of_the_method(
-    storage: ProjectFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    storage: ProjectFolder, tmp_path: Path
 ) -> None:
     context = started(storage, tmp_path, "evaluation.nfe=[1, 4]", search=EACH)
     # At 1 NFE the first learning rate of both is the better one, at 4 the second one.
-    status = TrialStatus(state=TrialState.FINISHED, step=40, steps=40)
-    evaluations = {
-        trial.name: {"step": 40, "eval/fd_nfe1": float(trial.index), "eval/fd_nfe4": float(-trial.index)}
-        for trial in context.trials
-    }
-    outcomes = [TrialOutcome(name, status, ScoredStep.of(each)) for name, each in evaluations.items()]
-
-    def best(store: CheckpointStore, metric: str, mode: str) -> tuple[None, dict[str, Any]]:
-        assert (metric, mode) == ("eval/fd_nfe4", "min")
-        return None, evaluations[Path(str(store.root)).parent.name]
-
-    monkeypatch.setattr(CheckpointStore, "best", best)
+    for trial in context.trials:
+        evaluation = {"step": 40, "eval/fd_nfe1": float(trial.index), "eval/fd_nfe4": float(-trial.index)}
+        state = CheckpointState(40, 640, "run", [evaluation])
+        context.record.checkpoints(storage, trial.name).publish(state, write_weights)
+    outcomes = [trial_outcome(context, trial, None) for trial in context.trials]
     soflow, flow = ({"method": "soflow"}, {"method": "flow_matching"})
     points = final_settings(context, ranked_for_final(context, outcomes))
     assert points == [
