@@ -54,7 +54,9 @@ class EndRange:
     def __post_init__(self) -> None:
         check_values(self)
         if not 0 <= self.low < self.high <= 1:
-            raise ValueError(f"an end of the guidance interval from {self.low} to {self.high}; give 0 <= low < high <= 1")
+            raise ValueError(
+                f"an end of the guidance interval from {self.low} to {self.high}; give 0 <= low < high <= 1"
+            )
 
     @property
     def middle(self) -> float:
@@ -259,9 +261,13 @@ class IntervalGuidance:
 
     def _check_interval(self) -> None:
         if isinstance(self.start, EndRange) != isinstance(self.end, EndRange):
-            raise ValueError("one end of the guidance interval is a range (low, high) and one is not; give both alike")
+            raise ValueError(
+                "one end of the guidance interval is a range (low, high) and one is not; give both alike"
+            )
         if self.varies and not isinstance(self.scale, ScaleRange):
-            raise ValueError("a guidance interval that varies needs a guidance.scale that does: give a range (low, high)")
+            raise ValueError(
+                "a guidance interval that varies needs a guidance.scale that does: give a range (low, high)"
+            )
         first = self.start.high if isinstance(self.start, EndRange) else self.start
         last = self.end.low if isinstance(self.end, EndRange) else self.end
         if not 0 <= first <= last <= 1:

@@ -88,19 +88,7 @@ def fit(source: Weights, target: Architecture, method: str) -> Fit:
     if anew:
         notes.append("the embedding of the second time is new and has no effect at the start")
     notes += _label_notes(old, target)
-    if old.guidance_scale != target.guidance_scale:
-        notes.append(
-            "the guidance scale is a new condition without effect at the start"
-            if target.guidance_scale
-            else "the guidance scale is no condition any longer and has the effect of scale 1"
-        )
-    if old.guidance_interval and not target.guidance_interval:
-        raise WeightsError(
-            "the weights are those of a network with a guidance interval as a condition and this one has none: give guidance.start and "
-            "guidance.end ranges"
-        )
-    if target.guidance_interval and not old.guidance_interval:
-        notes.append("the guidance interval is a new condition without effect at the start")
+    notes += _guidance_notes(old, target)
     if (trained == "diffusion") != (method == "diffusion"):
         notes.append(
             f"{trained or 'the old method'} and {method} predict different things, at times of other ranges"
@@ -121,6 +109,25 @@ def fit(source: Weights, target: Architecture, method: str) -> Fit:
     )
     copied = [n for n in wanted if shapes.get(n) == wanted[n] and not n.startswith(own)]
     return Fit(tuple(copied), tuple(notes))
+
+
+def _guidance_notes(old: DiTConfig, target: DiTConfig) -> list[str]:
+    """What changes in the guidance conditions. Raises WeightsError where an interval is a condition no longer."""
+    if old.guidance_interval and not target.guidance_interval:
+        raise WeightsError(
+            "the weights are those of a network with a guidance interval as a condition and this one has none: give guidance.start and "
+            "guidance.end ranges"
+        )
+    notes = []
+    if old.guidance_scale != target.guidance_scale:
+        notes.append(
+            "the guidance scale is a new condition without effect at the start"
+            if target.guidance_scale
+            else "the guidance scale is no condition any longer and has the effect of scale 1"
+        )
+    if target.guidance_interval and not old.guidance_interval:
+        notes.append("the guidance interval is a new condition without effect at the start")
+    return notes
 
 
 def _conditions(config: DiTConfig) -> str:

@@ -51,7 +51,9 @@ class Architecture(ABC):
         if self.guidance_scale and self.classes is None:
             raise ValueError("guidance_scale needs classes; give their number or set guidance_scale to false")
         if self.guidance_interval and not self.guidance_scale:
-            raise ValueError("guidance_interval needs guidance_scale; set both, or guidance_interval to false")
+            raise ValueError(
+                "guidance_interval needs guidance_scale; set both, or guidance_interval to false"
+            )
 
     def check_bound(self, name: str, largest: int) -> None:
         """Raises ValueError where a setting is not above 0 and at most `largest`; None passes."""

@@ -81,7 +81,9 @@ class ImprovedMeanFlow(DifferentialModel):
             return
         (first, last), start, end = self.sampling_interval, self.guidance.start, self.guidance.end
         if not isinstance(start, EndRange) or not isinstance(end, EndRange):
-            raise ValueError("sampling_interval is of a network trained on ranges of guidance.start and end; leave it out")
+            raise ValueError(
+                "sampling_interval is of a network trained on ranges of guidance.start and end; leave it out"
+            )
         if not (start.holds(first) and end.holds(last)):
             raise ValueError(
                 f"sampling_interval is {first} to {last}; the network is trained on starts from {start.low} to {start.high} and ends "

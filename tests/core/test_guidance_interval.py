@@ -114,7 +114,9 @@ def test_the_flow_that_is_guided_in_each_rows_interval_is_a_fixed_point() -> Non
     assert (asked[:, 1:] == torch.tensor([0.0, 1.0], dtype=torch.float64)).all()
 
     def of_all_times(x: Tensor, t: Tensor, s: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
-        return exact_network(x, t, s, labels, scale * torch.tensor([1.0, 0.0, 0.0]) + torch.tensor([0.0, 0.0, 1.0]))
+        return exact_network(
+            x, t, s, labels, scale * torch.tensor([1.0, 0.0, 0.0]) + torch.tensor([0.0, 0.0, 1.0])
+        )
 
     assert objective.loss(of_all_times, batch, pair, 0, 1).terms["average_mse"] > 1e-2
 
@@ -198,7 +200,11 @@ def test_samples_are_those_of_the_chosen_interval() -> None:
     assert OBJECTIVE.sample(unconditional, noise, None, 1).isfinite().all()
 
 
-RANGES = {"scale": {"low": 1.0, "high": 8.0}, "start": {"low": 0.0, "high": 0.5}, "end": {"low": 0.5, "high": 1.0}}
+RANGES = {
+    "scale": {"low": 1.0, "high": 8.0},
+    "start": {"low": 0.0, "high": 0.5},
+    "end": {"low": 0.5, "high": 1.0},
+}
 
 
 @pytest.mark.parametrize(
@@ -249,7 +255,9 @@ def test_the_interval_starts_at_nothing_and_scales_alone_are_those_of_all_times(
     scales = torch.full((4,), 3.0)
     whole = torch.tensor([[3.0, 0.0, 1.0]]).expand(4, 3)
     assert torch.equal(network.condition(t, s, labels, scales), network.condition(t, s, labels, whole))
-    assert not torch.allclose(network.condition(t, s, labels, scales), network.condition(t, s, labels, intervals))
+    assert not torch.allclose(
+        network.condition(t, s, labels, scales), network.condition(t, s, labels, intervals)
+    )
     with pytest.raises(ValueError, match="takes no guidance interval"):
         filled(replace(CONFIG, guidance_scale=True), torch.float32).condition(t, s, labels, intervals)
 

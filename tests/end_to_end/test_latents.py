@@ -112,8 +112,13 @@ def test_a_network_learns_from_latents_and_its_samples_are_decoded(latents: Path
 @pytest.mark.timeout(900)
 def test_methods_with_settings_of_their_own_are_compared_on_latents_of_cifar10(tmp_path: Path) -> None:
     images = tmp_path / "images.zip"
-    with zipfile.ZipFile(SHARED / "data" / "cifar10-train.zip") as whole, zipfile.ZipFile(images, "w") as part:
-        for name in [name for name in whole.namelist() if name.endswith(("0001.jpg", "0002.jpg", "0003.jpg"))]:
+    with (
+        zipfile.ZipFile(SHARED / "data" / "cifar10-train.zip") as whole,
+        zipfile.ZipFile(images, "w") as part,
+    ):
+        for name in [
+            name for name in whole.namelist() if name.endswith(("0001.jpg", "0002.jpg", "0003.jpg"))
+        ]:
             part.writestr(name, whole.read(name))
     latents = tmp_path / "latents"
     done = prepare(PrepareRequest(str(images), str(latents), autoencoder=str(AUTOENCODER), resolution=32))
@@ -136,7 +141,11 @@ def test_methods_with_settings_of_their_own_are_compared_on_latents_of_cifar10(t
         )
         assert ended.returncode == 0, ended.stderr[-2000:]
     text = page.read_text()
-    assert text.count("| soflow | no | - | 8 | 1 | ") == text.count("| flow_matching | no | euler | 8 | 2 | ") == 1
+    assert (
+        text.count("| soflow | no | - | 8 | 1 | ")
+        == text.count("| flow_matching | no | euler | 8 | 2 | ")
+        == 1
+    )
     assert "the 4 trial(s) of " in text
     assert "seeds: 2;" in text
     assert Image.open(plot).format == "PNG"

@@ -44,9 +44,13 @@ class CopiesRequest:
         if self.plot is not None:
             write_bytes(self.plot, plot.read_bytes())
         if self.page is not None:
-            picture = None if self.plot is None else Path(os.path.relpath(self.plot, self.page.parent)).as_posix()
+            picture = (
+                None if self.plot is None else Path(os.path.relpath(self.plot, self.page.parent)).as_posix()
+            )
             try:
-                text = page_with(self.page.read_text() if self.page.exists() else "", comparison, names, picture)
+                text = page_with(
+                    self.page.read_text() if self.page.exists() else "", comparison, names, picture
+                )
             except ValueError as error:
                 raise UserError(f"--markdown {self.page}: {error}.") from None
             write_bytes(self.page, text.encode())

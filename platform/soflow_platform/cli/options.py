@@ -136,11 +136,15 @@ def _parse_interval(text: str) -> tuple[float, float]:
     try:
         first, last = (float(time) for time in text.split(","))
     except ValueError:
-        raise UserError(f"--interval {text!r} is no interval of times; give two numbers such as 0.2,0.7.") from None
+        raise UserError(
+            f"--interval {text!r} is no interval of times; give two numbers such as 0.2,0.7."
+        ) from None
     return first, last
 
 
-RECORDED = "as recorded with its training; --steps, --sampler, --guidance, --interval, --times and --grid set others"
+RECORDED = (
+    "as recorded with its training; --steps, --sampler, --guidance, --interval, --times and --grid set others"
+)
 
 
 def sampling_text(steps: int, settings: Mapping[str, str]) -> str:

@@ -196,14 +196,16 @@ class SearchConfig(Section):
             raise ValueError(f"`final.of_each` names `{key}`, which does not vary: name a setting of `space`")
         dimension = None if key is None or key not in self.space else self.dimensions()[key]
         if dimension is not None and dimension.values is None:
-            raise ValueError(f"`final.of_each` names `{key}`, which is a range: name one with a list of values")
-        if self.final.metrics and key not in ("objective", "objective.method"):
             raise ValueError(
-                "`final.metrics` rank the points of each method: they need `of_each: objective`"
+                f"`final.of_each` names `{key}`, which is a range: name one with a list of values"
             )
+        if self.final.metrics and key not in ("objective", "objective.method"):
+            raise ValueError("`final.metrics` rank the points of each method: they need `of_each: objective`")
         unknown = [method for method in self.final.metrics if method not in OBJECTIVES]
         if unknown:
-            raise ValueError(f"`final.metrics` has no method {unknown[0]!r}; known are {', '.join(OBJECTIVES)}")
+            raise ValueError(
+                f"`final.metrics` has no method {unknown[0]!r}; known are {', '.join(OBJECTIVES)}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -207,8 +207,8 @@ def _compared_trials(record: SweepRecord, experiment: Experiment) -> tuple[list[
         return trials, []
     count = len(trials) - len(chosen)
     sentence = (
-        f"the {count} trial(s) of {record.id}'s search, by whose scores settings were chosen; what is compared are the best again, with "
-        "fresh seeds"
+        f"the {count} trial(s) of {record.id}'s search, by whose scores settings were chosen; what is compared are the best again, "
+        "with fresh seeds"
     )
     return chosen, [sentence]
 
@@ -356,7 +356,9 @@ def _row(budget: str, entry: Entry) -> Row:
 def _varied(trial: Trial) -> str:
     """The settings of its point but for method, seed and budget: `optimizer.lr 0.001`."""
     own = {key: value for key, value in trial.settings.items() if key not in ("objective", "seed", "budget")}
-    return ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in own.items())
+    return ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in own.items()
+    )
 
 
 def _point(trial: Trial) -> str:

@@ -94,7 +94,11 @@ def _varied(comparison: Comparison) -> list[str]:
         for row in rows
         if row.varied
     }
-    return [f"- settings of the trials: {'; '.join(f'{name}: {varied}' for name, varied in found.items())}"] if found else []
+    return (
+        [f"- settings of the trials: {'; '.join(f'{name}: {varied}' for name, varied in found.items())}"]
+        if found
+        else []
+    )
 
 
 def page_with(page: str, comparison: Comparison, names: str, picture: str | None) -> str:
@@ -104,7 +108,13 @@ def page_with(page: str, comparison: Comparison, names: str, picture: str | None
     """
     begin, end = BEGIN.format(names=names), END.format(names=names)
     title, *body = markdown(comparison).splitlines()
-    lines = [begin, "", f"Sweep {title.removeprefix('# ')}:", *(f"#{line}" if line.startswith("#") else line for line in body), ""]
+    lines = [
+        begin,
+        "",
+        f"Sweep {title.removeprefix('# ')}:",
+        *(f"#{line}" if line.startswith("#") else line for line in body),
+        "",
+    ]
     if picture is not None:
         lines += [f"![{comparison.distance} against function evaluations]({picture})", ""]
     block = "\n".join([*lines, end])

@@ -437,17 +437,23 @@ def test_a_page_has_one_block_for_the_sweeps_of_these_names_and_keeps_the_rest()
     before, _, rest = page.partition("<!-- written by soflowctl compare digits -->")
     assert before == "# Methods\n\nText.\n\n"
     assert "\nMore text.\n\n<!-- written by soflowctl compare latents -->" in rest
-    assert "![fd against function evaluations](pictures/latents.png)\n\n<!-- until here: latents -->\n" in rest
+    assert (
+        "![fd against function evaluations](pictures/latents.png)\n\n<!-- until here: latents -->\n" in rest
+    )
     assert "### Equal training steps" in rest
     # The same sweeps again, in the place where they are.
     again = page_with(page, second, "digits", None)
-    assert again == page.replace("| 8 |", "| 7 |", 1).replace("fd 8.", "fd 7.", 1).replace("(fd 8)", "(fd 7)", 1)
+    assert again == page.replace("| 8 |", "| 7 |", 1).replace("fd 8.", "fd 7.", 1).replace(
+        "(fd 8)", "(fd 7)", 1
+    )
     with pytest.raises(ValueError, match="it has one of the lines"):
         page_with(page.replace("<!-- until here: digits -->", ""), first, "digits", None)
 
 
 def test_the_files_of_a_comparison_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--markdown .*page.txt: give a file FILE.md in a folder that exists"):
+    with pytest.raises(
+        UserError, match=r"--markdown .*page.txt: give a file FILE.md in a folder that exists"
+    ):
         CopiesRequest(tmp_path / "page.txt").check()
     with pytest.raises(UserError, match=r"--plot .*: give a file FILE.png in a folder that exists"):
         CopiesRequest(None, tmp_path / "nowhere" / "plot.png").check()

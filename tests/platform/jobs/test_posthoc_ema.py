@@ -12,7 +12,13 @@ from torch import Tensor
 from soflow_core.weights import load_weights
 from soflow_platform.cli.averages import parse_lengths
 from soflow_platform.errors import UserError
-from soflow_platform.jobs.posthoc_ema import Average, EmaRequest, reconstruct, register_average, score_averages
+from soflow_platform.jobs.posthoc_ema import (
+    Average,
+    EmaRequest,
+    reconstruct,
+    register_average,
+    score_averages,
+)
 from soflow_platform.jobs.requests import SamplingRequest
 from soflow_platform.jobs.score_summary import plot, summaries, varied
 from soflow_platform.registry.versions import find_version
@@ -81,8 +87,13 @@ def test_an_average_that_was_not_kept_is_reconstructed(
 
 def test_scores_of_averages_are_one_table_and_one_plot_against_the_length(scored: ProjectFolder) -> None:
     store = scored.trial(SWEEP, "trial-00-soflow") / "checkpoints"
-    kept = {0.05: store / "step-00000002" / "ema.safetensors", 0.1: store / "step-00000006" / "ema.safetensors"}
-    averages = [Average(path, SWEEP, "trial-00-soflow", 6, 48, length, 0.0, 3) for length, path in kept.items()]
+    kept = {
+        0.05: store / "step-00000002" / "ema.safetensors",
+        0.1: store / "step-00000006" / "ema.safetensors",
+    }
+    averages = [
+        Average(path, SWEEP, "trial-00-soflow", 6, 48, length, 0.0, 3) for length, path in kept.items()
+    ]
     scores = score_averages(averages, 100, SamplingRequest(steps=(1, 2), seeds=2), local_services(scored))
     rows = summaries(scores)
     assert [(row.name, row.tags["ema_length"], row.tags["nfe"], row.seeds) for row in rows] == [
