@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,12 @@ def page_with(page: str, comparison: Comparison, names: str, picture: str | None
     `picture` is the plot's path from the page. Headings stand below those of the page. Raises ValueError where one line stands alone.
     """
     begin, end = BEGIN.format(names=names), END.format(names=names)
+    # Where references and autoencoders lie on this machine tells a reader nothing.
+    settings = {
+        key: Path(value).name if value.startswith("/") else value
+        for key, value in comparison.settings.items()
+    }
+    comparison = replace(comparison, settings=settings)
     title, *body = markdown(comparison).splitlines()
     lines = [
         begin,

@@ -432,6 +432,8 @@ def test_seeds_of_one_point_are_one_row_with_their_mean_and_spread() -> None:
 
 def test_a_page_has_one_block_for_the_sweeps_of_these_names_and_keeps_the_rest() -> None:
     first, second = comparison(row("soflow", 1, 8.0)), comparison(row("soflow", 1, 7.0))
+    first = replace(first, settings={**first.settings, "reference": "/somewhere/data/digits"})
+    second = replace(second, settings=first.settings)
     page = page_with("# Methods\n\nText.\n", first, "digits", None)
     page = page_with(f"{page}\nMore text.\n", first, "latents", "pictures/latents.png")
     before, _, rest = page.partition("<!-- written by soflowctl compare digits -->")
@@ -441,6 +443,7 @@ def test_a_page_has_one_block_for_the_sweeps_of_these_names_and_keeps_the_rest()
         "![fd against function evaluations](pictures/latents.png)\n\n<!-- until here: latents -->\n" in rest
     )
     assert "### Equal training steps" in rest
+    assert "- reference: digits\n" in page
     # The same sweeps again, in the place where they are.
     again = page_with(page, second, "digits", None)
     assert again == page.replace("| 8 |", "| 7 |", 1).replace("fd 8.", "fd 7.", 1).replace(
