@@ -288,7 +288,7 @@ def test_trainings_that_differ_in_seed_and_learning_rate_are_timed_once(record: 
     experiment = Experiment(**record.experiment)
     keys = {
         TrainingKey.of(TrainingBenchmark(TINY, experiment.model_copy(update=update)))
-        for update in ({}, {"seed": 3}, {"optimizer": experiment.optimizer.model_copy(update={"lr": 1e-4})})
+        for update in ({}, {"seed": 3}, {"optimizer": replace(experiment.optimizer, lr=1e-4)})
     }
     assert len(keys) == 1
     other = experiment.model_copy(update={"objective": FlowMatching()})
