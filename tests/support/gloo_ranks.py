@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from soflow_core.objectives import Batch, Draws
+from tests.support.fork_server import fork_server
 
 WORLD = 2
 
@@ -21,10 +22,7 @@ def run_ranks(function: Callable[..., None], *arguments: object) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = int(s.getsockname()[1])
-    # The server imports once what every rank needs; each rank is a fork of it.
-    mp.get_context("forkserver").set_forkserver_preload(
-        ["tests.support.gloo_ranks", "torch.distributed.fsdp"]
-    )
+    fork_server()
     mp.start_processes(_joined, (port, function, arguments), nprocs=WORLD, start_method="forkserver")
 
 

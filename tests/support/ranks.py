@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -16,13 +15,10 @@ import torch.distributed as dist
 
 from soflow_platform.training.job import TrialJob
 from soflow_platform.training.worker import Trainer
+from tests.support.fork_server import fork_server
 
 Change = Callable[[Trainer], None]
 """What a test does to a worker before it runs; a function of a module, so that it travels."""
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-# The server imports once what every rank needs; each rank is a fork of it.
-_CONTEXT.set_forkserver_preload(["soflow_platform.training.worker", "mlflow"])
 
 
 def start_ranks(job: TrialJob, world: int, change: Change | None = None) -> list[ForkServerProcess]:
@@ -30,7 +26,8 @@ def start_ranks(job: TrialJob, world: int, change: Change | None = None) -> list
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    ranks = [_CONTEXT.Process(target=_rank, args=(job, rank, world, port, change)) for rank in range(world)]
+    context = fork_server()
+    ranks = [context.Process(target=_rank, args=(job, rank, world, port, change)) for rank in range(world)]
     for process in ranks:
         process.start()
     return ranks

@@ -3,7 +3,6 @@
 import fcntl
 import functools
 import http.server
-import multiprocessing
 import os
 import signal
 import threading
@@ -25,6 +24,7 @@ from soflow_pipelines.shards.writer import Sample, write_shards
 from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import LocationError
 from soflow_pipelines.storage.opening import open_storage
+from tests.support.fork_server import fork_server
 
 INFO = DatasetInfo(kind="pixels", shape=(1, 64, 64), dtype="uint8")
 
@@ -161,7 +161,7 @@ def test_processes_that_race_read_right_bytes_within_the_bound(origin: Path, tmp
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
+    with fork_server().Pool(3) as pool:
         good = pool.starmap(_read_many, [(origin, cache, seed) for seed in range(3)])
     done.set()
     watcher.join()
@@ -219,9 +219,7 @@ def _get_stuck(origin: Path, cache: ShardCache, record: ShardRecord) -> None:
 def test_what_a_killed_process_was_fetching_does_not_fill_the_cache(origin: Path, tmp_path: Path) -> None:
     records = read_manifest(origin)
     cache = ShardCache(tmp_path, records[0].bytes)
-    process = multiprocessing.get_context("spawn").Process(
-        target=_get_stuck, args=(origin, cache, records[0])
-    )
+    process = fork_server().Process(target=_get_stuck, args=(origin, cache, records[0]))
     process.start()
     part = tmp_path / f"{records[0].sha256}.part"
     while not part.exists() or not part.stat().st_size:

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import multiprocessing
 import tarfile
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from soflow_pipelines.shards.info import DataMismatch, DatasetInfo, ShardError
 from soflow_pipelines.shards.tables import read_index, read_info, read_manifest
 from soflow_pipelines.shards.writer import Sample, samples_per_shard, write_shards
 from soflow_pipelines.sources.digits import load_digits
+from tests.support.fork_server import fork_server
 
 PIXELS = DatasetInfo(kind="pixels", shape=(1, 2, 2), dtype="uint8", classes=3)
 
@@ -164,7 +164,7 @@ def _build(folder: Path) -> str:
 
 def test_processes_that_build_the_digits_at_once_agree_on_one_complete_set(tmp_path: Path) -> None:
     folder = tmp_path / "nested" / "digits"
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with fork_server().Pool(2) as pool:
         digests = pool.map(_build, [folder] * 4)
     assert len(set(digests)) == 1
     assert [path.name for path in folder.parent.iterdir()] == ["digits"]
