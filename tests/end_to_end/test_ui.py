@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import urllib.parse
@@ -14,16 +15,18 @@ import psutil
 import pytest
 
 from soflow_platform.storage.project import ProjectFolder
-from soflow_platform.tracking.store import Tracking, TrackingStore
+from soflow_platform.tracking.store import Tracking
 from soflow_platform.tuning.record import SweepRecord
 from tests.support.commands import command, environment
+from tests.support.scored_sweep import empty_store
 
 
 @pytest.fixture
-def page(tmp_path: Path) -> Iterator[tuple[int, str, str]]:
+def page(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, str, str]]:
     """Process id of the command, the page it printed, and the id of the run the page should show."""
     storage = ProjectFolder(tmp_path / "runs")
-    TrackingStore(storage.tracking_uri).prepare()
+    storage.root.mkdir()
+    shutil.copy(empty_store(tmp_path_factory), storage.root)
     tracking = Tracking.open(storage.tracking_uri, "digits", storage)
     parent = tracking.open_run("digits-1", "digits-1", params={}, tags={})
     tracking.open_run("digits-1", "trial-00", params={}, tags={}, trial="trial-00", parent=parent)

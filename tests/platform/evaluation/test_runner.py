@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -41,8 +42,8 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> ProjectFolder:
-    return ProjectFolder(tmp_path / "runs")
+def storage(tmp_path: Path, digits_files: Path) -> ProjectFolder:
+    return ProjectFolder(Path(shutil.copytree(digits_files, tmp_path / "runs")))
 
 
 def digits_file(path: Path, start: int, stop: int) -> StoredImages:
