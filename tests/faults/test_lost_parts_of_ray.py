@@ -46,7 +46,8 @@ def test_a_trial_goes_on_where_part_of_ray_is_killed(
     settings = f"resources.workers={workers}"
     # A trial may train on for a while without its raylet.
     steps = 5 * STEPS if "raylet/raylet" in names else STEPS
-    sweep = Watched(ProjectFolder(tmp_path / "runs"), settings, steps=steps, every=500, save_every=100)
+    # Seconds between two saves also on a fast machine, for the fault to come between them.
+    sweep = Watched(ProjectFolder(tmp_path / "runs"), settings, steps=steps, every=500, save_every=250)
     sweep.trains()
     sweep.wait_for(lambda: len(sweep.processes(*names)) == len(names))
     victims = sweep.processes(*names)
