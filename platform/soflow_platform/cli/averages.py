@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from soflow_platform.cli.options import AddressOption, Places, StorageOption, TrackingOption
+from soflow_platform.cli.options import (
+    AddressOption,
+    Places,
+    StorageOption,
+    TrackingOption,
+    require_writable_file,
+)
 from soflow_platform.cli.terminal import console, plain_table, quiet_libraries, stdout_to_stderr
 from soflow_platform.errors import UserError
 from soflow_platform.storage.project import find_project, require_writable
@@ -70,12 +76,12 @@ def ema(
     tracking: TrackingOption = None,
 ) -> None:
     """Reconstruct averages of a trial's weights from the snapshots of its training; register or score them."""
-    from soflow_platform.cli.evaluate import parse_steps, require_png
+    from soflow_platform.cli.evaluate import parse_steps
     from soflow_platform.jobs.posthoc_ema import EmaRequest
 
     scoring = None
     if score is not None:
-        require_png(plot)
+        require_writable_file("--plot", plot, ".png")
         usual = ScoreOptions(score)
         numbers = usual.steps if steps is None else parse_steps(steps)
         scoring = ScoreOptions(score, numbers, seeds or usual.seeds, plot)

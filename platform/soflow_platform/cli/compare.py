@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from soflow_platform.cli.options import Places
+from soflow_platform.cli.options import Places, require_writable_file
 from soflow_platform.cli.terminal import console, plain_table, progress_bar, stdout_to_stderr, styled
 from soflow_platform.errors import UserError
 from soflow_platform.storage.project import ProjectFolder, find_project, require_writable
@@ -32,9 +32,8 @@ class CopiesRequest:
 
     def check(self) -> None:
         """Raises UserError where a file cannot be written."""
-        for option, path, suffix in (("--markdown", self.page, ".md"), ("--plot", self.plot, ".png")):
-            if path is not None and (path.suffix != suffix or not path.absolute().parent.is_dir()):
-                raise UserError(f"{option} {path}: give a file FILE{suffix} in a folder that exists.")
+        require_writable_file("--markdown", self.page, ".md")
+        require_writable_file("--plot", self.plot, ".png")
 
     def write(self, comparison: Comparison, names: str, plot: Path) -> None:
         """Write the files; `plot` is the comparison's own PNG. Raises UserError for a page with one of its lines alone."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soflow_platform.cli.options import RECORDED, Places
+from soflow_platform.cli.options import RECORDED, Places, require_writable_file
 from soflow_platform.cli.terminal import (
     console,
     plain_table,
@@ -42,7 +42,7 @@ def evaluate_command(
     from soflow_platform.jobs.score_summary import plot as draw
     from soflow_platform.jobs.score_summary import summaries
 
-    require_png(plot)
+    require_writable_file("--plot", plot, ".png")
     with scoring_services(places) as services:
         target, scores = evaluate(request, services)
     logged = _logged(target, scores, services)
@@ -58,12 +58,6 @@ def evaluate_command(
     if target.weights is not None and not (sampling.steps or sampling.settings or sampling.guidance):
         console().print(f"sampled {RECORDED}", highlight=False)
     _print_logged(target, logged)
-
-
-def require_png(plot: Path | None) -> None:
-    """Raises UserError where a plot cannot be written to the file of --plot."""
-    if plot is not None and (plot.suffix != ".png" or not plot.absolute().parent.is_dir()):
-        raise UserError(f"--plot {plot}: give a file FILE.png in a folder that exists.")
 
 
 def search_command(request: EvaluateRequest, search: StepSearch, places: Places, as_json: bool) -> None:

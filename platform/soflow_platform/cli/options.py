@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -129,6 +130,12 @@ def parse_sampling(
             raise UserError(f"--times {times} makes {needed[0]} steps: leave --steps out.")
         steps = needed
     return {name: value for name, value in settings.items() if value is not None}, steps
+
+
+def require_writable_file(option: str, path: Path | None, suffix: str) -> None:
+    """Raises UserError where the file of an option has another suffix or no folder; None passes."""
+    if path is not None and (path.suffix != suffix or not path.absolute().parent.is_dir()):
+        raise UserError(f"{option} {path}: give a file FILE{suffix} in a folder that exists.")
 
 
 def _parse_interval(text: str) -> tuple[float, float]:

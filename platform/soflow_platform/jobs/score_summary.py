@@ -77,7 +77,7 @@ def plot(rows: Sequence[ScoreSummary]) -> bytes:
 
     differing = varied(rows)
     across = next((name for name in AXES if name in differing), "nfe")
-    others = [name for name in varied(rows) if name != across and not (across == "nfe" and name == "steps")]
+    others = [name for name in differing if name != across and not (across == "nfe" and name == "steps")]
     metrics = list(rows[0].values)
     figure = Figure(figsize=(4.4 * len(metrics), 4.0), layout="constrained")
     FigureCanvasAgg(figure)
