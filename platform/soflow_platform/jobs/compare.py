@@ -347,6 +347,7 @@ def _row(budget: str, entry: Entry) -> Row:
         others=others,
         flags=tuple(_flags(entry, score)),
         point=_point(entry.trial),
+        seed=entry.trial.experiment.seed,
         labels=entry.samples.labels if entry.other_labels else None,
         varied=_varied(entry.trial),
     )

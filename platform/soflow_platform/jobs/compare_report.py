@@ -13,12 +13,14 @@ from typing import Any
 from soflow_core.objectives import SoFlow
 from soflow_pipelines.storage.files import write_bytes
 from soflow_platform.jobs.compare_rows import Comparison, Row, decided_orders
-from soflow_platform.tuning.seed_statistics import SIGNIFICANCE
+from soflow_platform.tuning.seed_statistics import FEWEST_PAIRED, SIGNIFICANCE
 
 CLAIMANT = SoFlow
 """The method whose claim, the best distance at one function evaluation, the conclusions confirm or deny."""
 TITLES = {"steps": "Equal training steps", "evaluations": "Equal network evaluations in training"}
 FILES = ("comparison.md", "comparison.csv", "comparison.json", "comparison.png")
+NOT_IN_CSV = ("others", "by_seed")
+"""Fields of a row that are no column of the CSV file: other metrics have one each, and a row is one trial there."""
 COLUMNS = (
     "method",
     "JVP",
@@ -35,9 +37,9 @@ COLUMNS = (
 
 
 SPREAD = (
-    "numbers are means over them, ± is the standard deviation of one training; an order is called decided by Welch's t-test, with "
-    "Holm's correction for all pairs that are ranked together: the chance that one is called so without a difference is at most "
-    f"{SIGNIFICANCE:.0%}"
+    "numbers are means over them, ± is the standard deviation of one training; an order is called decided by Welch's t-test, or from "
+    f"{FEWEST_PAIRED} seeds on by Student's of the differences at equal seeds, with Holm's correction for all pairs that are ranked "
+    f"together: the chance that one is called so without a difference is at most {SIGNIFICANCE:.0%}"
 )
 ONE_SEED = "methods that are close may change places with another one (`search.seeds`)"
 BEGIN, END = "<!-- written by soflowctl compare {names} -->", "<!-- until here: {names} -->"
@@ -256,11 +258,11 @@ def _claim(claimant: Row, rows: Sequence[Row]) -> str:
 def table(comparison: Comparison) -> str:
     """CSV with every field of every row."""
     text = io.StringIO()
-    names = [field.name for field in fields(Row) if field.name != "others"] + comparison.others
+    names = [field.name for field in fields(Row) if field.name not in NOT_IN_CSV] + comparison.others
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     for row in comparison.rows:
-        own = {name: value for name, value in vars(row).items() if name != "others"}
+        own = {name: value for name, value in vars(row).items() if name not in NOT_IN_CSV}
         writer.writerow({**own, **row.others, "flags": " ".join(row.flags)})
     return text.getvalue()
 

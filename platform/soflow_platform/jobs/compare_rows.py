@@ -42,6 +42,10 @@ class Row:
     """Trials that the numbers are means of."""
     spread: float | None = None
     """Standard deviation of `distance` over the seeds; None of one seed."""
+    seed: int | None = None
+    """Of the trial; None of the mean of several."""
+    by_seed: Mapping[int, float] = field(default_factory=dict)
+    """The distances of which `distance` is the mean, by the seeds of their trials; empty of one trial."""
     labels: str | None = None
     """How labels were chosen, where that is not the sweep's way."""
     varied: str = ""
@@ -104,12 +108,16 @@ def _mean(rows: Sequence[Row]) -> Row:
         return first
     agreements = [row.label_agreement for row in rows if row.label_agreement is not None]
     names = [name for name in first.others if all(name in row.others for row in rows)]
-    distance = SeedMean.of([row.distance for row in rows])
+    by_seed = {row.seed: row.distance for row in rows if row.seed is not None}
+    apart = len(by_seed) == len(rows)
+    distance = SeedMean.of(by_seed if apart else [row.distance for row in rows])
     return replace(
         first,
         trial=re.sub(r"[-_ ]?\bseed=\d+", "", first.trial),
         distance=distance.mean,
         spread=distance.std,
+        seed=None,
+        by_seed=distance.by_seed,
         seeds=len(rows),
         label_agreement=SeedMean.of(agreements).mean if len(agreements) == len(rows) else None,
         others={name: SeedMean.of([row.others[name] for row in rows]).mean for name in names},
@@ -119,4 +127,4 @@ def _mean(rows: Sequence[Row]) -> Row:
 
 def decided_orders(rows: Sequence[Row]) -> dict[tuple[int, int], bool]:
     """Whether the order of two of the rows is decided, by their places i < j; pairs of which one has a single seed are left out."""
-    return differing([SeedMean(row.distance, row.spread, row.seeds) for row in rows])
+    return differing([SeedMean(row.distance, row.spread, row.seeds, row.by_seed) for row in rows])

@@ -20,7 +20,7 @@ from soflow_platform.tracking.store import TRIAL_TAG, Tracking, TrackingStore
 from soflow_platform.training.trial_status import read_status
 from soflow_platform.tuning.lineage import changes
 from soflow_platform.tuning.points import PointSettings
-from soflow_platform.tuning.ranking import RankedPoint, ScoredTrial, ranked_points
+from soflow_platform.tuning.ranking import Gap, RankedPoint, ScoredTrial, gaps_to_best, ranked_points
 from soflow_platform.tuning.record import ScoredStep, SweepRecord
 from soflow_platform.tuning.recorded import trials_of_record
 from soflow_platform.tuning.search_space import Trial
@@ -118,6 +118,12 @@ class SweepReport:
     def winner(self) -> str | None:
         """Name of the best trial of the best point."""
         return self.ranked[0].trials[0].name if self.ranked and self.ranked[0].values else None
+
+    def gaps(self) -> list[Gap | None]:
+        """Of each of `ranked` to the best point of its phase, which is `search.final` or the search before it."""
+        phases = [self.of(point.trials[0].name).trial.phase == "final" for point in self.ranked]
+        finals = phases.count(True)
+        return gaps_to_best(self.ranked[:finals]) + gaps_to_best(self.ranked[finals:])
 
     def value(self, trial: ReportedTrial) -> float:
         """Its best value of the metric; NaN where it has none."""

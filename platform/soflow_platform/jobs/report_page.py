@@ -16,7 +16,15 @@ from soflow_platform.jobs.report_data import ReportedTrial, SweepReport
 from soflow_platform.jobs.report_importance import importance
 from soflow_platform.jobs.report_pareto import front_of, pareto_chart
 from soflow_platform.jobs.report_population import population_parts
+from soflow_platform.tuning.ranking import Gap
+from soflow_platform.tuning.seed_statistics import FEWEST_PAIRED, SIGNIFICANCE
 
+TO_THE_BEST = (
+    " Where points have the same seeds, the difference to the best is the mean of that at equal seeds, ± its standard deviation;"
+    f" decided is what a t-test calls one (of these differences from {FEWEST_PAIRED} seeds on, else Welch's), at {SIGNIFICANCE:.0%} for all "
+    "pairs of points together (Holm)."
+)
+"""What the column of differences to the best point is."""
 GRIDS = 4
 """Sample grids that are shown of a trial."""
 STYLE = Path(__file__).with_suffix(".css")
@@ -135,13 +143,17 @@ def _ranking(made: _Page, report: SweepReport) -> None:
     rung, _ = report.experiment.rung_metric
     if rung != report.metric:
         by += f"; at rungs trials were compared by {rung}"
-    made.section("Ranking", f"By {report.metric}: {by}. A point is what its trials have in common.")
+    made.section(
+        "Ranking",
+        f"By {report.metric}: {by}. A point is what its trials have in common.{TO_THE_BEST if several else ''}",
+    )
     columns = report.varied()
     place_of = {trial.name: place for place, trial in enumerate(report.trials)}
     titles = ["", "trial", *map(charts.short_key, columns), report.metric]
-    titles += ["std", "seeds"] if several else []
+    titles += ["std", "seeds", "to the best"] if several else []
     titles += ["at step", "cost", "state"]
-    numeric = {report.metric, "std", "seeds", "at step", "cost"}
+    numeric = {report.metric, "std", "seeds", "to the best", "at step", "cost"}
+    gaps = report.gaps()
     head = "".join(f"<th{_right(title in numeric)}>{_text(title)}</th>" for title in titles)
     rows, group = [], ""
     for place, point in enumerate(report.ranked, start=1):
@@ -154,6 +166,7 @@ def _ranking(made: _Page, report: SweepReport) -> None:
         cells += [charts.shown(values[place_of[first.name]]) for values in columns.values()]
         cells.append(_number(point.mean))
         cells += [_number(point.std), f"{len(point.values)} of {len(point.trials)}"] if several else []
+        cells += [_gap(gaps[place - 1])] if several else []
         cells.append(f"{first.best.step:,}" if first.best else "-")
         cells.append(_seconds(report, _sum([trial.cost for trial in own])))
         cells.append(", ".join(dict.fromkeys(trial.state for trial in own)))
@@ -177,6 +190,14 @@ def _population(made: _Page, report: SweepReport) -> None:
             "charts have the settings with which the trials themselves began; schedules are as they were trained.",
         )
         made.add(*parts)
+
+
+def _gap(gap: Gap | None) -> str:
+    """`+5.4 ± 3.1, decided`."""
+    if gap is None:
+        return "-"
+    spread = f" ± {gap.std:.2g}" if gap.std is not None else ""
+    return f"{gap.mean:+.4g}{spread}{', decided' if gap.decided else ''}"
 
 
 def _number_of(name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from soflow_platform.tuning.seed_statistics import SeedMean
+from soflow_platform.tuning.seed_statistics import SeedMean, differing
 
 SEED = "seed"
 
@@ -36,14 +36,24 @@ class RankedPoint:
         return [trial.value for trial in self.trials if trial.value is not None]
 
     @property
-    def mean(self) -> float | None:
+    def score(self) -> SeedMean | None:
         """Over the seeds that have a value; None where none has."""
-        return SeedMean.of(self.values).mean if self.values else None
+        by_seed = {
+            trial.settings[SEED]: trial.value
+            for trial in self.trials
+            if trial.value is not None and SEED in trial.settings
+        }
+        values = self.values
+        return SeedMean.of(by_seed if len(by_seed) == len(values) else values) if values else None
+
+    @property
+    def mean(self) -> float | None:
+        return self.score.mean if self.score else None
 
     @property
     def std(self) -> float | None:
         """Sample standard deviation over the seeds; None for fewer than two."""
-        return SeedMean.of(self.values).std if self.values else None
+        return self.score.std if self.score else None
 
     @property
     def complete(self) -> bool:
@@ -69,6 +79,30 @@ def ranked_points(trials: Sequence[ScoredTrial], mode: str) -> list[RankedPoint]
         for group in groups.values()
     ]
     return sorted(points, key=lambda point: (not point.values, not point.complete, order(point.mean)))
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The score of a point less that of the best one."""
+
+    mean: float
+    std: float | None
+    """Of the differences at equal seeds; None where the two have not the same seeds."""
+    decided: bool | None
+    """Whether it is more than the seeds make of it; None where one of the two has a single seed."""
+
+
+def gaps_to_best(points: Sequence[RankedPoint]) -> list[Gap | None]:
+    """For each of the ranked points; None for the best one itself, and for those without a value."""
+    scored = [(place, score) for place, point in enumerate(points) if (score := point.score) is not None]
+    found: list[Gap | None] = [None] * len(points)
+    decided = differing([score for _, score in scored])
+    for number, (place, score) in enumerate(scored):
+        if number:
+            paired = score.less(scored[0][1])
+            mean = score.mean - scored[0][1].mean
+            found[place] = Gap(mean, paired.std if paired else None, decided.get((0, number)))
+    return found
 
 
 def _key(settings: Mapping[str, Any]) -> str:

@@ -622,3 +622,13 @@ def test_peak_memory_follows_the_method_and_the_batch() -> None:
     assert pieces < large
     again = measure_costs([trained("flow_matching")], [])
     assert again.peak_bytes == [matching]
+
+
+def test_methods_are_compared_seed_by_seed_where_they_have_the_same_seeds() -> None:
+    """Seeds move a distance by 20, and one method is better by 5 under each of them."""
+    one = [replace(each, seed=place) for place, each in enumerate(seeds("soflow", 80.0, 100.0, 120.0, 90.0))]
+    other = [replace(each, seed=place) for place, each in enumerate(seeds("ict", 85.0, 105.5, 125.0, 94.5))]
+    assert conclusions(comparison(*one, *other))[1].endswith("has the best distance holds (fd 97.5 ± 17).")
+    elsewhere = [replace(each, seed=(each.seed or 0) + 1) for each in other]
+    assert "is not decided" in conclusions(comparison(*one, *elsewhere))[1]
+    assert "by_seed" not in table(comparison(*one)).splitlines()[0]

@@ -17,9 +17,11 @@ from soflow_platform.config.validation import read_experiment
 from soflow_platform.jobs.report import PAGE, write_report
 from soflow_platform.jobs.report_data import gather
 from soflow_platform.jobs.report_importance import importance
+from soflow_platform.jobs.report_page import page
 from soflow_platform.jobs.report_pareto import pareto_front
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import TrackingStore
+from soflow_platform.tuning.ranking import ScoredTrial, ranked_points
 from soflow_platform.tuning.record import SweepRecord, all_records
 from soflow_platform.tuning.search_space import trials
 
@@ -139,3 +141,20 @@ def test_the_setting_that_decides_has_the_largest_share() -> None:
     assert sum(shares.values()) == pytest.approx(1)
     assert importance(columns, [float("nan"), *values[:2], *[float("inf")] * 5]).startswith("2 scored trials")  # type: ignore[union-attr]
     assert importance({"nothing": [1] * 8}, values) == "no setting that every trial has takes several values."
+
+
+def test_a_sweep_with_seeds_says_how_far_each_point_is_from_the_best(
+    record: SweepRecord, scored: ProjectFolder
+) -> None:
+    """The two trials stand for two points of four seeds each, which move both of them more than they differ."""
+    report = gather(record, scored, TrackingStore(scored.tracking_uri), "reproduce.yaml")
+    points = [
+        ScoredTrial(trial.name, {"p": place, "seed": seed}, 50.0 + 10 * seed + place * (5 + seed % 2))
+        for place, trial in enumerate(report.trials)
+        for seed in range(4)
+    ]
+    text = page(replace(report, ranked=ranked_points(points, "min")), "name: digits\n")
+    assert ">to the best</th>" in text
+    assert ">+5.5 ± 0.58, decided</td>" in text
+    alone = page(report, "name: digits\n")
+    assert "to the best" not in alone

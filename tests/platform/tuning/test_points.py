@@ -19,7 +19,7 @@ from soflow_platform.tracking.run_names import run_name
 from soflow_platform.tuning.plan import plan_sweep
 from soflow_platform.tuning.plan_assumptions import Assumptions
 from soflow_platform.tuning.points import PointSettings, SearchSpace
-from soflow_platform.tuning.ranking import ScoredTrial, ranked_points
+from soflow_platform.tuning.ranking import Gap, ScoredTrial, gaps_to_best, ranked_points
 from soflow_platform.tuning.search_space import trials
 from soflow_platform.tuning.trial_names import named_settings
 from tests.support.sweep_files import MINIMAL, write
@@ -245,3 +245,25 @@ def test_points_are_ranked_by_the_mean_over_their_seeds() -> None:
     assert (ranked[0].mean, ranked[0].std) == (4.25, pytest.approx(0.5 / math.sqrt(2)))
     assert [trial.name for trial in ranked[1].trials] == ["1-0", "1-1"]
     assert [point.settings["p"] for point in ranked_points(scored, "max")] == [1, 2, 3, 4]
+
+
+def test_the_gap_to_the_best_point_is_that_at_equal_seeds() -> None:
+    seeds = (30.0, -10.0, 55.0, 4.0)
+    trials = [
+        ScoredTrial(
+            f"{p}-{seed}",
+            {"p": p, "seed": seed},
+            None if (p, seed) == (3, 3) else 100 + effect + gap + 0.1 * (seed % 2) * (p - 1),
+        )
+        for p, gap in ((1, 0.0), (2, 5.0), (3, -2.0))
+        for seed, effect in enumerate(seeds)
+    ]
+    found = gaps_to_best(ranked_points([*trials, ScoredTrial("4-0", {"p": 4, "seed": 0}, None)], "min"))
+    best, second, incomplete, failed = found
+    assert (best, failed) == (None, None)
+    assert second == Gap(pytest.approx(5.05), pytest.approx(0.1 / math.sqrt(3)), True)
+    assert incomplete is not None
+    assert (incomplete.std, incomplete.decided) == (None, False)
+    alone = gaps_to_best(ranked_points([ScoredTrial("a", {"p": 1}, 2.0), ScoredTrial("b", {"p": 2}, 5.0)], "min"))
+    assert alone == [None, Gap(3.0, None, None)]
+    assert gaps_to_best([]) == []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
+from scipy.stats import ttest_rel
 
 from soflow_platform.tuning.seed_statistics import SIGNIFICANCE, SeedMean, differing
 
@@ -49,3 +51,56 @@ def test_methods_that_are_equally_good_are_seldom_called_different() -> None:
     single = sum(any(differing(means[i : i + 2])[0, 1] for i in range(4)) for means in groups)
     assert corrected / len(groups) <= SIGNIFICANCE
     assert single > corrected
+
+
+SEEDS = (30.0, -10.0, 55.0, 4.0, -21.0)
+"""What a seed does to every training."""
+
+
+def under_seeds(*values: float) -> SeedMean:
+    return SeedMean.of(dict(enumerate(values)))
+
+
+def test_what_a_seed_does_to_both_is_not_in_their_difference() -> None:
+    one = under_seeds(*(100 + seed for seed in SEEDS))
+    other = under_seeds(*(105 + seed + own for seed, own in zip(SEEDS, (1, -1, 0, 1, -1), strict=True)))
+    assert other.less(one) == SeedMean(5.0, 1.0, 5, {0: 6.0, 1: 4.0, 2: 5.0, 3: 6.0, 4: 4.0})
+    assert differing([one, other]) == {(0, 1): True}
+    unknown = [replace(mean, by_seed={}) for mean in (one, other)]
+    assert differing(unknown) == {(0, 1): False}
+
+
+def test_means_of_other_seeds_or_of_few_are_compared_as_groups() -> None:
+    one, shifted = under_seeds(*SEEDS), SeedMean.of({seed + 1: value + 5 for seed, value in enumerate(SEEDS)})
+    assert shifted.less(one) is None
+    assert differing([one, shifted]) == {(0, 1): False}
+    few, more = under_seeds(*SEEDS[:3]), under_seeds(*(5 + seed for seed in SEEDS[:3]))
+    assert more.less(few) == SeedMean(5.0, 0.0, 3, dict.fromkeys(range(3), 5.0))
+    assert differing([few, more]) == {(0, 1): False}
+
+
+def test_the_chance_of_a_difference_is_that_of_the_paired_test() -> None:
+    """Against scipy's own, at a threshold on either side of it."""
+    draw = random.Random(1)
+    ones, others = ([draw.gauss(0, 1) for _ in range(6)] for _ in range(2))
+    chance = ttest_rel(ones, others).pvalue
+    shift = 0.0
+    while chance >= SIGNIFICANCE:
+        shift += 0.01
+        chance = ttest_rel(ones, [value + shift for value in others]).pvalue
+    nearly, just = (
+        under_seeds(*(value + moved for value in others)) for moved in (shift - 0.01, shift)
+    )
+    assert differing([under_seeds(*ones), just]) == {(0, 1): True}
+    assert differing([under_seeds(*ones), nearly]) == {(0, 1): False}
+
+
+def test_trainings_that_share_seeds_are_seldom_called_different_without_a_cause() -> None:
+    draw = random.Random(2)
+    wrong = 0
+    for _ in range(200):
+        seeds = [draw.gauss(0, 30) for _ in range(4)]
+        wrong += any(
+            differing([under_seeds(*(s + draw.gauss(0, 1) for s in seeds)) for _ in range(4)]).values()
+        )
+    assert wrong / 200 <= SIGNIFICANCE + 0.03
