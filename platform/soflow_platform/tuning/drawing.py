@@ -13,6 +13,7 @@ from typing import Any
 from soflow_platform.config.search import TRAINING_SECONDS
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage.checkpoints import CheckpointState
+from soflow_platform.training.stop_request import stop_requested
 from soflow_platform.training.trial_status import read_status
 from soflow_platform.tuning.context import SweepContext, scored_trials
 from soflow_platform.tuning.display import TrialOutcome
@@ -67,7 +68,12 @@ class DrawnTrials:
 
     @property
     def left(self) -> int:
-        """Trials that are still to be drawn."""
+        """Trials that are still to be drawn; none once the sweep was asked to stop.
+
+        Trials that stop make room for others, which would all be drawn from the few results so far.
+        """
+        if stop_requested(self.context.project, self.context.record.id):
+            return 0
         return draws_left(self.context)
 
     def draw(self) -> Trial:

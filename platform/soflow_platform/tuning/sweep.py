@@ -227,8 +227,8 @@ class SweepRunner:
                 return population.train()
             searched = [trial for trial in self._scheduled(finished) if trial.phase != "final"]
             failures = dict(context.failed)
-            if searched or draws_left(context):
-                drawn = DrawnTrials(context, finished, prepared.check) if draws_left(context) else None
+            drawn = DrawnTrials(context, finished, prepared.check) if draws_left(context) else None
+            if searched or (drawn is not None and drawn.left):
                 failures |= self._run(stage, searched, drawn)
             if not stop_requested(project, record.id):
                 again = self._final_trials(failures)

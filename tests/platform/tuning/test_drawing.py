@@ -12,6 +12,7 @@ from soflow_platform.config.validation import read_experiment
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage.checkpoints import EMA, CheckpointState
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.training.stop_request import clear_stops, request_stop
 from soflow_platform.tuning.context import SweepContext, trial_outcome
 from soflow_platform.tuning.display import Display
 from soflow_platform.tuning.drawing import (
@@ -83,6 +84,17 @@ def test_a_sweep_that_goes_on_draws_what_it_would_have_drawn(storage: ProjectFol
     assert [trial.experiment for trial in again.trials] == [trial.experiment for trial in context.trials[:4]]
     finished = {trial.name: ended(trial) for trial in again.trials[1:]}
     assert DrawnTrials(again, finished, anything).draw() == whole[2]
+
+
+def test_a_sweep_that_was_asked_to_stop_draws_no_more(storage: ProjectFolder, tmp_path: Path) -> None:
+    """Tune fills the place of a trial that stops at once; what is drawn then would be drawn without the results to come."""
+    context = started(storage, tmp_path)
+    drawn = DrawnTrials(context, {}, anything)
+    assert drawn.left == 3
+    request_stop(storage, context.record.id)
+    assert drawn.left == 0
+    clear_stops(storage, context.record.id)
+    assert drawn.left == 3
 
 
 def test_the_best_point_comes_again_with_seeds_that_no_trial_had(
