@@ -85,6 +85,8 @@ class CheckpointState:
     """Version of the draws of noise, times and posterior samples (`soflow_core.random_source`); None, of an earlier version, is 1."""
     copied_from: str | None = None
     """The trial whose checkpoint of this step it is a copy of (`search.pbt`); None: the trial's own."""
+    ended: str | None = None
+    """The rule of `search.stop` that ended the training at this step; None where it goes on."""
 
     def as_record(self) -> dict[str, Any]:
         record = asdict(self)

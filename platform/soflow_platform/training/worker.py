@@ -117,10 +117,12 @@ class Trainer:
         try:
             self.resume()
             yielded = len(self.evaluations)
-            owed = self._owes_evaluation()
-            stopping = owed and not self.evaluate()
-            if owed and not stopping and self.step == last:
-                # The evaluation at a rung, which a stop had interrupted: there is no step after it to save it with.
+            # One that a rule had ended stays as it is.
+            owed = self.diverged is None and self._owes_evaluation()
+            interrupted = owed and not self.evaluate()
+            stopping = interrupted or self.diverged is not None
+            if owed and not interrupted and (self.step == last or stopping):
+                # The evaluation that a stop had interrupted, at a rung or as the last one: no step after it saves it.
                 self.save(needed=True)
             while self.step < last and not stopping:
                 try:
@@ -184,6 +186,7 @@ class Trainer:
             load_state(checkpoint, self.train_step)
             self.loader.consumed = checkpoint.state.images
             self.evaluations = checkpoint.state.evaluations
+            self.diverged = checkpoint.state.ended
         else:
             with self._ema_network() as (network, _):
                 if setup.rank == 0:
@@ -298,7 +301,10 @@ class Trainer:
         # Weights are sampled as the sweep says, where a command says nothing else.
         objective, facts = self._sampled_objective, data_facts(self.loader.info, self.experiment)
         snapshot = self._owes_snapshot()
-        progress = checkpoints.CheckpointState(step, self._consumed, setup.job.run, draws=self.draws)
+        ended = self.diverged if step < self.steps else None
+        progress = checkpoints.CheckpointState(
+            step, self._consumed, setup.job.run, draws=self.draws, ended=ended
+        )
 
         def write_averages(folder: Path) -> None:
             state = pending.wait()

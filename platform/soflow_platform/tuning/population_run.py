@@ -80,9 +80,9 @@ class PopulationRun:
         return self.train_to(behind, step) if behind else {}
 
     def _reached(self, trial: Trial, step: int) -> bool:
-        """Whether a trial has trained to a step and was scored there."""
+        """Whether a trial has trained to a step and was scored there; one that a rule of `search.stop` has ended goes no further."""
         newest = self._newest(trial.name)
-        if newest is None or newest.state.step < step:
+        if newest is None or newest.state.step < step or newest.state.ended is not None:
             return False
         return newest.state.step > step or _score(newest, step) is not None
 

@@ -142,6 +142,9 @@ class TrialDriver:
         yield from state.evaluations if state else []
         if finished:
             return
+        if state is not None and state.ended is not None:
+            self.status.set_state(TrialState.PRUNED, step=step)
+            return
         if self._stop_requested():
             self.status.set_state(TrialState.STOPPED, step=step)
             return

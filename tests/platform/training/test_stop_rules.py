@@ -38,6 +38,25 @@ def test_a_loss_above_its_limit_ends_the_trial_with_a_checkpoint(worker: Make) -
     assert "ended by search.stop: train/loss is" in (folder / "log.txt").read_text()
 
 
+def test_a_trial_that_a_rule_has_ended_stays_so_when_its_sweep_goes_on(worker: Make) -> None:
+    """A sweep that was cut, or that grows, starts all of its trials again that have not come to their last step."""
+    rule = "search.stop={eval/fd_nfe1: {above: 1e-9}}"
+    first = worker("ended", rule)
+    assert not first.run()
+    saved = first.setup.checkpoints.published()[-1].state
+    assert (saved.step, saved.ended) == (2, first.diverged)
+    again = worker("ended", rule)
+    assert not again.run()
+    assert (again.step, again.evaluations) == (2, first.evaluations)
+    status = read_status(again.setup.job.folder)
+    assert status is not None
+    assert status.state is TrialState.PRUNED
+    # One that comes to its last step has finished, whatever its last value is.
+    last = worker("last", rule, "evaluation.every=6")
+    assert last.run()
+    assert last.setup.checkpoints.published()[-1].state.ended is None
+
+
 def test_a_loss_that_is_not_finite_ends_the_trial_where_a_rule_says_so(worker: Make) -> None:
     trainer = worker("broken", "search.stop={train/loss: nan}")
     read = trainer.loader._read
