@@ -82,11 +82,12 @@ class Conclusion:
             )
         failed = any(o.status.state is TrialState.FAILED for o in outcomes)
         stopped = any(o.status.state is TrialState.STOPPED for o in outcomes)
-        record.finished = not failed and not stopped
-        record.save(project)
         run = record.run or ""
         self.tracking.log_result(run, record.best.as_json())
         self.tracking.finish(run, "FAILED" if failed else "FINISHED")
+        # Last: of a sweep that is finished the same command does nothing more, and its run would stay RUNNING.
+        record.finished = not failed and not stopped
+        record.save(project)
 
     def _best(self, outcomes: list[TrialOutcome]) -> tuple[RankedPoint | None, TrialOutcome | None]:
         """The point with the best mean over its seeds, and its best trial; None where no trial was scored."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 
+import pytest
+
 from soflow_platform.config.document import apply_override, read_document
 from soflow_platform.config.validation import validate
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import Tracking
 from soflow_platform.training.trial_status import TrialState
 from soflow_platform.tuning.display import Display
 from soflow_platform.tuning.record import all_records, load_record
@@ -49,6 +52,32 @@ def test_a_sweep_whose_trials_have_finished_is_concluded_without_ray(scored: Pro
     assert record.best.version == "1"
     tracking = open_tracking(context)
     assert tracking.client.get_run(record.run or "").info.status == "FINISHED"
+
+
+def test_a_sweep_counts_as_finished_once_its_run_is_closed(
+    scored: ProjectFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a finished sweep the same command does nothing more: what was left open would stay so."""
+    context = interrupted(scored)
+    context.record.save(scored)
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tracking, "log_result", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(context, NO_RAY)
+    monkeypatch.undo()
+    cut = load_record(scored, context.record.id)
+    assert cut is not None
+    assert not cut.finished
+    run_sweep(replace(context, record=cut), NO_RAY)
+    record = load_record(scored, context.record.id)
+    assert record is not None
+    assert record.finished
+    run = open_tracking(context).client.get_run(record.run or "")
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["best.version"] == "1"
 
 
 def test_only_unfinished_trials_are_scheduled_unless_a_scheduler_compares(scored: ProjectFolder) -> None:
