@@ -226,15 +226,23 @@ class Tracking:
         """
         store = TrackingStore(uri)
         store.prepare()
+        from mlflow.exceptions import MlflowException
+
         existing = store.client.get_experiment_by_name(experiment)
-        if existing is not None and existing.lifecycle_stage != "active":
+        if existing is None:
+            location = project.artifacts.as_uri() if store.database is not None else None
+            try:
+                return cls(store, store.client.create_experiment(experiment, artifact_location=location))
+            except MlflowException:
+                existing = store.client.get_experiment_by_name(experiment)
+                if existing is None:
+                    raise
+                # Another command has created it meanwhile.
+        if existing.lifecycle_stage != "active":
             raise UserError(
                 f"the MLflow experiment {experiment!r} was deleted: restore it, or set tracking.experiment to another."
             )
-        if existing is not None:
-            return cls(store, existing.experiment_id)
-        location = project.artifacts.as_uri() if store.database is not None else None
-        return cls(store, store.client.create_experiment(experiment, artifact_location=location))
+        return cls(store, existing.experiment_id)
 
     @property
     def client(self) -> MlflowClient:
@@ -261,27 +269,30 @@ class Tracking:
         parent: str | None = None,
         dataset: TrackedDataset | None = None,
     ) -> str:
-        """Find or create a run, set its status to RUNNING, and return its id. Params are written when the run is created."""
+        """Find or create a run, set its status to RUNNING, write what it lacks of `params` and `dataset`, and return its id."""
         from mlflow.entities import Param
 
         client = self.client
         existing = self.find(sweep, trial)
-        if existing is not None:
+        if existing is None:
+            identity = {
+                SWEEP_TAG: sweep,
+                **({TRIAL_TAG: trial} if trial else {}),
+                **({PARENT_TAG: parent} if parent else {}),
+            }
+            run = client.create_run(self.experiment_id, tags={**identity, **tags}, run_name=name).info.run_id
+        else:
             run = existing.info.run_id
             client.update_run(run, status="RUNNING")
             if FAILURE_TAG in existing.data.tags:
                 client.delete_tag(run, FAILURE_TAG)
-            return str(run)
-        identity = {
-            SWEEP_TAG: sweep,
-            **({TRIAL_TAG: trial} if trial else {}),
-            **({PARENT_TAG: parent} if parent else {}),
-        }
-        run = client.create_run(self.experiment_id, tags={**identity, **tags}, run_name=name).info.run_id
-        items = [Param(key, str(value)) for key, value in params.items()]
+        # A run that is there lacks some where its creation was cut: the command was killed, or the server went away.
+        known = {} if existing is None else existing.data.params
+        items = [Param(key, str(value)) for key, value in params.items() if key not in known]
         for start in range(0, len(items), PARAM_LIMIT):
             client.log_batch(run, params=items[start : start + PARAM_LIMIT])
-        if dataset is not None:
+        inputs = None if existing is None else existing.inputs
+        if dataset is not None and not (inputs and inputs.dataset_inputs):
             client.log_inputs(run, datasets=[dataset.as_input()])
         return str(run)
 

@@ -162,8 +162,8 @@ class SweepRunner:
             dataset=tracked_dataset(tags),
         )
         record.experiment_id, record.tracking_uri = self.tracking.experiment_id, self.context.tracking_uri
-        self._share_view(record.run)
         try:
+            self._share_view(record.run)
             yield
         except BaseException as error:
             failed = isinstance(error, Exception) and not isinstance(error, Stopped)

@@ -21,7 +21,7 @@ from soflow_platform.errors import JobError, Stopped
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.metric_logger import MetricLogger
 from soflow_platform.tracking.outages import is_outage
-from soflow_platform.tracking.store import Tracking, TrackingStore
+from soflow_platform.tracking.store import TrackedDataset, Tracking, TrackingStore
 from soflow_platform.tuning.display import Display
 from soflow_platform.tuning.record import SweepRecord, new_or_resumed_record
 from soflow_platform.tuning.sweep import SweepContext, SweepRunner
@@ -230,3 +230,64 @@ def test_a_run_that_is_not_there_is_no_outage(tracking: Tracking) -> None:
     with pytest.raises(MlflowException) as caught:
         tracking.client.get_run("0" * 32)
     assert not is_outage(caught.value)
+
+
+def test_a_run_whose_creation_was_cut_is_completed(
+    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed, or the server gone, between the run and its params: they are written when it is opened again."""
+
+    def dies(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    data = TrackedDataset("digits", "sha256:" + "0" * 64, "digits")
+
+    def opened_run(seed: int) -> str:
+        return tracking.open_run(
+            "digits-1", "one", {"seed": seed, "batch": 8}, {}, trial="trial-00", dataset=data
+        )
+
+    monkeypatch.setattr(type(tracking.client), "log_batch", dies)
+    with pytest.raises(KeyboardInterrupt):
+        opened_run(0)
+    monkeypatch.undo()
+    run = opened_run(0)
+    # What it has stays, for a param cannot be changed.
+    assert opened_run(1) == run
+    found = tracking.client.get_run(run)
+    assert found.data.params == {"seed": "0", "batch": "8"}
+    assert [each.dataset.name for each in found.inputs.dataset_inputs] == ["digits"]
+
+
+def test_an_experiment_that_another_command_creates_meanwhile_is_used(
+    tracking: Tracking, storage: ProjectFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = type(tracking.client).get_experiment_by_name
+    before = [None]
+
+    def found(client: Any, name: str) -> Any:
+        return before.pop() if before else find(client, name)
+
+    monkeypatch.setattr(type(tracking.client), "get_experiment_by_name", found)
+    again = Tracking.open(storage.tracking_uri, "digits", storage)
+    assert (again.experiment_id, before) == (tracking.experiment_id, [])
+
+
+def test_a_sweep_whose_page_cannot_be_kept_leaves_no_run_open(
+    tracking: Tracking, storage: ProjectFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, _ = read_experiment(DIGITS)
+    context = SweepContext(record(experiment), experiment, [], storage, Display())
+
+    def fails(*_: object) -> None:
+        raise ConnectionError("the server is away")
+
+    monkeypatch.setattr(Tracking, "share_view", fails)
+    runner = SweepRunner(context, tracking)
+    with (
+        pytest.raises(ConnectionError),
+        runner.tracked_run({"data.source": "digits", "data.digest": "0"}),
+    ):
+        pass
+    (run,) = tracking.client.search_runs([tracking.experiment_id])
+    assert run.info.status == "FAILED"
