@@ -15,7 +15,7 @@ from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage.checkpoints import CheckpointState
 from soflow_platform.training.stop_request import stop_requested
 from soflow_platform.training.trial_status import read_status
-from soflow_platform.tuning.context import SweepContext, scored_trials
+from soflow_platform.tuning.context import SweepContext, scored_trials, trial_outcome
 from soflow_platform.tuning.display import TrialOutcome
 from soflow_platform.tuning.points import SearchSpace
 from soflow_platform.tuning.ranking import RankedPoint, ranked_points
@@ -162,10 +162,25 @@ def ranked_for_final(context: SweepContext, outcomes: Sequence[TrialOutcome]) ->
     return ranked_points(scored, experiment.mode)
 
 
+def missing_finals(context: SweepContext, failures: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The settings of the trials that `search.final` asks for by the results so far and that the sweep does not have.
+
+    They are looked for each time: a trial that failed, or was stopped, before the best were chosen may have finished since.
+    """
+    if context.experiment.search.final is None:
+        return []
+    others = [
+        trial_outcome(context, trial, failures.get(trial.name))
+        for trial in context.trials
+        if trial.phase != "final"
+    ]
+    return final_settings(context, ranked_for_final(context, others))
+
+
 def final_settings(context: SweepContext, ranked: Sequence[RankedPoint]) -> list[dict[str, Any]]:
     """The settings of the trials that `search.final` asks for and that are not there yet, from the ranking of the others."""
     search, seed = context.experiment.search, context.experiment.seed
-    if search.final is None or is_complete(context):
+    if search.final is None:
         return []
     first = seed + search.seeds
     wanted = [
@@ -173,8 +188,8 @@ def final_settings(context: SweepContext, ranked: Sequence[RankedPoint]) -> list
         for point in _best_points(context, ranked)
         for fresh in range(first, first + search.final.seeds)
     ]
-    there = [trial.settings for trial in context.trials if trial.phase == "final"]
-    return [settings for settings in wanted if settings not in there]
+    there = [_plain(trial.settings) for trial in context.trials if trial.phase == "final"]
+    return [settings for settings in wanted if _plain(settings) not in there]
 
 
 def _best_points(context: SweepContext, ranked: Sequence[RankedPoint]) -> list[RankedPoint]:
@@ -195,3 +210,8 @@ def _best_points(context: SweepContext, ranked: Sequence[RankedPoint]) -> list[R
 def _value(settings: Mapping[str, Any], key: str) -> str:
     """The value of a setting, which may be a whole section, as text; settings without it have one value in common."""
     return json.dumps(settings.get(key), sort_keys=True, default=str)
+
+
+def _plain(settings: Mapping[str, Any]) -> Any:
+    """Settings as they come back from a record."""
+    return json.loads(json.dumps(settings, default=str))

@@ -35,9 +35,8 @@ from soflow_platform.tuning.drawing import (
     DrawnTrials,
     add_trials,
     draws_left,
-    final_settings,
     is_complete,
-    ranked_for_final,
+    missing_finals,
 )
 from soflow_platform.tuning.lineage import describe
 from soflow_platform.tuning.population_run import PopulationRun
@@ -68,7 +67,8 @@ def run_sweep(context: SweepContext, address: str | None) -> list[TrialOutcome]:
     # Before anything that takes time: a stop that is requested from here on is meant for this attempt.
     clear_stops(context.project, context.record.id)
     finished = finished_trials(context)
-    if all(t.name in finished or t.name in context.failed for t in context.trials) and is_complete(context):
+    ended = all(trial.name in finished or trial.name in context.failed for trial in context.trials)
+    if ended and is_complete(context) and not _missing_finals(context, context.failed):
         return conclude_trained(context)
     dashboard = not context.experiment.resources.in_process
     # Two threads that import the same packages at once can find them half imported: Ray's come first.
@@ -78,6 +78,11 @@ def run_sweep(context: SweepContext, address: str | None) -> list[TrialOutcome]:
         opened = background.submit(TrackingStore(context.tracking_uri).prepare)
         with connected(address, dashboard=dashboard) as cluster:
             return _run_on(cluster, context, finished, opened)
+
+
+def _missing_finals(context: SweepContext, failures: Mapping[str, str]) -> list[dict[str, Any]]:
+    """As `missing_finals`, patiently."""
+    return context.patiently(lambda: missing_finals(context, failures), "reading the trials' checkpoints")
 
 
 def _run_on(
@@ -284,19 +289,13 @@ class SweepRunner:
         context.patiently(note, "noting settings that have changed")
 
     def _final_trials(self, failures: Mapping[str, str]) -> list[Trial]:
-        """The best points with fresh seeds, which are added to the sweep where it has none yet."""
+        """The best points with fresh seeds; those that the sweep does not have yet are added to it."""
         context = self.context
-        if is_complete(context):
-            return [trial for trial in context.trials if trial.phase == "final"]
-        collected = self.conclusion.collect
-        outcomes = context.patiently(lambda: collected(failures), "reading the trials' checkpoints")
-        final = [trial for trial in context.trials if trial.phase == "final"]
-        others = [outcome for outcome in outcomes if outcome.name not in {trial.name for trial in final}]
-        points = final_settings(context, ranked_for_final(context, others))
+        points = _missing_finals(context, failures)
         if points:
             context.display.say(f"the best points again, with fresh seeds: {len(points)} trials")
-            final += add_trials(context, points, "final")
-        return final
+            add_trials(context, points, "final")
+        return [trial for trial in context.trials if trial.phase == "final"]
 
     def _scheduled(self, finished: Mapping[str, CheckpointState]) -> list[Trial]:
         """The trials for Tune: the unfinished ones, and before them those whose evaluations its scheduler compares theirs with."""

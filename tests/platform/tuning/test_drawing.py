@@ -12,6 +12,7 @@ from soflow_platform.config.validation import read_experiment
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage.checkpoints import EMA, CheckpointState
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.training.stop_request import clear_stops, request_stop
 from soflow_platform.tuning.context import SweepContext, trial_outcome
 from soflow_platform.tuning.display import Display
@@ -20,12 +21,14 @@ from soflow_platform.tuning.drawing import (
     add_trials,
     final_settings,
     is_complete,
+    missing_finals,
     ranked_for_final,
 )
 from soflow_platform.tuning.ranking import ScoredTrial, ranked_points
 from soflow_platform.tuning.record import load_record, new_or_resumed_record
 from soflow_platform.tuning.recorded import known_trials, trials_of_record
 from soflow_platform.tuning.search_space import Trial, trials
+from soflow_platform.tuning.sweep import SweepRunner
 from tests.support.sweep_files import MINIMAL, write
 
 SEARCH = (
@@ -139,6 +142,37 @@ def test_the_best_point_of_each_method_comes_again_by_the_metric_of_the_method(
         for seed in (1, 2)
     ]
     assert context.experiment.search.added == 4
+
+
+def test_a_method_that_finishes_after_the_finals_were_chosen_gets_its_own(
+    storage: ProjectFolder, tmp_path: Path
+) -> None:
+    """Its trials failed by a lost machine when the best of the others were chosen, and the same command trains them."""
+    context = started(storage, tmp_path, "evaluation.nfe=[1, 4]", search=EACH)
+    runner = SweepRunner(context, Tracking(TrackingStore(storage.tracking_uri), "0"))
+    soflow = [trial for trial in context.trials if trial.experiment.objective.method == "soflow"]
+    others = [trial for trial in context.trials if trial not in soflow]
+
+    def score(trial: Trial) -> None:
+        evaluation = {"step": 40, "eval/fd_nfe1": float(trial.index), "eval/fd_nfe4": float(trial.index)}
+        state = CheckpointState(40, 640, "run", [evaluation])
+        context.record.checkpoints(storage, trial.name).publish(state, write_weights)
+
+    for trial in soflow:
+        score(trial)
+    lost = {trial.name: "its machine was lost" for trial in others}
+    chosen = runner._final_trials(lost)
+    assert [trial.experiment.objective.method for trial in chosen] == ["soflow"] * 2
+    assert is_complete(context)
+    for trial in others:
+        score(trial)
+    again = runner._final_trials({})
+    assert again[:2] == chosen
+    assert [trial.experiment.objective.method for trial in again[2:]] == ["flow_matching"] * 2
+    # No others are chosen where nothing has changed, also by a command that has them from the record.
+    assert runner._final_trials({}) == again
+    later = started(storage, tmp_path, "evaluation.nfe=[1, 4]", search=EACH)
+    assert missing_finals(later, {}) == []
 
 
 @pytest.mark.parametrize(
