@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from soflow_platform.tuning.record import (
     load_record,
     lock_sweep,
     new_or_resumed_record,
+    require_unchanged,
     sweep_id,
 )
 from soflow_platform.tuning.recorded import awaits_results, describe_growth, grown_sweep, known_trials
@@ -93,6 +95,7 @@ def run_command(
     data = check_data(experiment)
     require_writable(storage)
     sweep, existing = _existing_sweep(storage, sweep_file, options, screen)
+    known = copy.deepcopy(existing)
     if existing is not None:
         planned = known_trials(sweep_file.document, experiment, existing, planned)
         if _is_finished(existing, sweep_file, planned, options, screen):
@@ -129,6 +132,7 @@ def run_command(
     context = SweepContext(record, experiment, planned, storage, display, sweep_file.document, failed_trials)
     shutdown = GracefulShutdown(storage, sweep, display, experiment.training.grace_seconds)
     with shutdown, lock_sweep(storage, sweep):
+        require_unchanged(storage, sweep, known)
         continue_trials(storage, record, planned, data, display.say)
         outcomes = restart_lost_ray(
             lambda: run_sweep(context, address),

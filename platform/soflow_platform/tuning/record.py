@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -288,6 +289,20 @@ def lock_sweep(storage: ProjectFolder, sweep: str) -> Iterator[None]:
                 f"sweep {sweep} is running in another process: wait for it, or see it with `soflowctl status`."
             )
         yield
+
+
+def require_unchanged(storage: ProjectFolder, sweep: str, known: SweepRecord | None) -> None:
+    """Raises UserError where the record of a sweep is not the one that was read before its lock was taken, None for none.
+
+    Another command has run the sweep between the two: the trials and rungs that it added, and its result, would be written over.
+    """
+
+    def content(record: SweepRecord | None) -> str:
+        # Digests of code of which nothing is left are dropped by who reads them. As text, in which NaN is equal to NaN.
+        return "" if record is None else json.dumps(asdict(replace(record, code=[])), sort_keys=True)
+
+    if content(load_record(storage, sweep)) != content(known):
+        raise UserError(f"sweep {sweep} was run by another command meanwhile: run the same command again.")
 
 
 def is_running(storage: ProjectFolder, sweep: str) -> bool:

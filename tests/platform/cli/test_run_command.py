@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from soflow_core.objectives import FlowMatching
 from soflow_platform.cli.main import main
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tuning.record import SweepRecord, load_record, lock_sweep
 from tests.platform.conftest import ROOT, SMALL
 
 TWO_METHODS = "search.space={objective: [{method: soflow}, {method: flow_matching}]}"
@@ -53,6 +55,26 @@ def test_an_exception_in_a_loss_ends_the_command_before_anything_is_started(
     assert sentence.startswith("soflowctl: failed: trial trial-01-flow_matching fails in its first step: ")
     assert "test_run_command.py:" in sentence
     assert not storage.sweeps.exists()
+
+
+def test_a_sweep_that_another_command_ran_before_the_lock_was_there_is_left_as_it_is(
+    run: Command, storage: ProjectFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[SweepRecord] = []
+
+    @contextlib.contextmanager
+    def later(project: ProjectFolder, sweep: str) -> Iterator[None]:
+        record = SweepRecord(sweep, "digits", "digits.yaml", {}, [], "eval/fd_nfe1", "min", attempts=1)
+        record.save(project)
+        written.append(record)
+        with lock_sweep(project, sweep):
+            yield
+
+    monkeypatch.setattr("soflow_platform.cli.run.lock_sweep", later)
+    code, _, printed = run("--no-check", "--quiet")
+    assert code == 2
+    assert "was run by another command meanwhile: run the same command again." in printed
+    assert load_record(storage, written[0].id) == written[0]
 
 
 def test_a_local_run_prints_losses_and_scores_of_the_trial_that_is_named(

@@ -12,6 +12,7 @@ import pytest
 from soflow_core.failures import InputError
 from soflow_pipelines.storage.files import read_json, write_json
 from soflow_platform.config.validation import read_experiment
+from soflow_platform.errors import UserError
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tuning.record import (
     RECORD,
@@ -19,6 +20,7 @@ from soflow_platform.tuning.record import (
     SweepRecord,
     TrialEntry,
     load_record,
+    require_unchanged,
 )
 from soflow_platform.tuning.recorded import known_trials
 from soflow_platform.tuning.search_space import trials
@@ -113,3 +115,18 @@ def test_trials_that_an_earlier_version_named_otherwise_keep_their_names(tmp_pat
         kept = known_trials(document, experiment, record, planned)
         assert [trial.name for trial in kept] == ["trial-00-meanflow", "trial-01-meanflow", "trial-02-ict"]
         assert [trial.experiment for trial in kept] == [trial.experiment for trial in planned]
+
+
+def test_a_record_that_another_command_has_written_meanwhile_is_noticed(storage: ProjectFolder) -> None:
+    require_unchanged(storage, WRITTEN.id, None)
+    assert WRITTEN.best is not None
+    scored = replace(WRITTEN, best=replace(WRITTEN.best, metrics={"eval/fd_nfe2": float("nan")}))
+    scored.save(storage)
+    known = load_record(storage, WRITTEN.id)
+    assert known is not None
+    known.code.append("0" * 12)
+    require_unchanged(storage, WRITTEN.id, known)
+    for before, now in ((None, scored), (known, replace(scored, attempts=1))):
+        now.save(storage)
+        with pytest.raises(UserError, match=f"{WRITTEN.id} was run by another command meanwhile"):
+            require_unchanged(storage, WRITTEN.id, before)
