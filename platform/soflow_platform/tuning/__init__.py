@@ -22,6 +22,7 @@ progress       Ray actor with the status of every running trial
 trial_gauges   metrics of the trials for Prometheus
 display        events and outcomes that the terminal shows
 ray_tune       runs the trials under Ray Tune
+halving        Tune's scheduler of search.asha
 trial          Tune's trial function
 context        a sweep, where it is kept and shown, and how its trials ended
 sweep_data     the training data, with the statistics that trials are scored against

@@ -309,14 +309,11 @@ def _silent_progress() -> Any:
 
 
 def _scheduler(experiment: Experiment) -> Any:
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+    from ray.tune.schedulers import FIFOScheduler
+
+    from soflow_platform.tuning.halving import Halving
 
     asha = experiment.search.asha
     if asha is None:
         return FIFOScheduler()
-    return ASHAScheduler(
-        time_attr=RUNG_STEP,
-        max_t=experiment.training.steps,
-        grace_period=asha.first_rung,
-        reduction_factor=asha.reduction,
-    )
+    return Halving(asha, experiment.training.steps, experiment.rung_metric[0])
