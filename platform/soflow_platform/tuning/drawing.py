@@ -6,6 +6,7 @@ Each is stored in the record of the sweep before it starts, so that a sweep that
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -99,8 +100,10 @@ class DrawnTrials:
         )
 
     def report(self, name: str, evaluation: Mapping[str, Any]) -> None:
-        """Take an evaluation of a trial."""
-        self._scores.setdefault(name, []).append(ScoredStep.of(evaluation))
+        """Take an evaluation of a trial; one that goes on, or fills its scheduler's rungs again, reports earlier ones once more."""
+        scores, scored = self._scores.setdefault(name, []), ScoredStep.of(evaluation)
+        if not scores or scored.step > scores[-1].step:
+            scores.append(scored)
 
     def end(self, name: str) -> None:
         """Take that a trial has ended."""
@@ -114,7 +117,7 @@ class DrawnTrials:
         if not scores or (status is not None and status.failure):
             self._tried[name] = Tried(trial.settings, TriedState.FAILED)
             return
-        best = min(scores, key=lambda scored: sign * scored.metrics[metric])
+        best = min(scores, key=lambda scored: _nan_last(sign * scored.metrics[metric]))
         seconds = None
         if status is not None and status.images and status.images_per_second:
             seconds = status.images / status.images_per_second
@@ -215,3 +218,7 @@ def _value(settings: Mapping[str, Any], key: str) -> str:
 def _plain(settings: Mapping[str, Any]) -> Any:
     """Settings as they come back from a record."""
     return json.loads(json.dumps(settings, default=str))
+
+
+def _nan_last(value: float) -> float:
+    return math.inf if math.isnan(value) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from soflow_platform.tuning.record import load_record, new_or_resumed_record
 from soflow_platform.tuning.recorded import known_trials, trials_of_record
 from soflow_platform.tuning.search_space import Trial, trials
 from soflow_platform.tuning.sweep import SweepRunner
+from soflow_platform.tuning.tpe import Tried, TriedState
 from tests.support.sweep_files import MINIMAL, write
 
 SEARCH = (
@@ -87,6 +89,18 @@ def test_a_sweep_that_goes_on_draws_what_it_would_have_drawn(storage: ProjectFol
     assert [trial.experiment for trial in again.trials] == [trial.experiment for trial in context.trials[:4]]
     finished = {trial.name: ended(trial) for trial in again.trials[1:]}
     assert DrawnTrials(again, finished, anything).draw() == whole[2]
+
+
+def test_nan_is_not_the_best_score_and_what_is_reported_again_is_known(
+    storage: ProjectFolder, tmp_path: Path
+) -> None:
+    context = started(storage, tmp_path)
+    drawn, (trial, *_) = DrawnTrials(context, {}, anything), context.trials
+    last = trial.experiment.training.steps
+    for step, score in ((1, math.nan), (last, 3.0), (1, math.nan)):
+        drawn.report(trial.name, {"step": step, "eval/fd_nfe1": score})
+    drawn.end(trial.name)
+    assert drawn._tried[trial.name] == Tried(trial.settings, TriedState.FINISHED, (3.0,), last)
 
 
 def test_a_sweep_that_was_asked_to_stop_draws_no_more(storage: ProjectFolder, tmp_path: Path) -> None:
