@@ -64,6 +64,8 @@ def amount_lines(plan: SweepPlan) -> list[tuple[str, str]]:
         "activations": memory.activations,
     }
     named = ", ".join(f"{amount(b, 'B')} {part}" for part, b in parts.items() if b is not None)
+    read = amount(largest.resume_bytes, "B")
+    resumed = f"; a trial that goes on reads {read} to that memory" if largest.resume_bytes else ""
     return [
         ("compute", f"{amount(sum(trial.total_flops for trial in plan.trials), 'FLOP')} in all"),
         ("memory", f"{amount(memory.total, 'B')} on {'a GPU' if plan.on_gpus else 'a worker'}: {named}"),
@@ -76,7 +78,7 @@ def amount_lines(plan: SweepPlan) -> list[tuple[str, str]]:
             "checkpoints",
             f"{amount(largest.checkpoint_bytes, 'B')} each, from a copy of {amount(largest.host_copy_bytes, 'B')} in the first "
             f"worker's host memory; {amount(sum(t.kept_bytes for t in plan.trials), 'B')} kept and "
-            f"{amount(sum(t.written_bytes for t in plan.trials), 'B')} written by all trials",
+            f"{amount(sum(t.written_bytes for t in plan.trials), 'B')} written by all trials{resumed}",
         ),
         ("network", f"{amount(sum(t.network_bytes for t in plan.trials), 'B')} sent between workers"),
     ]

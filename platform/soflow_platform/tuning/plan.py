@@ -73,6 +73,8 @@ class TrialPlan:
     """Of one checkpoint."""
     host_copy_bytes: float
     """Of the copy that a checkpoint is written from, in the memory of the first worker's machine, beside what training takes."""
+    resume_bytes: float
+    """Of that memory, while a trial goes on from a remote checkpoint in parts, which is read to it; 0 for files that are mapped."""
     kept_bytes: float
     """Of the checkpoints that are kept."""
     written_bytes: float
@@ -189,9 +191,12 @@ def plan_trial(trial: Trial, assumptions: Assumptions, data: Expected | None = N
     state = FLOAT * work.parameters
     # Weights, two moments, EMAs; a small state has the first EMA twice, as weights of its own beside it.
     copied = (3 + len(training.ema)) * state
-    checkpoint = copied if copied >= SPLIT_BYTES else copied + state
+    in_parts = copied >= SPLIT_BYTES
+    checkpoint = copied if in_parts else copied + state
     checkpoints = math.ceil(training.steps / (training.checkpoint_every or experiment.evaluation.every))
     kept = min(training.keep_checkpoints + 1, checkpoints)
+    place = training.checkpoints or ""
+    remote = "://" in place and not place.startswith("file://")
     images = training.steps * training.batch
     return TrialPlan(
         name=trial.name,
@@ -214,6 +219,7 @@ def plan_trial(trial: Trial, assumptions: Assumptions, data: Expected | None = N
         data_bytes=images * stored_bytes(data.shape, latents=_latents(experiment, data.shape)),
         checkpoint_bytes=checkpoint,
         host_copy_bytes=copied,
+        resume_bytes=copied if remote and in_parts else 0.0,
         kept_bytes=kept * checkpoint,
         written_bytes=checkpoints * checkpoint,
         network_bytes=training.steps

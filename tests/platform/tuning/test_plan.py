@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from soflow_core.objectives import SoFlow
-from soflow_platform.cli.plan import amount, as_record, plan_command, short_plan
+from soflow_platform.cli.plan import amount, amount_lines, as_record, plan_command, short_plan
 from soflow_platform.cli.sweep_file import CheckedSweep, read
 from soflow_platform.config.search import AshaConfig
 from soflow_platform.errors import UserError
@@ -39,6 +39,17 @@ def test_the_plan_of_xl2_is_that_of_the_scaling_page() -> None:
     assert trial.checkpoint_bytes == trial.host_copy_bytes == pytest.approx(10.8e9, rel=0.01)
     assert trial.data_bytes == 18_432 * 256 * 1_200_000
     assert trial.network_bytes == pytest.approx(8 * 4.735e9 * 1_200_000, rel=1e-3)
+
+
+def test_going_on_from_remote_parts_takes_the_memory_of_a_copy() -> None:
+    """Files of a folder are mapped, and those of a small state go to the disk."""
+    remote = "training.checkpoints=s3://bucket/runs"
+    plan = plan_of(read("xl2", (remote, *PAPER)))
+    assert plan.trials[0].resume_bytes == plan.trials[0].host_copy_bytes
+    assert "; a trial that goes on reads 10.8 GB to that memory" in dict(amount_lines(plan))["checkpoints"]
+    for other in (read("xl2", PAPER), read("digits", (remote,))):
+        assert plan_of(other).trials[0].resume_bytes == 0
+        assert "that goes on" not in dict(amount_lines(plan_of(other)))["checkpoints"]
 
 
 def test_price_and_time_follow_what_is_assumed() -> None:
