@@ -163,9 +163,12 @@ class Checkpoint:
         chosen: Iterable[str] = self.files
         if only is not None:
             chosen = dict.fromkeys(needed for file in only for needed in self.files_of(file))
-        broken = self._differing(chosen, keep)
-        if broken:
-            self.kept.let_go()
+        with contextlib.ExitStack() as kept:
+            # Also where it raises: who tries again holds the error, and with it this checkpoint and its many GB.
+            kept.callback(self.kept.let_go)
+            broken = self._differing(chosen, keep)
+            if not broken:
+                kept.pop_all()
         return broken
 
     def _differing(self, files: Iterable[str], keep: bool = False) -> list[str]:

@@ -8,8 +8,9 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from soflow_core.failures import InputError
 from soflow_core.host_copy import map_tensors
 from soflow_core.weights import load_weights
 from soflow_pipelines.storage.files import sha256
+from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import StorageError
 from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoints import EMA, STATE, CheckpointState, CheckpointStore
@@ -137,6 +139,33 @@ def test_damage_of_one_part_is_damage_of_the_state(tmp_path: Path, name: str) ->
     (broken,) = [each for each in CheckpointStore(tmp_path).published() if each.state.step == 2]
     with pytest.raises(StorageError, match=f"{name} is damaged"), opened_state(broken):
         pass
+
+
+class Remote:
+    """A folder as the store of a remote checkpoint, of which one file cannot be read."""
+
+    def __init__(self, folder: LocalFolder, lost: str) -> None:
+        self.folder, self.lost = folder, lost
+
+    def size(self, name: str) -> int | None:
+        return self.folder.size(name)
+
+    def open(self, name: str) -> BinaryIO:
+        if name.endswith(self.lost):
+            raise StorageError("the store is away")
+        return self.folder.open(name)
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_parts_in_memory_are_let_go_where_another_cannot_be_read(tmp_path: Path) -> None:
+    """The checkpoint lives on in the error, while all of it is read once more."""
+    publish(tmp_path)
+    (found,) = CheckpointStore(tmp_path).published()
+    remote: Any = Remote(LocalFolder(tmp_path), "state-001.safetensors")
+    checkpoint = replace(found, storage=remote)
+    with pytest.raises(StorageError, match="the store is away"):
+        checkpoint.broken_files(keep=True)
+    assert (checkpoint.kept.contents, checkpoint.kept.copies) == ({}, {})
 
 
 def before_the_second_part(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
