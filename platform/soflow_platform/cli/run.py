@@ -18,6 +18,7 @@ from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.code_digest import describe_difference, running_code
 from soflow_platform.storage.project import ProjectFolder, find_project, require_writable
+from soflow_platform.training.stop_request import stop_requested
 from soflow_platform.training.trial_status import TrialState
 from soflow_platform.tuning.record import (
     SweepRecord,
@@ -138,6 +139,7 @@ def run_command(
             lambda: run_sweep(context, address),
             experiment.resources.max_failures if address is None else 0,
             display.say,
+            lambda: stop_requested(storage, sweep),
         )
     show_result(screen, record, storage, outcomes)
     if failure := describe_failures(outcomes, failed_before(storage, record, planned)):

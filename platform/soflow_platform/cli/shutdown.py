@@ -23,8 +23,14 @@ INTERRUPTED, TERMINATED = 130, 143
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
-def restart_lost_ray(run: Callable[[], T], restarts: int, say: Callable[[str], None]) -> T:
-    """The result of `run`, which is started again up to `restarts` times where the Ray of this command has died."""
+def restart_lost_ray(
+    run: Callable[[], T], restarts: int, say: Callable[[str], None], stopped: Callable[[], bool]
+) -> T:
+    """The result of `run`, which is started again up to `restarts` times where the Ray of this command has died.
+
+    Raises Stopped where the sweep was asked to stop before: what ends all of a command's processes ends its Ray as well, and a new
+    start would take the request for one that was meant for the start before.
+    """
     from soflow_platform.cluster.connection import RayLost
 
     while restarts > 0:
@@ -32,6 +38,8 @@ def restart_lost_ray(run: Callable[[], T], restarts: int, say: Callable[[str], N
         try:
             return run()
         except RayLost as error:
+            if stopped():
+                raise Stopped(str(error)) from error
             say(f"{error} Starting Ray again.")
     return run()
 

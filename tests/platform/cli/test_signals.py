@@ -93,11 +93,25 @@ def test_a_sweep_whose_ray_died_restarts_up_to_max_failures(
         return "finished"
 
     if goes_on:
-        assert restart_lost_ray(sweep, allowed, training.say) == "finished"
+        assert restart_lost_ray(sweep, allowed, training.say, lambda: False) == "finished"
     else:
         with pytest.raises(RayLost):
-            restart_lost_ray(sweep, allowed, training.say)
+            restart_lost_ray(sweep, allowed, training.say, lambda: False)
     assert starts == 1 + min(lost, allowed)
+
+
+def test_a_ray_that_dies_while_its_sweep_stops_is_not_started_again(training: SweepDisplay) -> None:
+    """SLURM and systemd end every process of a job; a new start would remove the request to stop, and train."""
+    starts = 0
+
+    def sweep() -> str:
+        nonlocal starts
+        starts += 1
+        raise RayLost("Ray has died.")
+
+    with pytest.raises(Stopped, match="Ray has died"):
+        restart_lost_ray(sweep, 3, training.say, lambda: True)
+    assert starts == 1
 
 
 WAITING = """
