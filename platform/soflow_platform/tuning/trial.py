@@ -6,6 +6,7 @@ that start anew have all of them.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -217,22 +218,29 @@ class TrialDriver:
         import ray
 
         train.start()
+        status, since, said = TrialStatus(), math.inf, False
         while True:
             # Before the last look at the progress actor, which then has all that the workers sent.
             running = train.is_alive()
             for evaluation in ray.get(self.actor.evaluations.remote(self.job.trial, self.reported)):
                 if evaluation["step"] < self.end:
                     yield evaluation
-            status = ray.get(self.actor.progress.remote(self.job.trial))
+            told = ray.get(self.actor.progress.remote(self.job.trial))
+            # An actor whose process died has no state until workers send theirs, and they may be what is waited for.
+            status = status if told.since is None else told
             if train.lost is not None:
                 return TrialEnd(EndKind.CONTROLLER_LOST, status, error=train.lost)
             failure = status.failure or (train.failure.sentence if train.failure else None)
-            if status.state.without_workers and self._stop_requested():
+            waits = status.state.without_workers
+            if waits and self._stop_requested():
                 return TrialEnd(EndKind.STOPPED, status, failure)
-            waited = time.time() - (status.since or 0.0)
-            if status.state.without_workers and waited > WAITING_SECONDS and status.trouble is None:
+            # By this process's own clock: that of its machine, or of the actor's, may be set, and two of them differ.
+            since, said = (min(since, time.monotonic()), said) if waits else (math.inf, False)
+            waited = time.monotonic() - since
+            if waited > WAITING_SECONDS and status.trouble is None and not said:
+                said = True
                 self.actor.update.remote(self.job.trial, {"trouble": self._waits()})
-            if status.state.without_workers and waited > 60 * self.experiment.resources.wait_minutes:
+            if waited > 60 * self.experiment.resources.wait_minutes:
                 return TrialEnd(EndKind.NO_MACHINES, status, status.failure or self._no_machines())
             if not running:
                 trace = train.failure.traceback if train.failure else None
