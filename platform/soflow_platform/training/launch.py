@@ -65,7 +65,7 @@ def train_here(job: TrialJob, experiment: Experiment, actor: Any) -> Generator[d
             yield from trainer.train()
             return
         except Exception as error:
-            following = with_more_pieces(job, error)
+            following = None if trainer is not None and trainer.scoring else with_more_pieces(job, error)
             if following is None:
                 if not another_start_may_help(error):
                     _publish_failure(error, job, trainer, actor)
@@ -202,7 +202,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         trainer.run()
     except Exception as error:
         # The group that is started next reads it.
-        with_more_pieces(job, error)
+        if trainer is None or not trainer.scoring:
+            with_more_pieces(job, error)
         if another_start_may_help(error):
             raise
         # Training again from the checkpoint would only meet the same: report it, and do not ask for a restart.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,8 @@ class Trainer:
         self.should_stop = ShouldStop(setup, io)
         self.diverged: str | None = None
         """The rule of `search.stop` that ended the training."""
+        self.scoring = False
+        """Whether the averaged network is there and makes samples, whose memory has nothing to do with the pieces of a step."""
         self._state_copy = HostCopy()
         self._stall: Stall | None = None
         """Of the last checkpoint, until it is logged."""
@@ -360,14 +362,16 @@ class Trainer:
         evaluated = self.evaluations[-1]["step"] if self.evaluations else 0
         return evaluated < self.step and self.step % self.experiment.evaluation.every == 0
 
-    def _ema_network(
-        self, interruptible: bool = False
-    ) -> AbstractContextManager[tuple[SamplingNetwork, Ranks]]:
+    @contextmanager
+    def _ema_network(self, interruptible: bool = False) -> Iterator[tuple[SamplingNetwork, Ranks]]:
         def should_stop() -> bool:
             return interruptible and self.should_stop()
 
-        setup = self.setup
-        return ema_network(self.train_step, setup.config, setup.device, setup.rank, setup.world, should_stop)
+        setup, self.scoring = self.setup, True
+        ranks = setup.rank, setup.world
+        with ema_network(self.train_step, setup.config, setup.device, *ranks, should_stop) as network:
+            yield network
+        self.scoring = False
 
     def _log_slow_rank(self, step: int) -> None:
         slow = self.forward_timer.slow_rank() if self.forward_timer is not None else None

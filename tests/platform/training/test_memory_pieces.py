@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from soflow_platform.evaluation.evaluator import Evaluator
 from soflow_platform.training.launch import train_here
 from soflow_platform.training.memory_pieces import with_more_pieces, with_pieces
 from soflow_platform.training.worker import Trainer
@@ -48,3 +49,18 @@ def test_other_errors_and_batches_that_cannot_be_divided_are_left_alone(
     assert with_more_pieces(job, RuntimeError("out of luck")) is None
     assert with_more_pieces(job, torch.OutOfMemoryError("CUDA out of memory")) is None
     assert not (job.folder / "pieces.json").exists()
+
+
+def test_scores_that_have_no_room_leave_the_pieces_of_a_step_as_they_are(
+    worker: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Smaller pieces would free nothing for them, and slow the trial down for good."""
+    made = worker("scored")
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Evaluator, "evaluate", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(train_here(made.setup.job, made.experiment, None))
+    assert not (made.setup.job.folder / "pieces.json").exists()
