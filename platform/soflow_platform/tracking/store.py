@@ -318,6 +318,12 @@ class Tracking:
             if key in best:
                 client.set_tag(run, f"best.{key}", str(best[key]))
         now = int(time.time() * 1000)
-        values = [Metric(key, float(value), now, best["step"]) for key, value in best["metrics"].items()]
         logged = client.get_run(run).data.metrics
-        client.log_batch(run, metrics=[m for m in values if m.key not in logged])
+        values = []
+        for key, value in best["metrics"].items():
+            if key in logged and repr(logged[key]) == repr(float(value)):
+                continue
+            # A run shows what was logged last of its largest step, which may be that of the trial that was the best before.
+            steps = [each.step for each in client.get_metric_history(run, key)] if key in logged else []
+            values.append(Metric(key, float(value), now, max([best["step"], *steps])))
+        client.log_batch(run, metrics=values)

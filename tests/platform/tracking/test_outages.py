@@ -291,3 +291,13 @@ def test_a_sweep_whose_page_cannot_be_kept_leaves_no_run_open(
         pass
     (run,) = tracking.client.search_runs([tracking.experiment_id])
     assert run.info.status == "FAILED"
+
+
+def test_the_run_of_a_sweep_shows_the_best_trial_of_its_last_end(tracking: Tracking) -> None:
+    """A sweep that grows, or whose failed trials are tried again, may have another best one."""
+    run = tracking.open_run("digits-1", "digits-1", {}, {})
+    for trial, step, value in (("trial-00", 40, 5.0), ("trial-01", 20, 3.0), ("trial-01", 20, 3.0)):
+        tracking.log_result(run, {"trial": trial, "step": step, "metrics": {"eval/fd_nfe1": value}})
+    shown = tracking.client.get_run(run).data
+    assert (shown.tags["best.trial"], shown.metrics) == ("trial-01", {"eval/fd_nfe1": 3.0})
+    assert len(tracking.client.get_metric_history(run, "eval/fd_nfe1")) == 2
