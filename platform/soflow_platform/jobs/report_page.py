@@ -21,8 +21,8 @@ from soflow_platform.tuning.seed_statistics import FEWEST_PAIRED, SIGNIFICANCE
 
 TO_THE_BEST = (
     " Where points have the same seeds, the difference to the best is the mean of that at equal seeds, ± its standard deviation;"
-    f" decided is what a t-test calls one (of these differences from {FEWEST_PAIRED} seeds on, else Welch's), at {SIGNIFICANCE:.0%} for all "
-    "pairs of points together (Holm)."
+    f" decided is what a t-test calls one (of these differences from {FEWEST_PAIRED} seeds on, else Welch's), at {SIGNIFICANCE:.0%} for"
+    " all pairs of points together (Holm)."
 )
 """What the column of differences to the best point is."""
 GRIDS = 4

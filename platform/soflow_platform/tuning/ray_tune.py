@@ -22,7 +22,7 @@ from soflow_platform.training.job import TrialJob
 from soflow_platform.training.stop_request import request_save, stop_requested
 from soflow_platform.training.trial_log import LOG, TrialLog
 from soflow_platform.training.trial_status import TrialState, read_status
-from soflow_platform.tuning.trial import RUNG_STEP, TrialTask
+from soflow_platform.tuning.trial import TrialTask
 
 if TYPE_CHECKING:
     from soflow_platform.tuning.searcher import SweepSearcher

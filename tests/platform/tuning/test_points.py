@@ -264,6 +264,8 @@ def test_the_gap_to_the_best_point_is_that_at_equal_seeds() -> None:
     assert second == Gap(pytest.approx(5.05), pytest.approx(0.1 / math.sqrt(3)), True)
     assert incomplete is not None
     assert (incomplete.std, incomplete.decided) == (None, False)
-    alone = gaps_to_best(ranked_points([ScoredTrial("a", {"p": 1}, 2.0), ScoredTrial("b", {"p": 2}, 5.0)], "min"))
+    alone = gaps_to_best(
+        ranked_points([ScoredTrial("a", {"p": 1}, 2.0), ScoredTrial("b", {"p": 2}, 5.0)], "min")
+    )
     assert alone == [None, Gap(3.0, None, None)]
     assert gaps_to_best([]) == []

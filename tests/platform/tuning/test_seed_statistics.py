@@ -88,9 +88,7 @@ def test_the_chance_of_a_difference_is_that_of_the_paired_test() -> None:
     while chance >= SIGNIFICANCE:
         shift += 0.01
         chance = ttest_rel(ones, [value + shift for value in others]).pvalue
-    nearly, just = (
-        under_seeds(*(value + moved for value in others)) for moved in (shift - 0.01, shift)
-    )
+    nearly, just = (under_seeds(*(value + moved for value in others)) for moved in (shift - 0.01, shift))
     assert differing([under_seeds(*ones), just]) == {(0, 1): True}
     assert differing([under_seeds(*ones), nearly]) == {(0, 1): False}
 

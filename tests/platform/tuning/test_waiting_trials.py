@@ -56,7 +56,9 @@ def actor(monkeypatch: pytest.MonkeyPatch) -> Called:
 def waits(storage: ProjectFolder, wait_minutes: float, train: Any) -> TrialEnd:
     """How the trial ends whose workers have not come yet."""
     experiment = small_experiment("resources.workers=2", f"resources.wait_minutes={wait_minutes}")
-    job = TrialJob("sweep", "trial", experiment.resolved(), "data", str(storage.root), "sqlite:///x.db", "run")
+    job = TrialJob(
+        "sweep", "trial", experiment.resolved(), "data", str(storage.root), "sqlite:///x.db", "run"
+    )
     driver = TrialDriver(TrialTask(job, "0", "parent", {}, "trial"))
     driver.status.set_state(TrialState.STARTING)
     supervised = driver.supervise(train)
