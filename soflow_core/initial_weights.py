@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from soflow_core.networks import Architecture, DiTConfig, NetworkModule
-from soflow_core.networks.dit import FREQUENCIES, MAX_PERIOD, PARITY
+from soflow_core.networks.dit import FREQUENCIES, MAX_PERIOD, PARITY, SecondTime
 from soflow_core.objectives import Diffusion, FlowMatching, SoFlow
 from soflow_core.weights import (
     Weights,
@@ -36,6 +36,8 @@ ONE_TIME = ("flow_matching", "diffusion")
 """Methods that train a network at s = t alone."""
 TRUNK = ("hidden", "depth", "heads", "mlp_ratio", *(name for name in PARITY if name != "velocity_blocks"))
 """Settings in which the two networks must agree: all layers between input and output have these sizes."""
+SECOND_TIMES: dict[SecondTime, str] = {"difference": "t - s", "time": "s", "none": "none"}
+"""What the second embedding is given, as a sentence has it."""
 ENDS = {"x_embedder.": "the patch embedding", "final_layer.linear.": "the output layer"}
 KEYS: dict[Which, tuple[str, ...]] = {"ema": ("ema_model", "ema"), "raw": ("model",)}
 """Names of the weights in checkpoints of the official code of SoFlow, SiT and DiT."""
@@ -70,6 +72,11 @@ def fit(source: Weights, target: Architecture, method: str) -> Fit:
             raise WeightsError(
                 f"the weights are those of a network with {name} {_shown(before)} and this one has {_shown(now)}: give both the same"
             )
+    if old.second_time not in (target.second_time, "none"):
+        raise WeightsError(
+            f"the weights are those of a network whose second time is {SECOND_TIMES[old.second_time]} and this one's is "
+            f"{SECOND_TIMES[target.second_time]}: it would read the one as the other, so start from other weights"
+        )
     if target.condition_tokens and _conditions(old) != _conditions(target):
         raise WeightsError(
             f"the weights are those of a network with condition tokens for {_conditions(old)} and this one has them for "
@@ -84,7 +91,7 @@ def fit(source: Weights, target: Architecture, method: str) -> Fit:
     if shapes["pos_embed"] != wanted["pos_embed"]:
         notes.append(f"positions are those of {target.height} x {target.width}")
     trained = None if source.objective is None else source.objective.method
-    anew = second_time_is_new(trained, method)
+    anew = target.second_time != "none" and second_time_is_new(trained, method)
     if anew:
         notes.append("the embedding of the second time is new and has no effect at the start")
     notes += _label_notes(old, target)
@@ -166,7 +173,8 @@ def start_from(network: NetworkModule, source: Weights, method: str) -> Fit:
     if target.velocity_blocks != old.velocity_blocks:
         _copy_head(state, target)
     trained = None if source.objective is None else source.objective.method
-    if second_time_is_new(trained, method) or "s_embedder.mlp.2.weight" not in tensors:
+    anew = second_time_is_new(trained, method) or "s_embedder.mlp.2.weight" not in tensors
+    if anew and target.second_time != "none":
         state["s_embedder.mlp.2.weight"].zero_()
         state["s_embedder.mlp.2.bias"].copy_(_embedding_of_zero(tensors, "s_embedder.", old.hidden))
     constant = state["s_embedder.mlp.2.bias" if target.difference_alone else "t_embedder.mlp.2.bias"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from soflow_core.initial_weights import fit, read_checkpoint, start_from
 from soflow_core.networks import NULL_LABEL, DiT, DiTConfig
 from soflow_core.networks.dit import FinalLayer
-from soflow_core.objectives import Diffusion, FlowMatching, Objective, SoFlow
+from soflow_core.objectives import Diffusion, FlowMatching, MeanFlow, Objective, SoFlow
 from soflow_core.weights import Weights, WeightsError
 from tests.support.random_networks import CONFIG, random_network
 
@@ -197,3 +197,20 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     del broken.tensors["blocks.0.attn.qkv.bias"]
     with pytest.raises(WeightsError, match=r"lack blocks\.0\.attn\.qkv\.bias"):
         start_from(fresh(CONFIG), broken, "soflow")
+
+
+def test_weights_that_were_given_s_are_not_taken_by_a_network_that_is_given_its_distance() -> None:
+    """As MeanFlow's in PyTorch, imported with `--second-time time`: the shapes are the same, and what they mean is not."""
+    source = weights_of(fresh(replace(CONFIG, second_time="time")), MeanFlow())
+    with pytest.raises(WeightsError, match="whose second time is s and this one's is t - s: .* other weights"):
+        fit(source, CONFIG, "soflow")
+    assert fit(source, replace(CONFIG, second_time="time"), "soflow").notes == ()
+
+
+@pytest.mark.parametrize("method", ["flow_matching", "soflow"])
+def test_a_network_without_a_second_time_takes_weights_of_its_kind(method: str) -> None:
+    config = replace(CONFIG, second_time="none")
+    old, new = fresh(config), DiT(config)
+    assert start_from(new, weights_of(old, FlowMatching()), method).notes == ()
+    for name, tensor in old.state_dict().items():
+        assert torch.equal(new.state_dict()[name], tensor), name
