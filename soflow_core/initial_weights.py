@@ -1,6 +1,6 @@
 """Initial weights of a network from those of another one, trained with any method, and the official SiT and DiT checkpoints.
 
-A network that was trained at s = t alone (Flow Matching, diffusion) computes the same at every s at the start: its second time is
+A DiT that was trained at s = t alone (Flow Matching, diffusion) computes the same at every s at the start: its second time is
 embedded anew, with an output layer of zeros whose bias is the embedding that it always had.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from soflow_core.networks import Architecture, DiTConfig, NetworkModule
+from soflow_core.networks import Architecture, DiTConfig, NetworkModule, UNetConfig
 from soflow_core.networks.dit import FREQUENCIES, MAX_PERIOD, PARITY, SecondTime
 from soflow_core.objectives import Diffusion, FlowMatching, SoFlow
 from soflow_core.weights import (
@@ -57,15 +57,11 @@ def fit(source: Weights, target: Architecture, method: str) -> Fit:
     """What of a network's weights another one takes that is trained with `method`.
 
     `source` needs no tensors: shapes follow from its configuration. Raises WeightsError where they are networks of two kinds, where
-    the trunks of two DiTs differ, or the conditions that have tokens, and where two other networks differ at all.
+    the trunks of two DiTs differ, or the conditions that have tokens, and where two other networks differ in what tensors depend on.
     """
     old = source.network_config
     if not isinstance(old, DiTConfig) or not isinstance(target, DiTConfig):
-        if old != target:
-            raise WeightsError(
-                f"the weights are those of a {old.title} and this network is a {target.title}: give both the same settings"
-            )
-        return Fit(tuple(_shapes(target)), ())
+        return _fit_alike(source, target, method)
     for name in TRUNK:
         before, now = getattr(old, name), getattr(target, name)
         if before != now:
@@ -116,6 +112,26 @@ def fit(source: Weights, target: Architecture, method: str) -> Fit:
     )
     copied = [n for n in wanted if shapes.get(n) == wanted[n] and not n.startswith(own)]
     return Fit(tuple(copied), tuple(notes))
+
+
+def _fit_alike(source: Weights, target: Architecture, method: str) -> Fit:
+    """The fit of networks that are not two DiTs: every tensor is taken. Raises WeightsError where settings that decide them differ."""
+    old = source.network_config
+    if isinstance(old, UNetConfig) and isinstance(target, UNetConfig) and old.classes == target.classes:
+        # No tensor of a U-Net depends on these, and files of other code do not say its dropout.
+        old = replace(old, dropout=target.dropout, null_label=target.null_label)
+    if old != target:
+        differing = [name for name, value in vars(old).items() if value != vars(target).get(name, value)]
+        named = f" ({', '.join(differing)})" if type(old) is type(target) else ""
+        raise WeightsError(
+            f"the weights are those of a {old.title} and this network is a {target.title}: give both the same settings{named}"
+        )
+    notes = []
+    if second_time_is_new(None if source.objective is None else source.objective.method, method):
+        notes.append("the second time is embedded as it was, and was trained at s = t alone")
+    if target.null_label and not source.network_config.null_label:
+        notes.append("the null label is new, a vector of zeros")
+    return Fit(tuple(_shapes(target)), tuple(notes))
 
 
 def _guidance_notes(old: DiTConfig, target: DiTConfig) -> list[str]:

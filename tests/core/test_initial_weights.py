@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from soflow_core.initial_weights import fit, read_checkpoint, start_from
-from soflow_core.networks import NULL_LABEL, DiT, DiTConfig
+from soflow_core.networks import NULL_LABEL, DiT, DiTConfig, UNetConfig
 from soflow_core.networks.dit import FinalLayer
 from soflow_core.objectives import Diffusion, FlowMatching, MeanFlow, Objective, SoFlow
 from soflow_core.weights import Weights, WeightsError
@@ -214,3 +214,18 @@ def test_a_network_without_a_second_time_takes_weights_of_its_kind(method: str) 
     assert start_from(new, weights_of(old, FlowMatching()), method).notes == ()
     for name, tensor in old.state_dict().items():
         assert torch.equal(new.state_dict()[name], tensor), name
+
+
+def test_a_unet_is_taken_whole_whatever_its_dropout_and_what_was_not_trained_is_said() -> None:
+    config = UNetConfig.example(channels=2, height=4, width=4, classes=3)
+    old, new = config.build(), replace(config, null_label=True, dropout=0.3).build()
+    source = Weights(config, FlowMatching(drop=0.0), tensors=dict(old.state_dict()))
+    found = start_from(new, source, "soflow")
+    assert found.notes == (
+        "the second time is embedded as it was, and was trained at s = t alone",
+        "the null label is new, a vector of zeros",
+    )
+    assert all(torch.equal(new.state_dict()[name], tensor) for name, tensor in old.state_dict().items())
+    assert fit(source, config, "flow_matching").notes == ()
+    with pytest.raises(WeightsError, match=r"give both the same settings \(attention\)"):
+        fit(source, replace(config, attention=()), "soflow")
