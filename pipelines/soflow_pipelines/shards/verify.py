@@ -215,6 +215,8 @@ def _header(block: bytes) -> tarfile.TarInfo | None:
     if block[257:262] != b"ustar":
         return None
     try:
-        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         return None
+    # GNU's numbers may be negative: such a member would lead back to its own header for ever.
+    return header if header.size >= 0 else None

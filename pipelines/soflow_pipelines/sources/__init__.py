@@ -5,6 +5,7 @@ listing     files of a folder: each folder once, hidden files passed over; forma
 label_files labels in text and JSON, and the classes that they make
 files       image folders and zip files, with ImageNet's class order
 parquet     Parquet files with a column of encoded images
+tar_files   members of tar files, up to the end mark
 webdataset  tar files in WebDataset's format, also shard sets of pixels
 cifar10     the binary archive of CIFAR-10
 generated   image sets that `soflowctl generate` wrote

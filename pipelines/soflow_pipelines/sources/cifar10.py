@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from soflow_pipelines.sources.source import ArraySource, LabelledImages, SourceError
+from soflow_pipelines.sources.tar_files import members_of
 
 LARGEST_BATCH = 200 * 2**20
 """Bytes of a member; CIFAR-10's have 30,730,000."""
@@ -25,7 +26,7 @@ class Cifar10Archive(ArraySource):
         images, labels = [], []
         try:
             with tarfile.open(path) as archive:
-                for member in sorted(archive.getmembers(), key=lambda member: member.name):
+                for member in sorted(members_of(archive, path), key=lambda member: member.name):
                     base = Path(member.name).name
                     if not base.endswith(".bin") or base.startswith("data_batch") != (split == "train"):
                         continue

@@ -21,6 +21,7 @@ from soflow_pipelines.shards.tables import read_info
 from soflow_pipelines.sources.label_files import LABEL_BYTES, JsonLabels, number_labels, parse_number
 from soflow_pipelines.sources.listing import is_leftover
 from soflow_pipelines.sources.source import IMAGE_SUFFIXES, SourceError, listing_digest
+from soflow_pipelines.sources.tar_files import members_of
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 """First bytes of compressed files."""
@@ -100,7 +101,7 @@ class TarSource:
         try:
             # Not compressed: images are read at their offsets in the file.
             with tarfile.open(path, "r:") as archive:
-                for member in archive:
+                for member in members_of(archive, path):
                     if member.isdir():
                         continue
                     if member.isfile():

@@ -146,6 +146,17 @@ def test_a_sample_that_was_not_written_is_found(folder: Path) -> None:
     assert any("sample k99: a member k99.cls that was not written" in line for line in damages_of(folder))
 
 
+@pytest.mark.timeout(60)
+def test_a_member_of_less_than_no_bytes_does_not_lead_back_to_itself(folder: Path) -> None:
+    def insert(content: bytearray) -> bytearray:
+        member = tarfile.TarInfo("k99.cls")
+        member.size = -1024
+        return content[:-1024] + member.tobuf(tarfile.GNU_FORMAT) + content[-1024:]
+
+    edit(folder, insert)
+    assert any("sample k19: a damaged header after it" in line for line in damages_of(folder))
+
+
 def test_a_wrong_count_is_found_in_each_table(folder: Path) -> None:
     index = pq.read_table(folder / "index.parquet")
     pq.write_table(index.slice(0, 29), folder / "index.parquet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -263,6 +265,58 @@ def test_tar_members_that_are_no_files_are_counted(tmp_path: Path) -> None:
     source = open_source(str(path))
     assert (len(source), source.ignored) == (2, 5)
     assert source.image(0).tobytes() == source.image(1).tobytes()
+
+
+def tar_with_second_header(path: Path, change: Callable[[bytes, int], bytes]) -> str:
+    """A tar file of three images that was changed at the header of the second."""
+    write_tar(path, [("a.png", PNG), ("b.png", PNG), ("c.png", PNG)])
+    path.write_bytes(change(path.read_bytes(), SECOND))
+    return str(path)
+
+
+SECOND = 512 + -(-len(PNG) // 512) * 512
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content, place: content[: place + 130] + b"\x7f" + content[place + 131 :],
+        lambda content, place: content[: place + 100],
+        lambda content, place: content[:place],
+    ],
+    ids=["damaged", "cut inside", "cut before"],
+)
+def test_a_tar_that_cannot_be_listed_to_its_end_is_refused(
+    tmp_path: Path, change: Callable[[bytes, int], bytes]
+) -> None:
+    """Python's reader ends there without an error, and the images behind would be missing."""
+    path = tar_with_second_header(tmp_path / "x.tar", change)
+    with pytest.raises(SourceError, match=rf"x\.tar: no member .* from byte {SECOND} on.*download it again"):
+        open_source(path)
+
+
+@pytest.mark.timeout(60)
+def test_a_member_of_less_than_no_bytes_is_refused(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("back.png")
+    member.size = -1024
+    header = member.tobuf(tarfile.GNU_FORMAT)
+    path = tar_with_second_header(
+        tmp_path / "x.tar", lambda content, place: content[:place] + header + content[place:]
+    )
+    # Later versions of Python end at such a header.
+    with pytest.raises(SourceError, match=r"x\.tar: (back\.png says that it has -1024 bytes|no member)"):
+        open_source(path)
+
+
+def test_an_archive_of_cifar10_that_lost_a_batch_is_refused(tmp_path: Path) -> None:
+    batches = [(f"cifar-10-batches-bin/data_batch_{number}.bin", bytes(3073)) for number in (1, 2)]
+    content = bytearray(Path(write_tar(tmp_path / "x.tar", batches)).read_bytes())
+    # The header of the second batch: the first has seven blocks.
+    content[8 * 512 + 130] ^= 1
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    path.write_bytes(gzip.compress(content))
+    with pytest.raises(SourceError, match=r"cifar-10-binary\.tar\.gz: no member .* from byte 4096 on"):
+        open_source(f"cifar10:{path}")
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
