@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from soflow_pipelines.shards.tables import check_rows
 from soflow_pipelines.sources.label_files import number_labels
 from soflow_pipelines.sources.source import OpenedPerThread, SourceError, listing_digest
 
+MOST_OPEN = 8
+"""Files that a thread keeps open: published sets have hundreds, and several threads read them."""
 NAMED_ROWS = 5
 """Rows that an error names."""
 NUMERIC = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_floating)
@@ -50,31 +53,30 @@ class ParquetSource(OpenedPerThread):
         self.resolution: int | None = None
         self._files = [str(path) for path in files]
         super().__init__()
-        tables = [self._file(number) for number in range(len(files))]
-        schema = tables[0].schema_arrow
+        if not files:
+            raise SourceError(f"{name} has no rows.")
+        schema = self._file(0).schema_arrow
         self._image_column = image_column or _image_column(name, schema)
         self._limits = limits
         label = None if unlabelled else label_column or _label_column(name, schema)
         self.label_origin = None if label is None else f"the column {printable(label)}"
-        for path, table in zip(files, tables, strict=True):
+        groups: list[tuple[int, int, int]] = []
+        for number, path in enumerate(files):
+            table = self._file(number)
             present = table.schema_arrow.names
             for column in (self._image_column, label):
                 if column is not None and column not in present:
                     raise SourceError(
                         f"{path} has no column {printable(column)!r}; it has {printable(', '.join(present))}."
                     )
-        groups = [
-            (n, g, t.metadata.row_group(g).num_rows)
-            for n, t in enumerate(tables)
-            for g in range(t.num_row_groups)
-        ]
+            groups += [(number, g, table.metadata.row_group(g).num_rows) for g in range(table.num_row_groups)]
         self._groups = [(number, group) for number, group, rows in groups if rows]
         self.block_ends: NDArray[np.int64] | None = np.cumsum(
             [rows for *_, rows in groups if rows], dtype=np.int64
         )
         if not self._groups:
             raise SourceError(f"{name} has no rows.")
-        self.labels, self.class_names = self._labels(tables, schema, label)
+        self.labels, self.class_names = self._labels(schema, label)
         sizes = [(path.name, path.stat().st_size) for path in files]
         listed = None if self.labels is None else hashlib.sha256(self.labels.tobytes()).hexdigest()
         self.digest = listing_digest([sizes, listed, self.class_names])
@@ -83,37 +85,38 @@ class ParquetSource(OpenedPerThread):
         assert self.block_ends is not None
         return int(self.block_ends[-1])
 
-    def _file(self, number: int) -> pq.ParquetFile:
-        """A file, opened once in each thread."""
-        opened = self._local.__dict__.setdefault("files", {})
-        if number not in opened:
+    def _file(self, number: int, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
+        """A file, open in this thread until MOST_OPEN others were asked for; columns in `dictionaries` are read as such."""
+        opened: OrderedDict[tuple[int, tuple[str, ...]], pq.ParquetFile] = self._local.__dict__.setdefault(
+            "files", OrderedDict()
+        )
+        key = number, tuple(dictionaries)
+        if key not in opened:
             try:
-                opened[number] = pq.ParquetFile(self._files[number])
-                check_rows(opened[number].metadata, Path(self._files[number]).stat().st_size)
+                file = pq.ParquetFile(self._files[number], read_dictionary=list(dictionaries) or None)
+                check_rows(file.metadata, Path(self._files[number]).stat().st_size)
             except (OSError, ValueError, pa.ArrowException) as error:
                 raise SourceError(
                     f"{self._files[number]} cannot be read as Parquet: {printable(summarize(error))}."
                 ) from error
-        return opened[number]
+            opened[key] = file
+            while len(opened) > MOST_OPEN:
+                opened.popitem(last=False)[1].close()
+        opened.move_to_end(key)
+        return opened[key]
 
     def _image_file(self, number: int) -> pq.ParquetFile:
-        """A file for its images, opened once in each thread.
+        """A file for its images.
 
         Where the images have a dictionary they are read as one: a small file may name an image of many bytes in every row.
         """
-        opened = self._local.__dict__.setdefault("image_files", {})
-        if number not in opened:
-            metadata = self._file(number).metadata
-            columns = [
-                metadata.row_group(group).column(column)
-                for group in range(metadata.num_row_groups)
-                for column in self._image_columns(metadata)
-            ]
-            shared = sorted({c.path_in_schema for c in columns if c.has_dictionary_page})
-            opened[number] = (
-                pq.ParquetFile(self._files[number], read_dictionary=shared) if shared else self._file(number)
-            )
-        return opened[number]
+        metadata = self._file(number).metadata
+        columns = [
+            metadata.row_group(group).column(column)
+            for group in range(metadata.num_row_groups)
+            for column in self._image_columns(metadata)
+        ]
+        return self._file(number, sorted({c.path_in_schema for c in columns if c.has_dictionary_page}))
 
     def _image_columns(self, metadata: pq.FileMetaData) -> list[int]:
         """Numbers of the stored columns that the images are in."""
@@ -128,13 +131,14 @@ class ParquetSource(OpenedPerThread):
         check_growth(packed, sum(column.total_uncompressed_size for column in stored), name, self._limits)
 
     def _labels(
-        self, tables: Sequence[pq.ParquetFile], schema: pa.Schema, column: str | None
+        self, schema: pa.Schema, column: str | None
     ) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
         """Labels (N,) and class names, or None and () where there is no column of labels."""
         if column is None:
             return None, ()
         try:
-            values = pa.concat_tables([table.read([column]) for table in tables])[column]
+            parts = [self._file(number).read([column]) for number in range(len(self._files))]
+            values = pa.concat_tables(parts)[column]
         except (OSError, ValueError, pa.ArrowException) as error:
             raise SourceError(
                 f"{self.name}: the column {printable(column)} cannot be read: {printable(summarize(error))}."

@@ -28,6 +28,7 @@ from soflow_pipelines.preparation.build import DamagedImages, prepare_locally
 from soflow_pipelines.preparation.shard_plan import PrepareSettings, ShardPlan
 from soflow_pipelines.shards.tables import read_info
 from soflow_pipelines.sources.opening import SourceOptions, open_source
+from soflow_pipelines.sources.parquet import MOST_OPEN
 from soflow_pipelines.sources.source import SourceError
 from soflow_pipelines.storage.opening import open_storage
 
@@ -514,6 +515,25 @@ def test_the_one_column_that_may_hold_labels_is_taken_and_said(tmp_path: Path) -
         open_source(several)
     assert open_source(several, SourceOptions(label_column="coarse_label")).class_names == ("0", "1")
     assert open_source(several, SourceOptions(unlabelled=True)).labels is None
+
+
+def test_tables_in_many_files_keep_a_few_of_them_open(tmp_path: Path) -> None:
+    """Each thread would keep all of them, and end at what a process may open: with 1024, ImageNet's 294 were too many for two."""
+    count = 3 * MOST_OPEN
+    for number in range(count):
+        pq.write_table(pa.table({"image": [PNG], "label": [number]}), tmp_path / f"{number:02d}.parquet")
+
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = descriptors()
+    source = open_source(str(tmp_path))
+    assert source.labels is not None
+    assert source.labels.tolist() == list(range(count))
+    for item in (*range(count), *reversed(range(count))):
+        assert source.image(item).size == (12, 9)
+    # And a few of Arrow itself.
+    assert descriptors() <= before + MOST_OPEN + 4
 
 
 def test_a_table_that_names_one_image_in_every_row_takes_the_memory_of_one(tmp_path: Path) -> None:
