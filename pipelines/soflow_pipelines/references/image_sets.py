@@ -26,6 +26,9 @@ from soflow_pipelines.sources.source import Source, SourceError
 from soflow_pipelines.storage.files import sha256
 from soflow_pipelines.storage.opening import open_storage
 
+DAMAGES = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What reading a member of a damaged .npz file raises; RuntimeError where it is packed in a way that is not known."""
+
 
 class ImageSet(Protocol):
     """Images of one size, numbered from 0."""
@@ -147,21 +150,33 @@ class NpzImages:
     def __init__(self, path: Path) -> None:
         self._path, self.name = path, path.name
         self._opened: tuple[IO[bytes], int] | None = None
-        with _opened_npz(path) as archive:
-            names = archive.namelist()
-            if "arr_0.npy" not in names:
-                raise SourceError(f"{path} holds no images: it has no arr_0.")
-            with archive.open("arr_0.npy") as member:
-                self._shape, dtype = _npy_header(member, path)
+        try:
+            with opened_npz(path) as archive:
+                names = archive.namelist()
+                if "arr_0.npy" not in names:
+                    raise SourceError(f"{path} holds no images: it has no arr_0.")
+                with archive.open("arr_0.npy") as member:
+                    self._shape, fortran, dtype = _npy_header(member, path)
+        except DAMAGES as error:
+            raise SourceError(f"{path}: arr_0 is damaged ({error}).") from error
+        if fortran:
+            raise SourceError(f"{path}: arr_0 is in Fortran's order, images are not.")
         if len(self._shape) != 4 or self._shape[3] not in (1, 3) or dtype != np.uint8:
             raise SourceError(f"{path}: arr_0 is {dtype} {self._shape}, images are uint8 (N, H, W, 1 or 3).")
-        self.labels: NDArray[np.int64] | None = None
-        if "arr_1.npy" in names:
-            with np.load(path) as arrays:
-                labels = arrays["arr_1"]
-            if labels.shape == self._shape[:1] and labels.dtype.kind in "iu":
-                self.labels = labels.astype(np.int64)
+        self.labels: NDArray[np.int64] | None = self._labels() if "arr_1.npy" in names else None
         self._digest: str | None = None
+
+    def _labels(self) -> NDArray[np.int64] | None:
+        """`arr_1` as labels; None where it holds something else, such as names."""
+        try:
+            with opened_npz(self._path) as archive, archive.open("arr_1.npy") as member:
+                shape, _, dtype = _npy_header(member, self._path)
+            if shape != self._shape[:1] or dtype.kind not in "iu":
+                return None
+            with np.load(self._path) as arrays:
+                return np.asarray(arrays["arr_1"], np.int64)
+        except DAMAGES as error:
+            raise SourceError(f"{self._path}: arr_1 is damaged ({error}).") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
@@ -185,7 +200,7 @@ class NpzImages:
         try:
             member = self._at(start, each)
             content = member.read((stop - start) * each)
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except DAMAGES as error:
             raise SourceError(f"{self._path}: arr_0 is damaged ({error}).") from error
         if len(content) != (stop - start) * each:
             raise SourceError(f"{self._path}: arr_0 ends before image {stop}.")
@@ -197,30 +212,29 @@ class NpzImages:
         """The pixels, opened at the image `start`."""
         member, position = self._opened or (None, 0)
         if member is None or start < position:
-            member, position = _opened_npz(self._path).open("arr_0.npy"), 0
+            member, position = opened_npz(self._path).open("arr_0.npy"), 0
             _npy_header(member, self._path)
         member.seek((start - position) * each, os.SEEK_CUR)
         return member
 
 
-def _opened_npz(path: Path) -> zipfile.ZipFile:
+def opened_npz(path: Path) -> zipfile.ZipFile:
+    """The archive of an .npz file. Raises SourceError where it is none."""
     try:
         return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
+    except DAMAGES as error:
         raise SourceError(f"{path} is not an .npz file that can be read: {error}.") from error
 
 
-def _npy_header(member: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of the array whose data come next."""
+def _npy_header(member: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape of the array whose data come next, whether they are in Fortran's order, and their type."""
     try:
         version = np.lib.format.read_magic(member)
         read = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(member)
     except ValueError as error:
         raise SourceError(f"{path}: an array is damaged ({error}).") from error
-    if fortran:
-        raise SourceError(f"{path}: arrays are in Fortran's order, images are not.")
-    return shape, dtype
+    return shape, fortran, dtype
 
 
 def shard_images_digest(info: DatasetInfo) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from soflow_pipelines.metrics.reference import Reference
 from soflow_pipelines.metrics.registry import METRICS
 from soflow_pipelines.metrics.score_statistics import RESERVOIR, ScoreStatistics
 from soflow_pipelines.metrics.version import EVALUATOR
-from soflow_pipelines.references.image_sets import ImageSet, NpzImages, batches
+from soflow_pipelines.references.image_sets import DAMAGES, ImageSet, NpzImages, batches, opened_npz
 from soflow_pipelines.sources.source import SourceError
 
 INCEPTION = "inception-"
@@ -113,11 +112,8 @@ def compared_metrics(metrics: Iterable[str]) -> list[str]:
 
 
 def _adm_arrays(path: Path) -> list[str]:
-    try:
-        with np.load(path) as content:
-            names = list(content.keys())
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise SourceError(f"{path} is not an .npz file that can be read: {error}.") from error
+    with opened_npz(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
     if not {"arr_0", "mu"} & set(names):
         raise SourceError(
             f"{path} is no reference: it has neither images (arr_0) nor statistics (mu, sigma), but {', '.join(names)}."
@@ -131,11 +127,11 @@ def _stated_moments(path: Path, arrays: list[str], metrics: Iterable[str]) -> di
     for part in {METRICS[metric].accumulator.name for metric in metrics} & set(ADM_ARRAYS):
         names = ADM_ARRAYS[part]
         if set(names) <= set(arrays):
-            with np.load(path) as content:
-                mean, covariance = (_float64(content[name]) for name in names)
             try:
+                with np.load(path) as content:
+                    mean, covariance = (_float64(content[name]) for name in names)
                 found[part] = GaussianMoments(mean, covariance)
-            except ValueError as error:
+            except DAMAGES as error:
                 raise SourceError(f"{path}: {' and '.join(names)} are damaged: {error}.") from error
     return found
 

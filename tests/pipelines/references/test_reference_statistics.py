@@ -261,6 +261,24 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         list(batches(NpzImages(tmp_path / "flipped.npz")))
 
 
+def test_arrays_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    images, path = pictures().transpose(0, 2, 3, 1), tmp_path / "x.npz"
+    np.savez(path, images, np.array(["cat"] * COUNT, object))
+    assert NpzImages(path).labels is None, "names, which numpy would have to unpickle"
+    np.savez(path, mu=np.array([None] * 6), sigma=np.eye(6))
+    with pytest.raises(SourceError, match=r"x\.npz: mu and sigma are damaged"):
+        reference_from_adm(path, Painted(), ["fid"])
+    content = as_npz(tmp_path).read_bytes()
+    place = content.index(np.arange(COUNT).tobytes())
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    with pytest.raises(SourceError, match=r"x\.npz: arr_1 is damaged \(Bad CRC-32"):
+        NpzImages(path)
+    for other in (b"", b"\x93NUMPY\x01\x00" + bytes(200)):
+        path.write_bytes(other)
+        with pytest.raises(SourceError, match=r"x\.npz is not an \.npz file that can be read"):
+            reference_from_adm(path, Painted(), ["fid"])
+
+
 def test_a_kept_reference_is_not_made_again_unless_something_else_is_asked(tmp_path: Path) -> None:
     network, folder = Painted(), as_folder(tmp_path)
     first = open_reference(folder, network, ["fid"], tmp_path / "kept")
