@@ -28,6 +28,8 @@ from soflow_core.times import LogitNormal, TimeDistribution
 MOST_LEVELS = 2**20
 """Of a grid of noise levels, which is a tensor."""
 MOST_STAGES = 10_000
+LEAST_SHARE = 2.0**-24
+"""Of a noise level, by which another is below it in float32: 1 less half of that is 1."""
 
 
 def consistency_function(network: Network, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -182,6 +184,13 @@ class EasyConsistency(ConsistencyModel):
             raise ValueError(f"quotient is {self.quotient}; the gap shrinks by it, so it must be above 1")
         if not 1 <= self.stages <= MOST_STAGES:
             raise ValueError(f"stages is {self.stages}; give 1 to {MOST_STAGES:,}")
+        if self.offset < 0:
+            raise ValueError(f"offset is {self.offset}; the gap is widened by it, so give 0 or more")
+        if self.quotient**-self.stages < LEAST_SHARE:
+            raise ValueError(
+                f"a gap that shrinks {self.quotient:g}-fold in each of {self.stages} stages ends below what float32 tells from none: give "
+                "fewer stages, or a smaller quotient"
+            )
         if self.huber < 0:
             raise ValueError(f"huber is {self.huber}; give 0 for the distance itself, or more")
 

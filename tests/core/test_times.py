@@ -143,3 +143,13 @@ def test_impossible_settings_are_refused() -> None:
         LogitNormal(0, -1)
     with pytest.raises(ValueError, match=r"from low 0\.5 to high 0\.5; give 0 <= low"):
         UniformTimes(0.5, 0.5)
+
+
+def test_ect_levels_that_float32_would_not_tell_apart_are_refused() -> None:
+    """The loss is divided by their difference; a training would end there, in its last stages."""
+    sigma = torch.tensor([1e-3, 1.0, 1.25, 80.0, 1e6])
+    last = EasyConsistency(stages=24).second_level(sigma, 799, 800)
+    assert (last < sigma).all()
+    for settings in ({"stages": 25}, {"quotient": 256.0}, {"offset": -1.0}):
+        with pytest.raises(ValueError, match="fewer stages, or a smaller quotient|offset is"):
+            EasyConsistency(**settings)
