@@ -106,6 +106,8 @@ class EMA:
     @torch.no_grad()
     def update(self, parameters: Iterable[Tensor], step: int) -> None:
         """Adds the parameters after the step-th step (counted from 1), in the order of the constructor's mapping."""
+        if not self.kinds:
+            return
         if self.every > 1:
             if step % self.every == 0:
                 self._update_precisely(parameters, step)

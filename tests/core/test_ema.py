@@ -139,3 +139,12 @@ def test_an_average_of_every_third_step_has_the_factors_of_three_in_float64() ->
     assert rare.average(power.name)["p"].tolist() == pytest.approx(
         [share * 4 + (1 - share) * 7] * 2, rel=1e-6
     )
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_training_may_keep_no_average(every: int) -> None:
+    ema = EMA({"w": torch.zeros(1)}, every=every)
+    for step in range(1, 5):
+        ema.update([torch.ones(1)], step)
+    with pytest.raises(KeyError, match="there are: none"):
+        ema.average()
