@@ -55,7 +55,7 @@ class ShardCache:
         text = os.environ.get(LIMIT_VARIABLE)
         try:
             limit = round(float(text) * 10**9) if text else DEFAULT_LIMIT
-        except ValueError:
+        except (ValueError, OverflowError):
             raise LocationError(f"{LIMIT_VARIABLE}={text} is not a number of gigabytes.") from None
         return cls(Path(folder).expanduser(), limit)
 

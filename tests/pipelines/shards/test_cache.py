@@ -123,9 +123,10 @@ def test_the_size_in_the_environment_must_be_a_number(
     monkeypatch.setenv("SOFLOW_CACHE_GB", "1.5")
     cache = ShardCache.of_machine()
     assert (cache.folder, cache.limit) == (tmp_path, 1_500_000_000)
-    monkeypatch.setenv("SOFLOW_CACHE_GB", "lots")
-    with pytest.raises(LocationError, match="SOFLOW_CACHE_GB=lots"):
-        ShardCache.of_machine()
+    for text in ("lots", "inf", "nan"):
+        monkeypatch.setenv("SOFLOW_CACHE_GB", text)
+        with pytest.raises(LocationError, match=f"SOFLOW_CACHE_GB={text} is not a number"):
+            ShardCache.of_machine()
 
 
 class SlowFolder(LocalFolder):
