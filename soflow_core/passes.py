@@ -171,8 +171,8 @@ class Passes:
     ) -> Tensor:
         """(F(x + (t2 - t) v, t2, s) - F(x + (t1 - t) v, t1, s)) / (t2 - t1), t1 = max(t - h, s), t2 = min(t + h, 1).
 
-        Its error is of second order in h, of first where one of the times is cut off. t2 - t1 is at least h (but at
-        s = t = 1), so that rounding is not divided by less.
+        Its error is of second order in h, of first where one of the times is cut off. t2 - t1 is at least h, or 1 - s where that is
+        less: targets multiply by t - s, so that rounding does not grow in them.
         """
         x, t, s, labels = arguments
         earlier, later = torch.maximum(t - difference, s), (t + difference).clamp(max=1)
