@@ -108,7 +108,12 @@ class Passes:
         labels: Tensor | None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """The pass `run`, without gradient, in the rows where `use` (B,) bool holds; the other rows may be 0."""
+        """The pass `run`, without gradient, in the rows where `use` (B,) bool holds; the other rows may be 0.
+
+        No pass is made of no rows, but where other ranks wait for it.
+        """
+        if len(x) == 0 and not self.policy.uniform:
+            return torch.zeros_like(x)
         rows = torch.nonzero(use).squeeze(1) if self.policy.skip_unused else None
         if rows is None or len(rows) == len(x):
             return _call(run, (x, t, s, labels), scale)

@@ -311,7 +311,7 @@ class UNet(NetworkModule):
     def _augmentation_labels(self, times: Tensor) -> Tensor:
         """(B, W) -> (B, augmentations): those of a training step, and zeros outside of it."""
         labels = self.augmentation if self.training else None
-        if labels is None:
+        if labels is None or len(times) == 0:
             return times.new_zeros(len(times), self.config.augmentations)
         if len(labels) != len(times):
             raise ValueError(

@@ -138,7 +138,8 @@ class UNetBlock(nn.Module):
         assert self.proj is not None
         qkv: Tensor = self.qkv(self.norm2(x))
         # (B, 3 C, H, W) -> (3, B, 1, H W, C)
-        query, key, value = qkv.reshape(len(x), x.shape[1], 3, -1).permute(2, 0, 3, 1)[:, :, None].unbind(0)
+        qkv = qkv.reshape(len(x), x.shape[1], 3, x.shape[2] * x.shape[3])
+        query, key, value = qkv.permute(2, 0, 3, 1)[:, :, None].unbind(0)
         mixed = scaled_dot_product_attention(query, key, value)
         projected: Tensor = self.proj(mixed[:, 0].transpose(1, 2).reshape(x.shape))
         return projected

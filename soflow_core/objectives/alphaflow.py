@@ -112,6 +112,8 @@ class AlphaFlow(DifferentialModel):
     def _discrete_target(self, passes: Passes, start: Start, velocity: Tensor, alpha: float) -> Tensor:
         """-> (B, C, H, W): alpha v + (1 - alpha) u(x - dt v, t - dt, s), dt = alpha (t - s) (alpha-Flow, Def. 1)."""
         first = start.first
+        if first == len(start.x) and not passes.policy.uniform:
+            return velocity
         t, s = start.t[first:], start.s[first:]
         labels = None if start.labels is None else start.labels[first:]
         middle = t - alpha * (t - s)

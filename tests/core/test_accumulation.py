@@ -20,6 +20,7 @@ from soflow_core.objectives import (
     SoFlow,
 )
 from soflow_core.optimizer import OptimizerConfig
+from soflow_core.passes import PassPolicy
 from soflow_core.train_step import TrainStep, TrainStepConfig
 from tests.support.random_networks import random_inputs, random_network
 
@@ -121,3 +122,16 @@ def test_rows_that_do_not_divide_are_refused_in_one_sentence() -> None:
         train(*random_inputs(train.objective, dtype=torch.float32))
     with pytest.raises(ValueError, match="accumulate is 0"):
         make(SoFlow(), torch.float32, accumulate=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_piece_of_one_row_asks_for_no_pass_of_none(case: str) -> None:
+    """Of 12 pieces the first has a row of one branch alone, the last of the other."""
+    network, rows = random_network(), []
+    network.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    batch, draws = random_inputs(CASES[case], size=12)
+    for piece in (0, 11):
+        for skip in (True, False):
+            given = batch.rows(piece, 12), draws.rows(piece, 12)
+            assert CASES[case].loss(network, *given, 10, 20, PassPolicy(skip_unused=skip)).loss.isfinite()
+    assert 0 not in rows

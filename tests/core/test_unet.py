@@ -254,3 +254,20 @@ def test_the_small_network_keeps_inputs_and_conditions() -> None:
     tiny = replace(CIFAR, classes=10, null_label=True).small()
     assert (tiny.channels, tiny.classes, tiny.null_label, tiny.dropout) == (3, 10, True, 0.3)
     assert tiny.parameters() < 100_000
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_pieces_of_one_row_have_one_branch_alone(share: float) -> None:
+    objective = SoFlow(flow_matching_share=share)
+    config = TrainStepConfig(10, OptimizerConfig(lr=1e-3), precision="float32", accumulate=4)
+    step = TrainStep(dropping(), objective, config)
+    draws = objective.draw(torch.Generator().manual_seed(0), 4, (3, 8, 8), False)
+    assert step(Batch(torch.randn(4, 3, 8, 8)), draws).finite
+
+
+@torch.no_grad()
+def test_a_pass_of_no_rows_is_made_as_a_sharded_network_needs_it() -> None:
+    network = small(classes=3, null_label=True, augmentations=6, dropout=0.5).build().train()
+    network.augmentation, network.dropout_seed = torch.zeros(4, 6), 1
+    inputs = torch.zeros(0, 3, 8, 8), torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    assert network(*inputs).shape == (0, 3, 8, 8)
