@@ -127,7 +127,8 @@ def test_rows_that_do_not_divide_are_refused_in_one_sentence() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_piece_of_one_row_asks_for_no_pass_of_none(case: str) -> None:
     """Of 12 pieces the first has a row of one branch alone, the last of the other."""
-    network, rows = random_network(), []
+    network = random_network()
+    rows: list[int] = []
     network.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
     batch, draws = random_inputs(CASES[case], size=12)
     for piece in (0, 11):
