@@ -98,6 +98,14 @@ class Hdf5Latents(OpenedPerThread):
 
     def _dataset(self, name: str) -> Any:
         """A data set of the file, opened once in each thread; None where there is none."""
+        opened: dict[str, Any] = self._local.__dict__.setdefault("datasets", {})
+        if name not in opened:
+            # The checks look at every piece that it is stored in: for each sample that would take longer than reading it.
+            opened[name] = self._checked_dataset(name)
+        return opened[name]
+
+    def _checked_dataset(self, name: str) -> Any:
+        """A data set of the file; None where there is none. Raises SourceError for one that cannot be used."""
         import h5py
 
         try:

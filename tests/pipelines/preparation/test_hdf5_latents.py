@@ -17,6 +17,7 @@ from soflow_pipelines.preparation.shard_plan import PreparationError, PrepareSet
 from soflow_pipelines.shards.info import DatasetInfo
 from soflow_pipelines.shards.loader import ShardLoader
 from soflow_pipelines.shards.verify import verify
+from soflow_pipelines.sources.hdf5 import Hdf5Latents
 from soflow_pipelines.sources.opening import SourceOptions, open_source
 from soflow_pipelines.sources.source import SourceError
 from soflow_pipelines.storage.opening import open_storage
@@ -69,6 +70,19 @@ def test_a_source_opens_its_file_again_in_another_process(tmp_path: Path) -> Non
     source = open_source(str(write(tmp_path / "train.h5")))
     copy = pickle.loads(pickle.dumps(source))
     assert np.array_equal(copy.moments(3), latents()[3])
+
+
+def test_a_data_set_is_checked_once_and_not_for_each_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(str(write(tmp_path / "train.h5")))
+    assert isinstance(source, Hdf5Latents)
+    checked: list[str] = []
+    monkeypatch.setattr(Hdf5Latents, "_check_storage", lambda _, name, found: checked.append(name))
+    assert all(np.array_equal(source.moments(row), latents()[row]) for row in range(COUNT))
+    assert checked == []
+    pickle.loads(pickle.dumps(source)).moments(0)
+    assert checked == ["latents"]
 
 
 @pytest.mark.parametrize(
