@@ -31,6 +31,8 @@ from soflow_pipelines.shards.writer import ShardWriter, open_shard, shard_name
 from soflow_pipelines.storage.object_store import ObjectStore
 from soflow_pipelines.storage.opening import staging_folder
 
+LARGER = {"float16": ": --dtype float32 holds larger numbers"}
+"""What to do where a type is too small."""
 LOOKAHEAD = 2
 """Batches that are decoded while one is encoded."""
 
@@ -72,7 +74,7 @@ class ShardBuilder:
                 for batch, decoded in self._decoded(shard):
                     damaged += [str(pixels) for pixels in decoded if isinstance(pixels, ImageError)]
                     if self.plan.settings.skip_damaged or not damaged:
-                        self._add(writer, batch, decoded)
+                        damaged += self._add(writer, batch, decoded)
                     self._count(len(batch))
                 if damaged and not self.plan.settings.skip_damaged:
                     self._count(-len(self.plan.shard_samples(shard)))
@@ -87,23 +89,36 @@ class ShardBuilder:
         if self.on_images is not None:
             self.on_images(images)
 
-    def _add(self, writer: ShardWriter, batch: range, decoded: list[Decoded]) -> None:
-        """Encodes the samples of a batch whose images could be decoded, and writes them."""
+    def _add(self, writer: ShardWriter, batch: range, decoded: list[Decoded]) -> list[str]:
+        """Encodes the usable samples of a batch and writes them; what is wrong with those that it leaves out."""
         usable = [
             (number, pixels)
             for number, pixels in zip(batch, decoded, strict=True)
             if not isinstance(pixels, ImageError)
         ]
         if not usable:
-            return
+            return []
         arrays: Sequence[NDArray[Any]] = [pixels for _, pixels in usable]
         if self.plan.encoded is not None:
-            arrays = [moments.astype(self.plan.info.dtype) for moments in arrays]
+            arrays = [self._stored(moments) for moments in arrays]
         elif self.encoder is not None:
             moments = self.encoder.encode(to_unit_range(torch.from_numpy(np.stack(arrays))))
-            arrays = list(moments.numpy().astype(self.plan.info.dtype))
+            arrays = list(self._stored(moments.numpy()))
+        left_out: list[str] = []
         for (number, _), array in zip(usable, arrays, strict=True):
-            writer.add(self.plan.sample(number, array))
+            if array.dtype.kind != "f" or np.isfinite(array).all():
+                writer.add(self.plan.sample(number, array))
+            else:
+                name = self.plan.source.item_name(self.plan.place(number)[0])
+                left_out.append(
+                    f"{name}: its latent is not finite in {array.dtype}{LARGER.get(str(array.dtype), '')}."
+                )
+        return left_out
+
+    def _stored(self, moments: NDArray[Any]) -> NDArray[Any]:
+        """Moments in the type in which they are stored; what is beyond it becomes infinite."""
+        with np.errstate(over="ignore"):
+            return moments.astype(self.plan.info.dtype)
 
     def _decoded(self, shard: int) -> Iterator[tuple[range, list[Decoded]]]:
         """Batches of a shard's sample numbers with their decoded images, `threads` + LOOKAHEAD of them in work."""

@@ -113,6 +113,16 @@ def test_rows_that_are_no_latents_are_named(tmp_path: Path, value: float, messag
     assert prepared(path, tmp_path / "rest", skip_damaged=True).samples == COUNT - 1
 
 
+def test_latents_that_half_precision_does_not_hold_are_named(tmp_path: Path) -> None:
+    """They would be stored as infinities, which a training meets as a loss that is not finite."""
+    large = latents()
+    large[7, 0, 0, 0] = 1e5
+    path = write(tmp_path / "train.h5", latents=large)
+    with pytest.raises(DamagedImages, match=r"train\.h5\[7\]: .* not finite in float16: --dtype float32"):
+        prepared(path, tmp_path / "half", dtype="float16")
+    assert prepared(path, tmp_path / "single").samples == COUNT
+
+
 def test_latents_are_neither_mirrored_nor_taken_without_their_autoencoder(tmp_path: Path) -> None:
     path = write(tmp_path / "train.h5")
     with pytest.raises(PreparationError, match="--flips"):
