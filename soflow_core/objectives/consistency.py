@@ -188,8 +188,8 @@ class EasyConsistency(ConsistencyModel):
             raise ValueError(f"offset is {self.offset}; the gap is widened by it, so give 0 or more")
         if self.quotient**-self.stages < LEAST_SHARE:
             raise ValueError(
-                f"a gap that shrinks {self.quotient:g}-fold in each of {self.stages} stages ends below what float32 tells from none: give "
-                "fewer stages, or a smaller quotient"
+                f"a gap that shrinks {self.quotient:g}-fold in each of {self.stages} stages ends below what float32 tells from none: "
+                "give fewer stages, or a smaller quotient"
             )
         if self.huber < 0:
             raise ValueError(f"huber is {self.huber}; give 0 for the distance itself, or more")

@@ -202,7 +202,7 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 def test_weights_that_were_given_s_are_not_taken_by_a_network_that_is_given_its_distance() -> None:
     """As MeanFlow's in PyTorch, imported with `--second-time time`: the shapes are the same, and what they mean is not."""
     source = weights_of(fresh(replace(CONFIG, second_time="time")), MeanFlow())
-    with pytest.raises(WeightsError, match="second time is s and this one's is t - s: .* other weights"):
+    with pytest.raises(WeightsError, match=r"second time is s and this one's is t - s: .* other weights"):
         fit(source, CONFIG, "soflow")
     assert fit(source, replace(CONFIG, second_time="time"), "soflow").notes == ()
 

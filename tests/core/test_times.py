@@ -151,5 +151,5 @@ def test_ect_levels_that_float32_would_not_tell_apart_are_refused() -> None:
     last = EasyConsistency(stages=24).second_level(sigma, 799, 800)
     assert (last < sigma).all()
     for settings in ({"stages": 25}, {"quotient": 256.0}, {"offset": -1.0}):
-        with pytest.raises(ValueError, match="fewer stages, or a smaller quotient|offset is"):
+        with pytest.raises(ValueError, match=r"fewer stages, or a smaller quotient|offset is"):
             EasyConsistency(**settings)

@@ -78,7 +78,7 @@ def test_a_data_set_is_checked_once_and_not_for_each_sample(
     source = open_source(str(write(tmp_path / "train.h5")))
     assert isinstance(source, Hdf5Latents)
     checked: list[str] = []
-    monkeypatch.setattr(Hdf5Latents, "_check_storage", lambda _, name, found: checked.append(name))
+    monkeypatch.setattr(Hdf5Latents, "_check_storage", lambda _, name, _found: checked.append(name))
     assert all(np.array_equal(source.moments(row), latents()[row]) for row in range(COUNT))
     assert checked == []
     pickle.loads(pickle.dumps(source)).moments(0)
