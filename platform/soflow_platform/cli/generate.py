@@ -22,6 +22,7 @@ from soflow_platform.cli.options import (
     TimesOption,
     TrackingOption,
     parse_sampling,
+    refuse_together,
     sampling_text,
 )
 from soflow_platform.cli.terminal import image_progress, quiet_libraries, stdout_to_stderr
@@ -114,10 +115,13 @@ def generate(
     The same command makes the images that an interrupted one left out.
     """
     if verify is not None:
+        refuse_together({"--model": model, "--out": out, "--num": num, "--table": table}, "--verify")
         verify_command(verify, as_json)
         return
     if model is None or out is None:
         raise typer.BadParameter("--model and --out are needed, or --verify.")
+    if skip_bad and table is None:
+        raise UserError("--skip-bad leaves out rows of --table: name the table, or leave it out.")
     from soflow_platform.jobs.requests import GenerateRequest
 
     chosen = None if steps is None else (steps,)

@@ -132,6 +132,13 @@ def parse_sampling(
     return {name: value for name, value in settings.items() if value is not None}, steps
 
 
+def refuse_together(given: Mapping[str, object], option: str) -> None:
+    """Raises UserError where an option was given, one that is not None or False, that another one leaves without a meaning."""
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise UserError(f"{name} has no meaning with {option}: leave one of them out.")
+
+
 def require_writable_file(option: str, path: Path | None, suffix: str) -> None:
     """Raises UserError where the file of an option has another suffix or no folder; None passes."""
     if path is not None and (path.suffix != suffix or not path.absolute().parent.is_dir()):

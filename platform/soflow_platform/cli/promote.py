@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from soflow_platform.cli.options import AddressOption, Places, StorageOption, TrackingOption
+from soflow_platform.cli.options import (
+    AddressOption,
+    Places,
+    StorageOption,
+    TrackingOption,
+    refuse_together,
+)
 from soflow_platform.cli.terminal import (
     console,
     plain_table,
@@ -74,8 +80,15 @@ def promote(
     A refusal is exit code 1.
     """
     places = Places(address, storage, tracking)
+    scoring = {"--samples": samples, "--reference": reference, "--autoencoder": autoencoder}
     if rollback:
+        others = {"--dry-run": dry_run, "--force": force, "--reuse-scores": reuse_scores, "--json": as_json}
+        refuse_together({**others, **scoring, "--address": address}, "--rollback")
         return rollback_command(model, places)
+    if force is not None:
+        refuse_together({"--reuse-scores": reuse_scores, **scoring}, "--force")
+    if reuse_scores:
+        refuse_together(scoring, "--reuse-scores")
     from soflow_platform.jobs.requests import PromoteRequest
 
     request = PromoteRequest(model, samples, reference, autoencoder, force, reuse_scores, dry_run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -14,6 +13,7 @@ from soflow_platform.cli.options import (
     SetOption,
     StorageOption,
     SweepArgument,
+    refuse_together,
 )
 from soflow_platform.errors import UserError
 
@@ -85,7 +85,7 @@ def run(
             "--quiet": quiet,
             "--proxy": proxy,
         }
-        _refuse(others, "--local")
+        refuse_together(others, "--local")
         run_local_command(sweep, tuple(overrides or ()), trial, storage)
         return
     if trial is not None:
@@ -97,13 +97,6 @@ def run(
     options = RunOptions(dry_run, again, keep, quiet, not no_check, detach, retry_failed, proxy)
     settings = (*(overrides or ()), *(["registry.enabled=false"] if no_register else []))
     run_command(sweep, settings, address, storage, options)
-
-
-def _refuse(given: Mapping[str, object], option: str) -> None:
-    """Raises UserError where an option was given that another one leaves without a meaning."""
-    for name, value in given.items():
-        if value:
-            raise UserError(f"{name} has no meaning with {option}: leave one of them out.")
 
 
 def validate(sweep: SweepArgument, overrides: SetOption = None, proxy: ProxyOption = None) -> None:

@@ -132,6 +132,22 @@ MISTAKES = {
         ["generate", "--model", "models:/digits@champion", "--out", "images"],
         "there is no model registry under",
     ),
+    "a rollback that changes nothing": (
+        ["promote", "digits", "--rollback", "--dry-run"],
+        "--dry-run has no meaning with --rollback: leave one of them out.",
+    ),
+    "a forced promotion that is scored": (
+        ["promote", "digits", "--force", "a reason", "--samples", "100"],
+        "--samples has no meaning with --force: leave one of them out.",
+    ),
+    "a set that is verified and made": (
+        ["generate", "--verify", "images", "--model", "digits"],
+        "--model has no meaning with --verify: leave one of them out.",
+    ),
+    "rows that are left out of no table": (
+        ["generate", "--model", "digits", "--out", "images", "--skip-bad"],
+        "--skip-bad leaves out rows of --table: name the table, or leave it out.",
+    ),
     "images that are not there": (
         ["evaluate", "./images"],
         "./images: there is no such file or folder; name",
