@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
+from soflow_platform.cli.terminal import storage_flag
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.jobs.detached import BEGIN_SECONDS, OUTPUT, DetachedJob, end_of, job_of, state_of
 from soflow_platform.storage.project import ProjectFolder, find_project
@@ -28,9 +29,10 @@ def attach_command(name: str, storage_option: str | None) -> int:
     record = resolve(project, name).record
     job = job_of(project, record.id)
     if job is None:
+        name = f"{record.id}{storage_flag(project)}"
         raise UserError(
-            f"sweep {record.id} was not submitted with --detach: see it with `soflowctl status {record.id}`, "
-            f"and its trials with `soflowctl logs {record.id} --follow`."
+            f"sweep {record.id} was not submitted with --detach: see it with `soflowctl status {name}`, "
+            f"and its trials with `soflowctl logs {name} --follow`."
         )
     print(f"sweep {record.id} is job {job.job} at {job.address}; Ctrl-C leaves it running.", file=sys.stderr)
     return _follow(project, record, job, project.sweep(record.id) / OUTPUT)

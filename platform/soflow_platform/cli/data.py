@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections import Counter
 from enum import Enum
 from pathlib import Path
@@ -179,9 +180,14 @@ def _print_prepared(done: Prepared, out: str, autoencoder: str | None) -> None:
         _echo(f"left out: {name}")
     # A folder's name alone does not say where it is, and sample grids are decoded by what is in it.
     decoder = (
-        f" --set evaluation.autoencoder={autoencoder}" if autoencoder and Path(autoencoder).is_dir() else ""
+        f" --set {shlex.quote(f'evaluation.autoencoder={autoencoder}')}"
+        if autoencoder and Path(autoencoder).is_dir()
+        else ""
     )
-    _echo(f"Train on it with --set data.source={out}{decoder}, look at it with: soflowctl data inspect {out}")
+    source = shlex.quote(f"data.source={out}")
+    _echo(
+        f"Train on it with --set {source}{decoder}, look at it with: soflowctl data inspect {shlex.quote(out)}"
+    )
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,11 +14,11 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from soflow_platform.cli.terminal import duration, progress_bar, storage_flag, styled
+from soflow_platform.cli.terminal import duration, progress_bar, storage_flag, styled, tracking_flag
 from soflow_platform.cluster.actor_pool import Progress, Report
 from soflow_platform.cluster.connection import Cluster
 from soflow_platform.config.experiment import Experiment
-from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.storage.project import ProjectFolder, find_project
 from soflow_platform.training.trial_status import TrialState, TrialStatus
 from soflow_platform.tuning.display import Display, TrialOutcome
 from soflow_platform.tuning.record import SweepRecord
@@ -40,10 +41,11 @@ class SweepDisplay(Display):
         trials: list[Trial],
         quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        storage: ProjectFolder | None = None,
     ) -> None:
-        """With `quiet` nothing is shown. `clock` is in seconds."""
+        """With `quiet` nothing is shown. `clock` is in seconds. `storage` is named by hints; None is the default folder."""
         self.console, self.experiment, self.trials, self.quiet = console, experiment, trials, quiet
-        self._clock = clock
+        self._clock, self._storage = clock, storage or find_project(None)
         self.training = False
         """Whether trials are under way."""
         self._printed: dict[str, dict[str, float]] = {}
@@ -77,7 +79,7 @@ class SweepDisplay(Display):
             f"{going_on} sweep {record.id} on {cluster.cpus:g} CPU, {cluster.gpus:g} GPU, {cluster.nodes} node(s)"
         )
         uri = self.experiment.tracking.uri
-        self.say(f"see it live: {uri if serves_itself(uri) else 'soflowctl ui'}")
+        self.say(f"see it live: {uri if serves_itself(uri) else how_to_open(uri, self._storage)}")
         self.training = True
         if self.quiet:
             return
@@ -207,15 +209,14 @@ def show_result(
     if best.outdone_by is not None:
         screen.print(f"            @candidate stays: {best.outdone_by}", highlight=False, soft_wrap=True)
     screen.print(f"runs        {record_link(record)}", highlight=False, soft_wrap=True)
-    flag, page = storage_flag(storage), how_to_open(record, storage)
+    page = how_to_open(record.tracking_uri, storage)
     if not serves_itself(record.tracking_uri):
         screen.print(f"            (start the page with: {page})", highlight=False, soft_wrap=True)
-    if record.tracking_uri not in (None, storage.tracking_uri):
-        flag += f" --tracking {record.tracking_uri}"
     if best.version is not None:
+        flags = storage_flag(storage) + tracking_flag(storage, record.tracking_uri)
         promoted = f"models:/{best.model}" + (f"/{best.version}" if best.outdone_by else "@candidate")
         screen.print(
-            f"next        soflowctl promote {promoted}{flag}",
+            f"next        soflowctl promote {shlex.quote(promoted)}{flags}",
             highlight=False,
             soft_wrap=True,
         )
@@ -235,11 +236,11 @@ def serves_itself(uri: str | None) -> bool:
     return (uri or "").startswith(("http://", "https://"))
 
 
-def how_to_open(record: SweepRecord, storage: ProjectFolder) -> str:
-    """The command that shows the runs of a sweep whose tracking store is no server."""
-    if record.tracking_uri in (None, storage.tracking_uri):
+def how_to_open(uri: str | None, storage: ProjectFolder) -> str:
+    """The command that shows the runs of a tracking store that is no server; None is that of the project folder."""
+    if uri in (None, storage.tracking_uri):
         return f"soflowctl ui{storage_flag(storage)}"
-    return f"mlflow server --backend-store-uri {record.tracking_uri}"
+    return f"mlflow server --backend-store-uri {shlex.quote(str(uri))}"
 
 
 def record_link(record: SweepRecord) -> str:

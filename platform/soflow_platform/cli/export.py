@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from soflow_platform.cli.options import AddressOption, Places, StorageOption, TrackingOption
-from soflow_platform.cli.terminal import quiet_libraries, stdout_to_stderr, storage_flag
+from soflow_platform.cli.terminal import quiet_libraries, stdout_to_stderr, storage_flag, tracking_flag
 from soflow_platform.storage.project import find_project, require_writable
 
 if TYPE_CHECKING:
@@ -177,7 +178,8 @@ def import_command(
         version = import_weights(request, project, places.tracking or project.tracking_uri)
     print(f"models:/{request.name}/{version} is registered, with alias candidate")
     if not score:
-        print(f"next: {scoring_command(request, version)}{storage_flag(project)}")
+        flags = storage_flag(project) + tracking_flag(project, places.tracking)
+        print(f"next: {scoring_command(request, version)}{flags}")
         return
     from soflow_platform.cli.evaluate import evaluate_command
     from soflow_platform.jobs.requests import EvaluateRequest, ProtocolRequest
@@ -190,9 +192,9 @@ def import_command(
 
 def scoring_command(request: ImportRequest, version: str) -> str:
     """The command that scores what was imported; it names what the version does not say: real images, a folder."""
-    words = [f"soflowctl evaluate models:/{request.name}/{version}"]
+    words = ["soflowctl evaluate", shlex.quote(f"models:/{request.name}/{version}")]
     if request.data is None:
         words.append("--reference IMAGES")
     if request.autoencoder is not None and Path(request.autoencoder).expanduser().is_dir():
-        words.append(f"--autoencoder {request.autoencoder}")
+        words.append(f"--autoencoder {shlex.quote(request.autoencoder)}")
     return " ".join(words)

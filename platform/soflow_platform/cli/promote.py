@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +23,7 @@ from soflow_platform.cli.terminal import (
     quiet_libraries,
     stdout_to_stderr,
     storage_flag,
+    tracking_flag,
 )
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage.project import ProjectFolder, find_project, require_writable
@@ -122,7 +124,7 @@ def promote_command(request: PromoteRequest, places: Places, as_json: bool) -> N
     if as_json:
         print(json.dumps(as_record(outcome), indent=1))
     else:
-        _print_outcome(outcome, project)
+        _print_outcome(outcome, _flags(project, places))
     if outcome.decision.kind == "refused":
         against = outcome.decision.against
         kept = f"version {against} stays champion" if against else "there is still no champion"
@@ -141,7 +143,7 @@ def rollback_command(model: str, places: Places) -> None:
     require_registry(project, store)
     name = parse_model(model)[0]
     find_version(store, f"{name}@champion")
-    _print_promotion(Champions(store, project, name).rollback(), project)
+    _print_promotion(Champions(store, project, name).rollback(), _flags(project, places))
 
 
 def as_record(outcome: Outcome) -> dict[str, Any]:
@@ -157,7 +159,12 @@ def as_record(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _print_outcome(outcome: Outcome, project: ProjectFolder) -> None:
+def _flags(project: ProjectFolder, places: Places) -> str:
+    """What the next command needs to find the same project folder and store."""
+    return storage_flag(project) + tracking_flag(project, places.tracking)
+
+
+def _print_outcome(outcome: Outcome, flags: str) -> None:
     screen = console()
     if outcome.comparisons:
         numbers = outcome.decision.numbers
@@ -174,7 +181,7 @@ def _print_outcome(outcome: Outcome, project: ProjectFolder) -> None:
     for flag in outcome.flags:
         screen.print(f"note: {flag}", highlight=False)
     if outcome.promotion is not None:
-        _print_promotion(outcome.promotion, project)
+        _print_promotion(outcome.promotion, flags)
     elif outcome.decision.kind != "refused":
         print(f"{outcome.candidate} would become champion of {outcome.model}: {outcome.decision.reason}")
 
@@ -191,9 +198,8 @@ def _cells(comparison: Comparison) -> list[str]:
     ]
 
 
-def _print_promotion(done: Promotion, project: ProjectFolder) -> None:
+def _print_promotion(done: Promotion, flags: str) -> None:
     before = f" (before: version {done.previous})" if done.previous else ""
     print(f"models:/{done.model}@champion is version {done.version}{before}: {done.reason}")
-    print(
-        f"next: soflowctl generate --model models:/{done.model}@champion --num 100 --out images{storage_flag(project)}"
-    )
+    champion = shlex.quote(f"models:/{done.model}@champion")
+    print(f"next: soflowctl generate --model {champion} --num 100 --out images{flags}")

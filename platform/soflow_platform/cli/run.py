@@ -128,7 +128,7 @@ def run_command(
     for trial in planned:
         if trial.name in starts:
             record.starts[start_key(trial.experiment)] = starts[trial.name].as_dict()
-    display = SweepDisplay(screen, experiment, planned, options.quiet)
+    display = SweepDisplay(screen, experiment, planned, options.quiet, storage=storage)
     failed_trials = _failed_before(storage, record, planned, options.retry_failed)
     context = SweepContext(record, experiment, planned, storage, display, sweep_file.document, failed_trials)
     shutdown = GracefulShutdown(storage, sweep, display, experiment.training.grace_seconds)

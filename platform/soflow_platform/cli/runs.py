@@ -6,7 +6,7 @@ import time
 
 from rich.table import Table
 
-from soflow_platform.cli.terminal import console, plain_table
+from soflow_platform.cli.terminal import console, plain_table, storage_flag
 from soflow_platform.storage.checkpoints import best_evaluation
 from soflow_platform.storage.project import ProjectFolder, find_project
 from soflow_platform.tuning.lineage import describe
@@ -24,7 +24,8 @@ def runs_command(sweep: str | None, storage_option: str | None) -> None:
         return
     records = all_records(storage)
     if not records:
-        screen.print(f"no sweeps under {storage.root}; start one with: soflowctl run digits", highlight=False)
+        hint = f"soflowctl run digits{storage_flag(storage)}"
+        screen.print(f"no sweeps under {storage.root}; start one with: {hint}", highlight=False, soft_wrap=True)
         return
     screen.print(_sweeps_table(storage, records))
 

@@ -143,7 +143,8 @@ def status_command(name: str | None, as_json: bool, storage_option: str | None) 
         return
     screen = console()
     if not shown:
-        screen.print(f"no sweeps under {storage.root}; start one with: soflowctl run digits", highlight=False)
+        hint = f"soflowctl run digits{storage_flag(storage)}"
+        screen.print(f"no sweeps under {storage.root}; start one with: {hint}", highlight=False, soft_wrap=True)
     for record, statuses in shown:
         attempt = f", started {record.attempts} times" if record.attempts > 1 else ""
         screen.print(

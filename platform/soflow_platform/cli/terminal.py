@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -122,7 +123,12 @@ def quiet_libraries() -> None:
 
 def storage_flag(storage: ProjectFolder) -> str:
     """` --storage FOLDER`, for a command line to be copied; empty where the folder is the default one."""
-    return "" if find_project(None) == storage else f" --storage {storage.root}"
+    return "" if find_project(None) == storage else f" --storage {shlex.quote(str(storage.root))}"
+
+
+def tracking_flag(storage: ProjectFolder, uri: str | None) -> str:
+    """` --tracking URI`, for a command line to be copied; empty where the store is that of the project folder."""
+    return "" if uri in (None, storage.tracking_uri) else f" --tracking {shlex.quote(str(uri))}"
 
 
 def duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 import webbrowser
 
+from soflow_platform.cli.terminal import storage_flag
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage.project import ProjectFolder, find_project
 from soflow_platform.tracking.links import sweep_page
@@ -24,7 +25,9 @@ def ui_command(storage: str | None, port: int, browser: bool) -> None:
     """Serve the project folder's MLflow on loopback until interrupted, and show the newest sweep's page."""
     project = find_project(storage)
     if not (project.root / "mlflow.db").is_file():
-        raise UserError(f"there are no runs under {project.root}; start some with `soflowctl run digits`.")
+        raise UserError(
+            f"there are no runs under {project.root}; start some with `soflowctl run digits{storage_flag(project)}`."
+        )
     port = _free_port(port)
     address = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from soflow_platform.cli.display import SweepDisplay, show_result
-from soflow_platform.cli.terminal import console, styled
+from soflow_platform.cli.terminal import console, storage_flag, styled, tracking_flag
+from soflow_platform.cluster.connection import Cluster
 from soflow_platform.config.validation import read_experiment
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.training.trial_status import TrialState, TrialStatus
@@ -135,3 +137,21 @@ def test_a_quiet_sweep_prints_no_progress() -> None:
     with screen.display.describing():
         pass
     assert screen.lines() == []
+
+
+def test_a_hint_names_folder_and_store_as_a_shell_takes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = ProjectFolder(tmp_path / "my runs")
+    other = f"sqlite:///{tmp_path}/other store.db"
+    assert tracking_flag(storage, None) == tracking_flag(storage, storage.tracking_uri) == ""
+    flags = shlex.split(storage_flag(storage) + tracking_flag(storage, other))
+    assert flags == ["--storage", str(storage.root), "--tracking", other]
+
+    monkeypatch.setattr(SweepDisplay, "_watch", lambda self, actor: None)
+    written = io.StringIO()
+    experiment, _ = read_experiment(DIGITS)
+    display = SweepDisplay(Console(file=written, width=400), experiment, [], storage=storage)
+    display.start(finished(storage.tracking_uri), Cluster("here", True, 2, 0, 1, 1), None)
+    display.stop()
+    assert f"see it live: soflowctl ui --storage '{storage.root}'" in written.getvalue()
