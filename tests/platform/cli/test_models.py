@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 
@@ -54,7 +53,7 @@ def test_a_forced_promotion_and_its_rollback_are_told(
     assert "models:/digits@champion is version 1 (before: version 2): rollback" in capsys.readouterr().out
     with pytest.raises(UserError, match="--force needs a reason"):
         soflowctl("promote", SECOND, "--force", " ", *place)
-    other = f"sqlite:///{shutil.copy(scored.root / 'mlflow.db', scored.root / 'other.db')}"
-    soflowctl("promote", "models:/digits/2", "--force", "in another store", *place, "--tracking", other)
+    other = f"sqlite:///{scored.root}/../{scored.root.name}/mlflow.db"
+    soflowctl("promote", "models:/digits/2", "--force", "by another name of the store", *place, "--tracking", other)
     (command,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
     assert command.endswith(f"--storage {scored.root} --tracking {other}")
