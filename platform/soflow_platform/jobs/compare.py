@@ -156,7 +156,7 @@ def _require_alike(request: CompareRequest, experiments: Sequence[Experiment]) -
 
 
 def _require_same_data(entries: Sequence[Entry]) -> None:
-    """Raises UserError where trials were trained on other data, which are what their images are compared with."""
+    """Raises UserError where trials were trained on other data: their images are then those of other data too."""
     first = entries[0]
     for entry in entries:
         mine, other = first.network.data, entry.network.data
@@ -269,11 +269,12 @@ def _scored(entries: Sequence[Entry], experiment: Experiment, services: Services
 
 
 def _protocol_request(experiment: Experiment) -> ProtocolRequest:
-    """The metrics that the sweep's evaluations reported."""
+    """The metrics that the sweep's evaluations reported, with their features and their reference."""
     evaluation = experiment.evaluation
     return ProtocolRequest(
         metrics=tuple(evaluation.metric_kinds(experiment.data.conditional).values()),
         features=evaluation.features,
+        reference=evaluation.reference,
         autoencoder=evaluation.autoencoder,
     )
 

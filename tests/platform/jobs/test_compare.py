@@ -19,6 +19,7 @@ from PIL import Image
 
 from soflow_core.networks import DiT, DiTConfig
 from soflow_core.objectives import Diffusion, FlowMatching, SoFlow
+from soflow_pipelines.sources.digits import load_digits
 from soflow_platform.cli.compare import CopiesRequest, find_request, find_requests
 from soflow_platform.config.comparison import SamplingConfig
 from soflow_platform.config.document import apply_override, read_document
@@ -183,6 +184,21 @@ def test_a_row_has_the_score_that_evaluate_gives(scored: ProjectFolder, record: 
         scored, str(newest), num=80, steps=(2,), labels="balanced", settings={"sampling_scale": 2.0}
     )
     assert (row.distance, row.label_agreement) == (score.values["fd"], score.values["label_agreement"])
+
+
+def test_a_sweep_with_a_reference_of_its_own_is_compared_with_that(
+    scored: ProjectFolder, record: SweepRecord, tmp_path: Path
+) -> None:
+    folder = tmp_path / "real"
+    folder.mkdir()
+    for number, image in enumerate(load_digits().images[:200, 0]):
+        Image.fromarray(image).save(folder / f"{number:03d}.png")
+    record.experiment["evaluation"]["reference"] = str(folder)
+    found = compared(scored, record, SamplingConfig(steps=(1,)))
+    path = str(newest(scored, "trial-00-soflow"))
+    (score,) = scores_of(scored, path, labels="balanced", reference=str(folder))
+    assert found.settings["reference_samples"] == "200"
+    assert found.rows[0].distance == score.values["fd"]
 
 
 def test_scores_are_logged_on_the_runs_of_their_trials(scored: ProjectFolder, record: SweepRecord) -> None:
