@@ -98,9 +98,14 @@ def evaluate(request: EvaluateRequest, services: Services) -> tuple[EvaluationTa
     Raises InputError where the request is refused, JobError where the computation failed.
     """
     target = services.resolver.find(request.target)
+    return target, score_target(target, request, services)
+
+
+def score_target(target: EvaluationTarget, request: EvaluateRequest, services: Services) -> list[Score]:
+    """As `evaluate`, of a target that was found; the request's own name of it is not looked at."""
     request = replace(request, protocol=absolute_protocol(request.protocol))
     score = _score_network if target.weights is not None else _score_images
-    return target, score(request, target, services)
+    return score(request, target, services)
 
 
 def absolute_protocol(request: ProtocolRequest) -> ProtocolRequest:

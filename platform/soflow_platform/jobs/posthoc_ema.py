@@ -12,7 +12,7 @@ from soflow_core.ema import combine, posthoc_residual, posthoc_weights
 from soflow_core.weights import load_weights, read_header, save_weights
 from soflow_pipelines.storage.object_store import StorageError
 from soflow_platform.errors import UserError
-from soflow_platform.jobs.evaluate import Score, Services, evaluate
+from soflow_platform.jobs.evaluate import Score, Services, score_target
 from soflow_platform.jobs.requests import EvaluateRequest, SamplingRequest
 from soflow_platform.registry.versions import NewVersion, describe_weights, register_weights
 from soflow_platform.storage.checkpoints import Checkpoint
@@ -52,6 +52,8 @@ class Average:
     residual: float
     """Norm of what the snapshots' profiles leave of the profile that was asked for, over the norm of that profile."""
     snapshots: int
+    data: str | None = None
+    """Training data as the sweep named them, which its images are compared with."""
 
 
 def reconstruct(request: EmaRequest, project: ProjectFolder) -> list[Average]:
@@ -74,9 +76,10 @@ def reconstruct(request: EmaRequest, project: ProjectFolder) -> list[Average]:
     folder = request.out or project.trial(record.id, trial) / "ema"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return [_average(used, length, folder, record.id, trial) for length in request.lengths]
+        averages = [_average(used, length, folder, record.id, trial) for length in request.lengths]
     except StorageError as error:
         raise UserError(str(error)) from error
+    return [replace(average, data=record.experiment["data"].get("source")) for average in averages]
 
 
 def _trial(name: str, project: ProjectFolder) -> tuple[SweepRecord, str]:
@@ -125,7 +128,10 @@ def score_averages(
     """The scores of every average in every way of sampling, all on the same noise; the tag `ema_length` tells averages apart."""
     scores = []
     for average in averages:
-        _, found = evaluate(EvaluateRequest(str(average.weights), images, sampling), services)
+        request = EvaluateRequest(str(average.weights), images, sampling)
+        # A file alone tells of no data.
+        target = replace(services.resolver.find(request.target), data=average.data)
+        found = score_target(target, request, services)
         named = {"ema_length": f"{average.length:g}"}
         scores += [replace(score, name=average.trial, tags={**score.tags, **named}) for score in found]
     return scores

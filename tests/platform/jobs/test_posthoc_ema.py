@@ -12,6 +12,8 @@ from torch import Tensor
 from soflow_core.weights import load_weights
 from soflow_platform.cli.averages import parse_lengths
 from soflow_platform.errors import UserError
+from soflow_platform.jobs import posthoc_ema
+from soflow_platform.jobs.evaluate import Score, Services
 from soflow_platform.jobs.posthoc_ema import (
     Average,
     EmaRequest,
@@ -19,8 +21,9 @@ from soflow_platform.jobs.posthoc_ema import (
     register_average,
     score_averages,
 )
-from soflow_platform.jobs.requests import SamplingRequest
+from soflow_platform.jobs.requests import EvaluateRequest, SamplingRequest
 from soflow_platform.jobs.score_summary import plot, summaries, varied
+from soflow_platform.jobs.targets import EvaluationTarget
 from soflow_platform.registry.versions import find_version
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking
@@ -105,11 +108,30 @@ def test_scores_of_averages_are_one_table_and_one_plot_against_the_length(scored
     assert plot(rows).startswith(b"\x89PNG")
 
 
+def test_an_average_is_compared_with_the_data_of_its_sweep(
+    scored: ProjectFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file alone does not say where they are, unless they are built in."""
+    seen: list[str | None] = []
+
+    def score(target: EvaluationTarget, request: EvaluateRequest, services: Services) -> list[Score]:
+        del request, services
+        seen.append(target.data)
+        return []
+
+    monkeypatch.setattr(posthoc_ema, "score_target", score)
+    weights = scored.trial(SWEEP, "trial-00-soflow") / "checkpoints" / "step-00000006" / "ema.safetensors"
+    average = Average(weights, SWEEP, "trial-00-soflow", 6, 48, 0.1, 0.0, 3, "/shared/cifar10")
+    score_averages([average], 100, SamplingRequest(), local_services(scored))
+    assert seen == ["/shared/cifar10"]
+
+
 def test_an_average_can_end_at_an_earlier_step(
     trained: Trainer, storage: ProjectFolder, tmp_path: Path
 ) -> None:
     (average,) = reconstruct(EmaRequest("sweep/trial", (0.1,), 30, tmp_path / "out"), storage)
     assert (average.step, average.images) == (30, 30 * trained.experiment.training.batch)
+    assert average.data == "digits"
     (snapshot,) = (each for each in trained.setup.snapshots.published() if each.state.step == 30)
     with snapshot.opened("power-0.1.safetensors") as path:
         expected = load_weights(path).tensors
