@@ -18,7 +18,7 @@ from soflow_platform.cli.options import (
 )
 from soflow_platform.cli.terminal import console, plain_table, quiet_libraries, stdout_to_stderr
 from soflow_platform.errors import UserError
-from soflow_platform.storage.project import find_project, require_writable
+from soflow_platform.storage.project import find_project, require_writable, require_writable_folder
 
 if TYPE_CHECKING:
     from soflow_platform.jobs.posthoc_ema import Average, EmaRequest
@@ -110,6 +110,8 @@ def ema_command(
     """Write the weights, and say how closely each profile is met."""
     project = find_project(places.storage)
     require_writable(project)
+    if request.out is not None:
+        require_writable_folder("--out", request.out)
     from soflow_platform.jobs.posthoc_ema import reconstruct, register_average
 
     quiet_libraries()
@@ -142,6 +144,7 @@ def ema_command(
 
 def _score(averages: Sequence[Average], scoring: ScoreOptions, places: Places) -> None:
     """Score the averages, print one table of all, and write the plot."""
+    from soflow_pipelines.storage.files import write_bytes
     from soflow_platform.cli.evaluate import print_scores, scoring_services
     from soflow_platform.jobs.posthoc_ema import score_averages
     from soflow_platform.jobs.requests import SamplingRequest
@@ -152,5 +155,5 @@ def _score(averages: Sequence[Average], scoring: ScoreOptions, places: Places) -
         scores = score_averages(averages, scoring.images, sampling, services)
     print_scores(scores)
     if scoring.plot is not None:
-        scoring.plot.write_bytes(plot(summaries(scores)))
+        write_bytes(scoring.plot, plot(summaries(scores)))
         console().print(f"saved  {scoring.plot}", highlight=False, soft_wrap=True)

@@ -38,6 +38,7 @@ def evaluate_command(
     request: EvaluateRequest, places: Places, as_json: bool, plot: Path | None = None
 ) -> None:
     """Score the target, log the scores on its run or registered version, and print them."""
+    from soflow_pipelines.storage.files import write_bytes
     from soflow_platform.jobs.evaluate import evaluate
     from soflow_platform.jobs.score_summary import plot as draw
     from soflow_platform.jobs.score_summary import summaries
@@ -49,7 +50,7 @@ def evaluate_command(
     if plot is not None:
         if "nfe" not in scores[0].tags:
             raise UserError(f"{target.name} holds images: --plot is for the scores of a network.")
-        plot.write_bytes(draw(summaries(scores)))
+        write_bytes(plot, draw(summaries(scores)))
     if as_json:
         print(json.dumps([as_record(score) for score in scores], indent=1))
         return

@@ -27,7 +27,7 @@ from soflow_platform.cli.options import (
 )
 from soflow_platform.cli.terminal import image_progress, quiet_libraries, stdout_to_stderr
 from soflow_platform.errors import JobError, UserError
-from soflow_platform.storage.project import ProjectFolder, find_project, require_writable
+from soflow_platform.storage.project import find_project, require_writable_folder
 
 if TYPE_CHECKING:
     from soflow_platform.jobs.generate import Generated
@@ -161,8 +161,9 @@ def choose_labels(labels: str | None, label: int | None) -> str | None:
 
 def generate_command(request: GenerateRequest, places: Places, as_json: bool) -> None:
     """Make the images that are missing, and print where they are."""
-    if "://" not in request.out:
-        require_writable(ProjectFolder(Path(request.out).expanduser().absolute()))
+    place = request.out.removeprefix("file://")
+    if "://" not in place:
+        require_writable_folder("--out", Path(place).expanduser())
     project = find_project(places.storage)
     from soflow_platform.cluster.connection import require_answer
     from soflow_platform.jobs.generate import generate

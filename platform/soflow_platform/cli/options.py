@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from soflow_platform.errors import UserError
+from soflow_platform.storage.project import why_not_writable
 
 StorageOption = Annotated[
     str | None,
@@ -140,9 +141,18 @@ def refuse_together(given: Mapping[str, object], option: str) -> None:
 
 
 def require_writable_file(option: str, path: Path | None, suffix: str) -> None:
-    """Raises UserError where the file of an option has another suffix or no folder; None passes."""
-    if path is not None and (path.suffix != suffix or not path.absolute().parent.is_dir()):
+    """Raises UserError where the file of an option has another suffix or no folder, or cannot be written; None passes."""
+    if path is None:
+        return
+    try:
+        usable = path.suffix == suffix and path.absolute().parent.is_dir() and not path.is_dir()
+    except OSError as error:
+        raise UserError(f"{option} {path} cannot be written ({error.strerror}): name another file.") from None
+    if not usable:
         raise UserError(f"{option} {path}: give a file FILE{suffix} in a folder that exists.")
+    reason = why_not_writable(path.absolute().parent)
+    if reason is not None:
+        raise UserError(f"{option} {path} cannot be written ({reason}): name another file.")
 
 
 def _parse_interval(text: str) -> tuple[float, float]:

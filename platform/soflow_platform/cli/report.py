@@ -25,7 +25,7 @@ def report(
     reproduce each trial."""
     from soflow_platform.cli.terminal import console
     from soflow_platform.errors import UserError
-    from soflow_platform.storage.project import find_project, require_writable
+    from soflow_platform.storage.project import find_project, require_writable, require_writable_folder
     from soflow_platform.tuning.lookup import resolve
 
     project = find_project(storage)
@@ -33,8 +33,8 @@ def report(
     if found.trial is not None:
         raise UserError(f"{found} is a trial: a report is of a sweep, such as {found.record.id}.")
     require_writable(project)
-    if out is not None and out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: give a folder.")
+    if out is not None:
+        require_writable_folder("--out", out)
     from soflow_platform.jobs.report import write_report
     from soflow_platform.tracking.store import TrackingStore
 

@@ -29,7 +29,7 @@ from soflow_platform.generation.decoding import decode_samples, kl_network
 from soflow_platform.generation.generator import Generator
 from soflow_platform.jobs.export_diffusers import load_folder, write_folder
 from soflow_platform.jobs.targets import TargetResolver
-from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.storage.project import ProjectFolder, why_not_writable
 from soflow_platform.tracking.store import TrackingStore
 
 ExportFormat = Literal["safetensors", "torch-export", "onnx", "diffusers"]
@@ -131,6 +131,9 @@ def _check_place(request: ExportRequest) -> None:
             )
     elif out.is_dir() or not in_folder:
         raise UserError(f"--out {request.out} cannot be written: name a file in a folder that exists.")
+    reason = why_not_writable(out.parent)
+    if reason is not None:
+        raise UserError(f"--out {request.out} cannot be written: {reason}.")
 
 
 def _publish_folder(folder: Path, out: Path) -> int:

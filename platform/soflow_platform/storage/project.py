@@ -70,13 +70,27 @@ def find_project(location: str | None) -> ProjectFolder:
 
 def require_writable(storage: ProjectFolder) -> None:
     """Raises UserError where the project folder cannot be written. The folder is not changed."""
-    folder = storage.root
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".soflow-"):
-            pass
-    except OSError as error:
+    reason = why_not_writable(storage.root)
+    if reason is not None:
         raise UserError(
-            f"storage folder {storage.root} cannot be written ({error.strerror}); pass --storage or set {VARIABLE}."
-        ) from None
+            f"storage folder {storage.root} cannot be written ({reason}); pass --storage or set {VARIABLE}."
+        )
+
+
+def require_writable_folder(option: str, folder: Path) -> None:
+    """Raises UserError where the folder that an option names cannot be made or written. The folder is not changed."""
+    reason = why_not_writable(folder)
+    if reason is not None:
+        raise UserError(f"{option} {folder} cannot be written ({reason}): name another folder.")
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Why nothing can be written into a folder, which need not exist yet; None where something can. Nothing of the try stays."""
+    try:
+        folder = folder.absolute()
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".soflow-"):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)

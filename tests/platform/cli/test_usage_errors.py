@@ -148,6 +148,22 @@ MISTAKES = {
         ["generate", "--model", "digits", "--out", "images", "--skip-bad"],
         "--skip-bad leaves out rows of --table: name the table, or leave it out.",
     ),
+    "images where nothing can be written": (
+        ["generate", "--model", "digits", "--out", "/proc/images"],
+        "--out /proc/images cannot be written (",
+    ),
+    "averages where nothing can be written": (
+        ["ema", "digits/trial-00", "--length", "0.1", "--out", "/proc/ema"],
+        "--out /proc/ema cannot be written (",
+    ),
+    "an export where nothing can be written": (
+        ["export", "digits", "--to", "safetensors", "--out", "/proc/digits.safetensors"],
+        "--out /proc/digits.safetensors cannot be written: ",
+    ),
+    "a plot where nothing can be written": (
+        ["evaluate", "digits", "--plot", "/proc/scores.png"],
+        "--plot /proc/scores.png cannot be written (",
+    ),
     "images that are not there": (
         ["evaluate", "./images"],
         "./images: there is no such file or folder; name",

@@ -476,6 +476,9 @@ def test_the_files_of_a_comparison_are_refused_before_anything_is_scored(tmp_pat
         CopiesRequest(tmp_path / "page.txt").check()
     with pytest.raises(UserError, match=r"--plot .*: give a file FILE.png in a folder that exists"):
         CopiesRequest(None, tmp_path / "nowhere" / "plot.png").check()
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match=r"--plot .*: give a file FILE.png in a folder that exists"):
+        CopiesRequest(None, tmp_path / "folder.png").check()
     plot = tmp_path / "own.png"
     plot.write_bytes(b"png")
     (tmp_path / "pictures").mkdir()
