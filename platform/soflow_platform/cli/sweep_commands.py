@@ -195,7 +195,7 @@ def attach(name: Annotated[str, NameArgument], storage: StorageOption = None) ->
 
 def ui(
     storage: StorageOption = None,
-    port: Annotated[int, typer.Option(help="Port on loopback; 0 takes a free one.")] = 5000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on loopback; 0 takes a free one.")] = 5000,
     browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
 ) -> None:
     """Show runs, curves, sample grids and the model registry in MLflow, on this machine alone."""

@@ -41,14 +41,22 @@ class ListedVersion:
 def list_versions(store: TrackingStore, model: str | None = None) -> list[ListedVersion]:
     """The versions of a model, or of all, newest first within a model."""
     client = store.client
-    wanted = f"name = '{model}'" if model else None
+    if model and name_filter(model) is None:
+        return []
     listed: list[ListedVersion] = []
-    for registered in _all(client.search_registered_models, wanted):
+    for registered in _all(client.search_registered_models, name_filter(model) if model else None):
         aliases = {alias: str(version) for alias, version in registered.aliases.items()}
-        versions = _all(client.search_model_versions, f"name = '{registered.name}'")
+        wanted = name_filter(registered.name)
+        versions = [] if wanted is None else _all(client.search_model_versions, wanted)
         versions.sort(key=lambda each: -int(each.version))
         listed += [_listed(version, aliases) for version in versions]
     return listed
+
+
+def name_filter(name: str) -> str | None:
+    """MLflow's filter of the models, or of the versions of the model, of this name; None for a name that no filter can hold."""
+    quote = next((each for each in "'\"" if each not in name), None)
+    return None if quote is None or "\\" in name else f"name = {quote}{name}{quote}"
 
 
 def _all(search: Any, wanted: str | None) -> list[Any]:

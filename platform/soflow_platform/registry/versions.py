@@ -27,6 +27,7 @@ from soflow_platform.registry.tags import (
     RECIPE_TAG,
     TRIALS_TAG,
 )
+from soflow_platform.registry.version_list import name_filter
 from soflow_platform.storage.checkpoints import EMA, Checkpoint
 from soflow_platform.storage.code_digest import CODE_TAG
 from soflow_platform.tracking.page_texts import grids_text
@@ -235,7 +236,8 @@ def _files_beside(new: NewVersion, folder: Path) -> dict[str, str]:
 
 def versions_of(store: TrackingStore, name: str) -> list[Any]:
     """All versions of a registered model."""
-    return list(store.client.search_model_versions(f"name = '{name}'"))
+    wanted = name_filter(name)
+    return [] if wanted is None else list(store.client.search_model_versions(wanted))
 
 
 def aliased(store: TrackingStore, name: str, alias: str) -> Any | None:

@@ -164,6 +164,7 @@ MISTAKES = {
         ["evaluate", "digits", "--plot", "/proc/scores.png"],
         "--plot /proc/scores.png cannot be written (",
     ),
+    "a port that is none": (["ui", "--port", "70000"], "70000 is not in the range 0<=x<=65535"),
     "images that are not there": (
         ["evaluate", "./images"],
         "./images: there is no such file or folder; name",

@@ -104,7 +104,9 @@ def test_a_version_is_loaded_with_pickle_forbidden(registered: ProjectFolder) ->
 
 
 def test_versions_are_listed_with_their_aliases_and_scores(registered: ProjectFolder) -> None:
-    (listed,) = list_versions(TrackingStore(registered.tracking_uri))
+    store = TrackingStore(registered.tracking_uri)
+    (listed,) = list_versions(store)
+    assert list_versions(store, "it's") == list_versions(store, "both ' and \"") == []
     assert (listed.model, listed.version, listed.aliases) == ("digits", "1", ("candidate", "champion"))
     assert listed.metric == "eval/fd_nfe1"
     assert listed.score is not None
