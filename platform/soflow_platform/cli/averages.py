@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from soflow_platform.cli.options import (
+    MOST_IMAGES,
+    MOST_SEEDS,
     AddressOption,
     Places,
     StorageOption,
@@ -59,13 +61,19 @@ def ema(
     ] = None,
     score: Annotated[
         int | None,
-        typer.Option(metavar="IMAGES", min=2, help="Score each with as many images, and print one table."),
+        typer.Option(
+            metavar="IMAGES",
+            min=2,
+            max=MOST_IMAGES,
+            help="Score each with as many images, and print one table.",
+        ),
     ] = None,
     steps: Annotated[
         str | None, typer.Option(help="With --score: numbers of sampling steps, by default 1,2.")
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="With --score: seeds of the images, for mean and spread.")
+        int | None,
+        typer.Option(min=1, max=MOST_SEEDS, help="With --score: seeds of the images, for mean and spread."),
     ] = None,
     plot: Annotated[
         Path | None,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soflow_platform.cli.options import RECORDED, Places, require_writable_file
+from soflow_platform.cli.options import MOST_STEPS, RECORDED, Places, require_writable_file
 from soflow_platform.cli.terminal import (
     console,
     plain_table,
@@ -141,10 +141,16 @@ def parse_list(option: str, text: str) -> tuple[str, ...]:
 def parse_steps(text: str) -> tuple[int, ...]:
     """`1,2,4` -> (1, 2, 4). Raises UserError where one is no number above 0."""
     names = parse_list("--steps", text)
-    wrong = [name for name in names if not name.isdigit() or int(name) < 1]
+    wrong = [name for name in names if not _is_number_of_steps(name)]
     if wrong:
-        raise UserError(f"--steps {text!r}: {wrong[0]!r} is no number of steps; give numbers such as 1,2,4.")
+        raise UserError(
+            f"--steps {text!r}: {wrong[0]!r} is no number of steps; give numbers from 1 to {MOST_STEPS:,}, such as 1,2,4."
+        )
     return tuple(dict.fromkeys(int(name) for name in names))
+
+
+def _is_number_of_steps(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 9 and 1 <= int(text) <= MOST_STEPS
 
 
 def parse_scales(text: str) -> tuple[float, ...]:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from soflow_platform.cli.options import AddressOption, Places, StorageOption, TrackingOption
+from soflow_platform.cli.options import (
+    MOST_IMAGES,
+    MOST_STEPS,
+    AddressOption,
+    Places,
+    StorageOption,
+    TrackingOption,
+)
 from soflow_platform.cli.terminal import quiet_libraries, stdout_to_stderr, storage_flag, tracking_flag
 from soflow_platform.storage.project import find_project, require_writable
 
@@ -58,7 +65,7 @@ def export(
     ],
     to: Annotated[ExportKind, typer.Option(help="Format of the file, or of the folder for diffusers.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="File to write; of diffusers, a new folder.")],
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps in the program.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Sampling steps in the program.")] = 1,
     autoencoder: Annotated[
         str | None,
         typer.Option(metavar="ID|PATH", help="Decodes latents; default is the one they were made with."),
@@ -118,7 +125,8 @@ def import_checkpoint(
         typer.Option("--score", help="Evaluate what was registered, against --data, and log the scores."),
     ] = False,
     num: Annotated[
-        int | None, typer.Option(min=2, help="With --score: samples to score; default 50,000.")
+        int | None,
+        typer.Option(min=2, max=MOST_IMAGES, help="With --score: samples to score; default 50,000."),
     ] = None,
     address: AddressOption = None,
     storage: StorageOption = None,

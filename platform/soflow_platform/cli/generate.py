@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from soflow_platform.cli.options import (
+    MOST_IMAGES,
+    MOST_STEPS,
     RECORDED,
     AddressOption,
     GridOption,
@@ -21,6 +23,7 @@ from soflow_platform.cli.options import (
     StorageOption,
     TimesOption,
     TrackingOption,
+    check_seed,
     parse_sampling,
     refuse_together,
     sampling_text,
@@ -57,7 +60,9 @@ def generate(
     out: Annotated[
         str | None, typer.Option(metavar="URI", help="Where the images go: a folder or s3://bucket/prefix.")
     ] = None,
-    num: Annotated[int | None, typer.Option(min=1, help="How many images; default 100.")] = None,
+    num: Annotated[
+        int | None, typer.Option(min=1, max=MOST_IMAGES, help="How many images; default 100.")
+    ] = None,
     labels: Annotated[
         str | None,
         typer.Option(
@@ -77,6 +82,7 @@ def generate(
         int | None,
         typer.Option(
             min=1,
+            max=MOST_STEPS,
             help="Sampling steps for each image; default those of --times, else sampling.steps of the sweep.",
         ),
     ] = None,
@@ -124,6 +130,7 @@ def generate(
         raise UserError("--skip-bad leaves out rows of --table: name the table, or leave it out.")
     from soflow_platform.jobs.requests import GenerateRequest
 
+    check_seed(seed)
     chosen = None if steps is None else (steps,)
     sampling, numbers = parse_sampling(sampler, guidance, times, grid, chosen, interval)
     request = GenerateRequest(

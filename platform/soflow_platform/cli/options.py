@@ -88,6 +88,8 @@ GridOption = Annotated[
         help="Time grid of the steps: uniform, power or shifted, with a value such as shifted:3; default: that of the training.",
     ),
 ]
+MOST_IMAGES, MOST_STEPS, MOST_SEEDS = 10**8, 10_000, 1_000
+"""What a command makes or scores at most: images, sampling steps of one (as in a sweep file), seeds."""
 NameArgument = typer.Argument(
     metavar="SWEEP|TRIAL",
     help="Id of a sweep or its beginning, name of a trial of the newest sweep, or SWEEP/TRIAL.",
@@ -138,6 +140,12 @@ def refuse_together(given: Mapping[str, object], option: str) -> None:
     for name, value in given.items():
         if value is not None and value is not False:
             raise UserError(f"{name} has no meaning with {option}: leave one of them out.")
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError where a seed, or those that follow it, are not of 64 bits: others would make the same noise again."""
+    if not -(2**63) <= seed < 2**63 - MOST_SEEDS:
+        raise UserError(f"--seed {seed} is beyond 64 bits: give a smaller number.")
 
 
 def require_writable_file(option: str, path: Path | None, suffix: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from soflow_platform.cli.options import (
+    MOST_IMAGES,
     AddressOption,
     Places,
     StorageOption,
@@ -46,7 +47,9 @@ def promote(
     samples: Annotated[
         int | None,
         typer.Option(
-            min=16, help="Samples for each seed; default and least: those of the sweep's evaluation."
+            min=16,
+            max=MOST_IMAGES,
+            help="Samples for each seed; default and least: those of the sweep's evaluation.",
         ),
     ] = None,
     reference: Annotated[

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from soflow_platform.cli.options import (
+    MOST_IMAGES,
+    MOST_SEEDS,
     AddressOption,
     GridOption,
     IntervalOption,
@@ -18,6 +20,7 @@ from soflow_platform.cli.options import (
     StorageOption,
     TimesOption,
     TrackingOption,
+    check_seed,
     parse_sampling,
 )
 from soflow_platform.errors import UserError
@@ -57,7 +60,9 @@ def evaluate(
     num: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Number of images; default 50,000 of a network, or all of a folder or file."
+            min=2,
+            max=MOST_IMAGES,
+            help="Number of images; default 50,000 of a network, or all of a folder or file.",
         ),
     ] = None,
     steps: Annotated[
@@ -74,6 +79,7 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
+            max=MOST_SEEDS,
             help="Score this many seeds, and show mean and standard deviation; default 1, with --search-steps 3.",
         ),
     ] = None,
@@ -136,6 +142,7 @@ def evaluate(
     )
     from soflow_platform.jobs.requests import EvaluateRequest, ProtocolRequest, SamplingRequest
 
+    check_seed(seed)
     scales = () if guidance is None else parse_scales(guidance)
     settings, numbers = parse_sampling(
         sampler,

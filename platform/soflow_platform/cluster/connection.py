@@ -198,7 +198,7 @@ def require_answer(address: str | None) -> None:
             "or submit the command with `ray job submit`."
         )
     host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or not host:
+    if not colon or not port.isdecimal() or not host:
         raise UserError(f"--address {address!r} is not of the form HOST:PORT, such as 10.0.0.1:6379.")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()

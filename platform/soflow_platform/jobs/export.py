@@ -106,6 +106,7 @@ def export(request: ExportRequest, project: ProjectFolder, store: TrackingStore)
         # Weights are compared by the samples of the network, so that they can be had where the autoencoder is not.
         decode = request.format != "safetensors"
         generator = Generator.open(target.weights, autoencoder=request.autoencoder, decode=decode)
+        _require_steps(generator, request.steps)
         aside = Path(folder) / f"exported{SUFFIXES[request.format]}"
         difference = _written(request, generator, target.weights, aside)
         if aside.is_dir():
@@ -273,10 +274,17 @@ def _on_cpu(generator: Generator) -> Generator:
     return generator
 
 
-def _require_deterministic(generator: Generator, steps: int) -> None:
-    """Raises UserError where sampling in so many steps draws noise on the way, or the method cannot take so many."""
+def _require_steps(generator: Generator, steps: int) -> None:
+    """Raises UserError where the method cannot be sampled in so many steps."""
     try:
         sampling_evaluations(generator.objective, steps, generator.classes is not None)
+    except ValueError as error:
+        raise UserError(f"--steps {steps} of {generator.objective.method}: {summarize(error)}.") from None
+
+
+def _require_deterministic(generator: Generator, steps: int) -> None:
+    """Raises UserError where sampling in so many steps draws noise on the way."""
+    try:
         with torch.inference_mode():
             noise, *labels = (each.to(generator.device) for each in _inputs(generator, 1))
             generator.objective.sample(generator.network, noise, labels[0] if labels else None, steps)

@@ -209,4 +209,4 @@ def _recipe(tags: Mapping[str, str], services: Services) -> dict[str, Any]:
 
 
 def _count(text: str | None) -> int:
-    return int(text) if text and text.isdigit() else 1
+    return int(text) if text and text.isdecimal() else 1

@@ -165,13 +165,25 @@ MISTAKES = {
         "--plot /proc/scores.png cannot be written (",
     ),
     "a port that is none": (["ui", "--port", "70000"], "70000 is not in the range 0<=x<=65535"),
+    "a number of steps that is a sign": (
+        ["evaluate", "digits", "--steps", "²"],
+        "'²' is no number of steps; give numbers from 1 to 10,000, such as 1,2,4.",
+    ),
+    "more steps than a sampler takes": (
+        ["generate", "--model", "digits", "--out", "images", "--steps", "1000000000"],
+        "1000000000 is not in the range",
+    ),
+    "a seed of more than 64 bits": (
+        ["generate", "--model", "digits", "--out", "images", "--seed", str(2**63)],
+        f"--seed {2**63} is beyond 64 bits: give a smaller number.",
+    ),
     "images that are not there": (
         ["evaluate", "./images"],
         "./images: there is no such file or folder; name",
     ),
     "a number of steps that is none": (
         ["evaluate", "digits", "--steps", "1,two"],
-        "--steps '1,two': 'two' is no number of steps; give numbers such as 1,2,4.",
+        "--steps '1,two': 'two' is no number of steps; give numbers from 1 to 10,000, such as 1,2,4.",
     ),
     "times that are none": (
         ["evaluate", "digits", "--times", "0.5;0.2"],

@@ -94,6 +94,14 @@ def test_several_steps_of_a_method_without_fresh_noise_are_one_program(tmp_path:
     assert exported(weights, "torch-export", tmp_path / "digits.pt2", steps=2).difference < 1e-5
 
 
+@pytest.mark.parametrize("format", ["safetensors", "diffusers", "torch-export"])
+def test_steps_that_the_method_cannot_take_are_refused(tmp_path: Path, format: ExportFormat) -> None:
+    weights = weights_file(tmp_path / "ema.safetensors", objective=OBJECTIVES["diffusion"]())
+    with pytest.raises(UserError, match=r"--steps 2000 of diffusion: .* give 1 to 1000\."):
+        exported(weights, format, tmp_path / "digits", steps=2000)
+    assert not (tmp_path / "digits").exists()
+
+
 def test_fresh_noise_between_steps_is_no_part_of_a_program(tmp_path: Path) -> None:
     weights = weights_file(tmp_path / "ema.safetensors")
     with pytest.raises(UserError, match=r"soflow in 2 steps cannot be a program .* take --steps 1"):
