@@ -167,3 +167,16 @@ def test_images_are_pinned_and_run_as_a_user() -> None:
         re.search(r'"mlflow\[auth\]==(\S+)"', (INFRA / "mlflow" / "Dockerfile").read_text()).group(1)
         in pinned
     )  # type: ignore[union-attr]
+
+
+def test_a_cluster_that_begins_without_machines_is_given_a_sweep_that_waits_for_them() -> None:
+    kinds = {d["kind"]: d for path in KUBERNETES for d in documents(path)}
+    (group,) = kinds["RayCluster"]["spec"]["workerGroupSpecs"]
+    (config,) = documents(INFRA / "ray" / "cluster.yaml")
+    assert group["minReplicas"] == config["available_node_types"]["spot"]["min_workers"] == 0
+    scripts = [
+        d["data"]["run.sh"] for d in documents(INFRA / "kubernetes" / "xl2.yaml") if d["kind"] == "ConfigMap"
+    ]
+    for text in (*scripts, (INFRA / "README.md").read_text(encoding="utf-8")):
+        assert "--set resources.autoscale=true" in text
+        assert f"--set resources.concurrent_trials={group['maxReplicas']}" in text
