@@ -9,7 +9,8 @@ from soflow_core.failures import summarize
 from soflow_platform.errors import JobError
 from soflow_platform.jobs.evaluate import Score, settings_digest
 from soflow_platform.jobs.targets import EvaluationTarget
-from soflow_platform.tracking.score_log import ScoreLog
+from soflow_platform.storage.code_digest import running_code
+from soflow_platform.tracking.score_log import CODE, ScoreLog
 from soflow_platform.tracking.store import TrackingStore
 
 PREFIX = "evaluate/"
@@ -19,8 +20,9 @@ def log_scores(target: EvaluationTarget, scores: Sequence[Score], store: Trackin
     """Log the scores that are not logged yet. Returns the names of all metrics; none where the target has no run and no version.
 
     A metric is named by what people vary, as in `evaluate/fid50k_nfe1_uniform`; a tag of the same name holds all settings. Where that
-    name is taken by other settings, a digest of the settings is appended. Run and version are looked at separately: one that has the
-    score does not keep it from the other. Raises JobError where the tracking store refuses.
+    name is taken by other settings, a digest of the settings is appended; a score that other code computed is replaced. Run and
+    version are looked at separately: one that has the score does not keep it from the other. Raises JobError where the tracking store
+    refuses.
     """
     from mlflow.exceptions import MlflowException
 
@@ -41,14 +43,14 @@ def _log(log: ScoreLog, score: Score, step: int) -> list[str]:
         name = metric_name(metric, score.tags)
         if any(_deciding(other) != _deciding(score.tags) for other in log.settings(name)):
             name = f"{name}_{settings_digest(_deciding(score.tags))[:6]}"
-        log.add(name, value, {**score.tags, "flags": score.flags}, step)
+        log.add(name, value, {**score.tags, "flags": score.flags, CODE: running_code().digest}, step)
         names.append(name)
     return names
 
 
 def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide a value: without its flags, and without the place of its reference, whose digest is another setting."""
-    return {key: value for key, value in settings.items() if key not in ("reference", "flags")}
+    """The settings that decide a value: without flags, code, and the place of its reference, whose digest is another setting."""
+    return {key: value for key, value in settings.items() if key not in ("reference", "flags", CODE)}
 
 
 def metric_name(metric: str, tags: dict[str, str]) -> str:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
+CODE = "code"
+"""Among the settings of a score: the digest of the code that computed it."""
+
+
 class ScoreLog:
     """Scores on a run and on a registered version, either of which may be None; a tag holds the settings of each score."""
 
@@ -32,13 +36,13 @@ class ScoreLog:
         return [_parsed(tags[tag]) for tags in (self._run_tags, self._version_tags) if tag in tags]
 
     def add(self, name: str, value: float, settings: Mapping[str, Any], step: int) -> None:
-        """Log a score on the run and on the version, unless it is there already."""
+        """Log a score on the run and on the version, unless it is there already; one that other code computed is replaced."""
         tag, text = _settings_tag(name), json.dumps(settings, sort_keys=True)
-        if self._run is not None and tag not in self._run_tags:
+        if self._run is not None and not _has(self._run_tags, tag, settings):
             self._client.log_metric(self._run, name, value, int(time.time() * 1000), step)
             self._client.set_tag(self._run, tag, text)
             self._run_tags[tag] = text
-        if self._version is not None and tag not in self._version_tags:
+        if self._version is not None and not _has(self._version_tags, tag, settings):
             self._client.set_model_version_tag(*self._version, name, repr(value))
             self._client.set_model_version_tag(*self._version, tag, text)
             self._version_tags[tag] = text
@@ -51,6 +55,11 @@ def _parsed(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return settings if isinstance(settings, dict) else {}
+
+
+def _has(tags: Mapping[str, str], tag: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a score of these settings is there that the same code computed; scores of earlier versions do not say which did."""
+    return tag in tags and _parsed(tags[tag]).get(CODE) == settings.get(CODE)
 
 
 def _settings_tag(name: str) -> str:

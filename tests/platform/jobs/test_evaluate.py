@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from soflow_platform.jobs.log_scores import log_scores, metric_name
 from soflow_platform.jobs.targets import EvaluationTarget, find_target
 from soflow_platform.registry.versions import register
 from soflow_platform.storage.checkpoints import CheckpointStore
-from soflow_platform.storage.code_digest import Code
+from soflow_platform.storage.code_digest import Code, running_code
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.record import BestTrial, load_record
@@ -289,7 +290,18 @@ def test_scores_are_logged_once_with_their_settings(scored: ProjectFolder, store
     (point,) = client.get_metric_history(target.run, names[2])
     assert (point.step, point.value) == (target.step, scores[1].values["fd"])
     settings = json.loads(client.get_run(target.run).data.tags[f"{names[2]}.settings"])
-    assert settings == {**scores[1].tags, "flags": scores[1].flags}
+    assert settings == {**scores[1].tags, "flags": scores[1].flags, "code": running_code().digest}
+
+
+def test_a_score_of_other_code_replaces_the_one_that_is_logged(
+    scored: ProjectFolder, store: TrackingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = find_target(TRIAL, scored, store)
+    score = Score(TRIAL, {"fd": 1.0}, {}, [], {"samples": "100", "nfe": "1", "labels": "uniform"})
+    (name,) = log_scores(target, [score], store)
+    monkeypatch.setattr("soflow_platform.jobs.log_scores.running_code", lambda: Code({"loss.py": "0"}))
+    assert log_scores(target, [replace(score, values={"fd": 2.0})], store) == [name]
+    assert store.client.get_run(target.run or "").data.metrics[name] == 2.0
 
 
 def test_other_settings_under_the_same_name_get_a_suffix(scored: ProjectFolder, store: TrackingStore) -> None:
@@ -339,7 +351,8 @@ def test_a_version_gets_a_score_that_its_run_has_already(scored: ProjectFolder, 
     client = store.client
     tags = client.get_model_version("digits", number).tags
     assert float(tags[names[0]]) == score.values["fd"]
-    assert json.loads(tags[f"{names[0]}.settings"]) == {**score.tags, "flags": score.flags}
+    settings = json.loads(tags[f"{names[0]}.settings"])
+    assert settings == {**score.tags, "flags": score.flags, "code": running_code().digest}
     assert len(client.get_metric_history(of_trial.run or "", names[0])) == 1
 
 
