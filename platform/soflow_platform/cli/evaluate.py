@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +46,9 @@ def evaluate_command(
 
     require_writable_file("--plot", plot, ".png")
     with scoring_services(places) as services:
-        target, scores = evaluate(request, services)
+        target, scores = evaluate(replace(request, plotted=plot is not None), services)
     logged = _logged(target, scores, services)
     if plot is not None:
-        if "nfe" not in scores[0].tags:
-            raise UserError(f"{target.name} holds images: --plot is for the scores of a network.")
         write_bytes(plot, draw(summaries(scores)))
     if as_json:
         print(json.dumps([as_record(score) for score in scores], indent=1))

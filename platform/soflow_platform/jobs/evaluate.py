@@ -222,6 +222,7 @@ def _refuse_unused(request: EvaluateRequest, name: str, places: Sequence[str]) -
         "--interval": "sampling_interval" in sampling.settings,
         "--times": "sampling_times" in sampling.settings,
         "--grid": "sampling_grid" in sampling.settings,
+        "--plot": request.plotted,
     }
     for option, is_set in set_by_user.items():
         if is_set:

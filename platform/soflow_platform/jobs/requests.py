@@ -63,6 +63,8 @@ class EvaluateRequest:
     """Images to score. None: 50,000 of a network, all of a folder or file."""
     sampling: SamplingRequest = SamplingRequest()
     protocol: ProtocolRequest = ProtocolRequest()
+    plotted: bool = False
+    """Whether the scores are drawn against what a network was sampled with."""
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from soflow_pipelines.shards.tables import read_info
 from soflow_pipelines.sources.digits import load_digits
 from soflow_platform.errors import JobError
 from soflow_platform.evaluation.feature_networks import feature_network
-from soflow_platform.jobs.evaluate import Score, settings_digest
+from soflow_platform.jobs.evaluate import Score, evaluate, settings_digest
 from soflow_platform.jobs.log_scores import log_scores, metric_name
+from soflow_platform.jobs.requests import EvaluateRequest, ProtocolRequest
 from soflow_platform.jobs.targets import EvaluationTarget, find_target
 from soflow_platform.registry.versions import register
 from soflow_platform.storage.checkpoints import CheckpointStore
@@ -29,7 +30,7 @@ from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.record import BestTrial, load_record
 from tests.support.generators import save_generator
-from tests.support.scored_sweep import SWEEP, scores_of
+from tests.support.scored_sweep import SWEEP, local_services, scores_of
 from tests.support.small_networks import latent_set
 
 TRIAL = f"{SWEEP}/trial-01-flow_matching"
@@ -258,6 +259,15 @@ def test_images_need_a_reference_and_the_requested_number(scored: ProjectFolder,
         scores_of(scored, folder)
     with pytest.raises(InputError, match="fd compares with real images, and where those are is not known"):
         scores_of(scored, folder, num=None, features="digits-classifier", metrics=("fd",))
+
+
+def test_a_plot_of_images_is_refused_before_they_are_scored(scored: ProjectFolder, tmp_path: Path) -> None:
+    folder = digits_folder(tmp_path / "images", 20)
+    protocol = ProtocolRequest(features="digits-classifier", reference=str(scored.data / "digits"))
+    request = EvaluateRequest(str(folder), protocol=protocol, plotted=True)
+    with pytest.raises(InputError, match="holds images: --plot is for a network that makes them"):
+        evaluate(request, local_services(scored))
+    assert not (scored.root / "evaluations" / "results").exists()
 
 
 def test_changed_training_data_are_refused_as_reference(scored: ProjectFolder) -> None:
