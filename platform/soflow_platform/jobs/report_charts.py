@@ -138,6 +138,8 @@ def parallel_coordinates(report: SweepReport) -> Any | None:
     columns = {
         key: [values[by_name[trial.name]] for trial in ranked] for key, values in report.varied().items()
     }
+    # A setting that trials without a score alone have is no axis.
+    columns = {key: values for key, values in columns.items() if any(each is not None for each in values)}
     if not columns or len(ranked) < 2:
         return None
     columns[report.metric] = [trial.best.metrics[report.metric] for trial in ranked if trial.best]

@@ -248,7 +248,7 @@ def _command(record: SweepRecord, trial: Trial, base_file: str) -> str:
     name = f"{record.name[:48]}-trial-{number}"
     sets = [f"--set name={name}"]
     sets += [f"--set {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in settings.items()]
-    return " ".join(["soflowctl run", base_file, *sets])
+    return " ".join(["soflowctl run", shlex.quote(base_file), *sets])
 
 
 def base_settings(record: SweepRecord) -> dict[str, Any]:

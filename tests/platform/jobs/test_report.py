@@ -15,6 +15,7 @@ import pytest
 
 from soflow_platform.config.validation import read_experiment
 from soflow_platform.jobs.report import PAGE, write_report
+from soflow_platform.jobs.report_charts import parallel_coordinates
 from soflow_platform.jobs.report_data import gather
 from soflow_platform.jobs.report_importance import importance
 from soflow_platform.jobs.report_page import page
@@ -23,6 +24,7 @@ from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.tuning.ranking import ScoredTrial, ranked_points
 from soflow_platform.tuning.record import SweepRecord, all_records
+from soflow_platform.tuning.record import SweepRecord, TrialEntry, all_records
 from soflow_platform.tuning.search_space import trials
 
 
@@ -112,6 +114,18 @@ def test_the_ranking_is_that_of_the_best_evaluations(record: SweepRecord, scored
         costs = [trial.seconds_at(step) or 0.0 for step in (1, 3, 6)]
         assert 0 < costs[0] < costs[1] < costs[2]
         assert trial.cost == costs[2]
+
+
+def test_a_setting_that_no_scored_trial_has_is_no_axis(record: SweepRecord, scored: ProjectFolder) -> None:
+    first, second = record.trials
+    clipped = TrialEntry("trial-02", {**first.settings, "training.clip_norm": 1.0}, first.steps)
+    store = TrackingStore(scored.tracking_uri)
+    report = gather(replace(record, trials=[first, second, clipped]), scored, store, "my page/reproduce.yaml")
+    assert report.varied()["training.clip_norm"] == [None, None, 1.0]
+    chart = parallel_coordinates(report)
+    assert chart is not None
+    assert "training.clip_norm" not in chart.layout.xaxis.ticktext
+    assert shlex.split(report.trials[2].command)[2] == "my page/reproduce.yaml"
 
 
 def test_a_report_is_written_where_the_tracking_store_is_away(
