@@ -38,8 +38,8 @@ SweepArgument = Annotated[
     str,
     typer.Argument(
         metavar="SWEEP",
-        help="A sweep file, or the name of one that comes with soflow: digits, cifar10, b4, b2, m2, l2, xl2, "
-        "methods-digits, methods-cifar10, methods-cifar10-latents, and each of these with -tuned.",
+        help="A sweep file, or the name of one that comes with soflow: digits, digits-guidance, cifar10, cifar10-unet, b4, b2, m2, "
+        "l2, xl2, methods-digits, methods-cifar10 and methods-cifar10-latents; the last three also with -tuned.",
     ),
 ]
 ProxyOption = Annotated[

@@ -30,7 +30,7 @@ class SamplingSection(Section):
     interval: tuple[float, float] | None = None
     """Guidance interval at sampling, of networks trained on intervals that vary; None: the middle of each end's range."""
     steps: Steps = 1
-    """Steps of the registered model's `predict` where a request names none."""
+    """Steps of `generate`, `evaluate` and the registered model's `predict` where nothing else names them."""
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import typing
 
 import pytest
 
@@ -10,6 +11,8 @@ from soflow_core.objectives import OBJECTIVES
 from soflow_core.part_docs import settings_of, summary
 from soflow_core.registration import Registry
 from soflow_platform.cli.help import _registries, _sections, help_command
+from soflow_platform.cli.options import SweepArgument
+from soflow_platform.config.presets import sweeps_folder
 from soflow_platform.errors import UserError
 
 
@@ -58,3 +61,10 @@ def test_every_part_says_what_it_is(registry: Registry[object]) -> None:
     if registry is OBJECTIVES:
         for part in registry.values():
             assert {each.name for each in settings_of(part)} >= {"method"}
+
+
+def test_every_sweep_that_comes_with_soflow_is_named() -> None:
+    (_, argument) = typing.get_args(SweepArgument)
+    named = set(re.findall(r"[\w-]+", argument.help))
+    shipped = {path.stem.removesuffix("-tuned") for path in sweeps_folder().glob("*.yaml")}
+    assert shipped - named == set()
