@@ -28,7 +28,7 @@ from soflow_pipelines.metrics import METRICS
 from soflow_pipelines.sources.opening import SOURCES
 from soflow_platform.config.comparison import SamplingConfig
 from soflow_platform.config.dimensions import Dimension
-from soflow_platform.config.experiment import Experiment
+from soflow_platform.config.experiment import DECIDING_TRAINING, LATER_TRAINING_SETTINGS, Experiment
 from soflow_platform.config.gate import GateConfig, GuardConfig
 from soflow_platform.config.mid_run import SettingsChange
 from soflow_platform.config.search import AshaConfig, FinalConfig, PbtConfig
@@ -125,3 +125,11 @@ def test_the_objective_names_methods_that_there_are() -> None:
     (rows,) = (rows for name, rows in tables(PAGE) if name == "objective")
     (methods,) = (row[2] for row in rows if row[0] == "`method`")
     assert set(re.findall(r"`(\w+)`", methods)) <= set(OBJECTIVES)
+
+
+def test_the_page_says_which_settings_of_the_training_are_in_a_sweeps_digest() -> None:
+    (paragraph,) = (part for part in PAGE.split("\n\n") if "In the digest are" in part)
+    training = paragraph.partition("and of `training`")[2].partition("Everything else")[0]
+    named = {name for name in re.findall(r"`([\w.]+)`", training) if not name.startswith("start_")}
+    deciding = {*DECIDING_TRAINING, *LATER_TRAINING_SETTINGS}
+    assert named == {name for name in deciding if not name.startswith("start_")}
