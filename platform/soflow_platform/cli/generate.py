@@ -160,9 +160,12 @@ def choose_format(name: str | None, latents: bool) -> str:
 
 
 def choose_labels(labels: str | None, label: int | None) -> str | None:
-    """The labels of --labels and --label. Raises UserError where both are given."""
+    """The labels of --labels and --label. Raises UserError where both are given, and for signs that no label has."""
     if labels is not None and label is not None:
         raise UserError("--label is one class for all images, --labels several: leave one of them out.")
+    if labels is not None and not labels.isascii():
+        # Among these are signs that are digits and no numbers.
+        raise UserError(f"--labels {labels!r} names no labels: give balanced, uniform or numbers such as 0,1,2.")
     return str(label) if label is not None else labels
 
 

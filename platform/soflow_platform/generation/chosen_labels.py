@@ -19,8 +19,6 @@ from soflow_platform.errors import UserError
 
 BALANCED, UNIFORM = "balanced", "uniform"
 LABEL_COLUMN = "label"
-MOST_DIGITS = 9
-"""Digits of a label that is written out."""
 NAMED_ROWS = 10
 """Broken rows of a table that an error lists."""
 
@@ -71,7 +69,7 @@ def labels_by_rule(rule: str | None, num: int, classes: int | None, seed: int) -
 
 def _listed(text: str, classes: int) -> list[int]:
     words = [word.strip() for word in text.split(",")]
-    wrong = [word for word in words if not word.isdecimal() or len(word) > MOST_DIGITS]
+    wrong = [word for word in words if not word.isdigit()]
     if wrong:
         raise UserError(
             f"labels {text!r}: {wrong[0]!r} is no label; give {BALANCED}, {UNIFORM} or numbers such as 0,1,2."

@@ -177,6 +177,10 @@ MISTAKES = {
         ["generate", "--model", "digits", "--out", "images", "--seed", str(2**63)],
         f"--seed {2**63} is beyond 64 bits: give a smaller number.",
     ),
+    "a label that is a sign": (
+        ["generate", "--model", "digits", "--out", "images", "--labels", "0,²"],
+        "--labels '0,²' names no labels: give balanced, uniform or numbers such as 0,1,2.",
+    ),
     "images that are not there": (
         ["evaluate", "./images"],
         "./images: there is no such file or folder; name",

@@ -43,7 +43,6 @@ def test_each_rule_gives_its_labels() -> None:
         ("evenly", "'evenly' is no label"),
         ("0,3", r"label 3 is not one of the network's 3 classes \(0 to 2\)"),
         ("-1", "'-1' is no label"),
-        ("0,²", "'²' is no label"),
     ],
 )
 def test_a_rule_that_cannot_be_used_is_refused(rule: str, said: str) -> None:
