@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -175,10 +176,11 @@ def _scores(evaluation: Mapping[str, Any]) -> str:
 
 def _loading(name: str, conditional: bool, steps: int) -> str:
     columns = '{"label": [3, 1, 4]}' if conditional else '{"label": [0, 0, 0]}'
+    place = shlex.quote(f"models:/{name}")
     return f"""## Loading
 
 ```sh
-soflowctl generate --model models:/{name} --num 100 --out images
+soflowctl generate --model {place} --num 100 --out images
 ```
 
 ```python

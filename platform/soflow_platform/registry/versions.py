@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import tempfile
 import warnings
@@ -270,7 +271,7 @@ def find_version(store: TrackingStore, model: str) -> Any:
         return known[number]
     version = aliased(store, name, alias or CANDIDATE)
     if version is None:
-        hint = f"; promote one with `soflowctl promote {name}`" if alias == CHAMPION else ""
+        hint = f"; promote one with `soflowctl promote {shlex.quote(name)}`" if alias == CHAMPION else ""
         raise UserError(f"model {name!r} has no version with alias {alias or CANDIDATE!r}{hint}.")
     return version
 
