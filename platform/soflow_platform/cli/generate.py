@@ -165,7 +165,9 @@ def choose_labels(labels: str | None, label: int | None) -> str | None:
         raise UserError("--label is one class for all images, --labels several: leave one of them out.")
     if labels is not None and not labels.isascii():
         # Among these are signs that are digits and no numbers.
-        raise UserError(f"--labels {labels!r} names no labels: give balanced, uniform or numbers such as 0,1,2.")
+        raise UserError(
+            f"--labels {labels!r} names no labels: give balanced, uniform or numbers such as 0,1,2."
+        )
     return str(label) if label is not None else labels
 
 

@@ -25,7 +25,9 @@ def runs_command(sweep: str | None, storage_option: str | None) -> None:
     records = all_records(storage)
     if not records:
         hint = f"soflowctl run digits{storage_flag(storage)}"
-        screen.print(f"no sweeps under {storage.root}; start one with: {hint}", highlight=False, soft_wrap=True)
+        screen.print(
+            f"no sweeps under {storage.root}; start one with: {hint}", highlight=False, soft_wrap=True
+        )
         return
     screen.print(_sweeps_table(storage, records))
 

@@ -144,7 +144,9 @@ def status_command(name: str | None, as_json: bool, storage_option: str | None) 
     screen = console()
     if not shown:
         hint = f"soflowctl run digits{storage_flag(storage)}"
-        screen.print(f"no sweeps under {storage.root}; start one with: {hint}", highlight=False, soft_wrap=True)
+        screen.print(
+            f"no sweeps under {storage.root}; start one with: {hint}", highlight=False, soft_wrap=True
+        )
     for record, statuses in shown:
         attempt = f", started {record.attempts} times" if record.attempts > 1 else ""
         screen.print(

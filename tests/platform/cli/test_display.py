@@ -148,7 +148,7 @@ def test_a_hint_names_folder_and_store_as_a_shell_takes_them(
     flags = shlex.split(storage_flag(storage) + tracking_flag(storage, other))
     assert flags == ["--storage", str(storage.root), "--tracking", other]
 
-    monkeypatch.setattr(SweepDisplay, "_watch", lambda self, actor: None)
+    monkeypatch.setattr(SweepDisplay, "_watch", lambda _self, _actor: None)
     written = io.StringIO()
     experiment, _ = read_experiment(DIGITS)
     display = SweepDisplay(Console(file=written, width=400), experiment, [], storage=storage)

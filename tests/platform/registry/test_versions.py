@@ -121,7 +121,7 @@ def test_foreign_text_is_escaped_in_a_card(registered: ProjectFolder) -> None:
     card = model_card("digits/1", described)
     assert "a\\|b, \\<script>, \\[x\\](http://y)" in card
     assert "soflowctl generate --model models:/digits/1 --num 100" in card
-    assert "soflowctl generate --model 'models:/my digits/1' --num 100" in model_card("my digits/1", described)
+    assert "generate --model 'models:/my digits/1' --num 100" in model_card("my digits/1", described)
 
 
 def test_a_description_keeps_the_newest_decisions_first() -> None:
