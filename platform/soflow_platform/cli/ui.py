@@ -7,10 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 import webbrowser
+from typing import IO
 
 from soflow_platform.cli.terminal import storage_flag
 from soflow_platform.errors import JobError, UserError
@@ -30,21 +32,23 @@ def ui_command(storage: str | None, port: int, browser: bool) -> None:
         )
     port = _free_port(port)
     address = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(
-        _command(project, port), env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    # By default SIGTERM would end this command without `finally`, and leave the server running.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        _wait_until_healthy(server, address)
-        page = _newest_page(project, address)
-        print(f"MLflow on {address} (Ctrl-C stops it)\n{page}", flush=True)
-        if browser:
-            webbrowser.open(page)
-        server.wait()
-    finally:
-        server.terminate()
-        server.wait()
+    # A file and no pipe: nobody reads a pipe, and a server whose messages fill it stands still.
+    with tempfile.TemporaryFile() as messages:
+        server = subprocess.Popen(
+            _command(project, port), env=_environment(), stdout=subprocess.DEVNULL, stderr=messages
+        )
+        # By default SIGTERM would end this command without `finally`, and leave the server running.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        try:
+            _wait_until_healthy(server, address, messages)
+            page = _newest_page(project, address)
+            print(f"MLflow on {address} (Ctrl-C stops it)\n{page}", flush=True)
+            if browser:
+                webbrowser.open(page)
+            server.wait()
+        finally:
+            server.terminate()
+            server.wait()
 
 
 def _command(project: ProjectFolder, port: int) -> list[str]:
@@ -77,12 +81,13 @@ def _free_port(port: int) -> int:
     raise UserError("no free port on 127.0.0.1; pass --port.")
 
 
-def _wait_until_healthy(server: subprocess.Popen[bytes], address: str) -> None:
+def _wait_until_healthy(server: subprocess.Popen[bytes], address: str, messages: IO[bytes]) -> None:
     """Raises JobError where the server ends, or does not answer within START_SECONDS."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            text = (server.stderr.read() if server.stderr else b"").decode(errors="replace").strip()
+            messages.seek(0)
+            text = messages.read().decode(errors="replace").strip()
             raise JobError(
                 f"the MLflow server ended at once: {text.splitlines()[-1] if text else 'without a message'}"
             )
