@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -24,7 +25,7 @@ from soflow_platform.cli.promote import promote
 from soflow_platform.cli.report import report
 from soflow_platform.cli.scoring_commands import compare, evaluate
 from soflow_platform.cli.sweep_commands import attach, logs, plan, run, runs, status, stop, ui, validate
-from soflow_platform.errors import JobError, Stopped
+from soflow_platform.errors import JobError, Stopped, UserError
 from soflow_platform.tracking.outages import describe_outage
 
 UsageError: type[BaseException] = typer.BadParameter.__mro__[1]
@@ -129,6 +130,25 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+SHOWN = 80
+"""Characters of a path that a refusal shows."""
+REFUSED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""What the operating system says of a file that the user may not use, or of a name that no file can have."""
+NO_HOME = "Could not determine home directory."
+"""What pathlib says of `~NAME/...` where there is no such user."""
+
+
+def describe_refusal(error: Exception) -> str | None:
+    """A sentence on a path that this machine does not take, wherever it was met; None for any other error."""
+    if isinstance(error, OSError) and error.errno in REFUSED and error.filename is not None:
+        name = str(error.filename)
+        shown = name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
+        return f"{shown} cannot be used: {error.strerror}; name another place, or have this one made accessible."
+    if isinstance(error, RuntimeError) and str(error) == NO_HOME:
+        return "a path begins with ~NAME, and this machine has no user of that name: write the path in full."
+    return None
+
+
 def _exit_code(error: Exception) -> int:
     """Print a failure and return its exit code: 2 for input that cannot be used, 143 for a requested stop, else 1."""
     if isinstance(error, UsageError):
@@ -147,6 +167,12 @@ def _exit_code(error: Exception) -> int:
     if isinstance(error, JobError):
         _report(error, "failed")
         return 1
+    refusal = describe_refusal(error)
+    if refusal is not None:
+        refused = UserError(refusal)
+        refused.__cause__ = error
+        _report(refused, "error")
+        return 2
     _report(error, "internal error")
     print("This is a bug; `soflowctl --debug ...` shows where.", file=sys.stderr)
     return 1

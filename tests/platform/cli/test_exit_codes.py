@@ -28,6 +28,11 @@ FAILURES: list[tuple[BaseException, int, str]] = [
         1,
         "failed: /runs cannot be written or read: No space left on device; the same command goes on once",
     ),
+    (
+        PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/runs"),
+        2,
+        "error: /runs cannot be used: Permission denied; name another place",
+    ),
     (Stopped("trials are saved."), 143, "stopped: trials are saved."),
     (KeyError("step"), 1, "internal error: 'step'"),
     (RuntimeError(), 1, "internal error: RuntimeError"),

@@ -181,6 +181,18 @@ MISTAKES = {
         ["generate", "--model", "digits", "--out", "images", "--labels", "0,²"],
         "--labels '0,²' names no labels: give balanced, uniform or numbers such as 0,1,2.",
     ),
+    "a name longer than a file system takes": (
+        ["evaluate", "x" * 300],
+        f"{'x' * 80}... cannot be used: File name too long; name another place",
+    ),
+    "a setting longer than a file system takes": (
+        ["validate", DIGITS, "--set", f"evaluation.autoencoder={'x' * 300}"],
+        "cannot be used: File name too long; name another place",
+    ),
+    "a home of nobody": (
+        ["status", "--storage", "~nobody-is-called-so/runs"],
+        "a path begins with ~NAME, and this machine has no user of that name: write the path in full.",
+    ),
     "images that are not there": (
         ["evaluate", "./images"],
         "./images: there is no such file or folder; name",
