@@ -40,7 +40,7 @@ class GateConfig(Section):
     metric: MetricName | None = None
     """The metric that decides; None: that of `search.metric`."""
     features: str | None = None
-    """Feature network; None: `evaluation.features`."""
+    """Feature network; None: that of `search.metric`, or `evaluation.features` where `metric` is set."""
     samples: Annotated[int, Field(ge=16, le=10**8)] | None = None
     """Samples for each seed; None: `evaluation.samples`, of the two sweeps the larger one."""
     seeds: Annotated[int, Field(ge=2, le=100)] = 5

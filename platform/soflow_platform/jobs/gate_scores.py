@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from soflow_core.failures import InputError, summarize
 from soflow_core.nfe import steps_for
 from soflow_pipelines.metrics.registry import METRICS
-from soflow_platform.config.evaluation import EvaluationConfig
+from soflow_platform.config.evaluation import POOLED, EvaluationConfig
 from soflow_platform.config.gate import GateConfig, GuardConfig
 from soflow_platform.config.locations import absolute_autoencoder
 from soflow_platform.errors import JobError, UserError
@@ -76,9 +76,10 @@ def gate_protocol(request: PromoteRequest, candidate: Contender, champion: Conte
     try:
         gate, evaluation = candidate.gate, candidate.evaluation
         least = max(each.evaluation.samples for each in (candidate, champion) if each is not None)
-        name, nfe = str(candidate.recipe["search"]["metric"]).removeprefix("eval/").rsplit("_nfe", 1)
-        conditional = bool(candidate.recipe["data"].get("conditional", True))
-        metric = gate.metric or evaluation.metric_kinds(conditional)[name]
+        chosen, own, nfe = _chosen_by(candidate)
+        metric = gate.metric or chosen
+        if metric is None:
+            raise KeyError(candidate.recipe["search"]["metric"])
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"the recipe of {candidate.label} or of the champion cannot be read ({summarize(error)[:200]}): it was registered by an "
@@ -89,15 +90,26 @@ def gate_protocol(request: PromoteRequest, candidate: Contender, champion: Conte
         raise UserError(
             f"--samples {samples} is less than the {least} samples of the sweep: the gate takes at least as many."
         )
-    features = gate.features or evaluation.features
-    return GateProtocol(gate, metric, features, int(nfe), samples, evaluation.labels, gate.guards)
+    features = gate.features or (own if gate.metric is None else evaluation.features)
+    return GateProtocol(gate, metric, features, nfe, samples, evaluation.labels, gate.guards)
+
+
+def _chosen_by(candidate: Contender) -> tuple[str | None, str, int]:
+    """What `search.metric` is: a metric, None for an unknown one, on a feature network, at a number of function evaluations."""
+    evaluation = candidate.evaluation
+    name, nfe = str(candidate.recipe["search"]["metric"]).removeprefix("eval/").rsplit("_nfe", 1)
+    kinds = evaluation.metric_kinds(bool(candidate.recipe["data"].get("conditional", True)))
+    if evaluation.also_pooled and name == "fd":
+        # The distance on pooled features, which stands beside the sweep's own.
+        return "fd", POOLED, int(nfe)
+    return kinds.get(name), evaluation.features, int(nfe)
 
 
 def selection_flags(
     candidate: Contender, protocol: GateProtocol, comparisons: Sequence[Comparison]
 ) -> list[str]:
     """A flag where the candidate was chosen by the features that now decide, and no guard looks at others."""
-    same = candidate.evaluation.features == protocol.features
+    same = _chosen_by(candidate)[1] == protocol.features
     others = {each.features for each in comparisons} - {comparisons[0].features}
     if not same or others:
         return []

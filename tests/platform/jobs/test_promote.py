@@ -16,17 +16,25 @@ from safetensors.torch import load_file
 from soflow_core.weights import load_weights, save_weights
 from soflow_pipelines.shards.tables import read_info
 from soflow_platform.config.gate import GateConfig
+from soflow_platform.config.validation import read_experiment
 from soflow_platform.errors import JobError, UserError
-from soflow_platform.jobs.gate_scores import Contender, GateProtocol, GateScorer
+from soflow_platform.jobs.gate_scores import (
+    Contender,
+    GateProtocol,
+    GateScorer,
+    gate_protocol,
+    selection_flags,
+)
 from soflow_platform.jobs.promote import Outcome, promote
 from soflow_platform.jobs.requests import PromoteRequest
 from soflow_platform.jobs.targets import EvaluationTarget
+from soflow_platform.registry.gate import Comparison
 from soflow_platform.registry.versions import NewVersion, describe_weights, find_version, register_weights
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.tuning.record import load_record
 from tests.support.generators import save_generator
-from tests.support.scored_sweep import SWEEP, artifacts_of, local_services
+from tests.support.scored_sweep import ROOT, SWEEP, artifacts_of, local_services
 from tests.support.small_networks import latent_set
 
 FIRST, SECOND = f"{SWEEP}/trial-00-soflow", f"{SWEEP}/trial-01-flow_matching"
@@ -185,6 +193,20 @@ def test_a_candidate_chosen_by_the_features_that_decide_is_flagged(promoted: Pro
     outcome = decide(promoted, SECOND, dry_run=True)
     (flag,) = [flag for flag in outcome.flags if "was chosen" in flag]
     assert "among 2 trials by the features that decide here (digits-classifier)" in flag
+
+
+def test_a_sweep_that_is_ranked_on_pooled_features_beside_its_own_is_compared_on_them() -> None:
+    experiment, _ = read_experiment(ROOT / "sweeps" / "b4.yaml", ("search.metric=eval/fd_nfe2",))
+    candidate = Contender("version 1", EvaluationTarget("version 1"), experiment.resolved())
+    protocol = gate_protocol(PromoteRequest("b4"), candidate, None)
+    assert (protocol.metric, protocol.features, protocol.nfe) == ("fd", "pooled", 2)
+    (flag,) = selection_flags(candidate, protocol, [Comparison("fd", "pooled-4x8x8-1", "min", (1.0,), None)])
+    assert "was chosen by the features that decide here (pooled)" in flag
+    experiment, _ = read_experiment(ROOT / "sweeps" / "b4.yaml", ("registry.gate.metric=kid",))
+    protocol = gate_protocol(
+        PromoteRequest("b4"), replace(candidate, recipe=experiment.resolved()), champion=None
+    )
+    assert (protocol.metric, protocol.features) == ("kid", "inception")
 
 
 def test_fewer_samples_than_the_sweep_took_are_refused(promoted: ProjectFolder) -> None:
