@@ -170,6 +170,23 @@ def test_commands_in_sentences_name_commands_and_options_that_exist(page: Path) 
         assert {word.split("=")[0] for word in words if word.startswith("--")} <= options, line
 
 
+def test_the_usage_of_a_command_lists_its_options() -> None:
+    """In `docs/data.md`, the page that shows commands with all of their options."""
+    from soflow_platform.cli.main import app
+
+    group: Any = typer.main.get_command(app)
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```text\n(soflowctl .*?)^```", text, re.DOTALL | re.MULTILINE)
+    usages = [
+        usage for block in blocks for usage in re.findall(r"^soflowctl .*(?:\n .*)*", block, re.MULTILINE)
+    ]
+    assert len(usages) == 3
+    for usage in usages:
+        command = group.commands["data"].commands[usage.split()[2]]
+        options = {option for parameter in command.params for option in parameter.opts if option[:2] == "--"}
+        assert set(re.findall(r"--[\w-]+", usage)) == options - {"--help"}, usage
+
+
 # What is executed
 
 

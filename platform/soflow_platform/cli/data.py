@@ -53,8 +53,8 @@ def prepare(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="An image folder, ImageNet's tree, a zip of one, Parquet, WebDataset shards, "
-            "`digits` or `cifar10:PATH`.",
+            help="An image folder, ImageNet's tree, a zip of one, Parquet, WebDataset shards, HDF5 latents (FILE.h5), "
+            "a set that `soflowctl generate` made, `digits` or `cifar10:PATH`.",
         ),
     ],
     out: Annotated[
