@@ -187,6 +187,14 @@ def test_the_usage_of_a_command_lists_its_options() -> None:
         assert set(re.findall(r"--[\w-]+", usage)) == options - {"--help"}, usage
 
 
+def test_a_sweep_on_a_cluster_is_shown_with_a_tracking_server() -> None:
+    """A cluster of several machines refuses the default, which is SQLite."""
+    shown = [each for each in COMMANDS if each.arguments[:2] == ["soflowctl", "run"]]
+    clusters = [each for each in shown if "--address" in each.arguments]
+    assert len(clusters) > 5
+    assert [each.name for each in clusters if "tracking.uri=" not in each.line] == []
+
+
 # What is executed
 
 
