@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from soflow_core.failures import InputError
 from soflow_core.networks import Architecture
 from soflow_core.objectives import Diffusion
 from soflow_platform.config.experiment import Experiment
@@ -135,11 +136,11 @@ def score_sweep(request: CompareRequest, services: Services, say: Callable[[str]
         raise UserError(f"{plural} {request.name} has nothing to compare: {'; '.join(left_out)}.")
     _require_same_data(entries)
     say(f"scoring {len(entries)} ways of sampling")
-    entries = _scored(entries, experiments[0], services)
+    entries, refused = _scored(entries, experiments[0], services)
     for entry in entries:
         assert entry.score is not None
         log_scores(entry.target, [entry.score], services.store)
-    return ScoredSweep(request.name, experiments[0], entries, left_out)
+    return ScoredSweep(request.name, experiments[0], entries, [*left_out, *refused])
 
 
 def _require_alike(request: CompareRequest, experiments: Sequence[Experiment]) -> None:
@@ -252,8 +253,13 @@ def _unequal(name: str, experiment: Experiment, first: Experiment) -> str | None
     )
 
 
-def _scored(entries: Sequence[Entry], experiment: Experiment, services: Services) -> list[Entry]:
-    """The entries with their scores."""
+def _scored(
+    entries: Sequence[Entry], experiment: Experiment, services: Services
+) -> tuple[list[Entry], list[str]]:
+    """The entries with their scores, and those whose images are refused, because one is not finite, as sentences.
+
+    Raises InputError where all are refused.
+    """
     evaluation = experiment.evaluation
     first = entries[0]
     protocol = network_protocol(_protocol_request(experiment), first.target, first.network, services)
@@ -264,8 +270,20 @@ def _scored(entries: Sequence[Entry], experiment: Experiment, services: Services
         entry = entries[number]
         job = entry.network.statistics_job(entry.samples, protocol, evaluation.autoencoder)
         tasks.append(ScoringTask(entry.target.name, job, entry.network.tags(entry.samples)))
-    scores = dict(zip(order, score_all(tasks, protocol, services), strict=True))
-    return [replace(entry, score=scores[number]) for number, entry in enumerate(entries)]
+    scores: dict[int, Score] = {}
+    refused: list[str] = []
+    try:
+        scores = dict(zip(order, score_all(tasks, protocol, services), strict=True))
+    except InputError:
+        # One that is refused ends all of them. What is computed is kept: each is asked for by itself.
+        for number, task in zip(order, tasks, strict=True):
+            try:
+                (scores[number],) = score_all([task], protocol, services)
+            except InputError as error:
+                refused.append(f"{task.name} in {task.tags['steps']} step(s): {str(error).rstrip('.')}")
+        if not scores:
+            raise
+    return [replace(entries[number], score=scores[number]) for number in sorted(scores)], refused
 
 
 def _protocol_request(experiment: Experiment) -> ProtocolRequest:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import pickle
+import re
 import shutil
 import weakref
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from soflow_platform.config.document import apply_override, read_document
 from soflow_platform.config.experiment import Experiment
 from soflow_platform.config.validation import validate
 from soflow_platform.errors import JobError, UserError
+from soflow_platform.evaluation.protocol import ScoringProtocol
 from soflow_platform.jobs.benchmark import (
     Costs,
     SamplingBenchmark,
@@ -38,6 +40,7 @@ from soflow_platform.jobs.benchmark import (
 from soflow_platform.jobs.compare import ScoredSweep, TrainingKey, score_sweep
 from soflow_platform.jobs.compare_report import conclusions, markdown, page_with, save, table
 from soflow_platform.jobs.compare_rows import Comparison, Row
+from soflow_platform.jobs.evaluate import Score, ScoringTask, Services, score_all
 from soflow_platform.jobs.model_under_test import ModelUnderTest
 from soflow_platform.jobs.requests import CompareRequest
 from soflow_platform.jobs.targets import find_target
@@ -199,6 +202,23 @@ def test_a_sweep_with_a_reference_of_its_own_is_compared_with_that(
     (score,) = scores_of(scored, path, labels="balanced", reference=str(folder))
     assert found.settings["reference_samples"] == "200"
     assert found.rows[0].distance == score.values["fd"]
+
+
+def test_images_that_are_refused_leave_the_other_rows(
+    scored: ProjectFolder, record: SweepRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(tasks: Sequence[ScoringTask], protocol: ScoringProtocol, services: Services) -> list[Score]:
+        if any("flow_matching" in task.name for task in tasks):
+            raise UserError("image 3 that these weights make is not finite.")
+        return score_all(tasks, protocol, services)
+
+    monkeypatch.setattr("soflow_platform.jobs.compare.score_all", refusing)
+    found = compared(scored, record, SamplingConfig(steps=(1,)))
+    assert [row.method for row in found.rows] == ["soflow"]
+    (sentence,) = found.left_out
+    assert re.search(r"trial-01-flow_matching at step 6 in 1 step\(s\): image 3 .* not finite$", sentence)
+    with pytest.raises(UserError, match="is not finite"):
+        compared(scored, record, SamplingConfig(methods=("flow_matching",), steps=(1,)))
 
 
 def test_scores_are_logged_on_the_runs_of_their_trials(scored: ProjectFolder, record: SweepRecord) -> None:
