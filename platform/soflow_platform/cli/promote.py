@@ -58,7 +58,10 @@ def promote(
     ] = None,
     autoencoder: Annotated[
         str | None,
-        typer.Option(metavar="ID|PATH", help="Decodes latents; default is the one they were made with."),
+        typer.Option(
+            metavar="ID|PATH",
+            help="Decodes latents; default: that of the sweep's evaluation, or the one they were made with.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Score both and say what would be done; nothing is changed.")

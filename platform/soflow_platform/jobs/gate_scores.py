@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -103,6 +104,17 @@ def _chosen_by(candidate: Contender) -> tuple[str | None, str, int]:
         # The distance on pooled features, which stands beside the sweep's own.
         return "fd", POOLED, int(nfe)
     return kinds.get(name), evaluation.features, int(nfe)
+
+
+def with_autoencoder(request: PromoteRequest, candidate: Contender) -> PromoteRequest:
+    """The request with the autoencoder by which the candidate's sweep was scored, where it names none and that folder is still there.
+
+    Without it the one that made the latents is looked for by its id, which a sweep names a folder for where that finds none.
+    """
+    own = candidate.evaluation.autoencoder
+    if request.autoencoder is not None or own is None or (os.path.isabs(own) and not os.path.exists(own)):
+        return request
+    return replace(request, autoencoder=own)
 
 
 def selection_flags(

@@ -21,6 +21,7 @@ from soflow_platform.jobs.gate_scores import (
     not_scorable,
     selection_flags,
     training_flags,
+    with_autoencoder,
 )
 from soflow_platform.jobs.requests import PromoteRequest
 from soflow_platform.jobs.targets import EvaluationTarget
@@ -95,7 +96,8 @@ def _scored(
         flagged = training_flags([candidate], protocol, [])
         first = Decision("promoted", "first champion", None, {"flags": flagged} if flagged else {})
         return Outcome(name, candidate.label, first, flags=tuple(flagged))
-    scored = GateScorer(request, protocol, services).scores(candidate, champion)
+    scorer = GateScorer(with_autoencoder(request, candidate), protocol, services)
+    scored = scorer.scores(candidate, champion)
     flags = [
         *scored.flags,
         *selection_flags(candidate, protocol, scored.comparisons),

@@ -24,6 +24,7 @@ from soflow_platform.jobs.gate_scores import (
     GateScorer,
     gate_protocol,
     selection_flags,
+    with_autoencoder,
 )
 from soflow_platform.jobs.promote import Outcome, promote
 from soflow_platform.jobs.requests import PromoteRequest
@@ -207,6 +208,20 @@ def test_a_sweep_that_is_ranked_on_pooled_features_beside_its_own_is_compared_on
         PromoteRequest("b4"), replace(candidate, recipe=experiment.resolved()), champion=None
     )
     assert (protocol.metric, protocol.features) == ("kid", "inception")
+
+
+def test_the_autoencoder_of_the_candidates_sweep_decodes_where_it_is_still_there(tmp_path: Path) -> None:
+    own, gone = tmp_path / "autoencoder", tmp_path / "gone"
+    own.mkdir()
+    asked = {}
+    for place in (own, gone):
+        overrides = (f"evaluation.autoencoder={place}",)
+        experiment, _ = read_experiment(ROOT / "sweeps" / "b4.yaml", overrides)
+        candidate = Contender("version 1", EvaluationTarget("version 1"), experiment.resolved())
+        asked[place] = with_autoencoder(PromoteRequest("b4"), candidate).autoencoder
+        other = PromoteRequest("b4", autoencoder="other")
+        assert with_autoencoder(other, candidate).autoencoder == "other"
+    assert asked == {own: str(own), gone: None}
 
 
 def test_fewer_samples_than_the_sweep_took_are_refused(promoted: ProjectFolder) -> None:
