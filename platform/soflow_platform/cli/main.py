@@ -143,7 +143,9 @@ def describe_refusal(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in REFUSED and error.filename is not None:
         name = str(error.filename)
         shown = name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
-        return f"{shown} cannot be used: {error.strerror}; name another place, or have this one made accessible."
+        return (
+            f"{shown} cannot be used: {error.strerror}; name another place, or have this one made accessible."
+        )
     if isinstance(error, RuntimeError) and str(error) == NO_HOME:
         return "a path begins with ~NAME, and this machine has no user of that name: write the path in full."
     return None

@@ -23,7 +23,6 @@ from soflow_platform.jobs.report_pareto import pareto_front
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import TrackingStore
 from soflow_platform.tuning.ranking import ScoredTrial, ranked_points
-from soflow_platform.tuning.record import SweepRecord, all_records
 from soflow_platform.tuning.record import SweepRecord, TrialEntry, all_records
 from soflow_platform.tuning.search_space import trials
 

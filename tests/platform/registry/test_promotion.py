@@ -217,7 +217,7 @@ def test_decisions_fill_a_description_to_its_limit_and_no_further(
         ("models:/absent@champion", "there is no registered model 'absent'"),
         ("models:/digits/9", "model 'digits' has no version 9; it has 1"),
         ("models:/digits@champion", "model 'digits' has no version with alias 'champion'"),
-        ("models:/it's@champion", "there is no registered model \"it's\""),
+        ("models:/it's@champion", 'there is no registered model "it\'s"'),
         ('models:/"quoted"', "there is no registered model '\"quoted\"'"),
     ],
 )
