@@ -2,11 +2,11 @@
 
     python benchmarks/sweep.py [--trials 1 4 16 64] [--steps 100] [--concurrent 2]
 
-Each sweep trains S/8 on the digits for a few steps, one thread a trial, and is a command of its own, as a user starts it. Training is
-the time of the steps alone, from the rates in the trials' status files. Printed are: seconds of the whole command; the share of the
-time of the cores that trials may use which is training; peak memory of the command and of all of its processes; and, from the
-differences between sweeps, the fixed seconds of a command and the seconds of a trial beside its training: opening its run, its
-evaluation, its checkpoint, its grids, closing its run.
+Each sweep trains the network of `digits` (0.8 M parameters) for a few steps, one thread a trial, and is a command of its own,
+as a user starts it. Training is the time of the steps alone, from the rates in the trials' status files. Printed are: seconds
+of the whole command; the share of the time of the cores that trials may use which is training; peak memory of the command and
+of all of its processes; and, from the differences between sweeps, the fixed seconds of a command and the seconds of a trial
+beside its training: opening its run, its evaluation, its checkpoint, its grids, closing its run.
 """
 
 from __future__ import annotations
@@ -83,7 +83,6 @@ def _mib(process: psutil.Process) -> float:
 def measure(trials: int, options: argparse.Namespace, folder: Path) -> Measured:
     storage = ProjectFolder(folder / f"trials-{trials}")
     changes = [
-        "network={size: S/8}",
         f"training={{steps: {options.steps}, batch: 32, ema: [0.9], log_every: 50, precision: float32}}",
         f"evaluation={{every: {options.steps}, samples: 64, nfe: [1], features: pooled, grid: 2}}",
         f"search={{space: {{}}, seeds: {trials}}}",
