@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soflow_platform.cli.sweep_file import CheckedSweep
@@ -50,6 +51,18 @@ def short_plan(plan: SweepPlan) -> str:
     if plan.on_gpus:
         text += f"; {_spending(plan, 1.0)}, {_assumed(plan)} (`soflowctl plan` for other GPUs)"
     return text
+
+
+def space_note(plan: SweepPlan, folder: Path, free: int) -> str | None:
+    """That the kept checkpoints of a sweep do not fit on the disk of their folder, which has `free` bytes; None where they do."""
+    kept = sum(trial.kept_bytes for trial in plan.trials)
+    if kept <= free:
+        return None
+    return (
+        f"note: the kept checkpoints of all trials come to {amount(kept, 'B')}, and the disk of {folder} has {amount(free, 'B')} free. "
+        "A trial that finds it full waits for some minutes and then fails: keep fewer (training.keep_checkpoints), or name another "
+        "--storage."
+    )
 
 
 def amount_lines(plan: SweepPlan) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from soflow_platform.config.experiment import Experiment
 from soflow_platform.errors import JobError, UserError
 from soflow_platform.storage.checkpoints import CheckpointStore
 from soflow_platform.storage.code_digest import describe_difference, running_code
-from soflow_platform.storage.project import ProjectFolder, find_project, require_writable
+from soflow_platform.storage.project import ProjectFolder, find_project, free_bytes, require_writable
 from soflow_platform.training.stop_request import stop_requested
 from soflow_platform.training.trial_status import TrialState
 from soflow_platform.tuning.record import (
@@ -108,7 +108,7 @@ def run_command(
     if options.check:
         _check_first_steps(planned, data)
     if not options.quiet:
-        _print_short_plan(screen, experiment, planned, data)
+        _print_short_plan(screen, experiment, planned, data, storage if existing is None else None)
     from soflow_platform.cluster.connection import require_answer
     from soflow_platform.training.start import start_key
     from soflow_platform.tuning.context import failed_before
@@ -314,12 +314,22 @@ def _require_checkpoints(storage: ProjectFolder, record: SweepRecord, experiment
 
 
 def _print_short_plan(
-    screen: Console, experiment: Experiment, planned: list[Trial], data: Expected | None = None
+    screen: Console,
+    experiment: Experiment,
+    planned: list[Trial],
+    data: Expected | None = None,
+    begun_in: ProjectFolder | None = None,
 ) -> None:
-    from soflow_platform.cli.plan import short_plan
+    """The plan in short; of a sweep that begins in a project folder also whether its checkpoints have room there."""
+    from soflow_platform.cli.plan import short_plan, space_note
     from soflow_platform.tuning.plan import plan_sweep
     from soflow_platform.tuning.plan_assumptions import Assumptions
 
     with contextlib.suppress(UserError):
         # Where the shape of the samples is not known, or the method makes no passes that can be counted.
-        screen.print(short_plan(plan_sweep(experiment, planned, Assumptions(), data)))
+        plan = plan_sweep(experiment, planned, Assumptions(), data)
+        screen.print(short_plan(plan))
+        if begun_in is not None and experiment.training.checkpoints is None:
+            note = space_note(plan, begun_in.root, free_bytes(begun_in.root))
+            if note is not None:
+                screen.print(note, highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ soflow-runs/
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,10 +88,21 @@ def require_writable_folder(option: str, folder: Path) -> None:
 def why_not_writable(folder: Path) -> str | None:
     """Why nothing can be written into a folder, which need not exist yet; None where something can. Nothing of the try stays."""
     try:
-        folder = folder.absolute()
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
+        folder = _existing(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".soflow-"):
             return None
     except OSError as error:
         return error.strerror or str(error)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space on the disk of a folder, which need not exist yet."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    """A folder, or the first one above it that exists."""
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder

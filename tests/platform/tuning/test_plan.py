@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from soflow_core.objectives import SoFlow
-from soflow_platform.cli.plan import amount, amount_lines, as_record, plan_command, short_plan
+from soflow_platform.cli.plan import amount, amount_lines, as_record, plan_command, short_plan, space_note
 from soflow_platform.cli.sweep_file import CheckedSweep, read
 from soflow_platform.config.search import AshaConfig
 from soflow_platform.errors import UserError
@@ -128,6 +128,16 @@ def test_the_short_form_has_time_only_where_gpus_are_asked_for() -> None:
     assert re.match(
         r"13 trial\(s\), 4.37 ZFLOP; 4,\d{3} GPU-hours, \d+ d .* USD, h100 at 40% of its peaks", short
     )
+
+
+def test_kept_checkpoints_that_do_not_fit_on_the_disk_are_said() -> None:
+    plan = plan_of(read("digits", ()))
+    kept = round(sum(trial.kept_bytes for trial in plan.trials))
+    assert space_note(plan, Path("runs"), kept) is None
+    note = space_note(plan, Path("runs"), kept // 2)
+    assert note is not None
+    assert f"come to {amount(kept, 'B')}, and the disk of runs has {amount(kept // 2, 'B')} free" in note
+    assert "training.keep_checkpoints" in note
 
 
 def test_json_holds_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> None:
