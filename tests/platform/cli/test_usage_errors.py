@@ -164,14 +164,14 @@ MISTAKES = {
         ["evaluate", "digits", "--plot", "/proc/scores.png"],
         "--plot /proc/scores.png cannot be written (",
     ),
-    "a port that is none": (["ui", "--port", "70000"], "70000 is not in the range 0<=x<=65535"),
+    "a port that is none": (["ui", "--port", "70000"], "'--port': Input should be less than or equal to 65535"),
     "a number of steps that is a sign": (
         ["evaluate", "digits", "--steps", "²"],
         "'²' is no number of steps; give numbers from 1 to 10,000, such as 1,2,4.",
     ),
     "more steps than a sampler takes": (
         ["generate", "--model", "digits", "--out", "images", "--steps", "1000000000"],
-        "1000000000 is not in the range",
+        "'--steps': Input should be less than or equal to 10000",
     ),
     "a seed of more than 64 bits": (
         ["generate", "--model", "digits", "--out", "images", "--seed", str(2**63)],
