@@ -164,7 +164,10 @@ MISTAKES = {
         ["evaluate", "digits", "--plot", "/proc/scores.png"],
         "--plot /proc/scores.png cannot be written (",
     ),
-    "a port that is none": (["ui", "--port", "70000"], "'--port': Input should be less than or equal to 65535"),
+    "a port that is none": (
+        ["ui", "--port", "70000"],
+        "'--port': Input should be less than or equal to 65535",
+    ),
     "a number of steps that is a sign": (
         ["evaluate", "digits", "--steps", "²"],
         "'²' is no number of steps; give numbers from 1 to 10,000, such as 1,2,4.",
