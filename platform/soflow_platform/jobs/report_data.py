@@ -146,10 +146,7 @@ class SweepReport:
         )
         # What a section holds is shown by its method, or else as text.
         columns = {
-            key: [
-                _value(PointSettings(self.record.experiment, trial.trial.settings), key)
-                for trial in self.trials
-            ]
+            key: [_value(self.record.experiment, trial.trial.settings, key) for trial in self.trials]
             for key in keys
         }
         return {
@@ -299,12 +296,15 @@ def _device_seconds(experiment: Experiment, speeds: Sequence[tuple[int, float]])
     return curve
 
 
-def _value(value_of: PointSettings, key: str) -> Any:
+def _value(file: Mapping[str, Any], point: Mapping[str, Any], key: str) -> Any:
+    """A setting of a trial; of a section its method, with what is in it where the point has it and not the file."""
     try:
-        value = value_of(key)
+        value = PointSettings(file, point)(key)
     except KeyError:
         return None
     if isinstance(value, Mapping):
+        if key not in point and "method" in value:
+            return value["method"]
         inside = flatten(dict(value))
         method = inside.pop("method", None)
         rest = ", ".join(f"{name.rsplit('.', 1)[-1]} {each}" for name, each in inside.items())

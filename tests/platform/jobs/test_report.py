@@ -127,6 +127,22 @@ def test_a_setting_that_no_scored_trial_has_is_no_axis(record: SweepRecord, scor
     assert shlex.split(report.trials[2].command)[2] == "my page/reproduce.yaml"
 
 
+def test_a_method_that_is_the_files_own_is_shown_by_its_name_alone(
+    record: SweepRecord, scored: ProjectFolder
+) -> None:
+    """What other columns vary of it would stand in every row, among all that nobody varied."""
+    first, second = record.trials
+    own = replace(second, settings={"objective.weight_power": 0.5})
+    guided = {"method": "meanflow", "guidance": {"omega": 0.75}}
+    report = gather(
+        replace(record, trials=[replace(first, settings={"objective": guided}), own]),
+        scored,
+        TrackingStore(scored.tracking_uri),
+        "reproduce.yaml",
+    )
+    assert report.varied()["objective"] == ["meanflow (omega 0.75)", "soflow"]
+
+
 def test_a_report_is_written_where_the_tracking_store_is_away(
     record: SweepRecord, scored: ProjectFolder, tmp_path: Path
 ) -> None:
