@@ -13,10 +13,8 @@ Files are hashed, uploaded and downloaded several at a time.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -38,6 +36,13 @@ from soflow_platform.storage.checkpoint_files import (
 )
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.storage.records import refuse_newer_format
+from soflow_platform.storage.scratch_folder import (
+    is_full,
+    no_space,
+    scratch_folder,
+    scratch_place,
+    write_failure,
+)
 
 STATE = "state.pt"
 EMA = "ema.safetensors"
@@ -47,11 +52,6 @@ PARTS_FORMAT = 2
 """Format of a record whose state is in parts, which versions before it cannot read; that of the others is 1."""
 SPLIT_BYTES = 2**30
 """Bytes of tensors from which a state is cut into parts."""
-LITTLE_SPACE = 1 << 20
-"""A write that fails on a disk with fewer free bytes than this is taken to have failed because the disk is full."""
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-NO_SPACE_TEXT = os.strerror(errno.ENOSPC)
-
 WriteFiles = Callable[[Path], Mapping[str, str] | None]
 """Writes a checkpoint's files into a folder; returns the SHA-256 of those that it hashed and brought to the disk itself."""
 
@@ -233,12 +233,21 @@ class CheckpointStore:
         Raises StorageError or OSError where it cannot be written, whatever `write` raised; there is no such checkpoint then.
         """
         storage = open_storage(self.root)
+        try:
+            return self._publish(storage, state, write)
+        except (OSError, StorageError) as error:
+            # Anywhere on the way; what an object store says of its own disks stays as it says it.
+            if is_full(error) and (isinstance(storage, LocalFolder) or isinstance(error, OSError)):
+                raise StorageError(no_space(scratch_place(storage))) from error
+            raise
+
+    def _publish(self, storage: ObjectStore, state: CheckpointState, write: WriteFiles) -> Checkpoint:
         name = f"step-{state.step:08d}"
-        with _scratch(storage) as scratch:
+        with scratch_folder(storage) as scratch:
             try:
                 hashed = write(scratch) or {}
             except Exception as error:
-                raise StorageError(_write_failure(error, scratch)) from error
+                raise StorageError(write_failure(error, scratch)) from error
             paths = sorted(scratch.iterdir())
             digests = at_once(lambda path: hashed.get(path.name) or synced_digest(path), paths)
             files = {path.name: digest for path, digest in zip(paths, digests, strict=True)}
@@ -288,7 +297,7 @@ class CheckpointStore:
         folder. Raises StorageError where the storage refuses.
         """
         storage = open_storage(self.root)
-        shutil.rmtree(_scratch_place(storage), ignore_errors=True)
+        shutil.rmtree(scratch_place(storage), ignore_errors=True)
         for name in self._recorded():
             if int(name.removeprefix("step-")) > step:
                 storage.remove(f"{name}/{RECORD}")
@@ -323,25 +332,6 @@ class CheckpointStore:
             with _unless_removed(storage, f"{name}/{RECORD}"):
                 recorded[name] = read_record(storage, name)
         return recorded
-
-
-def _write_failure(error: BaseException, folder: Path) -> str:
-    """One sentence on why writing a checkpoint failed.
-
-    torch and safetensors do not always pass on the operating system's error, or only as text: its causes are searched too.
-    """
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    disk_full = any(
-        getattr(cause, "errno", None) in NO_SPACE or NO_SPACE_TEXT in str(cause) for cause in causes
-    )
-    # A partial file still takes its space here, so that a full disk is seen even where no cause names it.
-    if disk_full or shutil.disk_usage(folder).free < LITTLE_SPACE:
-        return f"no space is left on the disk of {folder.parent}."
-    return f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager
@@ -381,26 +371,3 @@ def ranked(evaluations: list[dict[str, Any]], metric: str, mode: str) -> list[di
 def best_evaluation(evaluations: list[dict[str, Any]], metric: str, mode: str) -> dict[str, Any] | None:
     """The evaluation with the best value of `metric`; NaN is never best."""
     return next(iter(ranked(evaluations, metric, mode)), None)
-
-
-@contextlib.contextmanager
-def _scratch(storage: ObjectStore) -> Iterator[Path]:
-    """The trial's scratch folder, empty, for the length of a block; it is removed at the end."""
-    place = _scratch_place(storage)
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True, mode=0o700)
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def _scratch_place(storage: ObjectStore) -> Path:
-    """Path of the trial's scratch folder: inside a local store, else among the temporary files.
-
-    It is the same at each start of a trial, so that what a killed process left there is found and removed.
-    """
-    if isinstance(storage, LocalFolder):
-        return storage.folder / ".writing"
-    digest = hashlib.sha256(storage.uri.encode()).hexdigest()
-    return Path(tempfile.gettempdir()) / f"soflow-writing-{os.getuid()}-{digest[:16]}"

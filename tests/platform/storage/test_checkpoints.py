@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -300,3 +301,24 @@ def test_a_trial_with_checkpoints_in_s3_trains_the_same_numbers(
     again = worker("remote", f"training.checkpoints='{bucket}'")
     again.resume()
     assert (again.train_step.step, again.loader.consumed) == (6, 48)
+
+
+@pytest.mark.parametrize("where", ["scratch folder", "published file", "record"])
+def test_a_disk_that_is_full_is_said_wherever_it_is_met(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Before the first file is written, when they are moved to their place, and with the last bytes."""
+    store = CheckpointStore(str(tmp_path / "checkpoints"))
+    store.publish(CheckpointState(1, 8, "run"), put(b"state"))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
+
+    place = {"scratch folder": (Path, "mkdir"), "published file": (os, "replace"), "record": (os, "fsync")}[
+        where
+    ]
+    monkeypatch.setattr(*place, full)
+    with pytest.raises(StorageError, match=rf"no space is left on the disk of {tmp_path}/checkpoints\."):
+        store.publish(CheckpointState(2, 16, "run"), put(b"state"))
+    monkeypatch.undo()
+    assert [each.state.step for each in store.published()] == [1]
