@@ -33,7 +33,7 @@ class CheckedCommand:
         assert codes[0] in (0, 1, 2), shown.err
         if arguments[0] not in REPORTS or codes[0] != 1:
             assert (codes[0] == 0) == ("soflowctl: " not in shown.err), shown.err
-        assert "bug" not in shown.err, shown.err
+        assert "This is a bug" not in shown.err, shown.err
         assert "Traceback" not in shown.err
         assert (shown.out + shown.err).replace("\n", "").isprintable()
         return codes[0]
