@@ -62,7 +62,7 @@ def test_what_cannot_be_written_is_named(read_only: Path, command: Command, word
     assert code in (1, 2)
     assert "cannot be written" in message
     assert "Read-only file system" in message
-    assert "bug" not in message
+    assert "This is a bug" not in message
 
 
 def test_what_is_on_a_read_only_disk_is_read(read_only: Path, tmp_path: Path, command: Command) -> None:
