@@ -149,7 +149,7 @@ def run_platform(options: argparse.Namespace, storage: ProjectFolder) -> Curve:
         [record.experiment_id or ""], f"tags.`mlflow.parentRunId` = '{record.run}'", max_results=2
     )
     points = {p.step: p for p in client.get_metric_history(run.info.run_id, "train/loss")}
-    log = storage.trial(record.id, record.trials[0]["name"]) / LOG
+    log = storage.trial(record.id, record.trials[0].name) / LOG
     saved = tuple(line for line in log.read_text().splitlines() if "checkpoint" in line)
     logged = {step: p for step, p in points.items() if step % LOG_EVERY == 0}
     return Curve(
