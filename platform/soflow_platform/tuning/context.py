@@ -18,7 +18,7 @@ from soflow_platform.tracking.outages import is_away
 from soflow_platform.training.stop_request import stop_requested
 from soflow_platform.training.trial_status import TrialState, TrialStatus, read_status
 from soflow_platform.tuning.display import Display, TrialOutcome
-from soflow_platform.tuning.ranking import ScoredTrial
+from soflow_platform.tuning.ranking import ScoredTrial, sort_key
 from soflow_platform.tuning.record import ScoredStep, SweepRecord
 from soflow_platform.tuning.search_space import Trial
 
@@ -79,16 +79,14 @@ def finished_trials(context: SweepContext) -> dict[str, CheckpointState]:
 def furthest_first(context: SweepContext, trials: Sequence[Trial]) -> list[Trial]:
     """Trials by the share of their training at their last evaluation, then by its value at rungs; those without one last, in order."""
     metric, mode = context.experiment.rung_metric
-    sign = 1 if mode == "min" else -1
 
     def key(trial: Trial) -> tuple[float, float]:
         newest, _ = context.record.checkpoints(context.project, trial.name).newest([EMA])
         scored = newest.state.evaluations[-1:] if newest is not None else []
         if not scored:
             return 0.0, math.inf
-        value = scored[0].get(metric)
-        order = math.inf if value is None or math.isnan(value) else sign * value
-        return -scored[0]["step"] / trial.experiment.training.steps, order
+        reached = scored[0]["step"] / trial.experiment.training.steps
+        return -reached, sort_key(scored[0].get(metric), mode)
 
     return sorted(trials, key=key)
 

@@ -6,7 +6,6 @@ Each is stored in the record of the sweep before it starts, so that a sweep that
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,7 @@ from soflow_platform.training.trial_status import read_status
 from soflow_platform.tuning.context import SweepContext, scored_trials, trial_outcome
 from soflow_platform.tuning.display import TrialOutcome
 from soflow_platform.tuning.points import SearchSpace
-from soflow_platform.tuning.ranking import RankedPoint, ranked_points
+from soflow_platform.tuning.ranking import RankedPoint, ranked_points, sort_key
 from soflow_platform.tuning.record import ScoredStep, TrialEntry
 from soflow_platform.tuning.search_space import Phase, Trial, added_trial
 from soflow_platform.tuning.tpe import Proposer, Tried, TriedState
@@ -110,14 +109,11 @@ class DrawnTrials:
         trial = next(trial for trial in self.context.trials if trial.name == name)
         scores = self._scores.get(name, [])
         status = read_status(self.context.project.trial(self.context.record.id, name))
-        metric, sign = (
-            self.context.experiment.search.metric,
-            1 if self.context.experiment.mode == "min" else -1,
-        )
+        metric, mode = self.context.experiment.search.metric, self.context.experiment.mode
         if not scores or (status is not None and status.failure):
             self._tried[name] = Tried(trial.settings, TriedState.FAILED)
             return
-        best = min(scores, key=lambda scored: _nan_last(sign * scored.metrics[metric]))
+        best = min(scores, key=lambda scored: sort_key(scored.metrics[metric], mode))
         seconds = None
         if status is not None and status.images and status.images_per_second:
             seconds = status.images / status.images_per_second
@@ -218,7 +214,3 @@ def _value(settings: Mapping[str, Any], key: str) -> str:
 def _plain(settings: Mapping[str, Any]) -> Any:
     """Settings as they come back from a record."""
     return json.loads(json.dumps(settings, default=str))
-
-
-def _nan_last(value: float) -> float:
-    return math.inf if math.isnan(value) else value

@@ -16,6 +16,7 @@ from typing import Any
 from soflow_platform.config.dimensions import Dimension
 from soflow_platform.config.search import PbtConfig
 from soflow_platform.tuning.lineage import Replacement, Rung
+from soflow_platform.tuning.ranking import sort_key
 
 ATTEMPTS = 100
 """Perturbations that are tried before the settings of the better trial are taken as they are."""
@@ -42,8 +43,7 @@ class Population:
         settings: Mapping[str, Mapping[str, Any]],
     ) -> Rung:
         """The decision at a step, from the score and the settings of each trial that has reached it; a score of NaN is the worst."""
-        sign = 1 if self.mode == "min" else -1
-        ranked = sorted(scores, key=lambda name: (_worst_if_nan(sign * scores[name]), name))
+        ranked = sorted(scores, key=lambda name: (sort_key(scores[name], self.mode), name))
         count = min(math.ceil(self.config.replaced * len(ranked)), len(ranked) // 2)
         best = [name for name in ranked[:count] if not math.isnan(scores[name])]
         replaced = []
@@ -76,7 +76,3 @@ class Population:
             return values[min(max(values.index(value) + way, 0), len(values) - 1)]
         tail = 0.0 if dimension.normal is None else TAIL
         return dimension.at(min(max(quantile + way * self.config.move, tail), 1 - max(tail, 1e-9)))
-
-
-def _worst_if_nan(value: float) -> float:
-    return math.inf if math.isnan(value) else value

@@ -61,24 +61,28 @@ class RankedPoint:
         return len(self.values) == len(self.trials)
 
 
+def sort_key(value: float | None, mode: str) -> float:
+    """Of a score, for the best first; NaN and none come last."""
+    if value is None or math.isnan(value):
+        return math.inf
+    return value if mode == "min" else -value
+
+
 def ranked_points(trials: Sequence[ScoredTrial], mode: str) -> list[RankedPoint]:
     """The points, best mean first; of equals the earlier. Those of which a seed failed come after those of which none did."""
     groups: dict[str, list[ScoredTrial]] = {}
     for trial in trials:
         groups.setdefault(_key(trial.settings), []).append(trial)
-    sign = 1 if mode == "min" else -1
-
-    def order(value: float | None) -> float:
-        return math.inf if value is None or math.isnan(value) else sign * value
-
     points = [
         RankedPoint(
             {key: value for key, value in group[0].settings.items() if key != SEED},
-            tuple(sorted(group, key=lambda trial: order(trial.value))),
+            tuple(sorted(group, key=lambda trial: sort_key(trial.value, mode))),
         )
         for group in groups.values()
     ]
-    return sorted(points, key=lambda point: (not point.values, not point.complete, order(point.mean)))
+    return sorted(
+        points, key=lambda point: (not point.values, not point.complete, sort_key(point.mean, mode))
+    )
 
 
 @dataclass(frozen=True)
