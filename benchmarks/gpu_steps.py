@@ -1,9 +1,11 @@
-"""Seconds, utilization and memory of a training step of every method, eager and compiled: a section of benchmarks/gpu.sh."""
+"""Seconds, utilization and memory of a training step of every method and of bare loops, eager and compiled: a section of benchmarks/gpu.sh."""
 
 from __future__ import annotations
 
 import gc
+import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,11 +14,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from bare_loops import FLOW_MATCHING, LOOPS, OFFICIAL, PLAIN, BareLoop
 from measurements import Results
 from soflow_core.guidance import VelocityGuidance
 from soflow_core.networks import DiT, DiTConfig, dit_config
 from soflow_core.nfe import training_evaluations
-from soflow_core.objectives import OBJECTIVES, Batch, MeanFlow, Objective
+from soflow_core.objectives import OBJECTIVES, Batch, Draws, FlowMatching, MeanFlow, Objective, SoFlow
+from soflow_core.sharding import compile_blocks
 from soflow_core.train_step import TrainStep, TrainStepConfig
 
 if TYPE_CHECKING:
@@ -24,12 +28,21 @@ if TYPE_CHECKING:
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 peak in FLOP/s, by a word of the device's name."""
-COMPILED = ("flow_matching", "soflow", "meanflow")
-"""Methods that are also measured compiled; a compilation takes many seconds."""
+COMPILED = (PLAIN, "flow_matching", "soflow", "meanflow")
+"""Rows that are also measured compiled; a compilation takes many seconds."""
 TOTAL_STEPS = 1000
 RESERVED = 160
 """Seconds that are left to the sections after this one."""
-
+GOALS = (
+    ("steps", "soflow", PLAIN, 1.45),
+    ("steps", "flow_matching", FLOW_MATCHING, 1.05),
+    ("steps", "soflow", OFFICIAL, 1 / 3),
+    ("steps", "soflow", "meanflow", 1.0),
+    ("peak memory", "soflow", "meanflow", 1.0),
+)
+"""Section, numerator and denominator of a ratio, and the most that it should be."""
+UTILIZATION_GOAL = 45.0
+"""Per cent, at least, of XL/2."""
 
 TINY = "tiny/4"
 
@@ -62,57 +75,54 @@ def methods() -> dict[str, Objective]:
 
 
 def steps(results: Results, options: Options) -> None:
-    """Measure all methods of each size; compiled ones last, as far as time allows."""
+    """Measure all rows of each size; compiled ones last, as far as time allows. Then the ratios that have a goal."""
     sizes = SMALL if options.small else FULL
     reserved = 40 if options.small else RESERVED
     for compiled in (False, True):
         for size in sizes.networks:
-            for name, objective in methods().items():
+            for name in (*LOOPS, *methods()):
                 if compiled and (name not in COMPILED or options.small):
                     continue
-                what = f"{size} {name}, {'compiled' if compiled else 'eager'}"
+                what = row_name(size, name, compiled)
                 if options.left < reserved:
                     results.skipped[f"step of {what}"] = "no time was left"
                     continue
                 try:
-                    _measure(results, options, what, size, objective, sizes, compiled)
+                    _measure(results, options, size, name, sizes, compiled)
                 except RuntimeError as error:
                     results.skipped[f"step of {what}"] = " ".join(str(error).split())[:200]
                 gc.collect()
                 if options.device.type == "cuda":
                     torch.cuda.empty_cache()
-    _memory_beside_meanflow(results)
+    ratios(results, sizes.networks)
+
+
+def row_name(size: str, name: str, compiled: bool) -> str:
+    return f"{size} {name}, {'compiled' if compiled else 'eager'}"
 
 
 def _measure(
-    results: Results,
-    options: Options,
-    what: str,
-    size: str,
-    objective: Objective,
-    sizes: Sizes,
-    compiled: bool,
+    results: Results, options: Options, size: str, name: str, sizes: Sizes, compiled: bool
 ) -> None:
-    device, rows = options.device, sizes.batch
+    device, rows, what = options.device, sizes.batch, row_name(size, name, compiled)
+    objective = _objective(name)
     config = network_of(size, 4, 32, 32, objective.conditions_on_scale)
     shape = (config.channels, config.height, config.width)
     with device:
         torch.manual_seed(0)
         network = DiT(config)
-    step = TrainStep(network, objective, TrainStepConfig(TOTAL_STEPS, compile=compiled))
     generator = torch.Generator().manual_seed(0)
     batch = Batch(
         torch.randn(rows, *shape, generator=generator), torch.randint(1000, (rows,), generator=generator)
     ).to(device)
+    step = _bare_step(name, network, compiled) if name in LOOPS else _step(objective, network, compiled)
 
     def once() -> float:
         draws = objective.draw(generator, rows, shape, conditional=True).to(device)
         _wait(device)
         started = time.perf_counter()
-        record = step(batch, draws)
+        step(batch, draws)
         _wait(device)
-        if not record.finite:
-            raise RuntimeError(f"{record.culprit} is not finite")
         return time.perf_counter() - started
 
     for _ in range(1 if options.small else 2):
@@ -121,25 +131,57 @@ def _measure(
         torch.cuda.reset_peak_memory_stats(device)
     taken = [once() for _ in range(sizes.rounds)]
     seconds = results.add("steps", what, [1000 * each for each in taken], "ms", "lower") / 1000
-    forwards = training_evaluations(objective, rows)
     line = f"{what}: {1000 * seconds:.1f} ms, {rows / seconds:,.0f} images/s"
-    peak = next(
-        (
-            value
-            for word, value in PEAKS.items()
-            if device.type == "cuda" and word in torch.cuda.get_device_name(device)
-        ),
-        0.0,
-    )
-    if peak:
-        used = 100 * forwards * rows * _forward_flops(config, device) / seconds / peak
-        results.add("model FLOPs utilization", what, used, "%", "higher")
-        line += f", {used:.1f} % of the bfloat16 peak"
     if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device) / 2**30
-        results.add("peak memory", what, memory, "GiB", "lower")
-        line += f", {memory:.1f} GiB"
+        passes = training_evaluations(objective, rows) * rows / seconds
+        line += _used(results, what, config, passes, device)
     print(line, flush=True)
+
+
+def _used(results: Results, what: str, config: DiTConfig, passes: float, device: torch.device) -> str:
+    """Add a row's share of the GPU's peak, where that is known, by the forward passes of one sample that its evaluations
+    of a second are worth, and its memory. Returns both in words.
+    """
+    text, name = "", torch.cuda.get_device_name(device)
+    peak = next((value for word, value in PEAKS.items() if word in name), 0.0)
+    if peak:
+        used = 100 * passes * _forward_flops(config, device) / peak
+        results.add("model FLOPs utilization", what, used, "%", "higher")
+        text = f", {used:.1f} % of the bfloat16 peak"
+    memory = torch.cuda.max_memory_allocated(device) / 2**30
+    results.add("peak memory", what, memory, "GiB", "lower")
+    return f"{text}, {memory:.1f} GiB"
+
+
+def _objective(name: str) -> Objective:
+    """Of a row: a method, or what a bare loop's noise and times are drawn for."""
+    if name in LOOPS:
+        return SoFlow() if name == OFFICIAL else FlowMatching()
+    return methods()[name]
+
+
+def _step(objective: Objective, network: DiT, compiled: bool) -> Callable[[Batch, Draws], None]:
+    training = TrainStep(network, objective, TrainStepConfig(TOTAL_STEPS, compile=compiled))
+
+    def step(batch: Batch, draws: Draws) -> None:
+        record = training(batch, draws)
+        if not record.finite:
+            raise RuntimeError(f"{record.culprit} is not finite")
+
+    return step
+
+
+def _bare_step(name: str, network: DiT, compiled: bool) -> Callable[[Batch, Draws], None]:
+    if compiled:
+        compile_blocks(network)
+    loop = BareLoop(name, network, TOTAL_STEPS)
+
+    def step(batch: Batch, draws: Draws) -> None:
+        loss = loop(batch, draws)
+        if not math.isfinite(loss):
+            raise RuntimeError(f"the loss of {name} is not finite")
+
+    return step
 
 
 _FLOPS: dict[DiTConfig, float] = {}
@@ -158,13 +200,26 @@ def _forward_flops(config: DiTConfig, device: torch.device) -> float:
     return _FLOPS[config]
 
 
-def _memory_beside_meanflow(results: Results) -> None:
-    """Ratios of SoFlow's time and memory to those of MeanFlow of the same size."""
+def ratios(results: Results, sizes: Sequence[str]) -> None:
+    """Add and print each ratio of GOALS whose two rows were measured, and the utilization of XL/2."""
     found = {(each.section, each.name): each.value for each in results.measurements}
-    for (section, name), value in found.items():
-        other = found.get((section, name.replace(" soflow,", " meanflow,")))
-        if " soflow," in name and other and section in ("steps", "peak memory"):
-            results.add(f"{section} over MeanFlow's", name, value / other, "", "lower")
+    for size in sizes:
+        for compiled in (False, True):
+            for section, top, bottom, most in GOALS:
+                # The official code is not compiled, and no bare loop but the plain one is measured so.
+                fixed = bottom in LOOPS and bottom not in COMPILED
+                over = found.get((section, row_name(size, bottom, compiled and not fixed)))
+                value = found.get((section, row_name(size, top, compiled)))
+                if value is None or not over:
+                    continue
+                name = f"{row_name(size, top, compiled)} / {bottom}"
+                verdict = "holds" if value / over <= most else "MISSED"
+                results.add(f"{section}, ratios", name, value / over, "", "lower")
+                print(f"{section}: {name} {value / over:.3f}, goal at most {most:.3g}: {verdict}", flush=True)
+            used = found.get(("model FLOPs utilization", row_name(size, "soflow", compiled)))
+            if used is not None and size == "XL/2":
+                verdict = "holds" if used >= UTILIZATION_GOAL else "MISSED"
+                print(f"utilization of {row_name(size, 'soflow', compiled)} {used:.1f} %, goal at least 45 %: {verdict}")
 
 
 def _wait(device: torch.device) -> None:

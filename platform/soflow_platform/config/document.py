@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,6 +38,8 @@ MAX_FILES = 64
 """Files that one sweep file extends, directly or through others."""
 SHOWN = 80
 """Characters of a value that an error shows."""
+SEARCH_SPACE = ("search", "space")
+"""The section whose keys are paths of settings."""
 DROP, REPLACE = "!drop", "!replace"
 """Tags of a key that is taken away, and of a section that replaces the one below it."""
 
@@ -198,9 +200,10 @@ def apply_override(document: Document, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise UserError(f"--set {shortened(override)!r} is not of the form section.key=value.")
-    path = tuple(key.split("."))
-    if len(path) > MAX_DEPTH:
-        raise UserError(f"--set {shortened(key)}: no setting lies {len(path)} sections deep.")
+    names = key.split(".")
+    if len(names) > MAX_DEPTH:
+        raise UserError(f"--set {shortened(key)}: no setting lies {len(names)} sections deep.")
+    path = _place(document, names)
     origin = Origin(f"--set {shortened(key)}")
     reader = _Reader(lambda _: origin)
     value = reader.value_of(text)
@@ -210,6 +213,26 @@ def apply_override(document: Document, override: str) -> None:
         document.drop(path, origin)
     else:
         document.put(path, value, Origin(f"--set {key}"))
+
+
+def _place(document: Document, names: Sequence[str]) -> KeyPath:
+    """The place that the names of an override lead to: one key after the other, but for those of the search space.
+
+    Its keys are paths of settings: `search.space.optimizer.lr` is the key `optimizer.lr`, and `search.space.optimizer.lr.low` is a part
+    of it where the document has that key.
+    """
+    inside = len(SEARCH_SPACE)
+    if tuple(names[:inside]) != SEARCH_SPACE or len(names) == inside:
+        return tuple(names)
+    try:
+        space = document.get(SEARCH_SPACE)
+    except KeyError:
+        space = None
+    for end in range(len(names) - 1, inside, -1):
+        key = ".".join(names[inside:end])
+        if isinstance(space, dict) and isinstance(space.get(key), dict):
+            return (*SEARCH_SPACE, key, *names[end:])
+    return (*SEARCH_SPACE, ".".join(names[inside:]))
 
 
 def shortened(value: object) -> str:

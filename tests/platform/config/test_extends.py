@@ -115,3 +115,42 @@ def test_a_tag_in_the_wrong_place_is_refused(
 def test_a_file_that_extends_none_has_nothing_to_drop(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 7: `seed` cannot be dropped"):
         read_document(write(tmp_path, f"{MINIMAL}seed: !drop\n"))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("search.space.objective.weight_power=[0.25]", {"objective.weight_power": [0.25]}),
+        ("search.space.objective.schedule.final=[0.1]", {"objective.schedule.final": [0.1]}),
+        ("search.space.optimizer.lr={log: [1e-4, 1e-3]}", {"optimizer.lr": {"log": [1e-4, 1e-3]}}),
+        ("search.space.seed=[1, 2]", {"seed": [1, 2]}),
+    ],
+)
+def test_one_key_of_the_search_space_is_set_by_the_path_of_its_setting(
+    tmp_path: Path, override: str, expected: dict[str, Any]
+) -> None:
+    before = child(tmp_path, "")["search"]["space"]
+    assert child(tmp_path, "", override)["search"]["space"] == {**before, **expected}
+
+
+def test_a_part_of_a_dimension_and_a_key_to_drop_are_found_in_the_search_space(tmp_path: Path) -> None:
+    space = child(
+        tmp_path,
+        "search: {space: {optimizer.lr: {log: [1e-4, 1e-3], when: {seed: 1}}}}",
+        "search.space.optimizer.lr.log=[1e-3, 2e-3]",
+        "search.space.objective.weight_power=!drop",
+    )["search"]["space"]
+    assert space == {
+        "objective.schedule.final": [0.002, 0.01],
+        "optimizer.lr": {"log": [1e-3, 2e-3], "when": {"seed": 1}},
+    }
+
+
+def test_a_whole_search_space_is_replaced(tmp_path: Path) -> None:
+    space = child(tmp_path, "", "search.space={seed: [1, 2]}")["search"]["space"]
+    assert space == {"seed": [1, 2]}
+
+
+def test_a_key_that_the_search_space_has_not_cannot_be_dropped(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "", "search.space.optimizer.lr=!drop")
+    assert message.startswith("--set search.space.optimizer.lr: `search.space.optimizer.lr` cannot be dropped")
