@@ -1,4 +1,4 @@
-"""Training loops without TrainStep, as one writes them for a paper, on the same network, batch and draws: what its step is compared with.
+"""Training loops without TrainStep, as one writes them for a paper, on its network, batch and draws: what its step is compared with.
 
 - `plain`: forward, squared error, backward, AdamW; no average. bfloat16 under autocast on a GPU.
 - `bare loop`: SiT's Flow Matching with label dropping, AdamW, one average. bfloat16 under autocast on a GPU.

@@ -8,7 +8,8 @@
 The state is simulated: tensors of 4 M float32 numbers, four of each (parameter, two moments of Adam, one average). `start` is what
 stops training at once: starting the copy to host memory, and the thread that writes from it. `copy` is that copy, which the update of
 the next step waits for: a step whose gradients take longer is not stopped by it. `pause` is the longest that Python stands still in
-another thread meanwhile, beyond what it does at rest: what training would notice of locks. `save` ends when the checkpoint is
+another thread meanwhile, beyond what it does at rest: what training would notice of locks. `CPU s` is the work of all of the
+process's threads, which a training loses that leaves no core free. `save` ends when the checkpoint is
 published; `load` verifies every checksum, looks for values that are not finite and copies the state to its place. `one file` is the
 same state in torch's own format, in one file, hashed once it is written. Files are dropped from the page cache before they are read,
 where the system does that. With `--no-source` the state exists once, and what is saved is not a copy: none is measured then.
@@ -40,6 +41,8 @@ from soflow_platform.training.state_files import TensorFile, opened_state, write
 
 TENSOR = 2**22
 """Numbers of a tensor: DiT-XL/2's largest are 2 to 8 M."""
+CPU = ", CPU"
+"""Behind the name of what is measured: seconds of the processors."""
 BLOCK = 2**23
 STALL_SHARE = 0.01
 """Bar: what stops training, at most start and copy, over the seconds between two checkpoints."""
@@ -85,9 +88,9 @@ def drop_from_cache(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def plain_copy(state: dict[str, Any], folder: Path) -> tuple[float, float]:
-    """(seconds to write, seconds to read) the tensors' bytes, one file, one thread, no checksum."""
-    path, started = folder / "plain", time.perf_counter()
+def plain_copy(state: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Seconds to write and to read the tensors' bytes, one file, one thread, no checksum."""
+    path, started, worked = folder / "plain", time.perf_counter(), time.process_time()
 
     def write(tensor: Tensor) -> None:
         view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
@@ -98,25 +101,28 @@ def plain_copy(state: dict[str, Any], folder: Path) -> tuple[float, float]:
         map_tensors(state, write)
         file.flush()
         os.fsync(file.fileno())
-    written = time.perf_counter() - started
+    taken = {
+        "plain write": time.perf_counter() - started,
+        f"plain write{CPU}": time.process_time() - worked,
+    }
     drop_from_cache(folder)
     started, buffer = time.perf_counter(), bytearray(BLOCK)
     with path.open("rb", buffering=0) as source:
         while source.readinto(buffer):
             pass
-    read = time.perf_counter() - started
+    taken["plain read"] = time.perf_counter() - started
     path.unlink()
-    return written, read
+    return taken
 
 
-def one_file(state: dict[str, Any], folder: Path) -> float:
+def one_file(state: dict[str, Any], folder: Path) -> dict[str, float]:
     """Seconds to write the state in torch's format and to hash it."""
-    path, started = folder / "state.pt", time.perf_counter()
+    path, started, worked = folder / "state.pt", time.perf_counter(), time.process_time()
     torch.save(state, path)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     sha256(path)
-    taken = time.perf_counter() - started
+    taken = {"one file": time.perf_counter() - started, f"one file{CPU}": time.process_time() - worked}
     path.unlink()
     return taken
 
@@ -154,7 +160,7 @@ def save(
         taken = pending.wait()
         return write_state(folder, taken, averages(taken))
 
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     assert saver.ready(number, needed=True)
     pending = PendingCopy(state) if copy is None else copy.start(state)
     saver.submit(CheckpointState(number, 0, "run"), [], write)
@@ -163,7 +169,11 @@ def save(
         pending.hold()
         copied = time.perf_counter() - started
         saver.drain()
-    taken = {"save": time.perf_counter() - started, "pause": pauses.longest}
+    taken = {
+        "save": time.perf_counter() - started,
+        f"save{CPU}": time.process_time() - worked,
+        "pause": pauses.longest,
+    }
     return taken if copy is None else {**taken, "start": start, "copy": copied}
 
 
@@ -206,8 +216,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         for number in range(options.rounds + 1):
             found: dict[str, float] = {}
             if folder is not None:
-                found["plain write"], found["plain read"] = plain_copy(state, folder)
-                found["one file"] = one_file(state, folder)
+                found |= plain_copy(state, folder) | one_file(state, folder)
             found |= save(saver, number + 1, state, copy)
             found["pause"] = max(0.0, found["pause"] - rest.longest)
             if folder is not None:
@@ -236,10 +245,11 @@ def main() -> int:
     seconds = measure(options)
     size = 16 * options.parameters
     print(f"state of {options.parameters / 1e6:g} M parameters, {size / 1e9:.2f} GB\n")
-    print("| | s | GB/s |\n|---|---|---|")
+    print("| | s | GB/s | CPU s |\n|---|---|---|---|")
     for name in ("plain write", "one file", "save", "plain read", "load", "copy"):
         if name in seconds:
-            print(f"| {name} | {seconds[name]:.3f} | {size / seconds[name] / 1e9:.2f} |")
+            worked = f"{seconds[name + CPU]:.2f}" if name + CPU in seconds else ""
+            print(f"| {name} | {seconds[name]:.3f} | {size / seconds[name] / 1e9:.2f} | {worked} |")
     print(f"\nlongest pause of Python while the threads write: {seconds['pause']:.3f} s")
     if "plain write" in seconds:
         print(f"save / plain write = {seconds['save'] / seconds['plain write']:.2f}")

@@ -1,4 +1,4 @@
-"""Seconds, utilization and memory of a training step of every method and of bare loops, eager and compiled: a section of benchmarks/gpu.sh."""
+"""Seconds, utilization and memory of a step of every method and of bare loops, eager and compiled: a section of benchmarks/gpu.sh."""
 
 from __future__ import annotations
 
@@ -101,9 +101,7 @@ def row_name(size: str, name: str, compiled: bool) -> str:
     return f"{size} {name}, {'compiled' if compiled else 'eager'}"
 
 
-def _measure(
-    results: Results, options: Options, size: str, name: str, sizes: Sizes, compiled: bool
-) -> None:
+def _measure(results: Results, options: Options, size: str, name: str, sizes: Sizes, compiled: bool) -> None:
     device, rows, what = options.device, sizes.batch, row_name(size, name, compiled)
     objective = _objective(name)
     config = network_of(size, 4, 32, 32, objective.conditions_on_scale)
@@ -219,7 +217,9 @@ def ratios(results: Results, sizes: Sequence[str]) -> None:
             used = found.get(("model FLOPs utilization", row_name(size, "soflow", compiled)))
             if used is not None and size == "XL/2":
                 verdict = "holds" if used >= UTILIZATION_GOAL else "MISSED"
-                print(f"utilization of {row_name(size, 'soflow', compiled)} {used:.1f} %, goal at least 45 %: {verdict}")
+                print(
+                    f"utilization of {row_name(size, 'soflow', compiled)} {used:.1f} %, goal at least 45 %: {verdict}"
+                )
 
 
 def _wait(device: torch.device) -> None:

@@ -63,7 +63,9 @@ def small_batch() -> tuple[DiT, Batch, torch.Generator]:
 
 
 @pytest.mark.parametrize(("loop", "objective"), [(FLOW_MATCHING, FlowMatching()), (OFFICIAL, SoFlow())])
-def test_a_bare_loop_trains_what_the_training_step_trains(loop: str, objective: FlowMatching | SoFlow) -> None:
+def test_a_bare_loop_trains_what_the_training_step_trains(
+    loop: str, objective: FlowMatching | SoFlow
+) -> None:
     network, batch, generator = small_batch()
     bare_network, _, _ = small_batch()
     optimizer = OptimizerConfig(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01)

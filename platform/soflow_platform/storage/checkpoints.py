@@ -50,7 +50,7 @@ RECORD = "checkpoint.json"
 PART = re.compile(r"state-\d{3,}\.safetensors")
 PARTS_FORMAT = 2
 """Format of a record whose state is in parts, which versions before it cannot read; that of the others is 1."""
-SPLIT_BYTES = 2**30
+SPLIT_BYTES = 2**27
 """Bytes of tensors from which a state is cut into parts."""
 WriteFiles = Callable[[Path], Mapping[str, str] | None]
 """Writes a checkpoint's files into a folder; returns the SHA-256 of those that it hashed and brought to the disk itself."""

@@ -8,10 +8,8 @@ file and the name that it has there. Weights that a checkpoint has as `ema.safet
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import mmap
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,13 +27,12 @@ from soflow_pipelines.storage.files import parse_json
 from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoint_files import FILES_AT_ONCE
 from soflow_platform.storage.checkpoints import EMA, STATE, Checkpoint, part_name
+from soflow_platform.storage.direct_file import write_hashed
 
 PART_BYTES = 2**29
 """A part is closed by the tensor that fills it to this size."""
 INLINE_BYTES = 2**16
 """Smaller tensors stay in `state.pt`: an optimizer has thousands of counters of one number."""
-WRITE_BYTES = 2**23
-"""Bytes that are hashed and written at a time."""
 STATE_KEY, TENSOR_KEY = "soflow.state", "soflow.tensor"
 """Keys in the `state.pt` of a state in parts: of the state, and of a tensor's file and name."""
 DTYPES = {
@@ -120,17 +117,8 @@ def write_tensors(path: Path, content: TensorFile) -> str:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    checksum = hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
-        for block in (len(text).to_bytes(8, "little"), text, *(_bytes_of(tensor) for _, tensor in ordered)):
-            view = memoryview(block)
-            while view:
-                # Hashed and written in one pass: a large file may be gone from the page cache when it is read again.
-                done = file.write(view[:WRITE_BYTES])
-                checksum.update(view[:done])
-                view = view[done:]
-        os.fsync(file.fileno())
-    return checksum.hexdigest()
+    start = len(text).to_bytes(8, "little") + text
+    return write_hashed(path, (start, *(_bytes_of(tensor) for _, tensor in ordered)))
 
 
 def _bytes_of(tensor: Tensor) -> Any:

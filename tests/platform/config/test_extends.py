@@ -153,4 +153,6 @@ def test_a_whole_search_space_is_replaced(tmp_path: Path) -> None:
 
 def test_a_key_that_the_search_space_has_not_cannot_be_dropped(tmp_path: Path) -> None:
     message = refusal(tmp_path, "", "search.space.optimizer.lr=!drop")
-    assert message.startswith("--set search.space.optimizer.lr: `search.space.optimizer.lr` cannot be dropped")
+    assert message.startswith(
+        "--set search.space.optimizer.lr: `search.space.optimizer.lr` cannot be dropped"
+    )

@@ -40,7 +40,6 @@ def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "SPLIT_BYTES", 1)
     monkeypatch.setattr(state_files, "PART_BYTES", 2**12)
     monkeypatch.setattr(state_files, "INLINE_BYTES", 2**8)
-    monkeypatch.setattr(state_files, "WRITE_BYTES", 1000)
 
 
 def small_state() -> tuple[dict[str, Any], TensorFile]:
