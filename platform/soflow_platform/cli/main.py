@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import faulthandler
 import os
 import signal
 import sys
@@ -106,6 +107,10 @@ INTERRUPTED = "interrupted: run the same command to go on."
 def main() -> None:
     """Console entry point. A command that fails prints one sentence on stderr; `_exit_code` has its exit code."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    if not faulthandler.is_enabled():
+        # A crash in compiled code, also one while Python ends, then says what every thread was doing.
+        with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
+            faulthandler.enable()
     # Torch's own forward-mode derivatives use torch.jit.script, which warns when the first derivative is taken.
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
     for number in TERMINATING:

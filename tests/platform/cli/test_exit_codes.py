@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -77,3 +80,21 @@ def test_a_command_that_succeeds_ends_with_0(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
+
+
+def test_a_crash_of_compiled_code_names_what_each_thread_was_doing() -> None:
+    program = (
+        "import contextlib, os, sys, threading, time\n"
+        "from soflow_platform.cli.main import main\n"
+        "sys.argv = ['soflowctl', 'version']\n"
+        "def waits(): time.sleep(60)\n"
+        "threading.Thread(target=waits, daemon=True).start()\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    main()\n"
+        "os.abort()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGABRT
+    assert done.stdout.startswith("soflow ")
+    assert "Fatal Python error: Aborted" in done.stderr
+    assert "in waits" in done.stderr
