@@ -28,6 +28,7 @@ from soflow_platform.jobs.targets import EvaluationTarget
 from soflow_platform.registry.gate import Comparison, refusals
 from soflow_platform.registry.promotion import Champions, Decision, Promotion, compare_stored_scores
 from soflow_platform.registry.tags import RECIPE_TAG, TRIALS_TAG
+from soflow_platform.registry.version_list import whole_number
 from soflow_platform.registry.versions import CHAMPION, aliased, find_version, register
 from soflow_platform.tracking.outages import describe_outage
 from soflow_platform.tracking.store import SWEEP_TAG, Tracking
@@ -198,7 +199,7 @@ def _registered(services: Services, name: str, number: str, what: str) -> Conten
         unscored = Contender(label, EvaluationTarget(label), {})
         raise not_scorable(unscored, error) from error
     recipe = _recipe(version.tags, services)
-    return Contender(label, target, recipe, _count(version.tags.get(TRIALS_TAG)))
+    return Contender(label, target, recipe, whole_number(version.tags.get(TRIALS_TAG)) or 1)
 
 
 def _recipe(tags: Mapping[str, str], services: Services) -> dict[str, Any]:
@@ -208,7 +209,3 @@ def _recipe(tags: Mapping[str, str], services: Services) -> dict[str, Any]:
         return dict(kept)
     record = load_record(services.project, tags.get(SWEEP_TAG, "")) if tags.get(SWEEP_TAG) else None
     return {} if record is None else dict(record.experiment)
-
-
-def _count(text: str | None) -> int:
-    return int(text) if text and text.isdecimal() else 1

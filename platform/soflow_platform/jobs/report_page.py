@@ -153,7 +153,7 @@ def _ranking(made: _Page, report: SweepReport) -> None:
     titles += ["std", "seeds", "to the best"] if several else []
     titles += ["at step", "cost", "state"]
     numeric = {report.metric, "std", "seeds", "to the best", "at step", "cost"}
-    gaps = report.gaps()
+    gaps = report.gaps() if several else []
     head = "".join(f"<th{_right(title in numeric)}>{_text(title)}</th>" for title in titles)
     rows, group = [], ""
     for place, point in enumerate(report.ranked, start=1):

@@ -83,8 +83,8 @@ def _listed(version: Any, aliases: dict[str, str]) -> ListedVersion:
         score=_number(tags.get(metric or "")),
         method=tags.get(METHOD_TAG),
         network=tags.get(NETWORK_TAG),
-        parameters=_whole(tags.get(PARAMETERS_TAG)),
-        images=_whole(tags.get(IMAGES_TAG)),
+        parameters=whole_number(tags.get(PARAMETERS_TAG)),
+        images=whole_number(tags.get(IMAGES_TAG)),
         sweep=tags.get(SWEEP_TAG),
         trial=tags.get(TRIAL_TAG),
         decision=tags.get(f"{DECISION_PREFIX}decision"),
@@ -100,5 +100,6 @@ def _number(text: str | None) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _whole(text: str | None) -> int | None:
+def whole_number(text: str | None) -> int | None:
+    """A whole number in a tag; None for anything else."""
     return int(text) if text and text.isdecimal() else None

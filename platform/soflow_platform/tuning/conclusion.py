@@ -50,9 +50,10 @@ class Conclusion:
         record, experiment, project = self.context.record, self.context.experiment, self.context.project
         point, best = self._best(outcomes)
         if best is None or best.best is None:
-            reasons = "; ".join(f"{o.name}: {o.status.failure or 'not scored'}" for o in outcomes)
+            counted = self._counted(outcomes)
+            reasons = "; ".join(f"{o.name}: {o.status.failure or 'not scored'}" for o in counted)
             own = failed_before(project, record, self.context.trials)
-            option = " with --retry-failed" if len(own) == len(outcomes) else ""
+            option = " with --retry-failed" if all(o.name in own for o in counted) else ""
             raise JobError(
                 f"no trial of sweep {record.id} could be scored ({reasons}); the same command{option} tries again."
             )
@@ -92,13 +93,18 @@ class Conclusion:
     def _best(self, outcomes: list[TrialOutcome]) -> tuple[RankedPoint | None, TrialOutcome | None]:
         """The point with the best mean over its seeds, and its best trial; None where no trial was scored."""
         experiment = self.context.experiment
-        final = {trial.name for trial in self.context.trials if trial.phase == "final"}
+        counted = {outcome.name for outcome in self._counted(outcomes)}
         scored = [
             trial
             for trial in scored_trials(self.context.trials, outcomes, experiment.search.metric)
-            if trial.name in final or not final
+            if trial.name in counted
         ]
         best = next((point for point in ranked_points(scored, experiment.mode) if point.values), None)
         if best is None:
             return None, None
         return best, next(outcome for outcome in outcomes if outcome.name == best.trials[0].name)
+
+    def _counted(self, outcomes: list[TrialOutcome]) -> list[TrialOutcome]:
+        """The trials that the best is chosen from: those of `search.final`, or all where there are none."""
+        final = {trial.name for trial in self.context.trials if trial.phase == "final"}
+        return [outcome for outcome in outcomes if outcome.name in final or not final]

@@ -11,9 +11,11 @@ from soflow_core.failures import InputError
 from soflow_platform.cli.run import describe_failures
 from soflow_platform.errors import JobError
 from soflow_platform.storage.project import ProjectFolder
+from soflow_platform.tracking.store import Tracking, TrackingStore
 from soflow_platform.training.failure import Failure
 from soflow_platform.training.trial_status import TrialState, TrialStatus, TrialStatusWriter
 from soflow_platform.training.worker import NonFiniteError
+from soflow_platform.tuning.conclusion import Conclusion
 from soflow_platform.tuning.context import failed_before, finished_trials
 from soflow_platform.tuning.display import TrialOutcome
 from soflow_platform.tuning.sweep import run_sweep
@@ -73,6 +75,29 @@ def test_a_trial_that_failed_by_its_own_fault_is_not_started_and_the_others_are_
     assert describe_failures(outcomes, failed) == (
         f"1 of 2 trials failed ({first.name}: loss is not finite); --retry-failed tries them again."
     )
+
+
+def test_where_all_trials_of_the_last_phase_failed_by_their_own_fault_the_option_that_tries_them_again_is_named(
+    scored: ProjectFolder,
+) -> None:
+    """Whatever became of those before, which the best is not chosen from."""
+    context = interrupted(scored)
+    first, second = context.trials
+    context = replace(context, trials=[first, replace(second, phase="final")])
+    shutil.rmtree(scored.trial(context.record.id, second.name) / "checkpoints")
+    writer = TrialStatusWriter(scored.trial(context.record.id, second.name), second.name, 6, attempt=1)
+    conclusion = Conclusion(context, Tracking(TrackingStore(scored.tracking_uri), "1"))
+
+    def refusal() -> str:
+        with pytest.raises(JobError) as caught:
+            conclusion.register_best(conclusion.collect({second.name: "it failed"}))
+        return str(caught.value)
+
+    writer.fail("the machine was lost", step=4)
+    assert refusal().endswith("the same command tries again.")
+    writer.fail("loss is not finite", step=4, own_fault=True)
+    assert refusal().endswith("the same command with --retry-failed tries again.")
+    assert first.name not in refusal()
 
 
 def test_failures_are_counted_by_reason() -> None:
