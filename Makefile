@@ -8,8 +8,8 @@
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-# One thread for each process: networks of tests are small.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# One thread for each process: networks of tests are small. Modules are compiled once for the hundreds of processes that tests start.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Tests run in so many processes, a file's tests in one of them, the longest files first: three keep two cores busy, for one often
 # waits. The slow ones need the memory of two. `make test JOBS=0` runs them in one.
 JOBS ?= 3
