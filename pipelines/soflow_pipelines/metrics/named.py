@@ -183,7 +183,8 @@ def _manifolds(sides: Sides) -> tuple[tuple[float, float], tuple[str, ...]]:
         for whose, kept, count in numbers
         if count is not None and kept < count
     )
-    return precision_recall(ours, theirs, device=sides.device), flags
+    radii = sides.reference.manifold(sides.device)
+    return precision_recall(ours, theirs, device=sides.device, real_radii=radii), flags
 
 
 def kept_features(name: str, sides: Sides) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from soflow_pipelines.metrics.accumulators import FeatureReservoir, Moments, SpatialMoments
 from soflow_pipelines.metrics.fid import GaussianMoments
+from soflow_pipelines.metrics.precision_recall import NEIGHBOURS, squared_radii
 from soflow_pipelines.metrics.score_statistics import ScoreStatistics
 from soflow_pipelines.storage.files import write_bytes
 
@@ -34,6 +36,8 @@ class Reference:
     spatial: GaussianMoments | None = None
     samples: NDArray[np.float32] | None = None
     """Features (N, D) of the images, or of a part of them, for KID, precision and recall."""
+    radii: NDArray[np.float64] | None = None
+    """(N,) `squared_radii` of `samples`, where they were computed ahead of scores."""
     warnings: tuple[str, ...] = ()
     states: Mapping[str, Mapping[str, NDArray]] = field(default_factory=dict)
     """Of accumulators other than these three, by name: their `state`."""
@@ -60,6 +64,12 @@ class Reference:
             },
         )
 
+    def manifold(self, device: str | torch.device = "cpu") -> NDArray[np.float64] | None:
+        """(N,) `radii`, computed at the first call where they are not there; None without enough samples."""
+        if self.radii is None and self.samples is not None and len(self.samples) > NEIGHBOURS:
+            object.__setattr__(self, "radii", squared_radii(self.samples, device=device))
+        return self.radii
+
     def save(self, path: Path) -> None:
         """Write an .npz file that is complete or absent."""
         arrays: dict[str, NDArray] = {
@@ -76,6 +86,8 @@ class Reference:
                 arrays[f"{part}.count"] = np.asarray(-1 if moments.count is None else moments.count)
         if self.samples is not None:
             arrays["samples"] = self.samples
+        if self.radii is not None:
+            arrays["radii"] = self.radii
         for name, state in self.states.items():
             arrays |= {f"{STATE}{name}.{key}": value for key, value in state.items()}
         content = io.BytesIO()
@@ -95,6 +107,7 @@ class Reference:
                 moments=_moments(arrays, "moments"),
                 spatial=_moments(arrays, "spatial"),
                 samples=arrays.get("samples"),
+                radii=arrays.get("radii"),
                 warnings=tuple(str(warning) for warning in arrays["warnings"]),
                 states=_states(arrays),
             )

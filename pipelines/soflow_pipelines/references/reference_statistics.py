@@ -26,6 +26,9 @@ from soflow_pipelines.sources.source import SourceError
 INCEPTION = "inception-"
 """Prefix of the Inception network's ids."""
 
+FAST_MANIFOLD = 2**38
+"""Multiplications that one core does in two minutes. The radii of larger manifolds are left to the scores, which have a GPU."""
+
 ADM_ARRAYS = {"moments": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 """ADM's names for the mean and covariance of the features, and of sFID's."""
 
@@ -103,7 +106,19 @@ def cached_reference(
     path = Path(folder) / f"reference-{digest.rsplit(':', 1)[-1][:16]}-{features}-{key}.npz"
     if not path.exists():
         make().save(path)
-    return Reference.load(path)
+    reference = Reference.load(path)
+    if reference.radii is None and _manifold_work(reference, metrics) in range(1, FAST_MANIFOLD):
+        reference.manifold()
+        reference.save(path)
+    return reference
+
+
+def _manifold_work(reference: Reference, metrics: Iterable[str]) -> int:
+    """Multiplications for the radii of the reference's samples, 0 where no metric asks for them."""
+    if reference.samples is None or not {"precision", "recall"} & set(metrics):
+        return 0
+    count, dim = reference.samples.shape
+    return count * count * dim
 
 
 def compared_metrics(metrics: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from soflow_pipelines.metrics.inception_score import InceptionScoreSums
 from soflow_pipelines.metrics.kid import kernel_distance, squared_mmd
-from soflow_pipelines.metrics.precision_recall import precision_recall
+from soflow_pipelines.metrics.precision_recall import precision_recall, squared_radii
 from soflow_pipelines.metrics.reservoir import Reservoir, splitmix64
 
 
@@ -175,6 +175,16 @@ def test_precision_and_recall_do_not_depend_on_the_blocks(monkeypatch: pytest.Mo
     whole = precision_recall(fake, real)
     monkeypatch.setattr("soflow_pipelines.metrics.precision_recall.BLOCK_ELEMENTS", 70)
     assert precision_recall(fake, real) == whole
+
+
+def test_radii_that_are_known_give_the_same_precision_and_recall() -> None:
+    rng = np.random.default_rng(11)
+    fake, real = rng.normal(size=(40, 3)), rng.normal(size=(31, 3))
+    radii = squared_radii(real)
+    to_others = np.sort(((real[:, None] - real[None]) ** 2).sum(2), axis=1)
+    assert radii == pytest.approx(to_others[:, 3], rel=1e-9)
+    assert precision_recall(fake, real, real_radii=radii) == precision_recall(fake, real)
+    assert precision_recall(fake, real, real_radii=0 * radii)[0] == 0
 
 
 def test_copies_of_one_image_are_a_manifold_of_one_point() -> None:

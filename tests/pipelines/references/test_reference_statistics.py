@@ -13,6 +13,7 @@ from torch import Tensor
 from soflow_pipelines.features import Features
 from soflow_pipelines.images.encode import write_folder
 from soflow_pipelines.metrics import GaussianMoments, Reference, ScoreError, ScoreStatistics, scores
+from soflow_pipelines.metrics.precision_recall import squared_radii
 from soflow_pipelines.metrics.reservoir import fixed_subset
 from soflow_pipelines.references import reference_statistics
 from soflow_pipelines.references.image_sets import NpzImages, PartOfImages, batches, open_image_set
@@ -322,6 +323,30 @@ def test_kept_references_differ_by_data_features_and_preprocessing(tmp_path: Pat
     ):
         assert cached_reference(tmp_path, digest, features, metrics, make).name == "paint"
     assert len(made) == 4
+
+
+@pytest.mark.parametrize(
+    ("metrics", "large", "kept"),
+    [(["kid"], False, False), (["recall"], False, True), (["recall"], True, False)],
+)
+def test_radii_of_the_real_manifold_are_kept_where_a_metric_needs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metrics: list[str], large: bool, kept: bool
+) -> None:
+    """Also in a file of a version that did not keep them; those that take long on a CPU are left to the scores."""
+    real = reference_from_images([torch.from_numpy(pictures())], Painted(), metrics, "paint")
+    assert real.radii is None
+    if large:
+        monkeypatch.setattr(reference_statistics, "FAST_MANIFOLD", 10)
+    for make in (lambda: real, lambda: pytest.fail("made anew")):
+        found = cached_reference(tmp_path, "sha256:aa", "x", metrics, make)
+        (path,) = tmp_path.iterdir()
+        for reference in (found, Reference.load(path)):
+            assert (reference.radii is not None) == kept
+    radii = found.manifold()
+    assert radii is not None
+    assert found.manifold() is radii
+    assert found.samples is not None
+    assert np.array_equal(radii, squared_radii(found.samples))
 
 
 @pytest.mark.parametrize(
