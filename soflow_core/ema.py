@@ -104,20 +104,27 @@ class EMA:
             raise ValueError("the same EMA was asked for twice; give each decay once")
 
     @torch.no_grad()
-    def update(self, parameters: Iterable[Tensor], step: int) -> None:
-        """Adds the parameters after the step-th step (counted from 1), in the order of the constructor's mapping."""
+    def update(self, parameters: Iterable[Tensor], step: int, left_out: Tensor | None = None) -> None:
+        """Adds the parameters after the step-th step (counted from 1), in the order of the constructor's mapping.
+
+        Where `left_out`, a number on the device, is 1, nothing changes: the parameters must then be those of the step before.
+        """
         if not self.kinds:
             return
         if self.every > 1:
             if step % self.every == 0:
-                self._update_precisely(parameters, step)
+                self._update_precisely(parameters, step, left_out)
             return
         current = [local(p).float() for p in parameters]
         for kind in self.kinds:
             averages = [local(average) for average in self.averages[kind.name].values()]
-            torch._foreach_lerp_(averages, current, 1 - kind.keep(step))
+            weight = 1 - kind.keep(step)
+            if left_out is None:
+                torch._foreach_lerp_(averages, current, weight)
+            else:
+                torch._foreach_lerp_(averages, current, [weight * (1 - left_out)] * len(averages))
 
-    def _update_precisely(self, parameters: Iterable[Tensor], step: int) -> None:
+    def _update_precisely(self, parameters: Iterable[Tensor], step: int, left_out: Tensor | None) -> None:
         """The update that stands for the last `every` steps, one tensor after the other in float64."""
         shares = [kind.keep_over(step, self.every) for kind in self.kinds]
         places = zip(*(self.averages[kind.name].values() for kind in self.kinds), strict=True)
@@ -125,7 +132,8 @@ class EMA:
             current = local(parameter).double()
             for keep, average in zip(shares, averages, strict=True):
                 kept = local(average)
-                kept.copy_(kept.double().lerp_(current, 1 - keep))
+                weight = 1 - keep if left_out is None else (1 - keep) * (1 - left_out.double())
+                kept.copy_(kept.double().lerp_(current, weight))
 
     def average(self, name: str | None = None) -> dict[str, Tensor]:
         """The average with this name, by default the first. Raises KeyError where there is none."""

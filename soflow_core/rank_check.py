@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Gather = Callable[[Tensor], list[Tensor]]
 """Returns every rank's version of a tensor of one shape, in rank order, on every rank."""
@@ -26,6 +26,19 @@ def first_difference(names: Sequence[str], tensors: Sequence[Tensor | None], gat
     versions = torch.stack(gather(digest(tensors)))
     differing = (versions != versions[0]).any(2).any(0).nonzero()
     return names[int(differing[0])] if len(differing) else None
+
+
+def check_replicas(names: Sequence[str], parameters: Sequence[nn.Parameter], gather: Gather) -> None:
+    """Raises RuntimeError, on every rank, where parameters or averaged gradients differ between ranks."""
+    name = first_difference(names, parameters, gather)
+    if name is not None:
+        raise RuntimeError(f"{name} differs between ranks; start all with the same weights")
+    name = first_difference(names, [p.grad for p in parameters], gather)
+    if name is not None:
+        raise RuntimeError(
+            f"the gradient of {name} differs between ranks after the reduction, which must leave the same mean"
+            " on all of them"
+        )
 
 
 def _digest(tensor: Tensor) -> Tensor:

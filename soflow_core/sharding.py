@@ -7,9 +7,9 @@ network, so that training can resume on another number of ranks.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -97,6 +97,26 @@ def split_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(
         tensor.to(like.device, like.dtype), like.device_mesh, like.placements, src_data_rank=None
     )
+
+
+def split_slots(
+    slots: Mapping[int, Mapping[str, Any]], parameters: Sequence[nn.Parameter]
+) -> dict[int, dict[str, Any]]:
+    """An optimizer's state, by the number of its parameter, with moments sharded like the parameters; it shares no memory with `slots`.
+
+    What is behind the last parameter is left out.
+    """
+
+    def split(value: Any, parameter: Tensor) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return (split_like(value, parameter) if value.shape == parameter.shape else value).clone()
+
+    return {
+        index: {key: split(value, parameters[index]) for key, value in values.items()}
+        for index, values in slots.items()
+        if index < len(parameters)
+    }
 
 
 def on_every_rank(flags: Tensor, mesh: DeviceMesh | None) -> Tensor:

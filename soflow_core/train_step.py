@@ -24,7 +24,7 @@ from soflow_core.networks.base import NetworkModule
 from soflow_core.objectives.base import Batch, Draws, Loss, Objective
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.passes import Network, PassPolicy, Precision
-from soflow_core.rank_check import first_difference
+from soflow_core.rank_check import check_replicas
 from soflow_core.sharding import (
     compile_blocks,
     is_first,
@@ -32,10 +32,12 @@ from soflow_core.sharding import (
     on_every_rank,
     sharding_mesh,
     split_like,
+    split_slots,
     substituted,
     whole,
 )
 from soflow_core.step_checks import check_combination, check_conditions, check_shapes
+from soflow_core.step_record import StartedStep, StepRecord, culprit, read
 
 MOST_GRAPHS = 32
 """Limit of compiled versions of a network: one for each pass, branch size, precision and gradient mode. Beyond
@@ -80,23 +82,6 @@ class TrainStepConfig:
             raise ValueError(f"total_steps is {self.total_steps}; a training has at least 1 step")
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """Result of one step. A refused step (`finite` is False) changed nothing; `culprit` names the term."""
-
-    step: int
-    """Finished steps, this one included if it was taken."""
-    loss: float
-    """Mean over this rank's rows."""
-    terms: dict[str, float]
-    """Logged terms of the loss, each the mean over the pieces that have it."""
-    grad_norm: float
-    """Norm of all gradients together, before clipping."""
-    learning_rate: float
-    finite: bool = True
-    culprit: str | None = None
-
-
 class TrainStep:
     """Network, optimizer, EMAs and step count of one training; a call makes one step.
 
@@ -104,6 +89,9 @@ class TrainStep:
     replicas compare parameters and gradients in their first step, which raises RuntimeError where they differ.
     Where the network is sharded, all ranks must call `state_dict`, `ema_state`, `host_state` and
     `host_ema_state` together.
+
+    A call waits for the device, to say whether the step was taken. `start` and `finish` do the same for many steps, so that a GPU
+    is never without work between them.
     """
 
     def __init__(
@@ -156,48 +144,68 @@ class TrainStep:
         )
         if config.compile:
             compile_blocks(self.module)
+        fused = bool(self.optimizer.defaults.get("fused"))
+        self.runs_ahead = fused and self.mesh is None and self.device.type == "cuda"
+        """Whether `start` returns before the device has done the step: a fused optimizer can leave out an update by itself."""
+        self._started: list[StartedStep] = []
+        self._records: list[StepRecord] = []
+        """Of started steps that were done at once."""
+        self._refused = torch.zeros((), device=self.device)
+        """1 from a refused step on until `finish`: no update is made."""
 
     def __call__(self, batch: Batch, draws: Draws) -> StepRecord:
         """Makes one step on this rank's rows. Raises ValueError after the last of `total_steps`."""
-        if self.step >= self.config.total_steps:
-            raise ValueError(
-                f"all {self.config.total_steps} steps are done, and schedules end there; give a larger total_steps"
-            )
-        self._check_batch(batch)
-        pieces = self._pieces(batch.to(self.device), draws.to(self.device))
-        rate = self.config.optimizer.learning_rate(self.step, self.config.total_steps)
-        seed = self.config.seed
-        tf32 = self.policy.precision != "float32" and not self.objective.needs_true_float32
-        with self._compiler(), step_kernels(self.device, tf32, self.config.deterministic):
-            self.optimizer.zero_grad(set_to_none=True)
-            losses: dict[str, list[Tensor]] = {"loss": []}
-            for number, (batch, draws) in enumerate(pieces, start=1):
-                with (
-                    self.sync.accumulation(self.network, last=number == len(pieces)),
-                    dropout(self.module, seed, self.step, number),
-                    augmentation(self.module, batch, self.config.augment, (seed, self.step, number)) as given,
-                ):
-                    self._backward(given, draws, losses)
-            gradients = [p.grad for p in self.all_parameters if p.grad is not None]
-            self.sync.reduce(gradients)
-            if not self._replicas_compared:
-                self._compare_replicas()
-            values = {name: torch.stack(parts).mean() for name, parts in losses.items()}
+        self._check_finished()
+        rate = self._learning_rate()
+        with self._kernels():
+            values, gradients = self._gradients(batch, draws)
             norm = whole(get_total_norm(gradients, foreach=True))
-            # The only wait for the device in a step: the update needs to know whether everything is finite.
+            # The only wait for the device in a step: whether everything is finite decides about the update.
             *numbers, grad_norm = torch.stack([*values.values(), norm]).tolist()
             terms = dict(zip(values, numbers, strict=True))
             if not math.isfinite(grad_norm):
                 return self._refuse(terms, grad_norm, rate)
-            self._hold()
-            if self.config.clip_norm is not None:
-                clip_grads_with_norm_(self.all_parameters, self.config.clip_norm, norm, foreach=True)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-            self.step += 1
-            self.ema.update(self.parameters, self.step)
-        return self._record(terms, grad_norm, rate)
+            self._update(norm, rate)
+        return StepRecord.of(self.step, terms, grad_norm, rate)
+
+    def start(self, batch: Batch, draws: Draws) -> None:
+        """Makes one step as a call does, its record kept for `finish`; where `runs_ahead`, without waiting for the device.
+
+        The device leaves out the update of a step that is not finite, and those of all steps started after it.
+        """
+        if not self.runs_ahead:
+            record = self(batch, draws)
+            self._records.append(record)
+            return
+        rate = self._learning_rate()
+        with self._kernels():
+            values, gradients = self._gradients(batch, draws)
+            norms = torch._foreach_norm(gradients)
+            norm = torch.linalg.vector_norm(torch.stack(list(norms)))
+            named = [
+                name
+                for name, p in zip(self.all_names, self.all_parameters, strict=True)
+                if p.grad is not None
+            ]
+            self._started.append(
+                StartedStep.of(self.step, rate, values, norm, dict(zip(named, norms, strict=True)))
+            )
+            torch.maximum(self._refused, (~torch.isfinite(norm)).float(), out=self._refused)
+            self._update(norm, rate, self._refused)
+
+    def finish(self) -> list[StepRecord]:
+        """Waits for the started steps; their records since the last call, in order, up to the first refused one.
+
+        After a refused step the training is where it was before it.
+        """
+        records, self._records = self._records, []
+        started, self._started = self._started, []
+        records += read(started)
+        if records and not records[-1].finite:
+            self.step = records[-1].step
+            self._refused.zero_()
+            self.optimizer.zero_grad(set_to_none=True)
+        return records
 
     def adopt(self, objective: Objective, optimizer: OptimizerConfig) -> None:
         """Goes on with other loss weights, schedules and learning rate from the next step.
@@ -229,6 +237,7 @@ class TrainStep:
 
         Only passes without gradient may run in it; the trained parameters are back afterwards.
         """
+        self._check_finished()
         self._hold()
         name = Exponential(decay).name if isinstance(decay, float) else decay
         with substituted(self.parameters, list(self.ema.average(name).values())):
@@ -284,6 +293,7 @@ class TrainStep:
                 f"the state is of {state['total_steps']} total steps, this training of {self.config.total_steps};"
                 " schedules depend on the total, so resume with the same"
             )
+        self._check_finished()
         self._hold()
         current = self.module.state_dict()
         check_shapes(state["network"], current)
@@ -294,27 +304,72 @@ class TrainStep:
             {name: split_like(t, current[name]) for name, t in state["network"].items()}
         )
         self._load_head(state.get("alignment"))
-        self.optimizer.load_state_dict(self._split_optimizer(state["optimizer"]))
+        # An alignment head is behind the network: its moments are left out where there is none here, and begin anew where the state
+        # has none.
+        slots = split_slots(state["optimizer"]["state"], self.all_parameters)
+        self.optimizer.load_state_dict(
+            {"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )
         self.ema.load_state_dict(state["ema"])
         self.step = state["step"]
+
+    def _check_finished(self) -> None:
+        if self._started:
+            raise RuntimeError(f"{len(self._started)} steps are under way; call finish() first")
+
+    def _learning_rate(self) -> float:
+        """Of the next step. Raises ValueError after the last of `total_steps`."""
+        if self.step >= self.config.total_steps:
+            raise ValueError(
+                f"all {self.config.total_steps} steps are done, and schedules end there; give a larger total_steps"
+            )
+        return self.config.optimizer.learning_rate(self.step, self.config.total_steps)
+
+    @contextmanager
+    def _kernels(self) -> Iterator[None]:
+        """Context in which the step's kernels are those of its precision, compiled if asked for."""
+        tf32 = self.policy.precision != "float32" and not self.objective.needs_true_float32
+        with self._compiler(), step_kernels(self.device, tf32, self.config.deterministic):
+            yield
+
+    def _gradients(self, batch: Batch, draws: Draws) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Loss and terms, each the mean over the pieces, and all gradients, reduced over ranks."""
+        self._check_batch(batch)
+        pieces = _pieces(batch.to(self.device), draws.to(self.device), self.config.accumulate)
+        seed = self.config.seed
+        self.optimizer.zero_grad(set_to_none=True)
+        losses: dict[str, list[Tensor]] = {"loss": []}
+        for number, (piece, drawn) in enumerate(pieces, start=1):
+            with (
+                self.sync.accumulation(self.network, last=number == len(pieces)),
+                dropout(self.module, seed, self.step, number),
+                augmentation(self.module, piece, self.config.augment, (seed, self.step, number)) as given,
+            ):
+                self._backward(given, drawn, losses)
+        gradients = [p.grad for p in self.all_parameters if p.grad is not None]
+        self.sync.reduce(gradients)
+        if not self._replicas_compared:
+            self._replicas_compared = True
+            check_replicas(self.all_names, self.all_parameters, all_gather)
+        return {name: torch.stack(parts).mean() for name, parts in losses.items()}, gradients
+
+    def _update(self, norm: Tensor, rate: float, refused: Tensor | None = None) -> None:
+        """Optimizer and EMAs; nothing where `refused` is 1 on the device."""
+        self._hold()
+        if self.config.clip_norm is not None:
+            clip_grads_with_norm_(self.all_parameters, self.config.clip_norm, norm, foreach=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        # As torch's GradScaler tells fused optimizers to leave an update out.
+        cast(Any, self.optimizer).found_inf = refused
+        self.optimizer.step()
+        self.step += 1
+        self.ema.update(self.parameters, self.step, refused)
 
     def _compiler(self) -> AbstractContextManager[object]:
         return (
             torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS) if self.config.compile else nullcontext()
         )
-
-    def _pieces(self, batch: Batch, draws: Draws) -> list[tuple[Batch, Draws]]:
-        """Splits the rows into pieces for accumulation. Raises ValueError where they do not divide.
-
-        Piece j of n has rows j, j + n, j + 2 n, ..., as a rank's rows of a batch are, so that each piece has its part
-        of the velocity rows.
-        """
-        rows, count = len(batch.x0), self.config.accumulate
-        if rows % count:
-            raise ValueError(
-                f"{rows} rows do not divide into {count} equal pieces; give a rank a multiple of accumulate rows"
-            )
-        return [(batch.rows(j, count), draws.rows(j, count)) for j in range(count)]
 
     def _backward(self, batch: Batch, draws: Draws, values: dict[str, list[Tensor]]) -> None:
         """Adds a piece's part of the mean to the gradients, and appends its loss and terms to `values`."""
@@ -348,19 +403,6 @@ class TrainStep:
         term.head.to(self.device)
         return term
 
-    def _compare_replicas(self) -> None:
-        """Raises RuntimeError, on every rank, where parameters or averaged gradients differ between ranks."""
-        self._replicas_compared = True
-        name = first_difference(self.all_names, self.all_parameters, all_gather)
-        if name is not None:
-            raise RuntimeError(f"{name} differs between ranks; start all with the same weights")
-        name = first_difference(self.all_names, [p.grad for p in self.all_parameters], all_gather)
-        if name is not None:
-            raise RuntimeError(
-                f"the gradient of {name} differs between ranks after the reduction, which must leave the same mean"
-                " on all of them"
-            )
-
     def _precision(self) -> Precision:
         if self.config.precision != "auto":
             return self.config.precision
@@ -381,6 +423,7 @@ class TrainStep:
 
     def _shares(self) -> dict[str, Any]:
         """`state_dict()` with this rank's shards of tensors."""
+        self._check_finished()
         return {
             "step": self.step,
             "total_steps": self.config.total_steps,
@@ -392,6 +435,7 @@ class TrainStep:
         }
 
     def _ema_shares(self, decay: float | str | None) -> dict[str, Tensor]:
+        self._check_finished()
         name = Exponential(decay).name if isinstance(decay, float) else decay
         return {**self.module.state_dict(), **self.ema.average(name)}
 
@@ -411,42 +455,14 @@ class TrainStep:
         if self.alignment is not None and state is not None:
             self.alignment.head.load_state_dict(state)
 
-    def _split_optimizer(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Optimizer state with moments sharded like the parameters, and this optimizer's settings.
-
-        It shares no memory with `state`. An alignment head is behind the network: its moments are left out where there is none here,
-        and begin anew where the state has none.
-        """
-
-        def split(value: Any, parameter: Tensor) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return (split_like(value, parameter) if value.shape == parameter.shape else value).clone()
-
-        slots = {
-            index: {key: split(value, self.all_parameters[index]) for key, value in values.items()}
-            for index, values in state["state"].items()
-            if index < len(self.all_parameters)
-        }
-        return {"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]}
-
     def _check_batch(self, batch: Batch) -> None:
         """Raises ValueError for labels of a network without classes, which would ignore them."""
         unlabelled = isinstance(self.module, NetworkModule) and self.module.config.classes is None
         if unlabelled and batch.labels is not None:
             raise ValueError("the batch has labels and the network has no classes; give Batch(x0) alone")
 
-    def _record(
-        self, terms: dict[str, float], grad_norm: float, rate: float, culprit: str | None = None
-    ) -> StepRecord:
-        logged = {name: value for name, value in terms.items() if name != "loss"}
-        return StepRecord(
-            self.step, terms["loss"], logged, grad_norm, rate, finite=culprit is None, culprit=culprit
-        )
-
     def _refuse(self, terms: dict[str, float], grad_norm: float, rate: float) -> StepRecord:
         """Record of a step without update. The culprit is the first non-finite term, the loss, or a gradient."""
-        broken = [name for name, value in terms.items() if not math.isfinite(value)]
         finite = torch.stack(
             [
                 torch.isfinite(local(p.grad)).all()
@@ -457,13 +473,19 @@ class TrainStep:
         )
         finite = on_every_rank(finite, self.mesh)
         bad = [name for name, is_finite in zip(self.all_names, finite.tolist(), strict=True) if not is_finite]
-        if broken:
-            culprit = next((name for name in broken if name != "loss"), "loss")
-        elif not bad:
-            culprit = "gradient norm"
-        else:
-            culprit = (
-                f"gradient of {bad[0]}" if len(bad) < len(self.all_names) else "gradients of all parameters"
-            )
         self.optimizer.zero_grad(set_to_none=True)
-        return self._record(terms, grad_norm, rate, culprit)
+        return StepRecord.of(self.step, terms, grad_norm, rate, culprit(terms, bad, len(self.all_names)))
+
+
+def _pieces(batch: Batch, draws: Draws, count: int) -> list[tuple[Batch, Draws]]:
+    """Splits the rows into pieces for accumulation. Raises ValueError where they do not divide.
+
+    Piece j of n has rows j, j + n, j + 2 n, ..., as a rank's rows of a batch are, so that each piece has its part
+    of the velocity rows.
+    """
+    rows = len(batch.x0)
+    if rows % count:
+        raise ValueError(
+            f"{rows} rows do not divide into {count} equal pieces; give a rank a multiple of accumulate rows"
+        )
+    return [(batch.rows(j, count), draws.rows(j, count)) for j in range(count)]

@@ -16,7 +16,8 @@ from soflow_core.host_copy import HostCopy
 from soflow_core.objectives import Batch, Draws, ImprovedMeanFlow, MeanFlow, Objective, Shortcut, SoFlow
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.sharding import local, shard
-from soflow_core.train_step import StepRecord, TrainStep, TrainStepConfig
+from soflow_core.step_record import StepRecord
+from soflow_core.train_step import TrainStep, TrainStepConfig
 from tests.support.gloo_ranks import WORLD, rank_rows, run_ranks
 from tests.support.random_networks import random_inputs, random_network
 

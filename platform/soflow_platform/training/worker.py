@@ -6,6 +6,7 @@ and then split over ranks, so that one worker and N workers train the same netwo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from soflow_core.ema import Power
 from soflow_core.host_copy import HostCopy, PendingCopy
 from soflow_core.objectives import Objective
 from soflow_core.random_source import DrawsVersion
-from soflow_core.train_step import StepRecord
+from soflow_core.step_record import StepRecord
 from soflow_core.weights import save_weights, weights_header
 from soflow_platform.errors import JobError
 from soflow_platform.evaluation.evaluator import Interrupted
@@ -87,6 +88,8 @@ class Trainer:
         """The rule of `search.stop` that ended the training."""
         self.scoring = False
         """Whether the averaged network is there and makes samples, whose memory has nothing to do with the pieces of a step."""
+        self._read_rate, self._read_loss = 0.0, math.nan
+        """Images per second and loss when the device was last waited for."""
         self._state_copy = HostCopy()
         self._stall: Stall | None = None
         """Of the last checkpoint, until it is logged."""
@@ -128,27 +131,16 @@ class Trainer:
                 self.save(needed=True)
             while self.step < last and not stopping:
                 try:
-                    record = self.train_one_step()
+                    stopping = self._advance(last)
                 except NonFiniteError as error:
                     if "nan" not in self.experiment.search.stop.values():
                         raise
                     # The state is that of the step before, and what there is to save of it is saved.
                     self.diverged = str(error)
                     break
-                self._apply_rules(self.log(record))
-                evaluated = self._is_due(self.experiment.evaluation.every)
-                interrupted = evaluated and not self.evaluate()
-                stopping = (
-                    interrupted
-                    or (self.should_stop() and self.step < last)
-                    or (self.diverged is not None and self.step < self.steps)
-                )
-                if evaluated or stopping or self._is_saved() or self.should_stop.save_requested:
-                    self.should_stop.save_requested = False
-                    self.save(needed=stopping or self.step == last)
-                    if self.step < last and not stopping:
-                        yield from self.evaluations[yielded:]
-                        yielded = len(self.evaluations)
+                if self.step < last and not stopping:
+                    yield from self.evaluations[yielded:]
+                    yielded = len(self.evaluations)
             if self.diverged is not None:
                 self.io.log(f"ended by search.stop: {self.diverged}", self.step)
             self._close_inputs()
@@ -162,6 +154,22 @@ class Trainer:
             raise
         self.io.set_state(self._end(), self.step)
         yield from self.evaluations[yielded:]
+
+    def _advance(self, last: int) -> bool:
+        """One step, and the evaluation and the checkpoint that are due after it; whether training stops before `last`."""
+        self._apply_rules(self.log(self.train_one_step()))
+        evaluated = self._is_due(self.experiment.evaluation.every)
+        interrupted = evaluated and not self.evaluate()
+        stopping = (
+            interrupted
+            or (self.should_stop() and self.step < last)
+            or (self.diverged is not None and self.step < self.steps)
+        )
+        if evaluated or stopping or self._is_saved() or self.should_stop.save_requested:
+            self.should_stop.save_requested = False
+            self._read()
+            self.save(needed=stopping or self.step == last)
+        return stopping
 
     def _end(self) -> TrialState:
         """How the training ended."""
@@ -220,8 +228,12 @@ class Trainer:
         for note in start.notes(self.experiment, self.setup.config):
             self.io.log(note, self.step)
 
-    def train_one_step(self) -> StepRecord:
-        """One optimizer step. Raises NonFiniteError on every rank where some rank's loss or gradient is not finite."""
+    def train_one_step(self) -> StepRecord | None:
+        """One optimizer step; its record, or None while a GPU is still at it.
+
+        Raises NonFiniteError on every rank where some rank's loss or gradient is not finite, in this step or one before it that was not
+        read.
+        """
         step = self.step + 1
         self._adopt_settings(step)
         if self.forward_timer is not None:
@@ -230,12 +242,29 @@ class Trainer:
         assert self.inputs is not None
         batch = self.inputs.rows()
         self.throughput.loaded()
-        record = self.train_step(batch, self.inputs.draws(step))
+        self.train_step.start(batch, self.inputs.draws(step))
         self._log_stall()
-        if not record.finite:
-            self._raise_non_finite(step, record)
+        record = self._read() if self._is_read(step) else None
         self.throughput.end(step)
         return record
+
+    def _is_read(self, step: int) -> bool:
+        """Whether a step's numbers are waited for. A GPU goes on to the next step where they are not needed."""
+        return (
+            not self.train_step.runs_ahead
+            or self._is_logged(step)
+            or self._is_due(self.experiment.evaluation.every)
+            or self._is_saved()
+            or step == self.end
+            or math.isnan(self._read_loss)
+        )
+
+    def _read(self) -> StepRecord | None:
+        """Waits for the steps under way: the record of the last, None where there are none. Raises NonFiniteError."""
+        records = self.train_step.finish()
+        if records and not records[-1].finite:
+            self._raise_non_finite(records[-1].step + 1, records[-1])
+        return records[-1] if records else None
 
     def _adopt_settings(self, step: int) -> None:
         """Take the settings of a step where they have changed (`training.changes`)."""
@@ -244,17 +273,24 @@ class Trainer:
             trained.adopt(settings.objective, settings.optimizer)
             self.io.log("trains with the settings of training.changes", step)
 
-    def log(self, record: StepRecord) -> dict[str, float]:
-        """Publish a step's progress, and every so often its metrics, which are means over the ranks; these are returned."""
-        step, logged = record.step, self._is_logged(record.step)
-        values = {"train/loss": record.loss, **{f"train/{name}": v for name, v in record.terms.items()}}
+    def log(self, record: StepRecord | None) -> dict[str, float]:
+        """Publish a step's progress, and every so often its metrics, which are means over the ranks; these are returned.
+
+        Of a step without a record it is known that it was started.
+        """
+        step, logged = self.step, self._is_logged(self.step)
+        values: dict[str, float] = {}
+        if record is not None:
+            values = {"train/loss": record.loss, **{f"train/{name}": v for name, v in record.terms.items()}}
         if logged and self.setup.world > 1:
             rows = distributed.rows_of(self.setup.rank, self.setup.world, self.experiment.training.batch)
             values = distributed.mean_over_ranks(values, rows)
             self._log_slow_rank(step)
-        rate, eta = self.throughput.images_per_second, self.throughput.eta_seconds(step)
-        self.io.progress(step, self._consumed, rate, values["train/loss"], eta)
-        if not logged:
+        if record is not None:
+            self._read_rate, self._read_loss = self.throughput.images_per_second, values["train/loss"]
+        eta = self.throughput.eta_seconds(step)
+        self.io.progress(step, self._consumed, self._read_rate, self._read_loss, eta)
+        if record is None or not logged:
             return {}
         update = {"train/grad_norm": record.grad_norm, "train/learning_rate": record.learning_rate}
         self.io.log_metrics(step, values | update | self.throughput.take(step))
