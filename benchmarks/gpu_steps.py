@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,9 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 COMPILED = (PLAIN, "flow_matching", "soflow", "meanflow")
 """Rows that are also measured compiled; a compilation takes many seconds."""
 TOTAL_STEPS = 1000
+STARTED = 5
+"""Steps in a row that are not waited for."""
+AHEAD = "steps not waited for"
 RESERVED = 160
 """Seconds that are left to the sections after this one."""
 GOALS = (
@@ -113,7 +117,10 @@ def _measure(results: Results, options: Options, size: str, name: str, sizes: Si
     batch = Batch(
         torch.randn(rows, *shape, generator=generator), torch.randint(1000, (rows,), generator=generator)
     ).to(device)
-    step = _bare_step(name, network, compiled) if name in LOOPS else _step(objective, network, compiled)
+    training = None
+    if name not in LOOPS:
+        training = TrainStep(network, objective, TrainStepConfig(TOTAL_STEPS, compile=compiled))
+    step = _bare_step(name, network, compiled) if training is None else _checked(training)
 
     def once() -> float:
         draws = objective.draw(generator, rows, shape, conditional=True).to(device)
@@ -134,6 +141,49 @@ def _measure(results: Results, options: Options, size: str, name: str, sizes: Si
         passes = training_evaluations(objective, rows) * rows / seconds
         line += _used(results, what, config, passes, device)
     print(line, flush=True)
+    if training is not None:
+        draws = [objective.draw(generator, rows, shape, conditional=True).to(device) for _ in range(STARTED)]
+        _started(results, what, training, batch, draws)
+
+
+def _started(results: Results, what: str, training: TrainStep, batch: Batch, draws: Sequence[Draws]) -> None:
+    """Add the seconds of a step where the host waits for the last alone.
+
+    Raises RuntimeError where one waits for a GPU before that, or is not finite.
+    """
+    training.runs_ahead = True
+    training.start(batch, draws[0])
+    training.finish()
+    _wait(training.device)
+    begun = time.perf_counter()
+    with _no_waiting(training.device):
+        for each in draws:
+            training.start(batch, each)
+    queued = time.perf_counter()
+    records = training.finish()
+    _wait(training.device)
+    done = time.perf_counter()
+    if not records[-1].finite:
+        raise RuntimeError(f"{records[-1].culprit} is not finite")
+    results.add(AHEAD, what, 1000 * (done - begun) / len(draws), "ms", "lower")
+    results.add("of it to queue kernels", what, 100 * (queued - begun) / (done - begun), "%", "lower")
+    print(
+        f"{what}: {1000 * (done - begun) / len(draws):.1f} ms where {len(draws)} steps are not waited for",
+        flush=True,
+    )
+
+
+@contextmanager
+def _no_waiting(device: torch.device) -> Iterator[None]:
+    """Context in which an operation that waits for a GPU raises RuntimeError."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _used(results: Results, what: str, config: DiTConfig, passes: float, device: torch.device) -> str:
@@ -158,8 +208,8 @@ def _objective(name: str) -> Objective:
     return methods()[name]
 
 
-def _step(objective: Objective, network: DiT, compiled: bool) -> Callable[[Batch, Draws], None]:
-    training = TrainStep(network, objective, TrainStepConfig(TOTAL_STEPS, compile=compiled))
+def _checked(training: TrainStep) -> Callable[[Batch, Draws], None]:
+    """A step that is waited for, and raises RuntimeError where it was refused."""
 
     def step(batch: Batch, draws: Draws) -> None:
         record = training(batch, draws)

@@ -40,6 +40,8 @@ def test_the_small_suite_measures_every_section(tmp_path: Path) -> None:
     assert {"parity", "core tests", "steps", "loader", "sampling", "digits"} <= sections
     measured = {each.name for each in results.measurements if each.section == "steps"}
     assert measured == {f"tiny/4 {row}, eager" for row in (*LOOPS, *OBJECTIVES)}
+    ahead = {each.name for each in results.measurements if each.section == "steps not waited for"}
+    assert ahead == {f"tiny/4 {row}, eager" for row in OBJECTIVES}
     ratios = {each.name for each in results.measurements if each.section == "steps, ratios"}
     assert ratios == {
         "tiny/4 soflow, eager / plain",
