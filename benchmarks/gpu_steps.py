@@ -166,7 +166,9 @@ def _started(results: Results, what: str, training: TrainStep, batch: Batch, dra
     if not records[-1].finite:
         raise RuntimeError(f"{records[-1].culprit} is not finite")
     results.add(AHEAD, what, 1000 * (done - begun) / len(draws), "ms", "lower")
-    results.add("of it to queue kernels", what, 100 * (queued - begun) / (done - begun), "%", "lower")
+    results.add(
+        "host's share of steps not waited for", what, 100 * (queued - begun) / (done - begun), "%", "lower"
+    )
     print(
         f"{what}: {1000 * (done - begun) / len(draws):.1f} ms where {len(draws)} steps are not waited for",
         flush=True,

@@ -27,7 +27,9 @@ INCEPTION = "inception-"
 """Prefix of the Inception network's ids."""
 
 FAST_MANIFOLD = 2**38
-"""Multiplications that one core does in two minutes. The radii of larger manifolds are left to the scores, which have a GPU."""
+"""Multiplications that one core does in two minutes. The radii of larger manifolds are left to a process's first score, which may have
+a GPU.
+"""
 
 ADM_ARRAYS = {"moments": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 """ADM's names for the mean and covariance of the features, and of sFID's."""
@@ -107,7 +109,7 @@ def cached_reference(
     if not path.exists():
         make().save(path)
     reference = Reference.load(path)
-    if reference.radii is None and _manifold_work(reference, metrics) in range(1, FAST_MANIFOLD):
+    if reference.radii is None and 0 < _manifold_work(reference, metrics) <= FAST_MANIFOLD:
         reference.manifold()
         reference.save(path)
     return reference
