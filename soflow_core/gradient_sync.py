@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from soflow_core.networks.base import NetworkModule
+from soflow_core.objectives.base import Batch
 from soflow_core.sharding import shard
 
 
@@ -109,6 +110,17 @@ def all_gather(tensor: Tensor) -> list[Tensor]:
     versions = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(versions, tensor.contiguous())
     return versions
+
+
+def with_whole(batch: Batch) -> Batch:
+    """This rank's rows, with those of all ranks as their whole batch: rank r of n has r, r + n, ... of it, as many as the others."""
+    labels = None if batch.labels is None else _all_rows(batch.labels)
+    return replace(batch, whole=Batch(_all_rows(batch.x0), labels))
+
+
+def _all_rows(tensor: Tensor) -> Tensor:
+    """(B, ...) of each of n ranks -> (n B, ...), in the order of the whole batch."""
+    return torch.stack(all_gather(tensor), dim=1).flatten(0, 1)
 
 
 def _weighted_mean(weight: float, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -52,8 +52,20 @@ def check_conditions(objective: Objective, module: nn.Module) -> None:
         )
 
 
-def check_combination(objective: Objective, network: nn.Module, sync: GradientSync, aligned: bool) -> None:
-    """Raises ValueError where the network is wrapped already, or where the wrapper loses a derivative or an alignment head."""
+def check_combination(
+    objective: Objective, network: nn.Module, sync: GradientSync, aligned: bool, augmented: bool
+) -> None:
+    """Raises ValueError where the network is wrapped already, where the wrapper loses a derivative or an alignment head, or where a
+    method that compares images cannot have all of them as they are trained on.
+    """
+    if objective.compares_images and augmented:
+        raise ValueError(
+            f"{objective.method} compares the images of a batch, which augmentation changes one by one: turn augmentation off"
+        )
+    if objective.compares_images and getattr(sync, "weight", 1) != 1:
+        raise ValueError(
+            f"{objective.method} compares the images of all ranks, which need equally many rows: give a batch that the ranks divide"
+        )
     if aligned and isinstance(sync, DDP | FSDP):
         raise ValueError(
             f"{type(sync).__name__} exchanges the gradients of the network alone, not those of an alignment head; use FlatAllReduce"

@@ -17,7 +17,7 @@ from soflow_core.alignment import Alignment, AlignmentTerm
 from soflow_core.augmentation import augmentation
 from soflow_core.dropout import dropout
 from soflow_core.ema import EMA, Exponential
-from soflow_core.gradient_sync import GradientSync, Local, all_gather
+from soflow_core.gradient_sync import GradientSync, Local, all_gather, with_whole
 from soflow_core.host_copy import HostCopy, PendingCopy, map_tensors
 from soflow_core.kernels import fast_bfloat16, step_kernels
 from soflow_core.networks.base import NetworkModule
@@ -103,7 +103,7 @@ class TrainStep:
         alignment: Alignment | None = None,
     ) -> None:
         self.sync = sync or Local()
-        check_combination(objective, network, self.sync, alignment is not None)
+        check_combination(objective, network, self.sync, alignment is not None, bool(config.augment))
         check_conditions(objective, network)
         self.objective = objective
         self.config = config
@@ -335,7 +335,10 @@ class TrainStep:
     def _gradients(self, batch: Batch, draws: Draws) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Loss and terms, each the mean over the pieces, and all gradients, reduced over ranks."""
         self._check_batch(batch)
-        pieces = _pieces(batch.to(self.device), draws.to(self.device), self.config.accumulate)
+        batch = batch.to(self.device)
+        if self.objective.compares_images and not isinstance(self.sync, Local):
+            batch = with_whole(batch)
+        pieces = _pieces(batch, draws.to(self.device), self.config.accumulate)
         seed = self.config.seed
         self.optimizer.zero_grad(set_to_none=True)
         losses: dict[str, list[Tensor]] = {"loss": []}

@@ -9,9 +9,10 @@ diffusion            DDPM and DDIM
 consistency          consistency models: iCT, ECT, sCM
 alpha_schedule       alpha of alpha-Flow over training
 total_derivative     dF/dt in a target, by a Jacobian-vector product or a difference quotient
-average_velocity     shared by the next four
+average_velocity     shared by the next five
 meanflow             MeanFlow
 improved_meanflow    improved MeanFlow (iMF)
+esc                  Explicit ShortCut (ESC)
 alphaflow            alpha-Flow
 shortcut             Shortcut models
 """
@@ -24,6 +25,7 @@ from soflow_core.objectives.alphaflow import AlphaFlow
 from soflow_core.objectives.base import OBJECTIVES, Batch, Draws, Loss, Objective
 from soflow_core.objectives.consistency import ContinuousConsistency, EasyConsistency, ImprovedConsistency
 from soflow_core.objectives.diffusion import Diffusion
+from soflow_core.objectives.esc import ExplicitShortcut
 from soflow_core.objectives.flow_matching import FlowMatching
 from soflow_core.objectives.improved_meanflow import ImprovedMeanFlow
 from soflow_core.objectives.meanflow import MeanFlow
@@ -43,6 +45,7 @@ __all__ = [
     "Diffusion",
     "Draws",
     "EasyConsistency",
+    "ExplicitShortcut",
     "FlowMatching",
     "ImprovedConsistency",
     "ImprovedMeanFlow",

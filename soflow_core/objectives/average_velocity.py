@@ -1,4 +1,4 @@
-"""Shared by MeanFlow, improved MeanFlow, alpha-Flow and Shortcut: F is the average velocity between s and t, f = x - (t - s) F."""
+"""Shared by MeanFlow, improved MeanFlow, ESC, alpha-Flow and Shortcut: F is the average velocity between s and t, f = x - (t - s) F."""
 
 from __future__ import annotations
 
@@ -82,8 +82,9 @@ def differential_target(
     velocity: Tensor,
     total_derivative: TotalDerivative,
     tangent: Tensor | None = None,
+    factor: float = 1.0,
 ) -> Tensor:
-    """(B, C, H, W) -> (B, C, H, W): u_tgt = v - (t - s) du/dt, with the derivative taken in rows with s < t.
+    """(B, C, H, W) -> (B, C, H, W): u_tgt = v - factor (t - s) du/dt, with the derivative taken in rows with s < t.
 
     The identity u = v - (t - s) du/dt is MeanFlow's (arXiv 2505.13447, Eq. 6). `tangent` (B, C, H, W) is the velocity
     along which x moves in du/dt, by default `velocity`.
@@ -96,7 +97,7 @@ def differential_target(
     along = (velocity if tangent is None else tangent)[first:]
     scale = None if start.scale is None else start.scale[first:]
     derivative = total_derivative(passes, (start.x[first:], t, s, labels), along, scale)
-    gap = per_row((t - s).clamp(0, 1), derivative)
+    gap = per_row(factor * (t - s).clamp(0, 1), derivative)
     return torch.cat([velocity[:first], velocity[first:] - gap * derivative])
 
 

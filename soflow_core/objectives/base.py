@@ -30,15 +30,19 @@ class Batch:
 
     x0: Tensor
     labels: Tensor | None = None
+    whole: Batch | None = None
+    """The batch of all ranks that these rows are some of; None where they are all rows."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
-        return Batch(self.x0.to(device, non_blocking=True), labels)
+        whole = None if self.whole is None else self.whole.to(device)
+        return Batch(self.x0.to(device, non_blocking=True), labels, whole)
 
     def rows(self, part: int, parts: int) -> Batch:
-        """Rows part, part + parts, part + 2 parts, ..."""
-        return Batch(self.x0[part::parts], None if self.labels is None else self.labels[part::parts])
+        """Rows part, part + parts, part + 2 parts, ... of the whole batch."""
+        labels = None if self.labels is None else self.labels[part::parts]
+        return Batch(self.x0[part::parts], labels, self if self.whole is None else self.whole)
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ class Objective(ABC):
 
     `draw_from` makes all randomness of a step; `loss` and `sample` make none. Rows of a
     batch do not know their numbers in the loss: a rank takes every n-th of them, and the mean of the ranks' losses is the loss of
-    all. The leading `velocity_rows` rows train the velocity: s = t, or as near as the method goes. `loss` calls the
+    all. Images of other rows are in `Batch.whole`, for a method that declares `compares_images`. The leading `velocity_rows` rows train
+    the velocity: s = t, or as near as the method goes. `loss` calls the
     network through `Passes` alone, which knows precision, teacher and the rows that may be skipped; where the policy is
     `uniform` it makes the same passes whatever its rows are, for each is a collective of all ranks.
     `soflow_core.conformance` checks all of it.
@@ -138,6 +143,11 @@ class Objective(ABC):
     @property
     def uses_jvp(self) -> bool:
         """Whether the loss takes a forward-mode derivative of the network, which DDP and flash attention lack."""
+        return False
+
+    @property
+    def compares_images(self) -> bool:
+        """Whether the loss of a row depends on other images of the batch, which `Batch.whole` holds on every rank."""
         return False
 
     @property

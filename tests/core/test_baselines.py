@@ -19,6 +19,7 @@ from soflow_core.objectives import (
     Diffusion,
     Draws,
     EasyConsistency,
+    ExplicitShortcut,
     FlowMatching,
     ImprovedConsistency,
     ImprovedMeanFlow,
@@ -213,6 +214,7 @@ def test_a_difference_quotient_takes_the_place_of_the_jacobian_vector_product(ki
     needed: dict[Any, dict[str, Any]] = {
         AlphaFlow: {"schedule": AlphaSchedule("constant", value=0.0)},
         ContinuousConsistency: {"warmup_steps": 0},
+        ExplicitShortcut: {"warmup_steps": 0},
     }
     settings = needed.get(kind, {})
     network = random_network()

@@ -13,6 +13,7 @@ from soflow_core.objectives import (
     ContinuousConsistency,
     Diffusion,
     EasyConsistency,
+    ExplicitShortcut,
     FlowMatching,
     ImprovedConsistency,
     ImprovedMeanFlow,
@@ -64,6 +65,13 @@ class AffineNetwork(nn.Module):
         (MeanFlow(weight_power=0.0, time=LogitNormal(0.0, 1.5)), 1, 0.05),
         (MeanFlow(weight_power=0.0, time=LogitNormal(0.0, 1.5), derivative="finite_difference"), 1, 0.05),
         (ImprovedMeanFlow(weight_power=0.0, time=LogitNormal(0.0, 1.5)), 1, 0.05),
+        (
+            ExplicitShortcut(
+                guidance=VelocityGuidance(), time=LogitNormal(0.0, 1.5), zero_steps=500, warmup_steps=500
+            ),
+            1,
+            0.05,
+        ),
         (AlphaFlow(guidance=VelocityGuidance(), time=LogitNormal(0.0, 1.5)), 1, 0.07),
         (ImprovedConsistency(), 1, 0.08),
         (EasyConsistency(huber=0.1), 1, 0.08),

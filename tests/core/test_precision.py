@@ -14,6 +14,7 @@ from soflow_core.objectives import (
     ContinuousConsistency,
     Diffusion,
     EasyConsistency,
+    ExplicitShortcut,
     FlowMatching,
     ImprovedConsistency,
     ImprovedMeanFlow,
@@ -77,6 +78,7 @@ UNDER_MIXED = [
     # Prediction, own velocity with or without guidance, derivative.
     (ImprovedMeanFlow(), 0, [TOLERANT, TOLERANT, JVP]),
     (ImprovedMeanFlow(guidance=IntervalGuidance(3.0)), 1, [TOLERANT, TOLERANT, JVP]),
+    (ExplicitShortcut(), 0, [TOLERANT, TOLERANT, JVP]),
     # Prediction, guidance, the later point of the quotient or, where alpha is 0, the derivative.
     (AlphaFlow(), TOTAL // 2, [EXACT, TOLERANT, EXACT]),
     (AlphaFlow(), TOTAL, [EXACT, TOLERANT, JVP]),

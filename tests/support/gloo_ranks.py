@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -27,9 +28,9 @@ def run_ranks(function: Callable[..., None], *arguments: object) -> None:
 
 
 def rank_rows(inputs: tuple[Batch, Draws], rank: int) -> tuple[Batch, Draws]:
-    """A rank's rows of the global batch."""
+    """A rank's rows of the global batch, of which the rank has no other."""
     batch, draws = inputs
-    return batch.rows(rank, WORLD), draws.rows(rank, WORLD)
+    return replace(batch.rows(rank, WORLD), whole=None), draws.rows(rank, WORLD)
 
 
 def _joined(rank: int, port: int, function: Callable[..., None], arguments: tuple[object, ...]) -> None:

@@ -29,6 +29,8 @@ PASSES = "soflow_core/passes.py"
 FLOW_MATCHING = "soflow_core/objectives/flow_matching.py"
 DIFFUSION = "soflow_core/objectives/diffusion.py"
 CONSISTENCY = "soflow_core/objectives/consistency.py"
+ESC = "soflow_core/objectives/esc.py"
+PLUG_IN = "soflow_core/plug_in_velocity.py"
 ALPHAFLOW = "soflow_core/objectives/alphaflow.py"
 SHORTCUT = "soflow_core/objectives/shortcut.py"
 OPTIMIZER = "soflow_core/optimizer.py"
@@ -44,6 +46,8 @@ TESTS = [
     "test_soflow.py",
     "test_baselines.py",
     "test_velocity_head.py",
+    "test_esc.py",
+    "test_plug_in_velocity.py",
     "test_exact_solutions.py",
     "test_recipes.py",
     "test_precision.py",
@@ -239,6 +243,24 @@ MUTATIONS = [
     Mutation("recipe: SoFlow's guidance decays from 0.6", GUIDANCE, "decay_from: float = 0.8", "decay_from: float = 0.6"),
     Mutation("recipe: MeanFlow's times near the noise", MEANFLOW, "LogitNormal(-0.4, 1.0)", "LogitNormal(0.4, 1.0)"),
     Mutation("recipe: MeanFlow's eps", MEANFLOW, "weight_eps: float = 0.01", "weight_eps: float = 1.0"),
+    Mutation("ESC: images in the wrong direction", PLUG_IN, "* rows - weights @ others", "* rows + weights @ others"),
+    Mutation("ESC: images at their distances, not along the noise", PLUG_IN, "ratio * along + ", ""),
+    Mutation("ESC: distances not halved", PLUG_IN, "(ratio * distance).square() / 2", "(ratio * distance).square()"),
+    Mutation("ESC: as likely by the nearness of the noise", PLUG_IN, "((1 - t) / t)", "(1 / t)"),
+    Mutation("ESC: not divided by t", PLUG_IN, "away.reshape(x0.shape) / per_row(t, x0)", "away.reshape(x0.shape)"),
+    Mutation("ESC: images of other labels", PLUG_IN, ".masked_fill(~allowed, -torch.inf)", ""),
+    Mutation("ESC: plug-in velocity everywhere", ESC, "draws.plugged, plug_in", "draws.plugged | True, plug_in"),
+    Mutation("ESC: dropped rows see their label alone", ESC, " | dropped[:, None]", ""),
+    Mutation("ESC: images of the part alone", ESC, "whole = batch if batch.whole is None else batch.whole", "whole = batch"),
+    Mutation("ESC: all rows to zero", ESC, "torch.where(draws.chance[first:] < zero_share, 0, s[first:])", "0 * s[first:]"),
+    Mutation("ESC: steps to zero last", ESC, "math.acos(step / self.zero_steps)", "math.asin(step / self.zero_steps)"),
+    Mutation("ESC: derivative at once", ESC, ", factor=warmup)", ")"),
+    Mutation("ESC: derivative without the factor", AVERAGE, "per_row(factor * (t - s)", "per_row((t - s)"),
+    Mutation("ESC: S for its square", ESC, "row_sum(squares).square()", "row_sum(squares)"),
+    Mutation("ESC: weight with gradient", ESC, "total.detach() + self.weight_eps", "total + self.weight_eps"),
+    Mutation("recipe: ESC's times near the noise", ESC, "LogitNormal(-0.4, 1.0)", "LogitNormal(0.4, 1.0)"),
+    Mutation("recipe: ESC's share of Flow Matching", ESC, "flow_matching_share: float = 0.75", "flow_matching_share: float = 0.5"),
+    Mutation("recipe: ESC's guidance", ESC, "omega=1.0, kappa=0.5", "omega=1.0, kappa=0.0"),
     Mutation("recipe: alpha-Flow's times near the noise", ALPHAFLOW, "LogitNormal(-0.4, 1.0)", "LogitNormal(0.4, 1.0)"),
     Mutation("recipe: alpha-Flow's eps", ALPHAFLOW, "weight_eps: float = 1e-3", "weight_eps: float = 1e-1"),
     Mutation(

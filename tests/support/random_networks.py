@@ -1,5 +1,7 @@
 """Small networks with random weights, and batches for them, in float64 or float32."""
 
+from dataclasses import replace
+
 import torch
 
 from soflow_core.networks import DiT, DiTConfig
@@ -37,7 +39,7 @@ def random_inputs(
     if isinstance(objective, SoFlow):
         # The clamp of s below t is exact in float32; keep it exact in the wider type.
         s[first:] = consistency_times(t[first:], s[first:])[1]
-    return Batch(x0, labels), Draws(draws.noise.to(dtype), t, s, draws.dropped, first)
+    return Batch(x0, labels), replace(draws, noise=draws.noise.to(dtype), t=t, s=s)
 
 
 def gradient(loss: torch.Tensor, network: DiT) -> torch.Tensor:

@@ -93,7 +93,7 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _batch_divides(self) -> Experiment:
         training, resources = self.training, self.resources
-        whole = training.accumulate > 1 or training.parallel == "fsdp"
+        whole = training.accumulate > 1 or training.parallel == "fsdp" or self.objective.compares_images
         for workers in resources.possible_workers if whole else [resources.workers]:
             if training.batch % (workers * training.accumulate):
                 pieces = f" in {training.accumulate} pieces each" if training.accumulate > 1 else ""
