@@ -20,6 +20,22 @@ CLAIMANT = SoFlow
 TITLES = {"steps": "Equal training steps", "evaluations": "Equal network evaluations in training"}
 FILES = ("comparison.md", "comparison.csv", "comparison.json", "comparison.png")
 NOT_IN_CSV = ("others", "by_seed")
+COLOURS = (
+    *(f"C{number}" for number in range(10)),
+    *(
+        "#393b79",
+        "#8c6d31",
+        "#637939",
+        "#843c39",
+        "#7b4173",
+        "#5254a3",
+        "#bd9e39",
+        "#8ca252",
+        "#ad494a",
+        "#a55194",
+    ),
+)
+"""Of the lines of a plot: matplotlib's ten, and ten darker ones."""
 """Fields of a row that are no column of the CSV file: other metrics have one each, and a row is one trial there."""
 COLUMNS = (
     "method",
@@ -285,7 +301,7 @@ def plot(comparison: Comparison) -> bytes:
             lines.setdefault((row.label(rows), row.sampling), []).append(row)
         for (name, sampling), points in lines.items():
             points = sorted(points, key=lambda row: row.nfe)
-            colour = colours.setdefault(name, f"C{len(colours) % 10}")
+            colour = colours.setdefault(name, COLOURS[len(colours) % len(COLOURS)])
             panel.plot(
                 [row.nfe for row in points],
                 [row.distance for row in points],

@@ -131,7 +131,7 @@ def test_the_methods_sweep_has_equal_steps_and_equal_evaluations() -> None:
                 assert abs(count * evaluations - 600 * 4.5) <= evaluations / 2
     by_name = {p.name: p.budgets for p in points}
     assert by_name["trial-06-meanflow-omega=0.75-kappa=0.75-end=0.8-drop=0.1-equal-steps"] == ("steps",)
-    assert by_name["trial-13-flow_matching-equal-evaluations"] == ("evaluations",)
+    assert by_name["trial-15-flow_matching-equal-evaluations"] == ("evaluations",)
 
 
 def test_what_two_budgets_train_for_the_same_steps_is_trained_once() -> None:
@@ -164,10 +164,14 @@ def test_all_methods_of_the_sweep_share_everything_but_the_objective() -> None:
 def test_cifar10_compares_the_methods_and_the_sampling_of_the_digits() -> None:
     digits, cifar = (trials(*reversed(read_experiment(path))) for path in (METHODS, CIFAR10))
     assert [p.name for p in cifar] == [p.name for p in digits]
-    of_length = {"scm": "warmup_steps", "shortcut": "teacher_ema"}
+    of_length = {
+        "scm": ["warmup_steps"],
+        "shortcut": ["teacher_ema"],
+        "esc": ["zero_steps", "warmup_steps"],
+    }
     for ours, theirs in zip(cifar, digits, strict=True):
-        setting = of_length.get(ours.experiment.objective.method)
-        known = {} if setting is None else {setting: getattr(theirs.experiment.objective, setting)}
+        settings = of_length.get(ours.experiment.objective.method, [])
+        known = {name: getattr(theirs.experiment.objective, name) for name in settings}
         assert replace(ours.experiment.objective, **known) == theirs.experiment.objective
     rows = [
         [row.model_copy(update={"samples": None}) for row in points[0].experiment.comparison]
@@ -184,10 +188,10 @@ def test_guidance_of_the_methods_sweeps_is_matched(sweep: Path) -> None:
     experiment, document = read_experiment(sweep)
     objectives = [p.experiment.objective for p in trials(document, experiment)]
     unguided = {o.method for o in objectives if "guidance" in vars(o) and not o.guidance.active}
-    assert unguided == {"soflow", "meanflow"}
+    assert unguided == {"soflow", "meanflow", "esc"}
     by_method = {o.method: o for o in reversed(objectives)}
     soflow = by_method["soflow"].guidance
-    for method in ("meanflow", "alphaflow"):
+    for method in ("meanflow", "esc", "alphaflow"):
         own = by_method[method].guidance
         assert (own.omega, own.kappa, own.end) == (
             soflow.mix * soflow.scale,
