@@ -213,7 +213,7 @@ class TrainStep:
         Raises ValueError, without any change, where another method, network or optimizer would be needed.
         """
         before = self.objective
-        for name in ("method", "teacher_decay", "uses_jvp"):
+        for name in ("method", "teacher_decay", "uses_jvp", "compares_images"):
             if getattr(objective, name) != getattr(before, name):
                 raise ValueError(
                     f"{name} is {getattr(before, name)} in this training and cannot become {getattr(objective, name)}"

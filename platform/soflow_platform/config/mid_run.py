@@ -27,6 +27,7 @@ BUILT_FOR = (
     "teacher_decay",
     "needs_true_float32",
     "uses_velocity_head",
+    "compares_images",
 )
 """What a method asks of network and workers, which are built once."""
 

@@ -183,6 +183,8 @@ def test_min_workers_needs_no_divisible_batch_where_rows_may_be_uneven(tmp_path:
     assert read_experiment(path, (elastic,))[0].resources.min_workers == 4
     assert "does not divide over 5 worker(s)" in refusal(path, elastic, "training.parallel=fsdp")
     assert "does not divide over 5 worker(s)" in refusal(path, elastic, "training.accumulate=2")
+    # A method that compares the images of all workers.
+    assert "does not divide over 5 worker(s)" in refusal(path, elastic, "objective={method: esc}")
 
 
 @pytest.mark.parametrize(

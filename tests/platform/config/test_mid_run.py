@@ -122,6 +122,12 @@ def test_a_change_that_cannot_be_made_is_refused(tmp_path: Path, override: str, 
         checked(tmp_path, override)
 
 
+def test_what_workers_exchange_stays(tmp_path: Path) -> None:
+    stops = "training.changes=[{after: 20, settings: {objective.plug_in_share: 0.0}}]"
+    with pytest.raises(UserError, match=r"are built for \(compares_images\)"):
+        checked(tmp_path, "objective={method: esc}", stops)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
