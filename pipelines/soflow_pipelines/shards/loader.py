@@ -50,6 +50,8 @@ class ShardLoader:
     ranks make the same number of steps. The state is `consumed`, the samples that all ranks together have
     read: a loader that is created with it continues there, with any world size and any number of threads.
 
+    With `class_run` above 1 so many samples of one class follow each other, as `SampleOrder` has it.
+
     A latent is sampled anew at every position: x0 = (mean + std eps - shift) scaling, with eps a function of
     (seed, position). `posterior="mean"` leaves eps out; `posterior="moments"` returns the stored mean and std
     (B, 2C, H, W) in float32; `posterior="stored"` returns uint8 pixels or moments of the stored type, for `training_rows`.
@@ -73,6 +75,7 @@ class ShardLoader:
         threads: int = 1,
         posterior: Posterior = "sample",
         cache: ShardCache | None = None,
+        class_run: int = 1,
     ) -> None:
         if not 1 <= world <= batch_size:
             raise ValueError(f"a global batch of {batch_size} has no row for each of {world} ranks")
@@ -87,7 +90,15 @@ class ShardLoader:
         """May be changed until the first batch is read."""
         self._samples = SampleReader(uri, self.info, cache)
         shards = self._samples.shards
-        self._order = SampleOrder([s.samples for s in shards], [s.bytes for s in shards], seed)
+        if class_run > 1 and self.info.classes is None:
+            raise ValueError(
+                f"samples cannot come in runs of {class_run} of one class: the set has no labels"
+            )
+        self._order = SampleOrder(
+            *([s.samples for s in shards], [s.bytes for s in shards], seed),
+            run=class_run,
+            labels=self._samples.labels if class_run > 1 else None,
+        )
         self._fetcher = WindowFetcher(self._samples, self._order) if self._samples.cache else None
         self._pool = ThreadPoolExecutor(threads, "shard-loader") if threads else None
         self._ahead: deque[Future[LoadedBatch]] = deque()

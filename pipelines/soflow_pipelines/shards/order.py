@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ WINDOW_BYTES = 4 * 2**30
 size. A set that fits into one window is shuffled uniformly.
 """
 KEPT_WINDOWS = 3
+RUNS = 2**32
+"""Streams from here on permute the runs of a window, those below it its samples."""
 
 
 def philox_permutation(count: int, seed: int, epoch: int, stream: int) -> Int64Array:
@@ -25,6 +28,15 @@ def philox_permutation(count: int, seed: int, epoch: int, stream: int) -> Int64A
         key=np.array([seed % 2**64, epoch], np.uint64), counter=np.array([0, 0, 0, stream], np.uint64)
     )
     return np.argsort(bits.random_raw(count), kind="stable").astype(np.int64)
+
+
+def in_runs(labels: Int64Array, run: int) -> tuple[Int64Array, Int64Array]:
+    """(N,) labels -> (M, run) indices of samples of one class each, and (R,) of those that fill no run, in the order of `labels`."""
+    by_class = np.argsort(labels, kind="stable")
+    _, first, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    within = np.arange(len(labels)) - np.repeat(first, counts)
+    fills = within < np.repeat(counts // run * run, counts)
+    return by_class[fills].reshape(-1, run), np.sort(by_class[~fills])
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,9 @@ class SampleOrder:
 
     Positions count samples from the start of training; epochs follow one another without a gap. In each
     epoch the shards are permuted, cut in that order into windows, and the samples of a window permuted.
+
+    With `run` above 1, for which the labels of all rows are needed, so many samples of one class follow each other: those of a
+    class in a window are cut into runs, in their permuted order, and the runs permuted. What fills no run comes at the window's end.
     """
 
     def __init__(
@@ -50,12 +65,17 @@ class SampleOrder:
         shard_bytes: Sequence[int],
         seed: int,
         window_bytes: int = WINDOW_BYTES,
+        run: int = 1,
+        labels: NDArray[np.integer[Any]] | None = None,
     ) -> None:
+        if run < 1 or (run > 1 and labels is None):
+            raise ValueError(f"runs of {run} samples of one class need a length of at least 1, and labels")
         self._samples: Int64Array = np.asarray(shard_samples, dtype=np.int64)
         self._bytes: Int64Array = np.asarray(shard_bytes, dtype=np.int64)
         self._first_row: Int64Array = np.concatenate([[0], np.cumsum(self._samples)]).astype(np.int64)
         self._seed = seed
         self._window_bytes = window_bytes
+        self._run, self._labels = run, labels
         self.epoch_samples = int(self._samples.sum())
         if not self.epoch_samples:
             raise ValueError("an order needs at least one sample")
@@ -116,6 +136,10 @@ class SampleOrder:
         shards = self.windows(epoch)[window]
         rows = np.concatenate([np.arange(self._first_row[s], self._first_row[s + 1]) for s in shards])
         rows = rows[philox_permutation(len(rows), self._seed, epoch, stream=window + 1)]
+        if self._run > 1 and self._labels is not None:
+            runs, rest = in_runs(self._labels[rows].astype(np.int64), self._run)
+            runs = runs[philox_permutation(len(runs), self._seed, epoch, stream=RUNS + window)]
+            rows = rows[np.concatenate([runs.ravel(), rest])]
         with self._lock:
             self._windows[key] = rows
             while len(self._windows) > KEPT_WINDOWS:

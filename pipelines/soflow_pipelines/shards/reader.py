@@ -52,7 +52,7 @@ class SampleReader:
         self._check_tables(index)
         # 13 bytes a sample: the shard follows from the row, and offsets are multiples of a block of tar.
         self._first_row = np.cumsum([0, *(shard.samples for shard in self.shards)])
-        self._label = index["label"].to_numpy()
+        self.labels = index["label"].to_numpy()
         self._block = _block_numbers(index["offset"])
         self._crc = index["crc32"].to_numpy()
         del index
@@ -60,7 +60,7 @@ class SampleReader:
         pa.default_memory_pool().release_unused()
         self._header = npy_header(info.dtype, info.stored_shape)
         self._bytes = member_bytes(info)
-        self._checked = np.zeros(len(self._label), np.bool_)
+        self._checked = np.zeros(len(self.labels), np.bool_)
         self._local = threading.local()
         if local and len(self.shards) > MOST_MAPPED:
             for shard in range(len(self.shards)):
@@ -108,7 +108,7 @@ class SampleReader:
             if not checked[number]:
                 self._check_sample(row, shard[offset : offset + self._bytes])
             content[number] = shard[offset + header : offset + self._bytes]
-        return stored, self._label[rows].astype(np.int64)
+        return stored, self.labels[rows].astype(np.int64)
 
     def _shards_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """(B,) rows -> (B,) numbers of the shards that hold them."""

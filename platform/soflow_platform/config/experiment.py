@@ -65,6 +65,7 @@ LATER_TRAINING_SETTINGS: dict[str, Any] = {
     "draws": "auto",
     "alignment": AlignmentConfig().model_dump(mode="json"),
     "changes": [],
+    "class_run": 1,
 }
 """The same of `training`."""
 

@@ -70,6 +70,8 @@ class TrainingConfig(Section):
     """Which of them: the average, or those that were trained."""
     start_layout: Literal["soflow", "sit", "dit"] | None = None
     """Whose official code wrote the file; None: SoFlow's, or this platform."""
+    class_run: Annotated[int, Field(gt=0, le=2**20)] = 1
+    """Samples of one class that follow each other: a batch is then of few classes, for methods that compare its images."""
     accumulate: Positive = 1
     """Pieces that each worker takes its samples of a step in, one after the other: less memory, the same gradients."""
     parallel: Literal["ddp", "fsdp"] = "ddp"

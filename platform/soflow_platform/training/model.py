@@ -25,6 +25,10 @@ def network_config(experiment: Experiment, info: DatasetInfo) -> Architecture:
         raise UserError(f"{error} Name other data, or change what the section data expects.") from None
     if settings.conditional and info.classes is None:
         raise UserError(f"data.source {settings.source} holds no labels: set data.conditional to false.")
+    if experiment.training.class_run > 1 and info.classes is None:
+        raise UserError(
+            f"training.class_run puts samples of one class together, and data.source {settings.source} holds no labels: set it to 1."
+        )
     check_alignment(experiment, info.kind)
     return describe_network(experiment, Expected(tuple(info.shape), info.classes))
 

@@ -48,7 +48,14 @@ class TrialSetup:
         """Open the data and build the network with initial weights from the seed. Raises UserError where they do not fit."""
         experiment = Experiment(**job.experiment)
         batch, seed = experiment.training.batch, experiment.seed
-        loader = ShardLoader(job.data, batch_size=batch, rank=rank, world=world, seed=seed)
+        loader = ShardLoader(
+            job.data,
+            batch_size=batch,
+            rank=rank,
+            world=world,
+            seed=seed,
+            class_run=experiment.training.class_run,
+        )
         config = network_config(experiment, loader.info)
         alignment = alignment_of(experiment, config, loader.info, job.project)
         train_step = build_train_step(experiment, config, device, world, rank, job.start, alignment)

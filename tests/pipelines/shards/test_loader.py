@@ -168,6 +168,54 @@ def test_the_shuffle_over_many_windows_is_near_uniform() -> None:
     assert np.mean(kept) < 0.002
 
 
+@pytest.mark.parametrize("window_bytes", [10**9, 16])
+def test_samples_of_one_class_come_in_runs_and_each_once_an_epoch(window_bytes: int) -> None:
+    """What fills no run comes at the end of its window."""
+    shards, each, run = 40, 50, 8
+    labels = np.random.default_rng(0).integers(7, size=shards * each)
+    order = SampleOrder([each] * shards, [1] * shards, 3, window_bytes, run, labels)
+    positions, ends = np.arange(shards * each), []
+    for epoch in range(2):
+        rows = order.rows(positions + epoch * len(positions))
+        assert sorted(rows) == list(positions)
+        begin = 0
+        for window in order.windows(epoch):
+            seen = labels[rows[begin : begin + each * len(window)]]
+            filled = sum(count // run * run for count in np.bincount(seen))
+            blocks = seen[:filled].reshape(-1, run)
+            assert (blocks == blocks[:, :1]).all()
+            # Runs of a class are not neighbours more often than by chance, of one pair in seven.
+            assert (blocks[1:, 0] == blocks[:-1, 0]).mean() < 0.25
+            begin += len(seen)
+        ends.append(rows)
+    assert not np.array_equal(ends[0], ends[1])
+    samples = [SampleOrder([each] * shards, [1] * shards, 3, window_bytes).rows(positions), ends[0]]
+    assert not np.array_equal(*samples)
+    again = SampleOrder([each] * shards, [1] * shards, 3, window_bytes, run, labels)
+    assert np.array_equal(again.rows(positions[700:900]), ends[0][700:900])
+
+
+def test_batches_of_runs_are_of_few_classes_on_any_number_of_ranks(tmp_path: Path) -> None:
+    folder = ensure_builtin("digits", tmp_path / "digits")
+    whole = next(ShardLoader(folder, 64, seed=2, class_run=16))
+    assert whole.labels is not None
+    assert len(whole.labels.unique()) <= 4
+    parts = [next(ShardLoader(folder, 64, rank, 2, seed=2, class_run=16)) for rank in range(2)]
+    for rank, part in enumerate(parts):
+        assert torch.equal(part.x0, whole.x0[rank::2])
+    assert len(next(ShardLoader(folder, 64, seed=2)).labels.unique()) == 10
+
+
+def test_runs_of_a_class_need_labels(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"runs of 4 samples of one class need .* labels"):
+        SampleOrder([10], [1], seed=0, run=4)
+    info = DatasetInfo(kind="pixels", shape=(1, 1, 2), dtype="uint8", classes=None)
+    samples = [Sample(f"{i}", np.zeros((1, 1, 2), np.uint8), None) for i in range(4)]
+    write_shards(samples, tmp_path / "set", info)
+    with pytest.raises(ValueError, match="cannot come in runs of 2 of one class: the set has no labels"):
+        ShardLoader(tmp_path / "set", 2, class_run=2)
+
+
 def test_a_window_opens_a_bounded_number_of_shards() -> None:
     order = SampleOrder([5] * 40, [10] * 40, seed=2, window_bytes=60)
     assert {len(window) for window in order.windows(0)} == {6, 4}

@@ -73,7 +73,7 @@ def test_shards_that_are_not_all_mapped_are_looked_at_before_training(
 def test_a_sample_takes_at_most_16_bytes(folder: Path) -> None:
     with ShardLoader(folder, 16, threads=0) as loader:
         samples = loader._samples
-        each = [samples._label, samples._block, samples._crc, samples._checked]
+        each = [samples.labels, samples._block, samples._crc, samples._checked]
         assert sum(array.nbytes for array in each) / SAMPLES <= 16
         by_sample = [value for value in vars(samples).values() if isinstance(value, np.ndarray)]
         assert sum(array.nbytes for array in by_sample if len(array) >= SAMPLES) / SAMPLES <= 16

@@ -373,6 +373,7 @@ def test_the_resolved_settings_read_back_to_the_same_experiment() -> None:
         "training.ema=[0.9]",
         "training.precision=mixed",
         "training.clip_norm=1.0",
+        "training.class_run=4",
         "evaluation.samples=1000",
         "sampling.grid=power",
         "search.space={objective.weight_power: [0.5]}",
@@ -471,6 +472,11 @@ def test_a_class_count_may_be_left_to_the_data() -> None:
     assert network_config(experiment, latents).null_label
     with pytest.raises(UserError, match="holds no labels"):
         network_config(experiment, replace(latents, classes=None))
+    in_runs = read_experiment(path, ("data.classes=null", "data.conditional=false", "training.class_run=32"))[
+        0
+    ]
+    with pytest.raises(UserError, match=r"training.class_run .* holds no labels: set it to 1"):
+        network_config(in_runs, replace(latents, classes=None))
 
 
 def test_settings_that_evaluation_has_got_since_leave_older_sweeps_their_digest(tmp_path: Path) -> None:
