@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from soflow_core.guidance import Guidance, VelocityGuidance
-from soflow_core.nfe import sampling_evaluations, training_evaluations
+from soflow_core.nfe import LARGEST_COUNTED, sampling_evaluations, training_evaluations
 from soflow_core.objectives import (
     OBJECTIVES,
     AlphaFlow,
@@ -62,6 +62,11 @@ def test_the_evaluations_of_a_training_sample_are_those_of_the_formulas(
     objective: Objective, evaluations: float
 ) -> None:
     assert training_evaluations(objective, 128) == evaluations
+
+
+def test_a_method_that_compares_images_is_counted_in_any_batch() -> None:
+    """All pairs of the images of such a batch would take 16 GiB."""
+    assert training_evaluations(ExplicitShortcut(), LARGEST_COUNTED) == 3 + 0.25 * 2 + 1 + 0.25
 
 
 def test_a_schedule_is_averaged_over_training() -> None:
