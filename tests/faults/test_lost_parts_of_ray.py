@@ -99,7 +99,7 @@ def test_a_ray_that_dies_again_and_again_ends_the_command_with_a_sentence(
     assert message.count("\n") == 1
     again = Watched(sweep.storage, "resources.max_failures=0", steps=5 * STEPS, every=500, save_every=100)
     _, lost = again.recovery(time.monotonic())
-    again.succeeds()
+    again.succeeds(600)
     again.expect_whole_curves()
     outcome(
         Outcome(

@@ -171,9 +171,9 @@ class Watched:
         history = tracking.client.get_metric_history(run.info.run_id, metric)
         return {m.step: m.value for m in history}
 
-    def succeeds(self) -> str:
+    def succeeds(self, seconds: float = 240) -> str:
         """Wait for the command, which must exit with 0 and no traceback -> what it printed."""
-        code, printed, message = self.end()
+        code, printed, message = self.end(seconds)
         assert code == 0, message
         assert "Traceback" not in message
         return printed
