@@ -48,15 +48,10 @@ def run_on_rank0(action: Callable[[], T], rank: int, world: int) -> T:
     return cast(T, answer)
 
 
-def host_group() -> dist.ProcessGroup:
-    """A group of all ranks that exchanges host memory, and so waits for no GPU; a collective call."""
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-
-
-def all_reduce_max(number: int, device: torch.device, group: dist.ProcessGroup | None = None) -> int:
-    """The largest of the ranks' numbers, on every rank; by default in the group of the gradients, on their device."""
+def all_reduce_max(number: int, device: torch.device) -> int:
+    """The largest of the ranks' numbers, on every rank."""
     maximum = torch.tensor(number, device=device)
-    dist.all_reduce(maximum, dist.ReduceOp.MAX, group)
+    dist.all_reduce(maximum, dist.ReduceOp.MAX)
     return int(maximum)
 
 

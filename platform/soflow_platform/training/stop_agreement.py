@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from soflow_platform.training import distributed
 from soflow_platform.training.setup import TrialSetup
 from soflow_platform.training.trial_io import TrialIO
@@ -20,7 +18,6 @@ class ShouldStop:
 
     def __init__(self, setup: TrialSetup, io: TrialIO) -> None:
         self.setup, self.io = setup, io
-        self._group = distributed.host_group() if setup.world > 1 else None
         self.save_requested = False
         """Whether a checkpoint is asked for, on every rank; set here, and taken back by who saves."""
 
@@ -29,8 +26,7 @@ class ShouldStop:
         stops = self.io.stop_requested(step)
         agreed = self.FAILS if failure else self.STOPS if stops else self.SAVES * self.io.save_requested(step)
         if self.setup.world > 1:
-            # In host memory: read from a GPU, the number would come after all steps that it has still to do.
-            agreed = distributed.all_reduce_max(agreed, torch.device("cpu"), self._group)
+            agreed = int(distributed.all_reduce_max(agreed, self.setup.device))
             failure = distributed.broadcast_object(failure) if agreed == self.FAILS else None
         if failure is not None:
             raise failure
