@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from soflow_core.gradient_sync import DDP, FSDP, GradientSync
+from soflow_core.gradient_sync import DDP, FSDP, FlatAllReduce, GradientSync
 from soflow_core.networks.base import NetworkModule
 from soflow_core.objectives.base import Objective
 from soflow_core.sharding import sharding_mesh
@@ -62,7 +62,7 @@ def check_combination(
         raise ValueError(
             f"{objective.method} compares the images of a batch, which augmentation changes one by one: turn augmentation off"
         )
-    if objective.compares_images and getattr(sync, "weight", 1) != 1:
+    if objective.compares_images and isinstance(sync, DDP | FlatAllReduce) and sync.weight != 1:
         raise ValueError(
             f"{objective.method} compares the images of all ranks, which need equally many rows: give a batch that the ranks divide"
         )

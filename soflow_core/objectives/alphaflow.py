@@ -11,7 +11,7 @@ from torch import Tensor
 from soflow_core.guidance import VelocityGuidance, draw_dropped, drop_labels
 from soflow_core.objectives.alpha_schedule import AlphaSchedule
 from soflow_core.objectives.average_velocity import (
-    DifferentialModel,
+    GuidedModel,
     Start,
     branch_means,
     differential_target,
@@ -39,7 +39,7 @@ CLIP = 4.0
 
 @register("alphaflow")
 @dataclass(frozen=True)
-class AlphaFlow(DifferentialModel):
+class AlphaFlow(GuidedModel):
     """Settings of alpha-Flow; the defaults are the paper's for B/2, with kappa of the released configuration."""
 
     flow_matching_share: float = 0.25
@@ -55,14 +55,6 @@ class AlphaFlow(DifferentialModel):
         super().__post_init__()
         check_share("flow_matching_share", self.flow_matching_share)
         check_weight_eps(self.weight_eps)
-
-    @property
-    def needs_null_label(self) -> bool:
-        return self.guidance.drop > 0 or self.guidance.active
-
-    @property
-    def trained_guidance(self) -> float | None:
-        return self.guidance.scale
 
     @property
     def uses_jvp(self) -> bool:

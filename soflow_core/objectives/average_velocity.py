@@ -115,6 +115,21 @@ class DifferentialModel(DerivativeModel, AverageVelocityModel):
     """A method whose target holds the total derivative du/dt of the average velocity."""
 
 
+class GuidedModel(DifferentialModel):
+    """A method whose target is guided as MeanFlow's is."""
+
+    guidance: VelocityGuidance
+    """A setting of each of them."""
+
+    @property
+    def needs_null_label(self) -> bool:
+        return self.guidance.drop > 0 or self.guidance.active
+
+    @property
+    def trained_guidance(self) -> float | None:
+        return self.guidance.scale
+
+
 def leading_rows(source: RandomSource, probability: float) -> Tensor:
     """-> (n,) bool: which rows are among the first m of the batch, m binomial, whose labels MeanFlow drops."""
     return source.rows < (source.common_uniform() < probability).sum()

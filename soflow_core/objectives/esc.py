@@ -16,7 +16,7 @@ from torch import Tensor
 
 from soflow_core.guidance import VelocityGuidance, draw_dropped, drop_labels
 from soflow_core.objectives.average_velocity import (
-    DifferentialModel,
+    GuidedModel,
     Start,
     branch_means,
     differential_target,
@@ -38,15 +38,15 @@ from soflow_core.times import LogitNormal, TimeDistribution
 class PlugInDraws(Draws):
     """Randomness of a step of ESC."""
 
-    plugged: Tensor | None = None
+    plugged: Tensor = field(kw_only=True)
     """(B,) bool: rows with the plug-in velocity."""
-    chance: Tensor | None = None
+    chance: Tensor = field(kw_only=True)
     """(B,) in [0, 1): s is 0 where it is below the share of such rows."""
 
 
 @register("esc")
 @dataclass(frozen=True)
-class ExplicitShortcut(DifferentialModel):
+class ExplicitShortcut(GuidedModel):
     """Settings of ESC; the defaults are the official code's for ImageNet 256, B/2."""
 
     flow_matching_share: float = 0.75
@@ -75,14 +75,6 @@ class ExplicitShortcut(DifferentialModel):
         for name in ("zero_steps", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
-
-    @property
-    def needs_null_label(self) -> bool:
-        return self.guidance.drop > 0 or self.guidance.active
-
-    @property
-    def trained_guidance(self) -> float | None:
-        return self.guidance.scale
 
     @property
     def uses_jvp(self) -> bool:
@@ -155,7 +147,6 @@ class ExplicitShortcut(DifferentialModel):
         v_c = linear(draws.t).velocity(batch.x0, draws.noise)
         if not self.compares_images:
             return v_c
-        assert draws.plugged is not None
         whole = batch if batch.whole is None else batch.whole
         allowed = torch.ones(len(v_c), len(whole.x0), dtype=torch.bool, device=v_c.device)
         if batch.labels is not None and whole.labels is not None and self.plug_in_images == "label":
@@ -167,6 +158,5 @@ class ExplicitShortcut(DifferentialModel):
 
 def end_times(draws: PlugInDraws, zero_share: float) -> Tensor:
     """-> s (B,): 0 in this share of the rows behind the velocity rows."""
-    assert draws.chance is not None
     s, first = draws.s, draws.velocity_rows
     return torch.cat([s[:first], torch.where(draws.chance[first:] < zero_share, 0, s[first:])])

@@ -9,7 +9,7 @@ import torch
 
 from soflow_core.guidance import VelocityGuidance, drop_labels
 from soflow_core.objectives.average_velocity import (
-    DifferentialModel,
+    GuidedModel,
     Start,
     branch_means,
     differential_target,
@@ -35,7 +35,7 @@ from soflow_core.times import LogitNormal, TimeDistribution
 
 @register("meanflow")
 @dataclass(frozen=True)
-class MeanFlow(DifferentialModel):
+class MeanFlow(GuidedModel):
     """Settings of MeanFlow; the defaults are its ImageNet recipe without guidance."""
 
     flow_matching_share: float = 0.75
@@ -52,14 +52,6 @@ class MeanFlow(DifferentialModel):
         super().__post_init__()
         check_share("flow_matching_share", self.flow_matching_share)
         check_weight_eps(self.weight_eps)
-
-    @property
-    def needs_null_label(self) -> bool:
-        return self.guidance.drop > 0 or self.guidance.active
-
-    @property
-    def trained_guidance(self) -> float | None:
-        return self.guidance.scale
 
     @property
     def uses_jvp(self) -> bool:

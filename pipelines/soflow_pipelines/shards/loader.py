@@ -95,9 +95,11 @@ class ShardLoader:
                 f"samples cannot come in runs of {class_run} of one class: the set has no labels"
             )
         self._order = SampleOrder(
-            *([s.samples for s in shards], [s.bytes for s in shards], seed),
+            [s.samples for s in shards],
+            [s.bytes for s in shards],
+            seed,
             run=class_run,
-            labels=self._samples.labels if class_run > 1 else None,
+            labels=self._samples.labels,
         )
         self._fetcher = WindowFetcher(self._samples, self._order) if self._samples.cache else None
         self._pool = ThreadPoolExecutor(threads, "shard-loader") if threads else None
