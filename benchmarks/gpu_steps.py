@@ -1,4 +1,6 @@
-"""Seconds, utilization and memory of a step of every method and of bare loops, eager and compiled: a section of benchmarks/gpu.sh."""
+"""Seconds, utilization and memory of a step of every method and of bare loops, a section of benchmarks/gpu.sh: eager and compiled, and
+with the passes recorded as CUDA graphs.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ from soflow_core.guidance import VelocityGuidance
 from soflow_core.networks import DiT, DiTConfig, dit_config
 from soflow_core.nfe import training_evaluations
 from soflow_core.objectives import OBJECTIVES, Batch, Draws, FlowMatching, MeanFlow, Objective, SoFlow
+from soflow_core.recorded_passes import WARM_UP
 from soflow_core.sharding import compile_blocks
 from soflow_core.train_step import TrainStep, TrainStepConfig
 
@@ -49,6 +52,8 @@ UTILIZATION_GOAL = 45.0
 """Per cent, at least, of XL/2."""
 
 TINY = "tiny/4"
+WAYS = ((False, False), (False, True), (True, False), (True, True))
+"""Whether a step is compiled, and whether its passes are recorded."""
 
 
 def network_of(size: str, channels: int, height: int, width: int, guidance_scale: bool = False) -> DiTConfig:
@@ -79,20 +84,25 @@ def methods() -> dict[str, Objective]:
 
 
 def steps(results: Results, options: Options) -> None:
-    """Measure all rows of each size; compiled ones last, as far as time allows. Then the ratios that have a goal."""
+    """Measure all rows of each size; compiled ones last, as far as time allows. Then the ratios that have a goal.
+
+    Graphs are of a GPU, and bare loops have none.
+    """
     sizes = SMALL if options.small else FULL
     reserved = 40 if options.small else RESERVED
-    for compiled in (False, True):
+    for compiled, graphs in WAYS:
         for size in sizes.networks:
             for name in (*LOOPS, *methods()):
                 if compiled and (name not in COMPILED or options.small):
                     continue
-                what = row_name(size, name, compiled)
+                if graphs and (name in LOOPS or options.device.type != "cuda"):
+                    continue
+                what = row_name(size, name, compiled, graphs)
                 if options.left < reserved:
                     results.skipped[f"step of {what}"] = "no time was left"
                     continue
                 try:
-                    _measure(results, options, size, name, sizes, compiled)
+                    _measure(results, options, size, name, sizes, compiled, graphs)
                 except RuntimeError as error:
                     results.skipped[f"step of {what}"] = " ".join(str(error).split())[:200]
                 gc.collect()
@@ -101,12 +111,14 @@ def steps(results: Results, options: Options) -> None:
     ratios(results, sizes.networks)
 
 
-def row_name(size: str, name: str, compiled: bool) -> str:
-    return f"{size} {name}, {'compiled' if compiled else 'eager'}"
+def row_name(size: str, name: str, compiled: bool, graphs: bool = False) -> str:
+    return f"{size} {name}, {'compiled' if compiled else 'eager'}{', graphs' if graphs else ''}"
 
 
-def _measure(results: Results, options: Options, size: str, name: str, sizes: Sizes, compiled: bool) -> None:
-    device, rows, what = options.device, sizes.batch, row_name(size, name, compiled)
+def _measure(
+    results: Results, options: Options, size: str, name: str, sizes: Sizes, compiled: bool, graphs: bool
+) -> None:
+    device, rows, what = options.device, sizes.batch, row_name(size, name, compiled, graphs)
     objective = _objective(name)
     config = network_of(size, 4, 32, 32, objective.conditions_on_scale)
     shape = (config.channels, config.height, config.width)
@@ -119,7 +131,8 @@ def _measure(results: Results, options: Options, size: str, name: str, sizes: Si
     ).to(device)
     training = None
     if name not in LOOPS:
-        training = TrainStep(network, objective, TrainStepConfig(TOTAL_STEPS, compile=compiled))
+        settings = TrainStepConfig(TOTAL_STEPS, compile=compiled, graphs=graphs)
+        training = TrainStep(network, objective, settings)
     step = _bare_step(name, network, compiled) if training is None else _checked(training)
 
     def once() -> float:
@@ -130,8 +143,10 @@ def _measure(results: Results, options: Options, size: str, name: str, sizes: Si
         _wait(device)
         return time.perf_counter() - started
 
-    for _ in range(1 if options.small else 2):
+    for _ in range(1 if options.small else WARM_UP + 1):
         once()
+    if graphs and (training is None or training.recorded is None or not training.recorded.recorded):
+        raise RuntimeError("the passes were not recorded")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     taken = [once() for _ in range(sizes.rounds)]
@@ -266,12 +281,27 @@ def ratios(results: Results, sizes: Sequence[str]) -> None:
                 verdict = "holds" if value / over <= most else "MISSED"
                 results.add(f"{section}, ratios", name, value / over, "", "lower")
                 print(f"{section}: {name} {value / over:.3f}, goal at most {most:.3g}: {verdict}", flush=True)
+            _ratios_of_graphs(results, found, size, compiled)
             used = found.get(("model FLOPs utilization", row_name(size, "soflow", compiled)))
             if used is not None and size == "XL/2":
                 verdict = "holds" if used >= UTILIZATION_GOAL else "MISSED"
                 print(
                     f"utilization of {row_name(size, 'soflow', compiled)} {used:.1f} %, goal at least 45 %: {verdict}"
                 )
+
+
+def _ratios_of_graphs(
+    results: Results, found: dict[tuple[str, str], float], size: str, compiled: bool
+) -> None:
+    """Add and print, of each method, the step with recorded passes over the one without."""
+    for name in methods():
+        without, graphs = (
+            found.get(("steps", row_name(size, name, compiled, each))) for each in (False, True)
+        )
+        if without and graphs:
+            what = f"{row_name(size, name, compiled, True)} / without"
+            results.add("steps, ratios", what, graphs / without, "", "lower")
+            print(f"steps: {what} {graphs / without:.3f}", flush=True)
 
 
 def _wait(device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, cast
@@ -32,6 +32,9 @@ Head = Literal["average", "velocity", "both"]
 other in the channels.
 """
 
+Scheduled = Mapping[str, float | Tensor]
+"""Values of schedules by name: numbers, or () tensors on the device."""
+
 Precision = Literal["float32", "mixed", "bfloat16"]
 """`mixed` runs low-precision passes in bfloat16 and high-precision ones in float32. Losses are always float32."""
 
@@ -57,6 +60,11 @@ class PassPolicy:
     separate: bool = False
     """Whether rows with different losses are passes of their own, so that both sides of a consistency loss are passes of the same
     rows: a network with dropout then has the same masks in both.
+    """
+
+    schedules: Mapping[str, Tensor] | None = None
+    """Values of the method's schedules on the device, which a recorded step reads in place of the numbers of
+    `Objective.schedules`; None where it is not recorded.
     """
 
     def __post_init__(self) -> None:

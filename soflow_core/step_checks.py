@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from soflow_core.gradient_sync import DDP, FSDP, FlatAllReduce, GradientSync
+from soflow_core.gradient_sync import DDP, FSDP, FlatAllReduce, GradientSync, Local
 from soflow_core.networks.base import NetworkModule
 from soflow_core.objectives.base import Objective
 from soflow_core.sharding import sharding_mesh
@@ -78,4 +79,25 @@ def check_combination(
         raise ValueError(
             f"{objective.method} takes a Jacobian-vector product, which {type(sync).__name__} does not carry;"
             " use FlatAllReduce or FSDP"
+        )
+
+
+def check_graphs(
+    objective: Objective, device: torch.device, sync: GradientSync, drawn_by_host: Mapping[str, bool]
+) -> None:
+    """Raises ValueError where the passes of a step cannot be recorded: a replay repeats what the host has said and sent.
+
+    `drawn_by_host` says of each option that the host has a part in whether it is on.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"graphs records the work of a GPU, and the network is on {device}: turn graphs off")
+    if not isinstance(sync, Local):
+        raise ValueError("graphs records the passes of one worker, and there are several: turn graphs off")
+    for option, used in drawn_by_host.items():
+        if used:
+            raise ValueError(f"graphs does not go with {option}: turn one of them off")
+    if objective.schedules(0, 1) is None:
+        raise ValueError(
+            f"{objective.method} does not say what changes from step to step, so that its steps cannot be recorded: define its "
+            "`schedules`, or turn graphs off"
         )

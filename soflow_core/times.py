@@ -92,7 +92,7 @@ def consistency_times(start: Tensor, end: Tensor, gap: float = MINIMAL_GAP) -> t
     return t, torch.minimum(end, t - gap)
 
 
-def middle_time(t: Tensor, s: Tensor, ratio: float, gap: float = MINIMAL_GAP) -> Tensor:
+def middle_time(t: Tensor, s: Tensor, ratio: float | Tensor, gap: float = MINIMAL_GAP) -> Tensor:
     """(B,), (B,) -> (B,): l = t + (s - t) r, kept at least `gap` below t."""
     return torch.minimum(t + (s - t) * ratio, t - gap)
 

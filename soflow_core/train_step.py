@@ -25,6 +25,7 @@ from soflow_core.objectives.base import Batch, Draws, Loss, Objective
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.passes import Network, PassPolicy, Precision
 from soflow_core.rank_check import check_replicas
+from soflow_core.recorded_passes import RecordedPasses
 from soflow_core.sharding import (
     compile_blocks,
     is_first,
@@ -36,7 +37,7 @@ from soflow_core.sharding import (
     substituted,
     whole,
 )
-from soflow_core.step_checks import check_combination, check_conditions, check_shapes
+from soflow_core.step_checks import check_combination, check_conditions, check_graphs, check_shapes
 from soflow_core.step_record import StartedStep, StepRecord, culprit, read
 
 MOST_GRAPHS = 32
@@ -63,6 +64,10 @@ class TrainStepConfig:
     accumulate: int = 1
     """Strided pieces that the rows are taken in, one backward pass each, for less memory."""
     compile: bool = False
+    graphs: bool = False
+    """Records the passes of a step on a GPU as a CUDA graph, forward and backward, and replays it: for networks whose kernels are
+    shorter than their launches.
+    """
     deterministic: bool = False
     """Lets a step use deterministic kernels alone (`torch.use_deterministic_algorithms`), also in the backward
     pass. On a GPU cuBLAS needs the environment variable CUBLAS_WORKSPACE_CONFIG=:4096:8, set before the process
@@ -144,6 +149,16 @@ class TrainStep:
         )
         if config.compile:
             compile_blocks(self.module)
+        self.recorded: RecordedPasses | None = None
+        """Where the passes are recorded."""
+        if config.graphs:
+            by_host = {
+                "dropout": drops,
+                "augmentation": bool(config.augment),
+                "alignment": alignment is not None,
+            }
+            check_graphs(objective, self.device, self.sync, by_host)
+            self.recorded = RecordedPasses(self._passes, self.all_parameters)
         fused = bool(self.optimizer.defaults.get("fused"))
         self.runs_ahead = fused and self.mesh is None and self.device.type == "cuda"
         """Whether `start` returns before the device has done the step: a fused optimizer can leave out an update by itself."""
@@ -222,6 +237,8 @@ class TrainStep:
             raise ValueError("of the optimizer, lr and final_lr alone can change in a training")
         check_conditions(objective, self.module)
         self.objective = objective
+        if self.recorded is not None:
+            self.recorded.forget()
         self.config = replace(self.config, optimizer=optimizer)
 
     def ema_state(self, decay: float | str | None = None) -> dict[str, Tensor]:
@@ -332,14 +349,35 @@ class TrainStep:
         with self._compiler(), step_kernels(self.device, tf32, self.config.deterministic):
             yield
 
-    def _gradients(self, batch: Batch, draws: Draws) -> tuple[dict[str, Tensor], list[Tensor]]:
+    def _gradients(self, batch: Batch, draws: Draws) -> tuple[Mapping[str, Tensor], list[Tensor]]:
         """Loss and terms, each the mean over the pieces, and all gradients, reduced over ranks."""
         self._check_batch(batch)
         batch = batch.to(self.device)
         if self.objective.compares_images and not isinstance(self.sync, Local):
             batch = with_whole(batch)
-        pieces = _pieces(batch, draws.to(self.device), self.config.accumulate)
+        draws = draws.to(self.device)
+        values: Mapping[str, Tensor]
+        if self.recorded is None:
+            values = self._passes(batch, draws)
+        else:
+            place = self.step, self.config.total_steps
+            scheduled = self.objective.schedules(*place)
+            assert scheduled is not None, "check_graphs has seen to it"
+            values = self.recorded(self.objective.phase(*place), batch, draws, scheduled)
+        gradients = [p.grad for p in self.all_parameters if p.grad is not None]
+        self.sync.reduce(gradients)
+        if not self._replicas_compared:
+            self._replicas_compared = True
+            check_replicas(self.all_names, self.all_parameters, all_gather)
+        return values, gradients
+
+    def _passes(
+        self, batch: Batch, draws: Draws, schedules: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """This rank's gradients, set anew; -> loss and terms, each the mean over the pieces."""
+        pieces = _pieces(batch, draws, self.config.accumulate)
         seed = self.config.seed
+        policy = self.policy if schedules is None else replace(self.policy, schedules=schedules)
         self.optimizer.zero_grad(set_to_none=True)
         losses: dict[str, list[Tensor]] = {"loss": []}
         for number, (piece, drawn) in enumerate(pieces, start=1):
@@ -348,13 +386,8 @@ class TrainStep:
                 dropout(self.module, seed, self.step, number),
                 augmentation(self.module, piece, self.config.augment, (seed, self.step, number)) as given,
             ):
-                self._backward(given, drawn, losses)
-        gradients = [p.grad for p in self.all_parameters if p.grad is not None]
-        self.sync.reduce(gradients)
-        if not self._replicas_compared:
-            self._replicas_compared = True
-            check_replicas(self.all_names, self.all_parameters, all_gather)
-        return {name: torch.stack(parts).mean() for name, parts in losses.items()}, gradients
+                self._backward(given, drawn, policy, losses)
+        return {name: torch.stack(parts).mean() for name, parts in losses.items()}
 
     def _update(self, norm: Tensor, rate: float, refused: Tensor | None = None) -> None:
         """Optimizer and EMAs; nothing where `refused` is 1 on the device."""
@@ -374,9 +407,11 @@ class TrainStep:
             torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS) if self.config.compile else nullcontext()
         )
 
-    def _backward(self, batch: Batch, draws: Draws, values: dict[str, list[Tensor]]) -> None:
+    def _backward(
+        self, batch: Batch, draws: Draws, policy: PassPolicy, values: dict[str, list[Tensor]]
+    ) -> None:
         """Adds a piece's part of the mean to the gradients, and appends its loss and terms to `values`."""
-        result = self._loss(batch, draws)
+        result = self._loss(batch, draws, policy)
         named = {"loss": result.loss, **result.terms}
         for name, value in named.items():
             values.setdefault(name, []).append(value.detach().float())
@@ -386,9 +421,9 @@ class TrainStep:
         share = torch.full_like(result.loss, 1 / self.config.accumulate)
         (result.loss * torch.where(healthy, share, math.nan)).backward()
 
-    def _loss(self, batch: Batch, draws: Draws) -> Loss:
+    def _loss(self, batch: Batch, draws: Draws, policy: PassPolicy) -> Loss:
         """The objective's loss, with the alignment term where there is one."""
-        arguments = self.network, batch, draws, self.step, self.config.total_steps, self.policy
+        arguments = self.network, batch, draws, self.step, self.config.total_steps, policy
         term = self.alignment
         if term is None:
             return self.objective.loss(*arguments)

@@ -17,6 +17,7 @@ from soflow_core.objectives import OBJECTIVES, Batch, Draws, Objective
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.passes import PassPolicy
 from soflow_core.random_source import CounterSource
+from soflow_core.recorded_passes import on_device
 from soflow_core.settings import to_dict
 from soflow_core.train_step import TrainStep, TrainStepConfig
 
@@ -149,6 +150,27 @@ def test_ranks_have_the_loss_and_gradient_of_one_process(objective: Objective, r
         results.append([loss.detach(), *(p.grad for p in train.parameters if p.grad is not None)])
     for one, other in zip(*results, strict=True):
         assert_close(other, one, rtol=1e-3, atol=1e-4)
+
+
+def test_a_loss_takes_what_changes_between_the_steps_of_a_phase_from_its_schedules(
+    objective: Objective,
+) -> None:
+    """As a recorded step is replayed with the values of a later one."""
+    said = [objective.schedules(step, TOTAL) for step in range(TOTAL)]
+    if said[0] is None:
+        pytest.skip("the method does not say what changes from step to step, and its steps are not recorded")
+    network, inputs = network_for(objective), (batch_of(), draws_of(objective))
+    phases = [objective.phase(step, TOTAL) for step in range(TOTAL)]
+    for phase in set(phases):
+        first, last = phases.index(phase), TOTAL - 1 - phases[::-1].index(phase)
+        values = said[last]
+        assert values is not None
+        policy = PassPolicy(skip_unused=False, schedules=on_device(values, torch.device("cpu")))
+        replayed = objective.loss(network, *inputs, first, TOTAL, policy)
+        expected = objective.loss(network, *inputs, last, TOTAL, PassPolicy(skip_unused=False))
+        for loss in (replayed, expected):
+            loss.terms["loss"] = loss.loss
+        assert_close(replayed.terms, expected.terms, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_that_are_skipped_do_not_change_the_loss(objective: Objective) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -24,8 +24,9 @@ from soflow_core.objectives.base import (
     Draws,
     Loss,
     dropped_rows,
+    logged,
 )
-from soflow_core.passes import Network, Passes, PassPolicy
+from soflow_core.passes import Network, Passes, PassPolicy, Scheduled
 from soflow_core.paths import linear
 from soflow_core.random_source import RandomSource
 from soflow_core.registration import register
@@ -64,6 +65,10 @@ class AlphaFlow(GuidedModel):
         alpha = self.schedule.alpha(step, total_steps)
         return alpha if alpha in (0, 1) else "between"
 
+    def schedules(self, step: int, total_steps: int) -> Mapping[str, float]:
+        alpha = self.schedule.alpha(step, total_steps)
+        return {"alpha": alpha, "rest": 1 - alpha}
+
     def draw_from(self, source: RandomSource, sample_shape: tuple[int, ...], conditional: bool) -> Draws:
         velocity_rows = int(self.flow_matching_share * source.batch_size)
         noise = source.normal(*sample_shape)
@@ -82,7 +87,8 @@ class AlphaFlow(GuidedModel):
         policy: PassPolicy = DEFAULT_POLICY,
     ) -> Loss:
         passes = Passes(network, policy)
-        alpha = self.schedule.alpha(step, total_steps)
+        phase, scheduled = self.phase(step, total_steps), self.scheduled(policy, step, total_steps)
+        alpha = scheduled["alpha"]
         path = linear(draws.t)
         labels = None if batch.labels is None else drop_labels(batch.labels, dropped_rows(draws))
         x_t, v_c = path.state(batch.x0, draws.noise), path.velocity(batch.x0, draws.noise)
@@ -91,26 +97,32 @@ class AlphaFlow(GuidedModel):
         nowhere = torch.zeros_like(draws.t, dtype=torch.bool)
         with torch.no_grad():
             velocity = guided_target(passes, start, self.guidance, nowhere, prediction)
-            if alpha == 0:
+            if phase == 0:
                 target = differential_target(passes, start, velocity, self.total_derivative)
             else:
-                target = self._discrete_target(passes, start, velocity, alpha)
+                target = self._discrete_target(passes, start, velocity, scheduled, phase == 1)
         mse = row_mean((prediction - target).square())
-        differential = (torch.arange(len(mse), device=mse.device) < start.first) | (alpha == 0)
+        differential = (torch.arange(len(mse), device=mse.device) < start.first) | (phase == 0)
         weight = torch.where(differential, 1.0, alpha) / (mse.detach() + self.weight_eps)
-        terms = {**branch_means(draws, mse), "alpha": torch.full((), alpha, device=mse.device)}
+        terms = {**branch_means(draws, mse), "alpha": logged(alpha, mse.device)}
         return Loss((weight * mse).mean(), terms)
 
-    def _discrete_target(self, passes: Passes, start: Start, velocity: Tensor, alpha: float) -> Tensor:
-        """-> (B, C, H, W): alpha v + (1 - alpha) u(x - dt v, t - dt, s), dt = alpha (t - s) (alpha-Flow, Def. 1)."""
+    def _discrete_target(
+        self, passes: Passes, start: Start, velocity: Tensor, scheduled: Scheduled, trajectory: bool
+    ) -> Tensor:
+        """-> (B, C, H, W): alpha v + (1 - alpha) u(x - dt v, t - dt, s), dt = alpha (t - s) (alpha-Flow, Def. 1).
+
+        In a `trajectory`, where alpha = 1, it needs no pass.
+        """
         first = start.first
         if first == len(start.x) and not passes.policy.uniform:
             return velocity
         t, s = start.t[first:], start.s[first:]
         labels = None if start.labels is None else start.labels[first:]
+        alpha, rest = scheduled["alpha"], scheduled["rest"]
         middle = t - alpha * (t - s)
         v = velocity[first:]
         x = start.x[first:] + per_row(middle - t, v) * v
-        later = v if alpha == 1 else passes.high_precision(x, middle, s, labels)
-        target = (alpha * v + (1 - alpha) * later).clamp(-CLIP, CLIP)
+        later = v if trajectory else passes.high_precision(x, middle, s, labels)
+        target = (alpha * v + rest * later).clamp(-CLIP, CLIP)
         return torch.cat([velocity[:first], target])

@@ -82,7 +82,7 @@ def differential_target(
     velocity: Tensor,
     total_derivative: TotalDerivative,
     tangent: Tensor | None = None,
-    factor: float = 1.0,
+    factor: float | Tensor = 1.0,
 ) -> Tensor:
     """(B, C, H, W) -> (B, C, H, W): u_tgt = v - factor (t - s) du/dt, with the derivative taken in rows with s < t.
 

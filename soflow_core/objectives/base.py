@@ -6,14 +6,14 @@ A method is a frozen dataclass of its settings.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from soflow_core.passes import Network, PassPolicy
+from soflow_core.passes import Network, PassPolicy, Scheduled
 from soflow_core.random_source import GeneratorSource, RandomSource
 from soflow_core.registration import Registry
 from soflow_core.samplers.base import Sampler
@@ -68,15 +68,16 @@ class Draws:
 
     def rows(self: DrawsT, rank: int, world: int) -> DrawsT:
         """Rows rank, rank + world, rank + 2 world, ... of the global batch."""
-        changes: dict[str, Any] = {name: value[rank::world] for name, value in self._tensors().items()}
+        changes: dict[str, Any] = {name: value[rank::world] for name, value in self.tensors().items()}
         return replace(self, **changes, velocity_rows=len(range(rank, self.velocity_rows, world)))
 
     def to(self: DrawsT, device: torch.device | str) -> DrawsT:
         """The same draws on another device."""
-        changes: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in self._tensors().items()}
+        changes: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in self.tensors().items()}
         return replace(self, **changes)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by field name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
@@ -181,6 +182,20 @@ class Objective(ABC):
         del total_steps
         return step
 
+    def schedules(self, step: int, total_steps: int) -> Mapping[str, float] | None:
+        """Values of the schedules after `step` steps, by name, where the steps of a phase differ in nothing else; None: not said.
+
+        `loss` reads them by `scheduled`. The steps of a method that does not say cannot be recorded (`TrainStepConfig.graphs`).
+        """
+        del step, total_steps
+        return None
+
+    def scheduled(self, policy: PassPolicy, step: int, total_steps: int) -> Scheduled:
+        """The values of `schedules`, or what stands for them on the device where the step is recorded."""
+        if policy.schedules is not None:
+            return policy.schedules
+        return self.schedules(step, total_steps) or {}
+
     @property
     def used_sampler(self) -> Sampler | None:
         """The sampler that `sample` uses, which says how many evaluations a number of steps costs; None where it has no such part."""
@@ -231,6 +246,11 @@ class Objective(ABC):
 
 OBJECTIVES: Registry[Objective] = Registry("training method", Objective, "method")  # type: ignore[type-abstract]
 """Method name -> objective."""
+
+
+def logged(value: float | Tensor, device: torch.device) -> Tensor:
+    """-> (): a term of a loss, without a copy from the host, which a GPU would be waited for."""
+    return value if isinstance(value, Tensor) else torch.full((), value, device=device)
 
 
 def dropped_rows(draws: Draws) -> Tensor:

@@ -8,14 +8,14 @@ has guidance in training.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from soflow_core.objectives.base import DEFAULT_POLICY, Batch, Draws, Loss
+from soflow_core.objectives.base import DEFAULT_POLICY, Batch, Draws, Loss, logged
 from soflow_core.objectives.solution_model import SolutionModel
 from soflow_core.objectives.total_derivative import DerivativeModel
 from soflow_core.passes import Network, Passes, PassPolicy
@@ -122,9 +122,9 @@ class ImprovedConsistency(ConsistencyModel):
         stage = max(1, int(total_steps / (math.log2(self.last_levels / self.first_levels) + 1)))
         return min(self.first_levels * 2 ** (step // stage), self.last_levels) + 1
 
-    def grid(self, count: int) -> Tensor:
+    def grid(self, count: int, device: torch.device | None = None) -> Tensor:
         """-> (count,) float32: noise levels from sigma_min up to sigma_max (EDM, Eq. 5)."""
-        share = torch.linspace(0, 1, count, dtype=torch.float64)
+        share = torch.linspace(0, 1, count, dtype=torch.float64, device=device)
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return ((low + share * (high - low)) ** self.rho).float()
 
@@ -139,8 +139,11 @@ class ImprovedConsistency(ConsistencyModel):
         return self.time.from_normal(torch.special.ndtri(low + uniform * (high - low))).float()
 
     def phase(self, step: int, total_steps: int) -> Hashable:
+        return self.levels(step, total_steps)
+
+    def schedules(self, step: int, total_steps: int) -> Mapping[str, float]:
         del step, total_steps
-        return None
+        return {}
 
     def loss(
         self,
@@ -151,14 +154,14 @@ class ImprovedConsistency(ConsistencyModel):
         total_steps: int,
         policy: PassPolicy = DEFAULT_POLICY,
     ) -> Loss:
-        grid = self.grid(self.levels(step, total_steps)).to(draws.t.device, non_blocking=True)
+        grid = self.grid(self.levels(step, total_steps), draws.t.device)
         sigma = draws.t / (1 - draws.t)
         upper = torch.searchsorted(grid, sigma, right=True).clamp(1, len(grid) - 1)
         huber = self.huber * math.sqrt(batch.x0[0].numel())
         result = discrete_loss(
             Passes(network, policy), batch, draws.noise, (grid[upper], grid[upper - 1]), huber
         )
-        result.terms["levels"] = torch.full((), float(len(grid)), device=draws.t.device)
+        result.terms["levels"] = logged(float(len(grid)), draws.t.device)
         return result
 
 
@@ -194,15 +197,22 @@ class EasyConsistency(ConsistencyModel):
         if self.huber < 0:
             raise ValueError(f"huber is {self.huber}; give 0 for the distance itself, or more")
 
-    def second_level(self, sigma: Tensor, step: int, total_steps: int) -> Tensor:
-        """(B,) -> (B,): sigma (1 - q^-(a + 1) (1 + offset sigmoid(-sigma))), at least 0, in stage a (official code)."""
+    def gap(self, step: int, total_steps: int) -> float:
+        """q^-(a + 1) in stage a."""
         stage = min(step * self.stages // total_steps, self.stages - 1)
-        share = self.quotient ** -(stage + 1) * (1 + self.offset * torch.sigmoid(-sigma))
+        return self.quotient ** -(stage + 1)
+
+    def second_level(self, sigma: Tensor, gap: float | Tensor) -> Tensor:
+        """(B,) -> (B,): sigma (1 - gap (1 + offset sigmoid(-sigma))), at least 0 (official code)."""
+        share = gap * (1 + self.offset * torch.sigmoid(-sigma))
         return (sigma * (1 - share)).clamp(min=0)
 
     def phase(self, step: int, total_steps: int) -> Hashable:
         del step, total_steps
         return None
+
+    def schedules(self, step: int, total_steps: int) -> Mapping[str, float]:
+        return {"gap": self.gap(step, total_steps)}
 
     def loss(
         self,
@@ -214,7 +224,7 @@ class EasyConsistency(ConsistencyModel):
         policy: PassPolicy = DEFAULT_POLICY,
     ) -> Loss:
         sigma = draws.t / (1 - draws.t)
-        second = self.second_level(sigma, step, total_steps)
+        second = self.second_level(sigma, self.scheduled(policy, step, total_steps)["gap"])
         return discrete_loss(Passes(network, policy), batch, draws.noise, (sigma, second), self.huber)
 
 
@@ -249,6 +259,10 @@ class ContinuousConsistency(DerivativeModel, ConsistencyModel):
         del step, total_steps
         return None
 
+    def schedules(self, step: int, total_steps: int) -> Mapping[str, float]:
+        del total_steps
+        return {"warmup": min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0}
+
     def loss(
         self,
         network: Network,
@@ -258,19 +272,16 @@ class ContinuousConsistency(DerivativeModel, ConsistencyModel):
         total_steps: int,
         policy: PassPolicy = DEFAULT_POLICY,
     ) -> Loss:
-        del total_steps
         passes = Passes(network, policy)
         t, zero = draws.t, torch.zeros_like(draws.t)
         path = linear(t)
         x_t, v_c = path.state(batch.x0, draws.noise), path.velocity(batch.x0, draws.noise)
         prediction = passes.low_precision(x_t, t, zero, batch.labels)
         derivative = self.total_derivative(passes, (x_t, t, zero, batch.labels), v_c)
-        warmup = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        warmup = self.scheduled(policy, step, total_steps)["warmup"]
         tangent = (v_c - prediction.detach()) - warmup * per_row(t, x_t) * derivative
         size = row_mean(tangent.square()).sqrt()
         normalized = tangent / per_row(size + self.tangent_eps, tangent)
         # The gradient of |F - sg F - g|^2 is that of -2 <F, g>; its value is |g|^2.
         mse = row_mean((prediction - prediction.detach() - normalized).square()).mean()
-        return Loss(
-            mse, {"tangent_mse": size.square().mean(), "warmup": torch.full((), warmup, device=t.device)}
-        )
+        return Loss(mse, {"tangent_mse": size.square().mean(), "warmup": logged(warmup, t.device)})

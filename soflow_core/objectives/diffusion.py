@@ -6,10 +6,11 @@ equals the first.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from soflow_core.guidance import draw_dropped, drop_labels
@@ -72,10 +73,9 @@ class Diffusion(SteppedModel):
     def needs_null_label(self) -> bool:
         return self.drop > 0
 
-    @property
-    def alpha_bar(self) -> Tensor:
+    def alpha_bar(self, device: torch.device | None = None) -> Tensor:
         """(T,) float64: share of the data's variance left after each step."""
-        return linear_alpha_bar(self.diffusion_steps, self.beta_first, self.beta_last)
+        return linear_alpha_bar(self.diffusion_steps, self.beta_first, self.beta_last, device)
 
     @property
     def used_sampler(self) -> NoiseSampler:
@@ -84,6 +84,10 @@ class Diffusion(SteppedModel):
     def phase(self, step: int, total_steps: int) -> Hashable:
         del step, total_steps
         return None
+
+    def schedules(self, step: int, total_steps: int) -> Mapping[str, float]:
+        del step, total_steps
+        return {}
 
     def draw_from(self, source: RandomSource, sample_shape: tuple[int, ...], conditional: bool) -> Draws:
         noise = source.normal(*sample_shape)
@@ -101,7 +105,7 @@ class Diffusion(SteppedModel):
         policy: PassPolicy = DEFAULT_POLICY,
     ) -> Loss:
         del step, total_steps
-        alpha_bar = self.alpha_bar.to(draws.t.device, non_blocking=True)[draws.t.long()]
+        alpha_bar = self.alpha_bar(draws.t.device)[draws.t.long()]
         signal, noise = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
         x = per_row(signal, batch.x0) * batch.x0 + per_row(noise, batch.x0) * draws.noise
         labels = None if batch.labels is None else drop_labels(batch.labels, dropped_rows(draws))
@@ -124,4 +128,4 @@ class Diffusion(SteppedModel):
         times = self.set_times(steps)
         total = self.diffusion_steps
         numbers = respaced(total, steps) if times is None else numbers_at(total, times)
-        return self.used_sampler.sample(predict, noise, self.alpha_bar, numbers, renoise)
+        return self.used_sampler.sample(predict, noise, self.alpha_bar(), numbers, renoise)

@@ -7,7 +7,7 @@ another loss weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,7 +23,7 @@ from soflow_core.objectives.average_velocity import (
     draw_pairs,
     guided_target,
 )
-from soflow_core.objectives.base import DEFAULT_POLICY, Batch, Draws, Loss, dropped_rows
+from soflow_core.objectives.base import DEFAULT_POLICY, Batch, Draws, Loss, dropped_rows, logged
 from soflow_core.passes import Network, Passes, PassPolicy
 from soflow_core.paths import linear
 from soflow_core.plug_in_velocity import plug_in_velocity
@@ -88,6 +88,10 @@ class ExplicitShortcut(GuidedModel):
         del step, total_steps
         return None
 
+    def schedules(self, step: int, total_steps: int) -> Mapping[str, float]:
+        del total_steps
+        return {"zero_share": self.zero_share(step), "warmup": self.warmup(step)}
+
     def draw_from(self, source: RandomSource, sample_shape: tuple[int, ...], conditional: bool) -> Draws:
         velocity_rows = int(self.flow_matching_share * source.batch_size)
         noise = source.normal(*sample_shape)
@@ -112,7 +116,6 @@ class ExplicitShortcut(GuidedModel):
         total_steps: int,
         policy: PassPolicy = DEFAULT_POLICY,
     ) -> Loss:
-        del total_steps
         assert isinstance(draws, PlugInDraws)
         passes = Passes(network, policy)
         labels, dropped = batch.labels, torch.zeros_like(draws.t, dtype=torch.bool)
@@ -121,17 +124,19 @@ class ExplicitShortcut(GuidedModel):
             labels = drop_labels(labels, dropped)
         x_t = linear(draws.t).state(batch.x0, draws.noise)
         velocity = self._velocity(batch, draws, dropped)
-        zero_share, warmup = self.zero_share(step), self.warmup(step)
-        start = Start(x_t, velocity, draws.t, end_times(draws, zero_share), labels, draws.velocity_rows)
+        scheduled = self.scheduled(policy, step, total_steps)
+        s = end_times(draws, scheduled["zero_share"])
+        start = Start(x_t, velocity, draws.t, s, labels, draws.velocity_rows)
         prediction = passes.low_precision(x_t, start.t, start.s, labels)
         with torch.no_grad():
             guided = guided_target(passes, start, self.guidance, dropped, prediction)
-            target = differential_target(passes, start, guided, self.total_derivative, factor=warmup)
+            target = differential_target(
+                passes, start, guided, self.total_derivative, factor=scheduled["warmup"]
+            )
         squares = (prediction - target).square()
         total = row_sum(squares).square()
         loss = (total / (total.detach() + self.weight_eps) ** self.weight_power).mean()
-        schedules = {"zero_share": zero_share, "warmup": warmup}
-        terms = {name: torch.full((), value, device=x_t.device) for name, value in schedules.items()}
+        terms = {name: logged(value, x_t.device) for name, value in scheduled.items()}
         return Loss(loss, {**branch_means(draws, row_mean(squares)), **terms})
 
     def zero_share(self, step: int) -> float:
@@ -156,7 +161,7 @@ class ExplicitShortcut(GuidedModel):
         )
 
 
-def end_times(draws: PlugInDraws, zero_share: float) -> Tensor:
+def end_times(draws: PlugInDraws, zero_share: float | Tensor) -> Tensor:
     """-> s (B,): 0 in this share of the rows behind the velocity rows."""
     s, first = draws.s, draws.velocity_rows
     return torch.cat([s[:first], torch.where(draws.chance[first:] < zero_share, 0, s[first:])])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -63,6 +63,10 @@ class FlowMatching(SteppedModel):
     def phase(self, step: int, total_steps: int) -> Hashable:
         del step, total_steps
         return None
+
+    def schedules(self, step: int, total_steps: int) -> Mapping[str, float]:
+        del step, total_steps
+        return {}
 
     def draw_from(self, source: RandomSource, sample_shape: tuple[int, ...], conditional: bool) -> Draws:
         noise = source.normal(*sample_shape)

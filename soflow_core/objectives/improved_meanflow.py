@@ -7,7 +7,7 @@ along the network's velocity u(x_t, t, t).
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -124,6 +124,10 @@ class ImprovedMeanFlow(DifferentialModel):
     def phase(self, step: int, total_steps: int) -> Hashable:
         del step, total_steps
         return None
+
+    def schedules(self, step: int, total_steps: int) -> Mapping[str, float]:
+        del step, total_steps
+        return {}
 
     def draw_from(self, source: RandomSource, sample_shape: tuple[int, ...], conditional: bool) -> Draws:
         velocity_rows = int(self.flow_matching_share * source.batch_size)

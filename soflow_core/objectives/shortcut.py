@@ -7,7 +7,7 @@ other method's.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -84,6 +84,10 @@ class Shortcut(AverageVelocityModel):
     def phase(self, step: int, total_steps: int) -> Hashable:
         del step, total_steps
         return None
+
+    def schedules(self, step: int, total_steps: int) -> Mapping[str, float]:
+        del step, total_steps
+        return {}
 
     def draw_from(self, source: RandomSource, sample_shape: tuple[int, ...], conditional: bool) -> Draws:
         velocity_rows = source.batch_size - int(self.bootstrap_share * source.batch_size)

@@ -7,7 +7,7 @@ code, lies between s and t. There is no Jacobian-vector product, and no teacher 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -31,6 +31,7 @@ from soflow_core.objectives.base import (
     Draws,
     Loss,
     dropped_rows,
+    logged,
 )
 from soflow_core.objectives.solution_model import FlowMapModel
 from soflow_core.parameterization import PARAMETERIZATIONS, Coefficients
@@ -134,6 +135,9 @@ class SoFlow(FlowMapModel):
         del step, total_steps
         return None
 
+    def schedules(self, step: int, total_steps: int) -> Mapping[str, float]:
+        return {"middle_ratio": self.schedule.ratio(step, total_steps)}
+
     def draw_from(self, source: RandomSource, sample_shape: tuple[int, ...], conditional: bool) -> Draws:
         velocity_rows = int(self.flow_matching_share * source.batch_size)
         noise = source.normal(*sample_shape)
@@ -180,7 +184,7 @@ class SoFlow(FlowMapModel):
         velocity = self._velocity_branch(
             prediction[:first], x_t[:first], t[:first], target[:first], mixed_rows
         )
-        ratio = self.schedule.ratio(step, total_steps)
+        ratio = self.scheduled(policy, step, total_steps)["middle_ratio"]
         consistency = self._consistency_branch(
             passes,
             prediction[first:],
@@ -190,7 +194,7 @@ class SoFlow(FlowMapModel):
             (None if labels is None else labels[first:], None if scale is None else scale[first:]),
             ratio,
         )
-        terms = {"middle_ratio": torch.full((), ratio, device=t.device)}
+        terms = {"middle_ratio": logged(ratio, t.device)}
         for name, branch in (("velocity", velocity), ("consistency", consistency)):
             if len(branch.loss):
                 terms[f"{name}_loss"] = branch.loss.detach().mean()
@@ -264,7 +268,7 @@ class SoFlow(FlowMapModel):
         times: tuple[Tensor, Tensor],
         velocity: Tensor,
         condition: tuple[Tensor | None, Tensor | None],
-        ratio: float,
+        ratio: float | Tensor,
     ) -> BranchLoss:
         """sgn(b) <F_t, q> W / D with q = (f_t - f_l) / (t - l), l = t_mid.
 

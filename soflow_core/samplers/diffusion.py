@@ -51,9 +51,11 @@ class Ddpm(NoiseSampler):
         return steps
 
 
-def linear_alpha_bar(steps: int, beta_first: float, beta_last: float) -> Tensor:
+def linear_alpha_bar(
+    steps: int, beta_first: float, beta_last: float, device: torch.device | None = None
+) -> Tensor:
     """-> (T,) float64: the product of 1 - beta up to each step, with beta linear (DDPM, section 4)."""
-    betas = torch.linspace(beta_first, beta_last, steps, dtype=torch.float64)
+    betas = torch.linspace(beta_first, beta_last, steps, dtype=torch.float64, device=device)
     return torch.cumprod(1 - betas, dim=0)
 
 

@@ -392,7 +392,7 @@ def test_discrete_consistency_compares_two_noise_levels_of_the_same_pair(objecti
         first, second, c = grid[upper], grid[upper - 1], 0.00054 * batch_elements() ** 0.5
         assert ((first >= sigma) & (second <= sigma)).all()
     else:
-        first, second, c = sigma, objective.second_level(sigma, 500, 1000), 0.01
+        first, second, c = sigma, objective.second_level(sigma, objective.gap(500, 1000)), 0.01
     outputs = []
     for level in (first, second):
         # x_sigma = x0 + sigma noise = x_t / (1 - t) with t = sigma / (1 + sigma).

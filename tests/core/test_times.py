@@ -120,8 +120,10 @@ def test_ict_draws_levels_as_often_as_its_discretized_log_normal() -> None:
 def test_ect_starts_as_diffusion_and_narrows() -> None:
     objective = EasyConsistency()
     sigma = torch.tensor([0.1, 0.5, 1.0, 5.0])
-    assert objective.second_level(sigma, 0, 800)[:2].tolist() == [0, 0]
-    gaps = torch.stack([sigma - objective.second_level(sigma, k, 800) for k in range(0, 800, 100)])
+    assert objective.second_level(sigma, objective.gap(0, 800))[:2].tolist() == [0, 0]
+    gaps = torch.stack(
+        [sigma - objective.second_level(sigma, objective.gap(k, 800)) for k in range(0, 800, 100)]
+    )
     assert (gaps[1:] <= gaps[:-1]).all()
     assert gaps[-1, -1] == pytest.approx(5 * 2**-8 * (1 + 8 / (1 + math.exp(5))), rel=1e-4)
 
@@ -148,7 +150,8 @@ def test_impossible_settings_are_refused() -> None:
 def test_ect_levels_that_float32_would_not_tell_apart_are_refused() -> None:
     """The loss is divided by their difference; a training would end there, in its last stages."""
     sigma = torch.tensor([1e-3, 1.0, 1.25, 80.0, 1e6])
-    last = EasyConsistency(stages=24).second_level(sigma, 799, 800)
+    objective = EasyConsistency(stages=24)
+    last = objective.second_level(sigma, objective.gap(799, 800))
     assert (last < sigma).all()
     for settings in ({"stages": 25}, {"quotient": 256.0}, {"offset": -1.0}):
         with pytest.raises(ValueError, match=r"fewer stages, or a smaller quotient|offset is"):

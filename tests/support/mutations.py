@@ -254,7 +254,7 @@ MUTATIONS = [
     Mutation("ESC: images of the part alone", ESC, "whole = batch if batch.whole is None else batch.whole", "whole = batch"),
     Mutation("ESC: all rows to zero", ESC, "torch.where(draws.chance[first:] < zero_share, 0, s[first:])", "0 * s[first:]"),
     Mutation("ESC: steps to zero last", ESC, "math.acos(step / self.zero_steps)", "math.asin(step / self.zero_steps)"),
-    Mutation("ESC: derivative at once", ESC, ", factor=warmup)", ")"),
+    Mutation("ESC: derivative at once", ESC, ', factor=scheduled["warmup"]', ""),
     Mutation("ESC: derivative without the factor", AVERAGE, "per_row(factor * (t - s)", "per_row((t - s)"),
     Mutation("ESC: S for its square", ESC, "row_sum(squares).square()", "row_sum(squares)"),
     Mutation("ESC: weight with gradient", ESC, "total.detach() + self.weight_eps", "total + self.weight_eps"),

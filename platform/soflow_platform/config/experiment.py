@@ -18,6 +18,7 @@ from soflow_core.settings import identifying
 from soflow_platform.config.comparison import USUAL_COMPARISON, SamplingConfig
 from soflow_platform.config.evaluation import DIGITS, EvaluationConfig
 from soflow_platform.config.gate import RegistryConfig
+from soflow_platform.config.graphs import obstacle_to_graphs
 from soflow_platform.config.mid_run import changeable, check_order, may_change, rebuilt_for, with_changes
 from soflow_platform.config.parts import PartOf, network_section
 from soflow_platform.config.plugin_settings import Plugins
@@ -114,6 +115,14 @@ class Experiment(Section):
             raise ValueError(
                 "training.parallel fsdp shares a network among workers: raise resources.workers above 1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_can_be_recorded(self) -> Experiment:
+        if self.training.graphs:
+            obstacle = obstacle_to_graphs(self.training, self.resources, self.network, self.objective)
+            if obstacle is not None:
+                raise ValueError(f"training.graphs {obstacle}, or leave training.graphs out")
         return self
 
     @model_validator(mode="after")

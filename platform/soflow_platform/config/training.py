@@ -77,6 +77,8 @@ class TrainingConfig(Section):
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """`ddp`: every worker holds the whole network. `fsdp`: each holds a share of it and of its optimizer state."""
     compile: bool = False
+    graphs: bool = False
+    """Records the passes of a step as a CUDA graph and replays it: for networks whose kernels are shorter than their launches."""
     deterministic: bool = False
     """Deterministic kernels alone, so that a GPU repeats a run bit for bit; slower. CPUs do so anyway."""
     draws: Literal["auto", "generator", "counter"] = "auto"

@@ -47,6 +47,8 @@ def build_train_step(
         clip_norm=training.clip_norm,
         accumulate=training.accumulate,
         compile=training.compile,
+        # A trial of a sweep with graphs has a GPU; `run --local` and the costs of a comparison may have none, and do the same steps.
+        graphs=training.graphs and device.type == "cuda",
         deterministic=training.deterministic,
         seed=experiment.seed,
     )

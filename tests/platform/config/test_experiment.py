@@ -196,6 +196,10 @@ def test_min_workers_needs_no_divisible_batch_where_rows_may_be_uneven(tmp_path:
             "search.asha={first_rung: 41}",
             "search.asha.first_rung (41) is beyond training.steps (40): lower it",
         ),
+        (
+            "training.graphs=true",
+            "training.graphs records the work of a GPU, and a worker has none: raise resources.gpus_per_worker above 0, or leave",
+        ),
         ("training.parallel=fsdp", "fsdp shares a network among workers: raise resources.workers above 1"),
         (
             "training.checkpoints=gs://bucket/x",
@@ -484,3 +488,13 @@ def test_settings_that_evaluation_has_got_since_leave_older_sweeps_their_digest(
     own = read_experiment(path)[0].digest()
     assert read_experiment(path, ("evaluation.final_samples=100",))[0].digest() == own
     assert read_experiment(path, ("evaluation.reference=elsewhere",))[0].digest() != own
+
+
+def test_graphs_are_refused_where_the_host_has_a_part_in_each_step(tmp_path: Path) -> None:
+    path, gpu = write(tmp_path, MINIMAL), "resources.gpus_per_worker=1"
+    assert read_experiment(path, (gpu, "training.graphs=true"))[0].training.graphs
+    for override, sentence in {
+        "resources.workers=2": "records the passes of one worker, and resources.workers is 2: set it to 1",
+        "network={kind: unet, dropout: 0.1}": "does not go with network.dropout: leave it out",
+    }.items():
+        assert f"training.graphs {sentence}" in refusal(path, gpu, "training.graphs=true", override)
