@@ -29,7 +29,7 @@ RAY_START_SECONDS = 8.0
 PROBE_SECONDS = 5.0
 HEALTH_CHECK_SECONDS = 5.0
 """Interval at which a loop that waits for Ray checks that it is alive."""
-HEALTH_SECONDS = 10.0
+HEALTH_SECONDS = 20.0
 DRIVER_CPUS = 0.1
 """CPUs that Tune reserves for a process that only watches a trial's workers."""
 
