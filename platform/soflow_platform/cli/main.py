@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -22,6 +22,7 @@ from soflow_platform.cli.export import export, import_checkpoint
 from soflow_platform.cli.generate import generate
 from soflow_platform.cli.help import help_command
 from soflow_platform.cli.models import models
+from soflow_platform.cli.process_end import end_process
 from soflow_platform.cli.promote import promote
 from soflow_platform.cli.report import report
 from soflow_platform.cli.scoring_commands import compare, evaluate
@@ -104,8 +105,18 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 INTERRUPTED = "interrupted: run the same command to go on."
 
 
+def program() -> NoReturn:
+    """Console entry point: `main`, and the end of the process."""
+    code: object = None
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    end_process(code)
+
+
 def main() -> None:
-    """Console entry point. A command that fails prints one sentence on stderr; `_exit_code` has its exit code."""
+    """A command, by the arguments of the process. One that fails prints one sentence on stderr; `_exit_code` has its exit code."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     if not faulthandler.is_enabled():
         # A crash in compiled code, also one while Python ends, then says what every thread was doing.
@@ -196,4 +207,4 @@ def _report(error: BaseException, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program()

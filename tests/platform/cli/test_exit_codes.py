@@ -98,3 +98,48 @@ def test_a_crash_of_compiled_code_names_what_each_thread_was_doing() -> None:
     assert done.stdout.startswith("soflow ")
     assert "Fatal Python error: Aborted" in done.stderr
     assert "in waits" in done.stderr
+
+
+def ended_process(before: str, code: str) -> subprocess.CompletedProcess[str]:
+    """A process of `soflowctl version` after other lines, whose exit code is set."""
+    lines = (
+        "import atexit, sys, threading, time\n"
+        "from soflow_platform.cli import main as cli\n"
+        f"{before}\n"
+        f"cli.app = lambda **_: print('done', end='') or {code}\n"
+        "cli.program()\n"
+    )
+    return subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, timeout=120)
+
+
+def test_a_process_ends_with_its_output_written_and_what_was_registered_done() -> None:
+    done = ended_process("atexit.register(lambda: print(', registered', end=''))", "3")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "done, registered", "")
+
+
+def test_a_process_waits_for_its_threads() -> None:
+    done = ended_process(
+        "def late():\n    time.sleep(1)\n    print(', late', end='')\nthreading.Thread(target=late).start()",
+        "None",
+    )
+    assert (done.returncode, done.stdout) == (0, "done, late")
+
+
+def test_a_process_that_is_done_is_not_finalized() -> None:
+    """In finalization a thread of compiled code that asks for Python is ended by force, which aborts the process."""
+    kept = "class Kept:\n    def __del__(self):\n        print('finalized', flush=True)\nkept = Kept()"
+    assert ended_process(kept, "0").stdout == "done"
+    plain = subprocess.run([sys.executable, "-c", kept], capture_output=True, text=True)
+    assert plain.stdout == "finalized\n"
+
+
+def test_output_that_nobody_reads_is_an_exit_code() -> None:
+    assert ended_process("sys.stdout = open('/dev/full', 'w')", "0").returncode == 120
+
+
+def test_a_profiler_has_its_say_at_the_end() -> None:
+    command = [sys.executable, "-m", "cProfile", "-m", "soflow_platform.cli.main", "version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stdout.startswith("soflow ")
+    assert "function calls" in done.stdout
