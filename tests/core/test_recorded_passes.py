@@ -173,6 +173,10 @@ class Copies(TorchDispatchMode):
         return result
 
 
+HAS_CUDA = pytest.mark.skipif(torch.version.cuda is None, reason="this torch was built without CUDA")
+
+
+@HAS_CUDA
 @pytest.mark.parametrize("method", sorted(OBJECTIVES))
 def test_a_loss_on_a_gpu_copies_nothing_from_the_host(method: str) -> None:
     # A recording may not hold such a copy, whose source is gone when it is replayed. Tensors without content need no GPU.
@@ -191,6 +195,7 @@ def test_a_loss_on_a_gpu_copies_nothing_from_the_host(method: str) -> None:
     assert copies.found == []
 
 
+@HAS_CUDA
 def test_a_copy_from_the_host_is_found() -> None:
     with FakeTensorMode(), Copies() as copies:
         torch.zeros(3).to("cuda")
