@@ -87,7 +87,8 @@ class AlphaFlow(GuidedModel):
         policy: PassPolicy = DEFAULT_POLICY,
     ) -> Loss:
         passes = Passes(network, policy)
-        phase, scheduled = self.phase(step, total_steps), self.scheduled(policy, step, total_steps)
+        # Which passes are made is known on the host; the value itself may be on the device.
+        known, scheduled = self.schedule.alpha(step, total_steps), self.scheduled(policy, step, total_steps)
         alpha = scheduled["alpha"]
         path = linear(draws.t)
         labels = None if batch.labels is None else drop_labels(batch.labels, dropped_rows(draws))
@@ -97,12 +98,12 @@ class AlphaFlow(GuidedModel):
         nowhere = torch.zeros_like(draws.t, dtype=torch.bool)
         with torch.no_grad():
             velocity = guided_target(passes, start, self.guidance, nowhere, prediction)
-            if phase == 0:
+            if known == 0:
                 target = differential_target(passes, start, velocity, self.total_derivative)
             else:
-                target = self._discrete_target(passes, start, velocity, scheduled, phase == 1)
+                target = self._discrete_target(passes, start, velocity, scheduled, known == 1)
         mse = row_mean((prediction - target).square())
-        differential = (torch.arange(len(mse), device=mse.device) < start.first) | (phase == 0)
+        differential = (torch.arange(len(mse), device=mse.device) < start.first) | (known == 0)
         weight = torch.where(differential, 1.0, alpha) / (mse.detach() + self.weight_eps)
         terms = {**branch_means(draws, mse), "alpha": logged(alpha, mse.device)}
         return Loss((weight * mse).mean(), terms)
