@@ -17,8 +17,8 @@ def end_process(code: object) -> NoReturn:
 
     A thread that asks for Python while it is finalized is ended by force, and in compiled code that expects no such end the process
     aborts: on busy machines a command whose work was done could end by SIGABRT. What belongs to an end is done here: threads are waited
-    for, functions registered for the exit are called, and output
-    is written. Under a profiler or a debugger, which have theirs to do at the end, Python ends as usual.
+    for, functions registered for the exit are called, and output is written. Under a profiler or a debugger, which have theirs to do at
+    the end, Python ends as usual.
     """
     if _watched():
         sys.exit(code)  # type: ignore[arg-type]
