@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 peak in FLOP/s, by a word of the device's name."""
 COMPILED = (PLAIN, "flow_matching", "soflow", "meanflow")
-"""Rows that are also measured compiled, for a compilation takes many seconds, and with graphs for other networks than the first."""
+"""Rows that are also measured compiled, which takes many seconds; of the other methods graphs are measured on the first network alone."""
 TOTAL_STEPS = 1000
 STARTED = 5
 """Steps in a row that are not waited for."""
@@ -145,7 +145,7 @@ def _measure(
         _wait(device)
         return time.perf_counter() - started
 
-    for _ in range(1 if options.small else WARM_UP + 1):
+    for _ in range(WARM_UP + 1 if graphs else 1 if options.small else 2):
         once()
     if graphs and (training is None or training.recorded is None or not training.recorded.recorded):
         raise RuntimeError("the passes were not recorded")
