@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 peak in FLOP/s, by a word of the device's name."""
 COMPILED = (PLAIN, "flow_matching", "soflow", "meanflow")
-"""Rows that are also measured compiled, which takes many seconds; of the other methods graphs are measured on the first network alone."""
+"""Rows that are also measured compiled, which takes many seconds; other methods have graphs on the first network alone."""
 TOTAL_STEPS = 1000
 STARTED = 5
 """Steps in a row that are not waited for."""
