@@ -48,11 +48,28 @@ def run_on_rank0(action: Callable[[], T], rank: int, world: int) -> T:
     return cast(T, answer)
 
 
-def all_reduce_max(number: int, device: torch.device) -> int:
-    """The largest of the ranks' numbers, on every rank."""
-    maximum = torch.tensor(number, device=device)
-    dist.all_reduce(maximum, dist.ReduceOp.MAX)
-    return int(maximum)
+class PendingMaximum:
+    """The largest of the ranks' numbers, on its way to each rank's host; made on every rank, in the same order.
+
+    The host does not wait for it before `value`.
+    """
+
+    def __init__(self, number: int, device: torch.device) -> None:
+        self._number = torch.full((), number, device=device)
+        self._copied: torch.cuda.Event | None = None
+        dist.all_reduce(self._number, dist.ReduceOp.MAX)
+        if device.type == "cuda":
+            reduced = self._number
+            self._number = torch.empty((), dtype=reduced.dtype, pin_memory=True)
+            self._number.copy_(reduced, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def value(self) -> int:
+        """The maximum, once all that the device had to do before it is done."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return int(self._number)
 
 
 def mean_over_ranks(values: Mapping[str, float], rows: int) -> dict[str, float]:

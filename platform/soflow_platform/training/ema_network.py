@@ -89,7 +89,7 @@ class LockstepNetwork:
     def __call__(
         self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, scale: Tensor | None = None
     ) -> Tensor:
-        distributed.all_reduce_max(1, self.device)
+        distributed.PendingMaximum(1, self.device).value()
         return self._pass(x, t, s, labels, scale)
 
     def drain(self) -> None:
@@ -98,7 +98,7 @@ class LockstepNetwork:
         x = torch.zeros(1, *config.sample_shape, device=self.device)
         t = torch.zeros(1, device=self.device)
         labels = None if config.classes is None else torch.zeros(1, dtype=torch.long, device=self.device)
-        while distributed.all_reduce_max(0, self.device):
+        while distributed.PendingMaximum(0, self.device).value():
             self._pass(x, t, t, labels)
 
     def _pass(

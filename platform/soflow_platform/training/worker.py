@@ -162,7 +162,7 @@ class Trainer:
         interrupted = evaluated and not self.evaluate()
         stopping = (
             interrupted
-            or (self.should_stop() and self.step < last)
+            or (self.should_stop.after_step() and self.step < last)
             or (self.diverged is not None and self.step < self.steps)
         )
         if evaluated or stopping or self._is_saved() or self.should_stop.save_requested:
@@ -401,7 +401,7 @@ class Trainer:
     @contextmanager
     def _ema_network(self, interruptible: bool = False) -> Iterator[tuple[SamplingNetwork, Ranks]]:
         def should_stop() -> bool:
-            return interruptible and self.should_stop()
+            return interruptible and self.should_stop.now()
 
         setup, self.scoring = self.setup, True
         ranks = setup.rank, setup.world

@@ -197,9 +197,17 @@ def failures(folder: Path) -> list[str]:
     return [(folder / f"failure-{rank}").read_text() for rank in (0, 1)]
 
 
-def test_where_the_first_rank_gives_up_all_do_with_the_same_sentence(worker: Make) -> None:
+def lose_tracking_while_ahead(trainer: Trainer) -> None:
+    trainer.train_step.runs_ahead = True
+    lose_tracking_after_two_steps(trainer)
+
+
+@pytest.mark.parametrize("lose_tracking", [lose_tracking_after_two_steps, lose_tracking_while_ahead])
+def test_where_the_first_rank_gives_up_all_do_with_the_same_sentence(
+    worker: Make, lose_tracking: Callable[[Trainer], None]
+) -> None:
     lost = worker("lost", "training.steps=1000", "evaluation.every=1000")
-    assert train(lost.setup.job, 2, lose_tracking_after_two_steps) == [1, 1]
+    assert train(lost.setup.job, 2, lose_tracking) == [1, 1]
     first, second = failures(lost.setup.job.folder)
     assert first == second
     assert first.startswith(f"logging to {NOWHERE} failed for ")

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from soflow_platform.tracking.store import TrackingStore
+from soflow_platform.training.stop_agreement import LAG
 from soflow_platform.training.worker import NonFiniteError, Trainer
+from tests.support.ranks import train
 from tests.support.trained_state import differing_tensors, final_state
 
 Make = Callable[..., Trainer]
@@ -79,3 +81,34 @@ def test_a_stop_after_a_step_that_is_not_finite_saves_nothing_of_it(worker: Make
     assert trainer.step == 1
     assert trainer.setup.checkpoints.published() == []
     assert "is not finite at step 2 on rank 0" in (trainer.setup.job.folder / "log.txt").read_text()
+
+
+def two_ranks(trainer: Trainer, asks: str) -> Trainer:
+    """A rank that runs ahead and is asked, if it is the first, by this function of its input and output after step 2."""
+    if trainer.setup.rank == 0:
+        setattr(trainer.io, asks, lambda step: step == 2)
+    return ahead(trainer)
+
+
+def stopped_after_two(trainer: Trainer) -> None:
+    two_ranks(trainer, "stop_requested")
+
+
+def saved_after_two(trainer: Trainer) -> None:
+    two_ranks(trainer, "save_requested")
+
+
+def test_ranks_stop_together_a_fixed_number_of_steps_after_the_request(worker: Make) -> None:
+    trainer = worker("together", "training.steps=8", "evaluation.every=8")
+    assert train(trainer.setup.job, 2, stopped_after_two) == [0, 0]
+    assert [c.state.step for c in trainer.setup.checkpoints.published()] == [2 + LAG]
+
+
+def test_ranks_save_together_and_train_on(worker: Make) -> None:
+    plain = worker("plain", "training.steps=8", "evaluation.every=8", "training.log_every=4")
+    other = worker("asked", "training.steps=8", "evaluation.every=8", "training.log_every=4")
+    assert train(plain.setup.job, 2) == [0, 0]
+    assert train(other.setup.job, 2, saved_after_two) == [0, 0]
+    assert [c.state.step for c in other.setup.checkpoints.published()] == [2 + LAG, 8]
+    states = [final_state(each.setup.checkpoints.root) for each in (plain, other)]
+    assert differing_tensors(*states) == []
