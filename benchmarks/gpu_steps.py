@@ -1,5 +1,5 @@
 """Seconds, utilization and memory of a step of every method and of bare loops, a section of benchmarks/gpu.sh: eager and compiled, and
-with the passes recorded as CUDA graphs.
+recorded as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _measure(
 
     for _ in range(WARM_UP + 1 if graphs else 1 if options.small else 2):
         once()
-    if graphs and (training is None or training.recorded is None or not training.recorded.recorded):
+    if graphs and (training is None or training.recorded is None or training.recorded.recording is None):
         raise RuntimeError("the passes were not recorded")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -295,15 +295,16 @@ def ratios(results: Results, sizes: Sequence[str]) -> None:
 def _ratios_of_graphs(
     results: Results, found: dict[tuple[str, str], float], size: str, compiled: bool
 ) -> None:
-    """Add and print, of each method, the step with recorded passes over the one without."""
-    for name in methods():
-        without, graphs = (
-            found.get(("steps", row_name(size, name, compiled, each))) for each in (False, True)
-        )
-        if without and graphs:
-            what = f"{row_name(size, name, compiled, True)} / without"
-            results.add("steps, ratios", what, graphs / without, "", "lower")
-            print(f"steps: {what} {graphs / without:.3f}", flush=True)
+    """Add and print, of each method, the step with graphs over the one without, waited for and not; the update is recorded where not."""
+    for section in ("steps", AHEAD):
+        for name in methods():
+            without, graphs = (
+                found.get((section, row_name(size, name, compiled, each))) for each in (False, True)
+            )
+            if without and graphs:
+                what = f"{row_name(size, name, compiled, True)} / without"
+                results.add(f"{section}, ratios", what, graphs / without, "", "lower")
+                print(f"{section}: {what} {graphs / without:.3f}", flush=True)
 
 
 def _wait(device: torch.device) -> None:

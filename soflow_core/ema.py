@@ -103,27 +103,39 @@ class EMA:
         if len(self.averages) != len(self.kinds):
             raise ValueError("the same EMA was asked for twice; give each decay once")
 
-    @torch.no_grad()
     def update(self, parameters: Iterable[Tensor], step: int, left_out: Tensor | None = None) -> None:
         """Adds the parameters after the step-th step (counted from 1), in the order of the constructor's mapping.
 
         Where `left_out`, a number on the device, is 1, nothing changes: the parameters must then be those of the step before.
         """
+        if self.every == 1:
+            self.add(parameters, self.weights(step), left_out)
+        elif step % self.every == 0:
+            self._update_precisely(parameters, step, left_out)
+
+    def weights(self, step: int) -> dict[str, float]:
+        """Average name -> weight of the parameters after the step-th step in it, where averages are updated each step."""
+        return {kind.name: 1 - kind.keep(step) for kind in self.kinds}
+
+    @torch.no_grad()
+    def add(
+        self,
+        parameters: Iterable[Tensor],
+        weights: Mapping[str, float] | Mapping[str, Tensor],
+        left_out: Tensor | None = None,
+    ) -> None:
+        """`update` with the weights of one step, as numbers or as () tensors on the device."""
         if not self.kinds:
             return
-        if self.every > 1:
-            if step % self.every == 0:
-                self._update_precisely(parameters, step, left_out)
-            return
         current = [local(p).float() for p in parameters]
-        for kind in self.kinds:
-            averages = [local(average) for average in self.averages[kind.name].values()]
-            weight = 1 - kind.keep(step)
+        for name, weight in weights.items():
+            averages = [local(average) for average in self.averages[name].values()]
             if left_out is None:
                 torch._foreach_lerp_(averages, current, weight)
             else:
                 torch._foreach_lerp_(averages, current, [weight * (1 - left_out)] * len(averages))
 
+    @torch.no_grad()
     def _update_precisely(self, parameters: Iterable[Tensor], step: int, left_out: Tensor | None) -> None:
         """The update that stands for the last `every` steps, one tensor after the other in float64."""
         shares = [kind.keep_over(step, self.every) for kind in self.kinds]

@@ -90,9 +90,9 @@ class RecordedPasses:
         self._recording: Recording | None = None
 
     @property
-    def recorded(self) -> bool:
-        """Whether the next step of the same phase and shapes is replayed."""
-        return self._recording is not None
+    def recording(self) -> Recording | None:
+        """What the last step was replayed from, and the next one of the same phase and shapes will be; None where it was not."""
+        return self._recording
 
     def forget(self) -> None:
         """Drops the recording, whose loss is no longer that of the training."""

@@ -50,10 +50,11 @@ class StartedStep:
 
     @classmethod
     def of(
-        cls, before: int, rate: float, values: Mapping[str, Tensor], norm: Tensor, norms: Mapping[str, Tensor]
+        cls, before: int, rate: float, values: Mapping[str, Tensor], gradients: Sequence[str], norms: Tensor
     ) -> StartedStep:
-        numbers = torch.stack([*values.values(), norm, *norms.values()])
-        return cls(before, rate, tuple(values), tuple(norms), numbers)
+        """`norms` (1 + N,) are that of all gradients together, and those of the N named ones."""
+        numbers = torch.cat([torch.stack(list(values.values())), norms])
+        return cls(before, rate, tuple(values), tuple(gradients), numbers)
 
     def record(self, numbers: Sequence[float]) -> StepRecord:
         """The step's record, from what `numbers` has become on the host."""

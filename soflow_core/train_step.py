@@ -26,6 +26,7 @@ from soflow_core.optimizer import OptimizerConfig
 from soflow_core.passes import Network, PassPolicy, Precision
 from soflow_core.rank_check import check_replicas
 from soflow_core.recorded_passes import RecordedPasses
+from soflow_core.recorded_update import RecordedUpdate
 from soflow_core.sharding import (
     compile_blocks,
     is_first,
@@ -44,6 +45,10 @@ MOST_GRAPHS = 32
 """Limit of compiled versions of a network: one for each pass, branch size, precision and gradient mode. Beyond
 torch's own limit of 8 a network would run uncompiled.
 """
+
+
+RATE = "learning rate"
+"""Key of it among the numbers of an update, whose others are weights of averages by name."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ class TrainStepConfig:
     """Strided pieces that the rows are taken in, one backward pass each, for less memory."""
     compile: bool = False
     graphs: bool = False
-    """Records the passes of a step on a GPU as a CUDA graph, forward and backward, and replays it: for networks whose kernels are
-    shorter than their launches.
+    """Records a step on a GPU as CUDA graphs, passes and update, and replays them: for networks whose kernels are shorter than their
+    launches.
     """
     deterministic: bool = False
     """Lets a step use deterministic kernels alone (`torch.use_deterministic_algorithms`), also in the backward
@@ -151,6 +156,8 @@ class TrainStep:
             compile_blocks(self.module)
         self.recorded: RecordedPasses | None = None
         """Where the passes are recorded."""
+        self.recorded_update: RecordedUpdate | None = None
+        """Where the update of steps that run ahead is recorded."""
         if config.graphs:
             by_host = {
                 "dropout": drops,
@@ -159,6 +166,7 @@ class TrainStep:
             }
             check_graphs(objective, self.device, self.sync, by_host)
             self.recorded = RecordedPasses(self._passes, self.all_parameters)
+            self.recorded_update = RecordedUpdate(self._update_by, self.device)
         fused = bool(self.optimizer.defaults.get("fused"))
         self.runs_ahead = fused and self.mesh is None and self.device.type == "cuda"
         """Whether `start` returns before the device has done the step: a fused optimizer can leave out an update by itself."""
@@ -194,19 +202,14 @@ class TrainStep:
             return
         rate = self._learning_rate()
         with self._kernels():
-            values, gradients = self._gradients(batch, draws)
-            norms = torch._foreach_norm(gradients)
-            norm = torch.linalg.vector_norm(torch.stack(list(norms)))
+            values, _ = self._gradients(batch, draws)
             named = [
                 name
                 for name, p in zip(self.all_names, self.all_parameters, strict=True)
                 if p.grad is not None
             ]
-            self._started.append(
-                StartedStep.of(self.step, rate, values, norm, dict(zip(named, norms, strict=True)))
-            )
-            torch.maximum(self._refused, (~torch.isfinite(norm)).float(), out=self._refused)
-            self._update(norm, rate, self._refused)
+            before, norms = self.step, self._update_ahead(rate)
+            self._started.append(StartedStep.of(before, rate, values, named, norms))
 
     def finish(self) -> list[StepRecord]:
         """Waits for the started steps; their records since the last call, in order, up to the first refused one.
@@ -327,6 +330,8 @@ class TrainStep:
         self.optimizer.load_state_dict(
             {"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]}
         )
+        if self.recorded_update is not None:
+            self.recorded_update.forget()
         self.ema.load_state_dict(state["ema"])
         self.step = state["step"]
 
@@ -389,18 +394,51 @@ class TrainStep:
                 self._backward(given, drawn, policy, losses)
         return {name: torch.stack(parts).mean() for name, parts in losses.items()}
 
-    def _update(self, norm: Tensor, rate: float, refused: Tensor | None = None) -> None:
-        """Optimizer and EMAs; nothing where `refused` is 1 on the device."""
+    def _update(self, norm: Tensor, rate: float) -> None:
+        """Optimizer and EMAs."""
         self._hold()
+        self._optimize(norm, rate)
+        self.step += 1
+        self.ema.update(self.parameters, self.step)
+
+    def _update_ahead(self, rate: float) -> Tensor:
+        """As `_update`, unless the device finds the step not finite or has refused one before it; -> norms as for `StartedStep.of`."""
+        self._hold()
+        passes = None if self.recorded is None else self.recorded.recording
+        numbers = {RATE: rate, **(self.ema.weights(self.step + 1) if self.ema.every == 1 else {})}
+        self.step += 1
+        if passes is not None and self.recorded_update is not None:
+            norms = self.recorded_update(passes, numbers)
+            # For checkpoints: a recording leaves the tensor that it reads.
+            self._set_rate(rate)
+        else:
+            norms = self._update_by(numbers)
+        if self.ema.every > 1:
+            self.ema.update(self.parameters, self.step, self._refused)
+        return norms
+
+    def _update_by(self, numbers: Mapping[str, float] | Mapping[str, Tensor]) -> Tensor:
+        """The part of `_update_ahead` that is the device's alone, by the learning rate and the weights of averages of each step."""
+        norms = torch._foreach_norm([p.grad for p in self.all_parameters if p.grad is not None])
+        norm = torch.linalg.vector_norm(torch.stack(list(norms)))
+        torch.maximum(self._refused, (~torch.isfinite(norm)).float(), out=self._refused)
+        self._optimize(norm, numbers[RATE], self._refused)
+        self.ema.add(self.parameters, {n: w for n, w in numbers.items() if n != RATE}, self._refused)
+        return torch.stack([norm, *norms])
+
+    def _set_rate(self, rate: float | Tensor) -> None:
+        """`capturable` is torch's word for an optimizer that can be recorded, with a learning rate on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"], group["capturable"] = rate, isinstance(rate, Tensor)
+
+    def _optimize(self, norm: Tensor, rate: float | Tensor, refused: Tensor | None = None) -> None:
+        """The optimizer's step; none where `refused` is 1 on the device."""
         if self.config.clip_norm is not None:
             clip_grads_with_norm_(self.all_parameters, self.config.clip_norm, norm, foreach=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self._set_rate(rate)
         # As torch's GradScaler tells fused optimizers to leave an update out.
         cast(Any, self.optimizer).found_inf = refused
         self.optimizer.step()
-        self.step += 1
-        self.ema.update(self.parameters, self.step, refused)
 
     def _compiler(self) -> AbstractContextManager[object]:
         return (

@@ -65,10 +65,8 @@ def batch_of(conditional: bool = True, seed: int = 0, rows: int = ROWS) -> Batch
 
 
 def train_step(objective: Objective, **settings: Any) -> TrainStep:
-    config = TrainStepConfig(
-        TOTAL, OptimizerConfig(lr=1e-3, eps=1e-4), (0.9,), precision="float32", **settings
-    )
-    return TrainStep(network_for(objective), objective, config)
+    usual = {"optimizer": OptimizerConfig(lr=1e-3, eps=1e-4), "ema_decays": (0.9,), "precision": "float32"}
+    return TrainStep(network_for(objective), objective, TrainStepConfig(TOTAL, **{**usual, **settings}))
 
 
 def tensors_of(draws: Draws) -> dict[str, Tensor]:

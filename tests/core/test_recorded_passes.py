@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +17,10 @@ from soflow_core.conformance.test_objective import batch_of, draws_of, network_f
 from soflow_core.gradient_sync import FlatAllReduce, Local
 from soflow_core.objectives import OBJECTIVES, AlphaFlow, Batch, Draws, ImprovedConsistency, Objective, SoFlow
 from soflow_core.objectives.alpha_schedule import AlphaSchedule
+from soflow_core.optimizer import OptimizerConfig
 from soflow_core.passes import PassPolicy
 from soflow_core.recorded_passes import WARM_UP, RecordedPasses, on_device
+from soflow_core.recorded_update import RecordedUpdate
 from soflow_core.step_checks import check_graphs
 from soflow_core.step_record import StepRecord
 from soflow_core.train_step import TrainStep
@@ -83,7 +86,7 @@ def test_another_number_of_rows_is_recorded_anew() -> None:
     plain, recorded, recorder = trainings(SoFlow())
     assert_alike_steps(plain, recorded, 5, 10)
     assert recorded.recorded is not None
-    assert recorded.recorded.recorded
+    assert recorded.recorded.recording is not None
     assert_alike_steps(plain, recorded, 10, 15, rows=8)
     assert recorder.recorded == 2
 
@@ -124,6 +127,79 @@ def test_a_state_is_loaded_into_the_memory_of_a_recording() -> None:
         step.load_state_dict(state)
     assert_alike_steps(plain, recorded, 5, 8)
     assert recorder.recorded == 1
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "averages of two kinds": {"ema_decays": (0.9, 0.99), "power_ema_widths": (0.1,)},
+    "a rate that changes and clipping": {
+        "clip_norm": 0.05,
+        "optimizer": OptimizerConfig(lr=1e-3, eps=1e-4, warmup_steps=12),
+    },
+    "averages every second step": {"ema_every": 2},
+}
+
+
+def running_ahead(objective: Objective, **settings: Any) -> tuple[TrainStep, TrainStep, OperationRecorder]:
+    """As `trainings`, of steps that are started, whose update is recorded too; the recorder is that of updates."""
+    plain, recorded, _ = trainings(objective, **settings)
+    plain.runs_ahead = recorded.runs_ahead = True
+    updates = OperationRecorder()
+    recorded.recorded_update = RecordedUpdate(recorded._update_by, recorded.device, updates)
+    return plain, recorded, updates
+
+
+def assert_alike_started_steps(plain: TrainStep, recorded: TrainStep, first: int, last: int) -> None:
+    for step in (plain, recorded):
+        for k in range(first, last):
+            step.start(*inputs(step.objective, k))
+    for one, other in zip(recorded.finish(), plain.finish(), strict=True):
+        assert_alike(one, other)
+    assert_close(recorded.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
+def test_replayed_updates_are_those_of_a_training_without_a_recording(settings: dict[str, Any]) -> None:
+    plain, recorded, updates = running_ahead(SoFlow(), **settings)
+    assert_alike_started_steps(plain, recorded, FIRST, LAST)
+    assert (updates.recorded, updates.replayed) == (1, LAST - FIRST - WARM_UP)
+
+
+def test_a_step_that_is_not_finite_is_left_out_by_a_replayed_update() -> None:
+    plain, recorded, updates = running_ahead(SoFlow())
+    assert_alike_started_steps(plain, recorded, 5, 10)
+    before = {name: tensor.clone() for name, tensor in recorded.ema_state().items()}
+    batch, draws = inputs(SoFlow(), 10)
+    batch.x0[-1] = math.inf
+    recorded.start(batch, draws)
+    recorded.start(*inputs(SoFlow(), 11))
+    (record,) = recorded.finish()
+    assert (record.finite, recorded.step) == (False, 10)
+    assert_close(recorded.ema_state(), before, rtol=0, atol=0)
+    assert_alike_started_steps(plain, recorded, 10, 13)
+    assert updates.recorded == 1
+
+
+def test_an_update_is_recorded_anew_for_new_passes_and_for_a_loaded_state() -> None:
+    plain, recorded, updates = running_ahead(SoFlow())
+    assert_alike_started_steps(plain, recorded, 5, 10)
+    for step in (plain, recorded):
+        step.adopt(replace(SoFlow(), weight_power=0.5), step.config.optimizer)
+    assert_alike_started_steps(plain, recorded, 10, 15)
+    assert updates.recorded == 2
+    state = deepcopy(plain.state_dict())
+    for step in (plain, recorded):
+        step.load_state_dict({**state, "step": 12})
+    assert_alike_started_steps(plain, recorded, 12, 15)
+    assert updates.recorded == 3
+
+
+def test_a_checkpoint_of_a_recorded_training_has_the_learning_rate_as_a_number() -> None:
+    _, recorded, _ = running_ahead(SoFlow(), optimizer=OptimizerConfig(lr=1e-3, eps=1e-4, warmup_steps=12))
+    for k in range(FIRST, LAST):
+        recorded.start(*inputs(SoFlow(), k))
+    recorded.finish()
+    (group,) = recorded.state_dict()["optimizer"]["param_groups"]
+    assert (group["lr"], group["capturable"]) == (1e-3, False)
 
 
 @dataclass(frozen=True)
