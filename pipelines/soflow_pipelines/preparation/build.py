@@ -70,7 +70,7 @@ class ShardBuilder:
         with staging_folder(self.store, STATE_FOLDER) as staging:
             local = staging / shard_name(shard)
             damaged: list[str] = []
-            with open_shard(local, shard, self.plan.info) as writer:
+            with open_shard(self.store, local, shard, self.plan.info) as writer:
                 for batch, decoded in self._decoded(shard):
                     damaged += [str(pixels) for pixels in decoded if isinstance(pixels, ImageError)]
                     if self.plan.settings.skip_damaged or not damaged:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,12 +28,10 @@ from numpy.typing import NDArray
 
 from soflow_pipelines.shards.info import INFO_NAME, DatasetInfo, ShardError
 from soflow_pipelines.shards.tables import INDEX_SCHEMA, UNLABELLED, ShardRecord, publish_set
-from soflow_pipelines.storage.files import atomic
-from soflow_pipelines.storage.opening import open_storage, staging_folder
+from soflow_pipelines.storage.object_store import ObjectStore
+from soflow_pipelines.storage.opening import WritableFile, open_storage, staged_file, staging_folder
 
 SHARD_BYTES = 256 * 2**20
-WRITE_BYTES = 8 * 2**20
-"""Large writes are cached in large pages, which are faster to read again."""
 BLOCK = 512
 """Bytes to which tar pads headers and members."""
 
@@ -63,7 +61,7 @@ def npy_header(dtype: str, shape: Sequence[int]) -> bytes:
 class ShardWriter:
     """Writes the samples of one tar file: USTAR, every time and owner zero, so that equal samples make equal bytes."""
 
-    def __init__(self, file: BinaryIO, number: int, info: DatasetInfo) -> None:
+    def __init__(self, file: WritableFile, number: int, info: DatasetInfo) -> None:
         self._file = file
         self._number = number
         self._info = info
@@ -140,19 +138,13 @@ class ShardWriter:
 
 
 @contextmanager
-def open_shard(path: Path, number: int, info: DatasetInfo) -> Iterator[ShardWriter]:
-    """Opens a local file for one shard, which takes its name when the block ends without an exception; call `finish` in it."""
-    # Not durable: the shard is staged, and publishing it has it reach the disk.
-    with atomic(path, durable=False, buffering=WRITE_BYTES) as file:
+def open_shard(store: ObjectStore, path: Path, number: int, info: DatasetInfo) -> Iterator[ShardWriter]:
+    """Opens a file in a staging folder of a store for one shard, which takes its name when the block ends without an exception.
+
+    Call `finish` in the block.
+    """
+    with staged_file(store, path) as file:
         yield ShardWriter(file, number, info)
-
-
-def write_shard(path: Path, number: int, samples: Iterable[Sample], info: DatasetInfo) -> ShardRecord:
-    """Writes one shard to a local path, whole. Raises ValueError for a sample that does not fit, OSError."""
-    with open_shard(path, number, info) as writer:
-        for sample in samples:
-            writer.add(sample)
-        return writer.finish()
 
 
 def samples_per_shard(info: DatasetInfo, samples: int, shard_bytes: int = SHARD_BYTES) -> int:
@@ -183,8 +175,12 @@ def write_shards(
     records: list[ShardRecord] = []
     with staging_folder(store) as staging:
         while chunk := list(islice(remaining, per_shard)):
-            local = staging / shard_name(len(records))
-            record = write_shard(local, len(records), chunk, info)
+            number = len(records)
+            local = staging / shard_name(number)
+            with open_shard(store, local, number, info) as writer:
+                for sample in chunk:
+                    writer.add(sample)
+                record = writer.finish()
             store.publish(record.name, local)
             records.append(record)
     return publish_set(store, info, records)

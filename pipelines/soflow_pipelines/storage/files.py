@@ -23,24 +23,32 @@ NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
-def atomic(path: Path, *, durable: bool = True, buffering: int = -1) -> Iterator[BinaryIO]:
+def atomic(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Opens a file for writing that takes its name when the block ends without an exception.
 
-    The bytes go to a temporary file in the same folder, whose name is random: a process id is not unique between containers. It
-    is removed where the block fails. With `durable`, content and name are on the disk before this returns. Parent folders are
-    created. `buffering` is that of `open`. Raises OSError.
+    With `durable`, content and name are on the disk before this returns. Parent folders are created. Raises OSError.
+    """
+    with named_when_done(path) as partial, partial.open("wb") as file:
+        yield file
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    if durable:
+        sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def named_when_done(path: Path) -> Iterator[Path]:
+    """A place in the same folder for a file that takes its name when the block ends without an exception.
+
+    The place's name is random: a process id is not unique between containers. The file is removed where the block fails. Parent folders
+    are created. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     try:
-        with partial.open("wb", buffering=buffering) as file:
-            yield file
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
+        yield partial
         os.replace(partial, path)
-        if durable:
-            sync_folder(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

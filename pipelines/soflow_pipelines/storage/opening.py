@@ -7,14 +7,19 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 from soflow_core.failures import printable
-from soflow_pipelines.storage.files import temporary_folder
+from soflow_pipelines.storage.direct_file import DirectFile
+from soflow_pipelines.storage.files import named_when_done, temporary_folder
 from soflow_pipelines.storage.http import WebFolder
 from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import LocationError, ObjectStore, StorageError
 from soflow_pipelines.storage.s3 import S3Folder
 from soflow_pipelines.storage.uris import without_secrets
+
+CACHED_BYTES = 8 * 2**20
+"""Large writes are cached in large pages, which are faster to read again."""
 
 
 def open_storage(uri: str | Path) -> ObjectStore:
@@ -66,3 +71,26 @@ def staging_folder(store: ObjectStore, below: str = "") -> Iterator[Path]:
         except OSError as error:
             raise StorageError(f"{parent} cannot be written: {error.strerror}") from error
         yield folder
+
+
+class WritableFile(Protocol):
+    """What takes bytes one after the other."""
+
+    def write(self, content: bytes | memoryview, /) -> object:
+        """Adds bytes. Raises OSError."""
+
+
+@contextlib.contextmanager
+def staged_file(store: ObjectStore, path: Path) -> Iterator[WritableFile]:
+    """Opens a large file in a staging folder of this store, which takes its name when the block ends without an exception.
+
+    Past the page cache where the file stays on this disk; through it where it is read again, for the upload. Raises OSError.
+    """
+    with named_when_done(path) as partial:
+        if isinstance(store, LocalFolder):
+            with DirectFile(partial) as direct:
+                yield direct
+                direct.finish()
+        else:
+            with partial.open("wb", buffering=CACHED_BYTES) as cached:
+                yield cached

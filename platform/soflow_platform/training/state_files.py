@@ -23,11 +23,11 @@ from torch import Tensor
 from soflow_core.failures import summarize
 from soflow_core.host_copy import map_tensors
 from soflow_core.weights import WeightsError, read_torch_file
+from soflow_pipelines.storage.direct_file import write_hashed
 from soflow_pipelines.storage.files import parse_json
 from soflow_platform.storage import checkpoints
 from soflow_platform.storage.checkpoint_files import FILES_AT_ONCE
 from soflow_platform.storage.checkpoints import EMA, STATE, Checkpoint, part_name
-from soflow_platform.storage.direct_file import write_hashed
 
 PART_BYTES = 2**29
 """A part is closed by the tensor that fills it to this size."""

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from soflow_platform.storage import direct_file
-from soflow_platform.storage.direct_file import ALIGNMENT, BLOCK, write_hashed
+from soflow_pipelines.storage import direct_file
+from soflow_pipelines.storage.direct_file import ALIGNMENT, BLOCK, write_hashed
 
 LENGTHS = [
     (),
@@ -101,7 +101,7 @@ def test_a_file_that_may_not_grow_is_an_error(tmp_path: Path, length: int) -> No
     program = (
         "import resource, signal, numpy\n"
         "from pathlib import Path\n"
-        "from soflow_platform.storage.direct_file import write_hashed\n"
+        "from soflow_pipelines.storage.direct_file import write_hashed\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
         "try:\n"

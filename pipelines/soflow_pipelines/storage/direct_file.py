@@ -1,7 +1,7 @@
-"""Large files that are hashed while they are written past the page cache.
+"""Large files that are written past the page cache.
 
-A write through the page cache costs the processors several times the work of one past it, which is taken from a training that needs all
-of them, and what is written pushes the shards that are read again out of memory.
+A write through the page cache costs the processors several times the work of one past it, which is taken from a training or a
+preparation that needs all of them, and what is written pushes files that are read again out of memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 BLOCK = 2**23
-"""Bytes that are hashed and written at a time."""
+"""Bytes that are written at a time."""
 ALIGNMENT = 2**12
 """What place and length of a write past the page cache are multiples of."""
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)
@@ -31,14 +31,23 @@ def write_hashed(path: Path, parts: Iterable[np.ndarray | bytes]) -> str:
 
     Other threads run meanwhile. Through the page cache where the file system accepts nothing else. Raises OSError.
     """
-    with _HashedFile(path) as file:
+    checksum = hashlib.sha256()
+    with DirectFile(path) as file:
         for part in parts:
-            file.append(np.frombuffer(part, np.uint8))
-        return file.finish()
+            content = memoryview(part).cast("B")
+            for start in range(0, len(content), BLOCK):
+                piece = content[start : start + BLOCK]
+                checksum.update(piece)
+                file.write(piece)
+        file.finish()
+    return checksum.hexdigest()
 
 
-class _HashedFile:
-    """A new file with the block that is filled for it."""
+class DirectFile:
+    """A new file with the block that is filled for it; its bytes are on the disk after `finish`.
+
+    Through the page cache where the file system accepts nothing else. Other threads run while it is written. Methods raise OSError.
+    """
 
     def __init__(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
@@ -50,36 +59,34 @@ class _HashedFile:
             self._file = os.open(path, flags, 0o666)
         # Of an address that is a multiple of a page.
         self._block = mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._bytes = np.frombuffer(self._block, np.uint8)
+        self._address = np.frombuffer(self._block, np.uint8).ctypes.data
         self._filled = 0
-        self._checksum = hashlib.sha256()
 
-    def __enter__(self) -> _HashedFile:
+    def __enter__(self) -> DirectFile:
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
 
-    def append(self, part: np.ndarray) -> None:
+    def write(self, content: bytes | memoryview) -> None:
         """Add bytes, contiguous in memory."""
-        done = 0
-        while done < len(part):
-            count = min(BLOCK - self._filled, len(part) - done)
+        length, done = len(content), 0
+        source = np.frombuffer(content, np.uint8).ctypes.data if length else 0
+        while done < length:
+            count = min(BLOCK - self._filled, length - done)
             # Without the GIL, which an assignment would hold.
-            ctypes.memmove(self._bytes.ctypes.data + self._filled, part.ctypes.data + done, count)
+            ctypes.memmove(self._address + self._filled, source + done, count)
             done, self._filled = done + count, self._filled + count
             if self._filled == BLOCK:
                 self._write()
 
-    def finish(self) -> str:
-        """Write what is left and have all of it reach the disk. Returns the SHA-256."""
+    def finish(self) -> None:
+        """Write what is left and have all of it reach the disk."""
         self._write()
         os.fsync(self._file)
-        return self._checksum.hexdigest()
 
     def _write(self) -> None:
         with memoryview(self._block)[: self._filled] as view:
-            self._checksum.update(view)
             done = 0
             while done < self._filled:
                 if (self._filled - done) % ALIGNMENT:
