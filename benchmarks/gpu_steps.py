@@ -295,7 +295,7 @@ def ratios(results: Results, sizes: Sequence[str]) -> None:
 def _ratios_of_graphs(
     results: Results, found: dict[tuple[str, str], float], size: str, compiled: bool
 ) -> None:
-    """Add and print, of each method, the step with graphs over the one without, waited for and not. Where not, the update is recorded."""
+    """Add and print, of each method, the step with graphs over that without, waited for and not; the update is recorded where not."""
     for section in ("steps", AHEAD):
         for name in methods():
             without, graphs = (
