@@ -39,19 +39,32 @@ def count_defects(info: DatasetInfo, records: list[ShardRecord], samples: int) -
 
 
 def row_defects(info: DatasetInfo, records: list[ShardRecord], index: pa.Table) -> Iterator[tuple[int, str]]:
-    """(row of the index, what is wrong) for each row that cannot be a sample of the set, or is not where the writer puts it.
+    """(row of the index, what is wrong) for each row that cannot be a sample of the set, or is not where the writer puts it."""
+    checks = RowChecks(info, records)
+    for start in range(0, len(index), ROWS_AT_ONCE):
+        for row, what in checks.defects(index.slice(start, ROWS_AT_ONCE)):
+            yield start + row, what
+
+
+class RowChecks:
+    """Checks the index part by part, in its order.
 
     The order of the rows counts, for the order in which training reads depends on it: that of the shards, and in a shard that
     of the offsets.
     """
-    lengths = np.array([record.bytes for record in records], np.int64)
-    before = None
-    for start in range(0, len(index), ROWS_AT_ONCE):
-        part = index.slice(start, ROWS_AT_ONCE)
+
+    def __init__(self, info: DatasetInfo, records: list[ShardRecord]) -> None:
+        self._info = info
+        self._lengths = np.array([record.bytes for record in records], np.int64)
+        self._before: tuple[int, int] | None = None
+
+    def defects(self, part: pa.Table) -> Iterator[tuple[int, str]]:
+        """(row of the part, what is wrong) for each row of the next part that is wrong."""
+        if not len(part):
+            return
         columns = [part[name].to_numpy().astype(np.int64) for name in COLUMNS]
-        for row, what in _defects(info, lengths, columns, before):
-            yield start + row, what
-        before = int(columns[0][-1]), int(columns[2][-1])
+        before, self._before = self._before, (int(columns[0][-1]), int(columns[2][-1]))
+        yield from _defects(self._info, self._lengths, columns, before)
 
 
 def _defects(

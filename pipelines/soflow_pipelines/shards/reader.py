@@ -7,6 +7,7 @@ import sys
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -18,10 +19,17 @@ from numpy.typing import NDArray
 
 from soflow_core.failures import printable, summarize
 from soflow_pipelines.shards.cache import ShardCache
-from soflow_pipelines.shards.index_checks import COLUMNS, member_bytes, row_defects
+from soflow_pipelines.shards.index_checks import COLUMNS, RowChecks, member_bytes
 from soflow_pipelines.shards.info import DatasetInfo, ShardError
 from soflow_pipelines.shards.order import WINDOW_BYTES
-from soflow_pipelines.shards.tables import INDEX_NAME, read_index, read_manifest
+from soflow_pipelines.shards.tables import (
+    INDEX_NAME,
+    INDEX_SCHEMA,
+    OpenTable,
+    ShardRecord,
+    read_index,
+    read_manifest,
+)
 from soflow_pipelines.shards.writer import BLOCK, npy_header
 from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import StorageError
@@ -48,14 +56,9 @@ class SampleReader:
         self._lock = Lock()
         self._info = info
         self.shards = read_manifest(uri, label_counts=False)
-        index = read_index(uri, [*COLUMNS, "crc32"])
-        self._check_tables(index)
         # 13 bytes a sample: the shard follows from the row, and offsets are multiples of a block of tar.
         self._first_row = np.cumsum([0, *(shard.samples for shard in self.shards)])
-        self.labels = index["label"].to_numpy()
-        self._block = _block_numbers(index["offset"])
-        self._crc = index["crc32"].to_numpy()
-        del index
+        self._read_index(OpenTable(self._store, INDEX_NAME, INDEX_SCHEMA, [*COLUMNS, "crc32"]))
         # Arrow keeps what it has freed for its next table, which for this size does not come.
         pa.default_memory_pool().release_unused()
         self._header = npy_header(info.dtype, info.stored_shape)
@@ -71,19 +74,28 @@ class SampleReader:
             for shard in range(len(self.shards)):
                 self._map(shard)
 
-    def _check_tables(self, index: pa.Table) -> None:
+    def _read_index(self, index: OpenTable) -> None:
+        """Fills labels, places and checksums, part by part, so that little more is in memory than what stays there."""
         uri, listed = self._store.uri, sum(shard.samples for shard in self.shards)
-        if not self._info.samples == listed == len(index):
+        if not self._info.samples == listed == index.rows:
             raise ShardError(
                 f"{uri}: dataset.json counts {self._info.samples} samples, manifest.parquet {listed} and "
-                f"index.parquet {len(index)}."
+                f"index.parquet {index.rows}."
             )
-        for row, what in row_defects(self._info, self.shards, index):
-            raise self._damage(row, index["shard"][row].as_py(), what)
-        counts = np.diff(
-            np.searchsorted(index["shard"].to_numpy(), np.arange(len(self.shards) + 1, dtype=np.int32))
-        )
-        for shard, count in zip(self.shards, counts, strict=True):
+        self.labels = np.empty(index.rows, np.int32)
+        self._block = np.empty(index.rows, _block_type(self.shards))
+        self._crc = np.empty(index.rows, np.uint32)
+        checks, counts, start = RowChecks(self._info, self.shards), np.zeros(len(self.shards), np.int64), 0
+        for part in index.parts():
+            for row, what in checks.defects(part):
+                raise self._damage(start + row, part["shard"][row].as_py(), what)
+            rows = slice(start, start + len(part))
+            self.labels[rows] = part["label"].to_numpy()
+            self._block[rows] = part["offset"].to_numpy() // BLOCK
+            self._crc[rows] = part["crc32"].to_numpy()
+            counts += np.bincount(part["shard"].to_numpy(), minlength=len(counts))
+            start = rows.stop
+        for shard, count in zip(self.shards, counts.tolist(), strict=True):
             if count != shard.samples:
                 raise ShardError(
                     f"{uri}: manifest.parquet counts {shard.samples} samples in {shard.name}, "
@@ -200,7 +212,6 @@ class SampleReader:
         return ShardError(f"{self._store.uri}/{name}, sample {key}: {what}.")
 
 
-def _block_numbers(offsets: pa.ChunkedArray) -> NDArray[Any]:
-    """Offsets in a shard in blocks of tar, in the smallest type that holds them: four bytes for shards of up to 2 TB."""
-    blocks: NDArray[Any] = offsets.to_numpy() // BLOCK
-    return blocks.astype(np.uint32) if blocks.max(initial=0) < 2**32 else blocks
+def _block_type(shards: Sequence[ShardRecord]) -> type[np.unsignedinteger[Any]]:
+    """The smallest type of a place in a shard in blocks of tar: four bytes for shards of up to 2 TB."""
+    return np.uint32 if max((shard.bytes for shard in shards), default=0) // BLOCK < 2**32 else np.uint64

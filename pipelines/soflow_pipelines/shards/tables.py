@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -179,33 +180,70 @@ def read_table(
 
     Raises ShardError where it is missing, damaged, implausibly large or of another schema, StorageError where it cannot be read.
     """
-    if store.size(name) is None:
-        raise ShardError(f"{store.uri}/{name} is missing.")
-    chosen = schema if columns is None else pa.schema([schema.field(column) for column in columns])
-    try:
-        content = read_at_most(store, name, MOST_BYTES[name])
-        texts = [column.name for column in chosen if pa.types.is_string(column.type)]
-        # Arrow's threads would call a Python file, and end the process with SIGABRT where they do so while Python ends.
-        source = pa.BufferReader(content)
-        opened = pq.ParquetFile(source)
-        _check_extent(opened.metadata, len(content))
-        _check_columns(opened.schema_arrow, chosen)
-        # Texts stay dictionaries until their lengths are known: a few bytes of a file can repeat a long one very often.
-        file = pq.ParquetFile(source, metadata=opened.metadata, read_dictionary=texts)
-        table = file.read(columns=chosen.names)
+    table = OpenTable(store, name, schema, columns)
+    parts = list(table.parts())
+    return pa.concat_tables(parts) if parts else table.schema.empty_table()
+
+
+class OpenTable:
+    """Columns of a Parquet table, with the types of the schema and without nulls, to be read part by part.
+
+    It and `parts` raise ShardError where it is missing, damaged, implausibly large or of another schema, StorageError where it cannot
+    be read.
+    """
+
+    def __init__(
+        self, store: ObjectStore, name: str, schema: pa.Schema, columns: Sequence[str] | None = None
+    ) -> None:
+        self._place = f"{store.uri}/{name}"
+        if store.size(name) is None:
+            raise ShardError(f"{self._place} is missing.")
+        self.schema = schema if columns is None else pa.schema([schema.field(column) for column in columns])
+        self._texts = [column.name for column in self.schema if pa.types.is_string(column.type)]
+        with self._understood():
+            content = read_at_most(store, name, MOST_BYTES[name])
+            # Arrow's threads would call a Python file, and end the process with SIGABRT where they do so while Python ends.
+            source = pa.BufferReader(content)
+            opened = pq.ParquetFile(source)
+            _check_extent(opened.metadata, len(content))
+            _check_columns(opened.schema_arrow, self.schema)
+            # Texts stay dictionaries until their lengths are known: a few bytes of a file can repeat a long one very often.
+            self._file = pq.ParquetFile(source, metadata=opened.metadata, read_dictionary=self._texts)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all parts."""
+        return sum(self._rows_of(group) for group in range(self._file.num_row_groups))
+
+    def parts(self) -> Iterator[pa.Table]:
+        """The rows in order, as they were grouped when they were written: a million at a time."""
+        for group in range(self._file.num_row_groups):
+            with self._understood():
+                part = self._checked(self._file.read_row_group(group, columns=self.schema.names))
+                if len(part) != self._rows_of(group):
+                    raise ValueError(f"a group of {self._rows_of(group)} rows has {len(part)}")
+            yield part
+
+    def _rows_of(self, group: int) -> int:
+        return int(self._file.metadata.row_group(group).num_rows)
+
+    def _checked(self, table: pa.Table) -> pa.Table:
         # Offsets within bounds, and texts in UTF-8, which reading does not look at.
         table.validate(full=True)
-        for text in texts:
+        for text in self._texts:
             _check_texts(table[text])
-        table = table.cast(chosen)
-        for column in chosen:
+        table = table.cast(self.schema)
+        for column in self.schema:
             if table[column.name].null_count:
                 raise ValueError(f"{column.name} is missing in {table[column.name].null_count} rows")
-    except (ValueError, OSError, OverflowError, pa.ArrowException) as error:
-        raise ShardError(
-            f"{store.uri}/{name} cannot be understood: {printable(summarize(error))}."
-        ) from error
-    return table
+        return table
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError, OverflowError, pa.ArrowException) as error:
+            raise ShardError(f"{self._place} cannot be understood: {printable(summarize(error))}.") from error
 
 
 def _check_extent(metadata: pq.FileMetaData, size: int) -> None:

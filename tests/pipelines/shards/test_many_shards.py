@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -115,3 +116,25 @@ def test_rows_are_checked_some_at_a_time_as_all_at_once(
         monkeypatch.setattr(index_checks, "ROWS_AT_ONCE", count)
         assert list(row_defects(info, records, index)) == []
         assert sorted(row_defects(info, records, damaged)) == whole
+
+
+@pytest.mark.parametrize("rows_of_a_part", [1, 7, 1000])
+def test_an_index_is_read_part_by_part(folder: Path, tmp_path: Path, rows_of_a_part: int) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    index = read_index(folder)
+    pq.write_table(index, tmp_path / "index.parquet", row_group_size=rows_of_a_part)
+    assert read_index(tmp_path).equals(index)
+    with ShardLoader(folder, 16, threads=0) as whole, ShardLoader(tmp_path, 16, threads=0) as parts:
+        for name in ("labels", "_block", "_crc"):
+            np.testing.assert_array_equal(getattr(parts._samples, name), getattr(whole._samples, name))
+        np.testing.assert_array_equal(next(parts).x0, next(whole).x0)
+    offsets = index["offset"].to_pylist()
+    offsets[59] += 1
+    damaged = index.set_column(3, "offset", pa.array(offsets, pa.int64()))
+    pq.write_table(damaged, tmp_path / "index.parquet", row_group_size=rows_of_a_part)
+    key, last = index["key"][59].as_py(), read_manifest(folder)[index["shard"][59].as_py()].name
+    with pytest.raises(
+        ShardError, match=rf"{last}, sample {key}: index.parquet puts it at byte {offsets[59]}"
+    ):
+        ShardLoader(tmp_path, 16)
