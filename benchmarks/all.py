@@ -87,7 +87,7 @@ BENCHMARKS = {
     "fid": Small("--dim 512 --rounds 1"),
     "draws": Small("--batch 256 --steps 40"),
     "prepare": Small("--repeat 1 --copies 1"),
-    "generate": Small("--num 256 --latents 0 --repeat 1"),
+    "generate": Small("--small"),
     "startup": Small("--rounds 1"),
     "overhead": Small("--rounds 1 --size S/8 --batch 8"),
     "sweep": Small("--trials 1 --steps 20"),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
+import pytest
+
+from all import BENCHMARKS
 from measurements import Results, moved
 
 
@@ -121,3 +125,16 @@ def test_results_tell_no_place_of_the_machine() -> None:
     for path in RESULTS.glob("bench-*.json"):
         text = path.read_text()
         assert not any(place in text for place in ("/tmp", "/home", "/root", "/work", "localhost"))
+
+
+@pytest.mark.parametrize("name", sorted(BENCHMARKS))
+def test_a_benchmark_understands_its_small_form(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of its arguments and one that no benchmark has, that one alone is refused."""
+    arguments = [*BENCHMARKS[name].arguments.split(), "--no-such-option"]
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        import_module(name).main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err.strip().endswith("error: unrecognized arguments: --no-such-option")
