@@ -36,6 +36,7 @@ BEGIN, END = "<!-- written by benchmarks/all.py --save -->", "<!-- until here --
 """Lines of the page around its table."""
 NUMBER = re.compile(r"(?<![\w./-])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w.])")
 VERDICT = re.compile(r",? (?:bar|limit) .*$")
+LOGGED = re.compile(r"\d{4}-\d\d-\d\dT")
 SECONDS = 300
 """Of one run of a benchmark."""
 BUSY = 0.1
@@ -79,17 +80,34 @@ BENCHMARKS = {
             for ratio in ("0.1", "0.01", "0.002")
         ),
     ),
-    "step": Small("--sizes S/8 --batch 4 --rounds 3 --threads 1 --clock cpu --no-memory"),
-    "host_copy": Small("--size S/8 --batch 2 --rounds 2"),
-    "checkpoints": Small("--rounds 2"),
-    "shard_count": Small(""),
-    "loader": Small("--samples 2000"),
+    "step": Small(
+        "--sizes S/8 --batch 4 --rounds 3 --threads 1 --clock cpu --no-memory",
+        shown=("flow matching, of plain", "soflow, of plain", "six calls, of plain", "meanflow, of plain"),
+    ),
+    "host_copy": Small("--size S/8 --batch 2 --rounds 2", shown=("a save, of a step",)),
+    "checkpoints": Small("--rounds 2", shown=("save / plain write = #", "load / plain read = #")),
+    "shard_count": Small(
+        "",
+        shown=(
+            "shards, samples 10 of 100,000, step ms",
+            "shards, samples 1,000 of 100,000, step ms",
+            "shards, samples 1,000 of 100,000, bytes of a sample",
+        ),
+    ),
+    "loader": Small("--samples 2000", shown=("met at least # times h5py: # [2]",)),
     "fid": Small("--dim 512 --rounds 1"),
     "draws": Small("--batch 256 --steps 40"),
-    "prepare": Small("--repeat 1 --copies 1"),
+    "prepare": Small(
+        "--repeat 1 --copies 1",
+        shown=tuple(
+            f"{kind}: {way}, of the loop"
+            for kind in ("pixels", "latents")
+            for way in ("prepare, one core", "prepare")
+        ),
+    ),
     "generate": Small("--small"),
     "startup": Small("--rounds 1"),
-    "overhead": Small("--rounds 1 --size S/8 --batch 8"),
+    "overhead": Small("--rounds 1 --size S/8 --batch 8", shown=("platform / bare = #",)),
     "sweep": Small("--trials 1 --steps 20"),
     "network_options": Small("--steps 20 --seeds 1 --samples 200 --only none rope"),
     "guidance_condition": Small("--steps 20 --seeds 2 --samples 200 --scales 1 3"),
@@ -141,9 +159,11 @@ def _cells(lines: list[str]) -> Iterator[tuple[str, float]]:
 
 
 def _in_lines(lines: Iterable[str]) -> Iterator[tuple[str, float]]:
-    """The numbers of lines of text, but for limits."""
+    """The numbers of lines of text, but for limits and lines of a log. A name does not depend on how wide a number is printed."""
     for line in lines:
-        plain = VERDICT.sub("", line.strip())
+        if LOGGED.match(line):
+            continue
+        plain = " ".join(VERDICT.sub("", line.strip()).split())
         found_all = NUMBER.findall(plain)
         label = NUMBER.sub("#", plain)
         for place, found in enumerate(found_all, start=1):

@@ -141,7 +141,8 @@ class Comparison:
 
 
 def measure(comparison: Comparison, repeat: int, cluster: Cluster | None) -> None:
-    """Prints the medians of so many repetitions."""
+    """Prints the medians of so many repetitions, after one preparation that imports what it needs."""
+    comparison.here("warm-up")
     rates: dict[str, list[float]] = {}
     for number in range(repeat):
         with one_core():
@@ -152,11 +153,12 @@ def measure(comparison: Comparison, repeat: int, cluster: Cluster | None) -> Non
         if cluster is not None:
             rates.setdefault("prepare, on Ray", []).append(comparison.on_ray(f"ray-{number}", cluster))
     kind = "latents" if comparison.autoencoder else "pixels"
-    print(f"{comparison.count} images to {kind}, medians of {repeat}, in images per second:")
+    print(f"\n## {kind}\n\n{comparison.count} images, medians of {repeat}\n")
+    print("| way | images/s | of the loop |\n|---|---|---|")
     for name, values in rates.items():
         loop = "loop, one core" if name.endswith("one core") else "loop"
         ratio = statistics.median(one / other for one, other in zip(values, rates[loop], strict=True))
-        print(f"{name:>20} {statistics.median(values):8.1f}   {ratio:5.2f} x the loop")
+        print(f"| {name} | {statistics.median(values):.1f} | {ratio:.2f} |")
 
 
 def main() -> int:

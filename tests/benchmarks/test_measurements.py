@@ -55,14 +55,15 @@ def test_numbers_are_read_from_tables_and_lines() -> None:
     text = (
         "S/8, batch 4\n| step | s | of plain | F |\n|---|---|---|---|\n| plain | 0.030 | 1.000 | - |\n\n"
         "time of soflow / plain = 1.48, bar 1.55: holds\n        memmap, float32    12,345     0.88\n"
+        "2026-01-02T03:04:05Z  checkpoint of step 100\n"
     )
     assert list(numbers(text)) == [
         ("S/8, batch #", 4.0),
         ("plain, s", 0.03),
         ("plain, of plain", 1.0),
         ("time of soflow / plain = #", 1.48),
-        ("memmap, float32    #     # [1]", 12345.0),
-        ("memmap, float32    #     # [2]", 0.88),
+        ("memmap, float32 # # [1]", 12345.0),
+        ("memmap, float32 # # [2]", 0.88),
     ]
 
 
