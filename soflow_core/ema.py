@@ -110,7 +110,7 @@ class EMA:
         """
         if self.every == 1:
             self.add(parameters, self.weights(step), left_out)
-        elif step % self.every == 0:
+        elif self.kinds and step % self.every == 0:
             self._update_precisely(parameters, step, left_out)
 
     def weights(self, step: int) -> dict[str, float]:

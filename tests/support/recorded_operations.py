@@ -25,6 +25,8 @@ class OperationRecorder(Recorder):
         self.recorded += 1
         with _Log() as log:
             work()
+        # A graph is captured without being run.
+        log.undo()
 
         def replay() -> None:
             self.replayed += 1
@@ -39,14 +41,31 @@ class _Log(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[tuple[Any, Any, Any, Any]] = []
+        self._before: list[tuple[Tensor, Tensor]] = []
+        """What was written to, and what it held before."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("a number is read from the device while it is recorded")
         kwargs = kwargs or {}
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            self._keep(argument, value)
+        for argument in func._schema.arguments:
+            self._keep(argument, kwargs.get(argument.name))
         result = func(*args, **kwargs)
         self._calls.append((func, args, kwargs, result))
         return result
+
+    def _keep(self, argument: Any, value: Any) -> None:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            self._before += [(each, each.detach().clone()) for each in _tensors(value)]
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Gives what was written to, also from before the recording, its content back."""
+        for written, before in reversed(self._before):
+            written.copy_(before)
+        self._before.clear()
 
     @torch.no_grad()
     def repeat(self) -> None:
