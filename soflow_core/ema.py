@@ -121,17 +121,17 @@ class EMA:
     def add(
         self,
         parameters: Iterable[Tensor],
-        weights: Mapping[str, float] | Mapping[str, Tensor],
+        weights: Mapping[str, float | Tensor],
         left_out: Tensor | None = None,
     ) -> None:
-        """`update` with the weights of one step, as numbers or as () tensors on the device."""
+        """`update` with the weights of one step, as numbers or, beside `left_out`, as () tensors on the device."""
         if not self.kinds:
             return
         current = [local(p).float() for p in parameters]
         for name, weight in weights.items():
             averages = [local(average) for average in self.averages[name].values()]
             if left_out is None:
-                torch._foreach_lerp_(averages, current, weight)
+                torch._foreach_lerp_(averages, current, float(weight))
             else:
                 torch._foreach_lerp_(averages, current, [weight * (1 - left_out)] * len(averages))
 

@@ -417,7 +417,7 @@ class TrainStep:
             self.ema.update(self.parameters, self.step, self._refused)
         return norms
 
-    def _update_by(self, numbers: Mapping[str, float] | Mapping[str, Tensor]) -> Tensor:
+    def _update_by(self, numbers: Mapping[str, float | Tensor]) -> Tensor:
         """The part of `_update_ahead` that is the device's alone, by the learning rate and the weights of averages of each step."""
         norms = torch._foreach_norm([p.grad for p in self.all_parameters if p.grad is not None])
         norm = torch.linalg.vector_norm(torch.stack(list(norms)))

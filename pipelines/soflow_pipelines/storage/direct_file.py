@@ -34,7 +34,7 @@ def write_hashed(path: Path, parts: Iterable[np.ndarray | bytes]) -> str:
     checksum = hashlib.sha256()
     with DirectFile(path) as file:
         for part in parts:
-            content = memoryview(part).cast("B")
+            content = np.frombuffer(part, np.uint8).data
             for start in range(0, len(content), BLOCK):
                 piece = content[start : start + BLOCK]
                 checksum.update(piece)

@@ -56,6 +56,8 @@ class ShouldStop:
     def _act(self, agreed: int) -> bool:
         if agreed == self.FAILS:
             failure = self.io.failure
-            raise distributed.broadcast_object(failure) if self.setup.world > 1 else failure
+            failure = distributed.broadcast_object(failure) if self.setup.world > 1 else failure
+            assert failure is not None, "the rank that has failed has a failure"
+            raise failure
         self.save_requested = self.save_requested or agreed == self.SAVES
         return agreed == self.STOPS
