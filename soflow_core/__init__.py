@@ -6,6 +6,7 @@ plugins             modules outside the packages that register parts
 networks            interface of networks; diffusion transformer with two times (DiT), and its named sizes
 objectives          training methods, one file each
 samplers            ODE, solution-function and diffusion samplers; noise of a sample by its index
+sampling_networks   networks as sampling runs them: bfloat16, CUDA graphs
 paths               paths from data to noise, with derivatives
 parameterization    the solution function in terms of the network
 times               distributions of training times and the schedule of the middle time

@@ -19,6 +19,7 @@ from torch import Tensor
 from soflow_core.nfe import steps_for
 from soflow_core.objectives import Objective
 from soflow_core.samplers.noise import sample_labels
+from soflow_core.sampling_networks import SamplingNetwork
 from soflow_pipelines.features.network import FeatureNetwork
 from soflow_pipelines.images.codec import Autoencoder, AutoencoderError
 from soflow_pipelines.images.convert import to_uint8
@@ -38,7 +39,7 @@ from soflow_platform.errors import UserError
 from soflow_platform.evaluation.feature_networks import best_device, feature_network
 from soflow_platform.evaluation.ranks import Ranks, SingleProcess
 from soflow_platform.generation.decoding import autoencoder_tag, decode_samples
-from soflow_platform.generation.sampling import SamplingNetwork, generate
+from soflow_platform.generation.sampling import generate
 from soflow_platform.storage.project import ProjectFolder
 from soflow_platform.tracking.store import FLAGS_TAG
 

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from soflow_core.networks import Architecture
 from soflow_core.objectives import Objective
 from soflow_core.samplers.noise import sample_noise
+from soflow_core.sampling_networks import SamplingNetwork
 from soflow_core.settings import SAMPLING, marked
-
-
-class SamplingNetwork(Protocol):
-    """Interface of a network that can be sampled: its config, and F(x, t, s, labels, scale)."""
-
-    @property
-    def config(self) -> Architecture:
-        """Shape and classes of the samples."""
-
-    def __call__(
-        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, scale: Tensor | None = None
-    ) -> Tensor: ...
 
 
 class SampleNoises(Sequence[Tensor]):

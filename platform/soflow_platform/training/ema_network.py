@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from soflow_core.networks import Architecture, NetworkModule
+from soflow_core.sampling_networks import SamplingNetwork
 from soflow_core.train_step import TrainStep
 from soflow_platform.evaluation.ranks import Ranks
-from soflow_platform.generation.sampling import SamplingNetwork
 from soflow_platform.training import distributed
 
 

@@ -20,12 +20,12 @@ from soflow_core.ema import Power
 from soflow_core.host_copy import HostCopy, PendingCopy
 from soflow_core.objectives import Objective
 from soflow_core.random_source import DrawsVersion
+from soflow_core.sampling_networks import SamplingNetwork
 from soflow_core.step_record import StepRecord
 from soflow_core.weights import save_weights, weights_header
 from soflow_platform.errors import JobError
 from soflow_platform.evaluation.evaluator import Interrupted
 from soflow_platform.evaluation.ranks import Ranks
-from soflow_platform.generation.sampling import SamplingNetwork
 from soflow_platform.storage import checkpoints
 from soflow_platform.storage.ema_snapshots import snapshot_file
 from soflow_platform.training import distributed
