@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from soflow_pipelines.images.autoencoder import load_autoencoder
+from soflow_pipelines.images.bfloat16_decoder import in_bfloat16
 from soflow_pipelines.images.codec import AUTOENCODERS, Autoencoder, AutoencoderError, AutoencoderKind
 
 ROWS, LATENT_SIDE = 3, 4
@@ -78,6 +79,18 @@ def test_decoded_latents_are_images(autoencoder: Autoencoder) -> None:
     assert decoded.device.type == "cpu"
     assert decoded.isfinite().all()
     assert not decoded.requires_grad
+
+
+def test_latents_are_decoded_in_bfloat16_too(autoencoder: Autoencoder) -> None:
+    """`soflowctl generate --precision bfloat16` decodes so."""
+    given = images(autoencoder)
+    low = in_bfloat16(autoencoder, "cpu")
+    decoded = low.decode(scaled(autoencoder, low.encode(given)))
+    assert decoded.shape == given.shape
+    assert decoded.dtype == torch.float32
+    assert decoded.device.type == "cpu"
+    assert decoded.isfinite().all()
+    assert low.facts == autoencoder.facts
 
 
 def test_rows_are_independent_and_nothing_is_drawn(autoencoder: Autoencoder) -> None:

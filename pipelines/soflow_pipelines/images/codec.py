@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from soflow_core.failures import InputError
 from soflow_core.registration import Registry
@@ -53,6 +53,17 @@ class Autoencoder(Encoder, Decoder, Protocol):
     """Images to latents and back, on the device that it was opened on. Rows of a batch are independent."""
 
     facts: AutoencoderFacts
+
+
+@runtime_checkable
+class ChannelsLastDecoder(Protocol):
+    """What an autoencoder of convolutions may have beside the rest: its decoder in channels-last memory.
+
+    Convolutions in bfloat16 read such memory as it is. An autoencoder without it is decoded in the memory that it has.
+    """
+
+    def decode_channels_last(self) -> None:
+        """Lays the decoder's weights out in channels-last memory. Encoding does not change."""
 
 
 class AutoencoderKind(ABC):
