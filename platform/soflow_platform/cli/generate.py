@@ -49,6 +49,13 @@ class OutputFormat(str, Enum):
     latents = "latents"
 
 
+class Precision(str, Enum):
+    """In what network and decoder compute."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 def generate(
     model: Annotated[
         str | None,
@@ -105,6 +112,15 @@ def generate(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images decoded and encoded at a time; it does not change them.")
     ] = 64,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the passes of network and decoder; samples are float32.")
+    ] = Precision.float32,
+    compile_network: Annotated[
+        bool, typer.Option("--compile", help="Compile the network: for sets of many images.")
+    ] = False,
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="Record a pass of the network on a GPU once, and replay it.")
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; default one for each GPU, or each core.")
     ] = None,
@@ -146,6 +162,9 @@ def generate(
         sampling=sampling,
         autoencoder=autoencoder,
         batch=batch_size,
+        precision=precision.value,
+        compile=compile_network,
+        graphs=graphs,
         workers=workers,
         address=address,
     )

@@ -4,6 +4,7 @@ chosen_labels           labels by a rule or from a table
 decoding                samples of a network to images
 diffusers_pipeline      the pipeline of a folder for diffusers, copied there
 diffusers_transformer   the network of a folder for diffusers, copied there
+execution               how network and decoder are run: precision, compiled, recorded
 finished_set            completes a set: manifest, .npz, grid; verifies one
 generator               samples and images from a weights file
 output_formats          PNG, WebDataset, Parquet, .npz, latents

@@ -1,13 +1,14 @@
 """Generates samples and images from a weights file: network, sampler and decoder in one object.
 
-Sample i is a function of (weights, seed, i, label i, sampler, steps): the noise comes from (seed, i), and every pass of the network
-and of the decoder has the same batch size, the last one filled up, so that neighbours cannot change the rounding.
+Sample i is a function of (weights, seed, i, label i, sampler, steps, execution): the noise comes from (seed, i), and every pass of
+the network and of the decoder has the same batch size, the last one filled up, so that neighbours cannot change the rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from soflow_core.networks import NetworkModule
 from soflow_core.objectives import Objective
+from soflow_core.sampling_networks import SamplingNetwork
 from soflow_core.weights import Weights, WeightsError, build_network, load_weights
 from soflow_pipelines.images.codec import Autoencoder
 from soflow_pipelines.images.convert import to_uint8
@@ -24,6 +26,7 @@ from soflow_pipelines.shards.info import DatasetInfo
 from soflow_platform.config.sampling_settings import with_sampling
 from soflow_platform.errors import UserError
 from soflow_platform.generation.decoding import decode_samples, open_sample_decoder, require_finite
+from soflow_platform.generation.execution import Execution
 from soflow_platform.generation.sampling import generate
 
 BATCH = 64
@@ -51,6 +54,8 @@ class Generator:
     """Description of the training data; None where the weights name none."""
     decoder: Autoencoder | None = None
     """Decodes samples to images; None for a network of pixels, and where latents are not to be decoded."""
+    execution: Execution = field(default_factory=Execution)
+    """How the network is run; `decoder` is one that is run so already."""
 
     @classmethod
     def open(
@@ -59,23 +64,29 @@ class Generator:
         sampling: Mapping[str, Any] | None = None,
         autoencoder: str | None = None,
         decode: bool = True,
+        execution: Execution | None = None,
     ) -> Generator:
         """Read weights that this platform saved, and with `decode` the autoencoder of the latents that they were trained on.
 
         `sampling` replaces sampler settings of the training, `autoencoder` (a folder or an id) the autoencoder that the weights
-        name. Raises InputError for a file that is not such weights, settings that the method does not have, and AutoencoderError for
-        latents whose autoencoder cannot be loaded, or an autoencoder that did not make them.
+        name. `execution` is how both are run, in float32 by default. Raises InputError for a file that is not such weights, settings
+        that the method does not have, an execution that this machine has no device for, and AutoencoderError for latents whose
+        autoencoder cannot be loaded, or an autoencoder that did not make them.
         """
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        execution = execution or Execution()
+        execution.require_device(device)
         weights, objective = read_weights(path)
         objective = with_sampling(objective, sampling or {})
         try:
             network = build_network(weights)
         except WeightsError as error:
             raise UserError(f"{path} does not hold a generator: {error}.") from None
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         info = DatasetInfo.from_facts(weights.data)
         decoder = open_sample_decoder(network.config, info, autoencoder, device) if decode else None
-        return cls(network.to(device), objective, info, decoder)
+        if decoder is not None:
+            decoder = execution.run_decoder(decoder, device)
+        return cls(network.to(device), objective, info, decoder, execution)
 
     @property
     def classes(self) -> int | None:
@@ -86,6 +97,11 @@ class Generator:
     def device(self) -> torch.device:
         """Device of the network."""
         return next(self.network.parameters()).device
+
+    @cached_property
+    def _run_network(self) -> SamplingNetwork:
+        """The network as it is run; what is compiled and recorded lasts as long as the generator."""
+        return self.execution.run_network(self.network)
 
     def samples(
         self, indices: Sequence[int] | Tensor, labels: Sequence[int] | Tensor | None, seed: int, steps: int
@@ -104,7 +120,7 @@ class Generator:
             full_labels = (
                 None if part_labels is None else torch.cat([part_labels, part_labels[-1:].expand(fill)])
             )
-            samples = generate(self.network, self.objective, seed, full, full_labels, steps, self.device)
+            samples = generate(self._run_network, self.objective, seed, full, full_labels, steps, self.device)
             yield require_finite(samples[: len(part)], part)
 
     def decoded(

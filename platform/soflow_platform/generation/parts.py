@@ -81,7 +81,9 @@ class PartMaker:
         self._plan, self._count = plan, count
         self._store = open_storage(plan.out)
         decode = not plan.format.stores_latents
-        self._generator = Generator.open(plan.weights, plan.sampling, plan.autoencoder, decode)
+        self._generator = Generator.open(
+            plan.weights, plan.sampling, plan.autoencoder, decode, plan.execution
+        )
         self._encoders = ThreadPoolExecutor(threads, thread_name_prefix="encode")
 
     def close(self) -> None:

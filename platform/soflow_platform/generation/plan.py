@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from soflow_pipelines.storage.files import parse_json
 from soflow_pipelines.storage.object_store import ObjectStore
 from soflow_platform.errors import UserError
 from soflow_platform.generation.chosen_labels import ChosenLabels
+from soflow_platform.generation.execution import Execution
 from soflow_platform.generation.generator import BATCH
 from soflow_platform.generation.output_formats import FORMATS, NpzFormat, OutputFormat, PngFormat
 
@@ -69,6 +70,11 @@ class GenerationPlan:
     @property
     def format(self) -> OutputFormat:
         return FORMATS[self.settings["format"]]
+
+    @property
+    def execution(self) -> Execution:
+        """How network and decoder are run."""
+        return Execution(**{each.name: self.settings[each.name] for each in fields(Execution)})
 
     @property
     def count(self) -> int:
@@ -138,7 +144,8 @@ def claim(plan: GenerationPlan, store: ObjectStore, names: Sequence[str]) -> Non
             )
         store.write(SETTINGS_NAME, json.dumps(wanted, indent=1).encode())
         return
-    present = read_settings(store)
+    # A set of an earlier version does not say how network and decoder were run: as is the default.
+    present = {**asdict(Execution()), **read_settings(store)}
     if "per_part" not in present:
         raise UserError(
             f"{store.uri} holds images of an earlier version of soflow, which kept no checksums: choose another --out."

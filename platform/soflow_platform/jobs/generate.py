@@ -1,7 +1,7 @@
 """`soflowctl generate`: images from weights, in numbered parts, by a pool of actors or in this process.
 
-Image i is a function of (weights, seed, i, label i, sampler, steps) alone, in whichever process and order it is made: a command that
-was interrupted makes only the parts that are missing, and every run of it gives the same bytes.
+Image i is a function of (weights, seed, i, label i, sampler, steps, execution) alone, in whichever process and order it is made: a
+command that was interrupted makes only the parts that are missing, and every run of it gives the same bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from soflow_platform.config.locations import absolute_autoencoder
 from soflow_platform.errors import UserError
 from soflow_platform.generation.chosen_labels import ChosenLabels, labels_by_rule, labels_of_table
 from soflow_platform.generation.decoding import autoencoder_tag, open_sample_decoder
+from soflow_platform.generation.execution import Execution
 from soflow_platform.generation.finished_set import finish, remove_leftovers
 from soflow_platform.generation.output_formats import FORMATS, PngFormat
 from soflow_platform.generation.parts import PartMaker, naming_the_place
@@ -93,6 +94,7 @@ def generate(
             # Every machine of a cluster reads the weights from the project folder.
             copies = project.root / "evaluations" / "weights"
         plan = make_plan(request, project, store, copies)
+        require_devices(plan.execution, request.address)
         claim(plan, out, out.names())
         # After the claim: a folder that is refused is left as it was.
         stack.enter_context(_exclusive(out))
@@ -117,6 +119,19 @@ def _result(plan: GenerationPlan, made: int, seconds: float) -> Generated:
     rejected = len(plan.chosen.rejected)
     how = plan.settings["steps"], plan.settings["sampling"]
     return Generated(plan.out, made, plan.count - made, plan.parts, rejected, seconds, grid, *how)
+
+
+def require_devices(execution: Execution, address: str | None) -> None:
+    """Raises UserError where this machine, or the cluster at `address`, lacks the devices on which passes are run so."""
+    if address is None:
+        execution.require_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return
+    if execution.graphs:
+        with connected(address) as cluster:
+            if cluster.gpus < 1:
+                raise UserError(
+                    f"--graphs records passes of a network on a GPU, and the cluster at {address} has none: leave it out."
+                )
 
 
 def make_plan(
@@ -145,6 +160,7 @@ def make_plan(
         "nfe": nfe,
         "seed": request.seed,
         "sampling": sampling_facts(model.objective),
+        **asdict(Execution(request.precision, request.compile, request.graphs)),
         "autoencoder": None if decoder is None else autoencoder_tag(decoder.facts),
         "labels": chosen.rule,
         "num": chosen.requested,

@@ -146,6 +146,12 @@ class GenerateRequest:
     """Decodes latents. None: the autoencoder that made them."""
     batch: int = 64
     """Images decoded and encoded at a time."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the passes of network and decoder."""
+    compile: bool = False
+    """Compile the network."""
+    graphs: bool = False
+    """Record the network's pass as a CUDA graph."""
     workers: int | None = None
     """Actors; None: one for each GPU or CPU, and none for few images."""
     address: str | None = None
