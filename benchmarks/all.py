@@ -97,14 +97,7 @@ BENCHMARKS = {
     "loader": Small("--samples 2000", shown=("met at least # times h5py: # [2]",)),
     "fid": Small("--dim 512 --rounds 1"),
     "draws": Small("--batch 256 --steps 40"),
-    "prepare": Small(
-        "--repeat 1 --copies 1",
-        shown=tuple(
-            f"{kind}: {way}, of the loop"
-            for kind in ("pixels", "latents")
-            for way in ("prepare, one core", "prepare")
-        ),
-    ),
+    "prepare": Small("--repeat 1 --copies 1"),
     "generate": Small("--small"),
     "decoding": Small("--small"),
     "startup": Small("--rounds 1"),
