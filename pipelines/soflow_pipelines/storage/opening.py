@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Protocol
 
 from soflow_core.failures import printable
-from soflow_pipelines.storage.direct_file import DirectFile
 from soflow_pipelines.storage.files import named_when_done, temporary_folder
 from soflow_pipelines.storage.http import WebFolder
 from soflow_pipelines.storage.local import LocalFolder
@@ -88,6 +87,9 @@ def staged_file(store: ObjectStore, path: Path) -> Iterator[WritableFile]:
     """
     with named_when_done(path) as partial:
         if isinstance(store, LocalFolder):
+            # It needs NumPy, which commands that only read small files do not wait for.
+            from soflow_pipelines.storage.direct_file import DirectFile
+
             with DirectFile(partial) as direct:
                 yield direct
                 direct.finish()
