@@ -82,6 +82,18 @@ def check_combination(
         )
 
 
+def check_recompute(objective: Objective, network: nn.Module) -> None:
+    """Raises ValueError where blocks cannot be run again in the backward pass."""
+    if not isinstance(network, NetworkModule) or not network.config.recomputes:
+        raise ValueError(
+            "recompute runs the blocks of a network again, and this one has none that can: turn it off"
+        )
+    if objective.uses_jvp:
+        raise ValueError(
+            f"{objective.method} takes a Jacobian-vector product, which torch carries through no recomputed blocks: turn recompute off"
+        )
+
+
 def check_graphs(
     objective: Objective, device: torch.device, sync: GradientSync, drawn_by_host: Mapping[str, bool]
 ) -> None:

@@ -38,7 +38,13 @@ from soflow_core.sharding import (
     substituted,
     whole,
 )
-from soflow_core.step_checks import check_combination, check_conditions, check_graphs, check_shapes
+from soflow_core.step_checks import (
+    check_combination,
+    check_conditions,
+    check_graphs,
+    check_recompute,
+    check_shapes,
+)
 from soflow_core.step_record import StartedStep, StepRecord, culprit, read
 
 MOST_GRAPHS = 32
@@ -68,6 +74,8 @@ class TrainStepConfig:
     """Largest norm of all gradients together; None does not clip."""
     accumulate: int = 1
     """Strided pieces that the rows are taken in, one backward pass each, for less memory."""
+    recompute: bool = False
+    """Runs the network's blocks again in the backward pass: less memory, a forward pass more for each pass with gradient."""
     compile: bool = False
     graphs: bool = False
     """Records a step on a GPU as CUDA graphs, passes and update, and replays them: for networks whose kernels are shorter than their
@@ -152,6 +160,9 @@ class TrainStep:
             teacher=None if teacher_decay is None else self._averaged(teacher_decay),
             uniform=self.mesh is not None,
         )
+        if config.recompute:
+            check_recompute(objective, network)
+            cast(NetworkModule, network).checkpoint_blocks = True
         if config.compile:
             compile_blocks(self.module)
         self.recorded: RecordedPasses | None = None

@@ -29,6 +29,8 @@ class Architecture(ABC):
 
     kind: ClassVar[str]
     """Name of the network in sweep files and weights headers, given by `@register`."""
+    recomputes: ClassVar[bool] = False
+    """Whether its network heeds `checkpoint_blocks`."""
 
     channels: int
     height: int
@@ -159,6 +161,10 @@ class NetworkModule(nn.Module):
 
     tap: TokenTap | None = None
     """Where tokens of a block are kept, set by a training step (`soflow_core.alignment`); networks with `block_tokens` offer them."""
+
+    checkpoint_blocks: bool = False
+    """Whether blocks are run again in the backward pass, so that of their activations the inputs alone are kept until then (activation
+    checkpointing). A training step sets it, of networks whose architecture says `recomputes`."""
 
     @property
     def dropout_share(self) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,8 @@ SMALL_SIDE, SMALL_HIDDEN, SMALL_HEADS, SMALL_DEPTH, SMALL_TOKENS = 4, 32, 2, 2, 
 @dataclass(frozen=True)
 class DiTConfig(Architecture):
     """Architecture of a DiT."""
+
+    recomputes: ClassVar[bool] = True
 
     patch: int
     """Side of a square patch, in pixels of the input."""
@@ -376,7 +378,10 @@ class DiT(NetworkModule):
         """Tokens (B, N, D) behind some blocks; their number counts from `tapped_from` where they may be tapped."""
         for number, block in enumerate(blocks, start=tapped_from or 0):
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, condition, self.rope, use_reentrant=False)
+                # Nothing is drawn in a pass, and a CUDA graph could not record how generators stand.
+                tokens = checkpoint(
+                    block, tokens, condition, self.rope, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 tokens = block(tokens, condition, self.rope)
             if self.tap is not None and tapped_from is not None:

@@ -18,7 +18,6 @@ from soflow_core.settings import identifying
 from soflow_platform.config.comparison import USUAL_COMPARISON, SamplingConfig
 from soflow_platform.config.evaluation import DIGITS, EvaluationConfig
 from soflow_platform.config.gate import RegistryConfig
-from soflow_platform.config.graphs import obstacle_to_graphs
 from soflow_platform.config.mid_run import changeable, check_order, may_change, rebuilt_for, with_changes
 from soflow_platform.config.parts import PartOf, network_section
 from soflow_platform.config.plugin_settings import Plugins
@@ -30,6 +29,7 @@ from soflow_platform.config.sections import (
     Seed,
     TrackingConfig,
 )
+from soflow_platform.config.step_options import obstacle_to_graphs, obstacle_to_recompute
 from soflow_platform.config.training import AlignmentConfig, ResourcesConfig, TrainingConfig
 
 DECIDING_SECTIONS = ("seed", "data", "network", "objective", "optimizer")
@@ -123,6 +123,16 @@ class Experiment(Section):
             obstacle = obstacle_to_graphs(self.training, self.resources, self.network, self.objective)
             if obstacle is not None:
                 raise ValueError(f"training.graphs {obstacle}, or leave training.graphs out")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_can_be_recomputed(self) -> Experiment:
+        if self.training.recompute:
+            obstacle = obstacle_to_recompute(self.network.architecture_class, self.objective)
+            if obstacle is not None:
+                raise ValueError(
+                    f"training.recompute {obstacle}: leave it out, or take training.accumulate for less memory"
+                )
         return self
 
     @model_validator(mode="after")

@@ -76,6 +76,8 @@ class TrainingConfig(Section):
     """Pieces that each worker takes its samples of a step in, one after the other: less memory, the same gradients."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """`ddp`: every worker holds the whole network. `fsdp`: each holds a share of it and of its optimizer state."""
+    recompute: bool = False
+    """Runs the network's blocks again in the backward pass: less memory, a forward pass more for each pass with gradient."""
     compile: bool = False
     graphs: bool = False
     """Records the passes of a step as a CUDA graph and replays it: for networks whose kernels are shorter than their launches."""

@@ -67,21 +67,37 @@ def worker_memory(
 
 
 def step_activations(network: DiTConfig, passes: list[Pass], rows: int) -> float:
-    """Bytes that calls with gradient keep for the backward pass, and the largest call without gradient beside them."""
+    """Bytes that calls with gradient keep for the backward pass, and beside them the largest call without one, or block run again."""
     kept, beside = 0.0, 0.0
     for call in passes:
         if call.gradient:
-            kept += rows * call.rows * saved_bytes(network, call.bfloat16)
+            kept += rows * call.rows * saved_bytes(network, call.bfloat16, call.recomputed)
             kept += HALF * network.trained_parameters() if call.bfloat16 else 0
+            if call.recomputed:
+                beside = max(beside, rows * call.rows * block_bytes(network, call.bfloat16))
         else:
             beside = max(beside, rows * call.rows * running_bytes(network, call))
     return kept + beside
 
 
-def saved_bytes(network: DiTConfig, bfloat16: bool) -> float:
-    """Bytes that a pass of one sample keeps for its backward pass.
+def saved_bytes(network: DiTConfig, bfloat16: bool, recomputed: bool = False) -> float:
+    """Bytes that a pass of one sample keeps for its backward pass; of recomputed blocks the inputs alone."""
+    number = HALF if bfloat16 else FLOAT
+    adaln = not network.condition_tokens
+    n, d, patches = network.tokens, network.hidden, network.patches
+    output = FLOAT * n * d + ((FLOAT if adaln else 0) + number) * patches * d + 2 * patches * FLOAT
+    embeddings = network.embedders * (FREQUENCIES + 2 * d) * FLOAT
+    # The sum of the embeddings, and the output layer's modulation.
+    embeddings += d * FLOAT + 2 * d * number if adaln else 0
+    sample = network.channels * network.height * network.width * number
+    block = FLOAT * n * d if recomputed else block_bytes(network, bfloat16)
+    return network.depth * block + output + embeddings + sample
 
-    Each block keeps, of N tokens of width d: in float32 the inputs of both norms and the norms' outputs (4 N d), in the precision of
+
+def block_bytes(network: DiTConfig, bfloat16: bool) -> float:
+    """Bytes that one block keeps for its backward pass.
+
+    Of N tokens of width d: in float32 the inputs of both norms and the norms' outputs (4 N d), in the precision of
     matrix products the inputs of the four linear layers and of GELU (1 + 1 + 1 + 4 + 4), query, key and value (3), and what attention
     and MLP add to the residual stream before it is scaled (2): 80 N d bytes in float32 and 48 N d under autocast. With condition
     tokens a norm's output is itself the input of a linear layer.
@@ -92,14 +108,7 @@ def saved_bytes(network: DiTConfig, bfloat16: bool) -> float:
     block: float = ((4 if adaln else 2) * FLOAT + 8 * number) * n * d
     # Mean and scale of two norms, the normalizer of attention, and the modulation with its input.
     block += 4 * n * FLOAT + network.heads * n * FLOAT + ((1 + 6 + 2) * d * number if adaln else 0)
-    block += _mlp_bytes(network, bfloat16) + _query_key_bytes(network, bfloat16)
-    patches = network.patches
-    output = FLOAT * n * d + ((FLOAT if adaln else 0) + number) * patches * d + 2 * patches * FLOAT
-    embeddings = network.embedders * (FREQUENCIES + 2 * d) * FLOAT
-    # The sum of the embeddings, and the output layer's modulation.
-    embeddings += d * FLOAT + 2 * d * number if adaln else 0
-    sample = network.channels * network.height * network.width * number
-    return network.depth * block + output + embeddings + sample
+    return block + _mlp_bytes(network, bfloat16) + _query_key_bytes(network, bfloat16)
 
 
 def _mlp_bytes(network: DiTConfig, bfloat16: bool) -> float:

@@ -46,6 +46,7 @@ def build_train_step(
         precision=training.precision,
         clip_norm=training.clip_norm,
         accumulate=training.accumulate,
+        recompute=training.recompute,
         compile=training.compile,
         # A trial of a sweep with graphs has a GPU; `run --local` and the costs of a comparison may have none, and do the same steps.
         graphs=training.graphs and device.type == "cuda",

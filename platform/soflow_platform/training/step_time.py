@@ -45,12 +45,14 @@ class Pass:
     bfloat16: bool
     tangent: bool = False
     """Whether it takes a Jacobian-vector product."""
+    recomputed: bool = False
+    """Whether it is made again in its backward pass."""
 
     @classmethod
-    def of(cls, call: NetworkCall, batch: int, head_share: float = 0.0) -> Pass:
+    def of(cls, call: NetworkCall, batch: int, head_share: float = 0.0, recompute: bool = False) -> Pass:
         """A call in a step of `batch` rows; a second head's own layers are this share of a pass."""
         rows = call.rows / batch * (1 + (head_share if call.head == "both" else 0.0))
-        return cls(rows, call.gradient, call.bfloat16, call.tangent)
+        return cls(rows, call.gradient, call.bfloat16, call.tangent, recompute and call.gradient)
 
     @property
     def forwards(self) -> float:
@@ -59,8 +61,9 @@ class Pass:
 
     @property
     def executed(self) -> float:
-        """As `forwards`, but as torch computes a tangent: it multiplies the weights' tangents, which are zero, as well."""
-        return self.forwards + self.rows * self.tangent
+        """As `forwards`, with what is recomputed, and a tangent as torch computes it: it multiplies the weights' tangents, which are
+        zero, as well."""
+        return self.forwards + self.rows * (self.tangent + self.recomputed)
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,17 @@ def work_of(
     precision: Precision,
     batch: int = 256,
     conditional: bool = True,
+    recompute: bool = False,
 ) -> list[tuple[float, Work]]:
     """For each phase of a training: its share of the steps, and the work of a step; no row is left out, as on a GPU."""
     trained, flops = network.trained_parameters(), 2e9 * forward_gmac(network)
     share_of_head = network.second_head_flops() / flops if flops else 0.0
     counted = min(batch, LARGEST_COUNTED)
     return [
-        (float(share), Work(trained, flops, [Pass.of(call, counted, share_of_head) for call in calls]))
+        (
+            float(share),
+            Work(trained, flops, [Pass.of(call, counted, share_of_head, recompute) for call in calls]),
+        )
         for share, calls in training_calls(objective, counted, conditional, precision)
     ]
 

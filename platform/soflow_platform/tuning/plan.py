@@ -235,7 +235,8 @@ def _phases(trial: Trial, network: Architecture, precision: Precision) -> list[t
     experiment = trial.experiment
     method, batch, conditional = experiment.objective, experiment.training.batch, experiment.data.conditional
     try:
-        phases = work_of(network, method, precision, batch, conditional)
+        recompute = experiment.training.recompute
+        phases = work_of(network, method, precision, batch, conditional, recompute)
     except InputError:
         raise
     except Exception as error:

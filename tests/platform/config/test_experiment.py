@@ -498,3 +498,13 @@ def test_graphs_are_refused_where_the_host_has_a_part_in_each_step(tmp_path: Pat
         "network={kind: unet, dropout: 0.1}": "does not go with network.dropout: leave it out",
     }.items():
         assert f"training.graphs {sentence}" in refusal(path, gpu, "training.graphs=true", override)
+
+
+def test_recompute_is_refused_where_blocks_cannot_be_run_again(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    assert read_experiment(path, ("training.recompute=true",))[0].training.recompute
+    for override, sentence in (
+        ("objective={method: meanflow}", "does not go with meanflow, whose Jacobian-vector product"),
+        ("network={kind: unet}", "runs the blocks of a network again, which the kind unet has none of"),
+    ):
+        assert f"training.recompute {sentence}" in refusal(path, "training.recompute=true", override)

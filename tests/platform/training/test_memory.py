@@ -24,10 +24,10 @@ TOTAL = 64
 """Steps of a training, one for each point at which phases are looked for."""
 
 
-def step_flops(objective: Objective, step: int, batch: int) -> int:
+def step_flops(objective: Objective, step: int, batch: int, recompute: bool = False) -> int:
     """FLOPs that torch counts in a step: loss and backward pass, with attention in operations that it knows."""
     generator = torch.Generator().manual_seed(0)
-    network = DiT(NETWORK)
+    network = DiT(NETWORK, checkpoint_blocks=recompute)
     data = Batch(torch.randn(batch, 4, 16, 16, generator=generator), torch.zeros(batch, dtype=torch.int64))
     draws = objective.draw(generator, batch, (4, 16, 16), True)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -46,6 +46,15 @@ def test_flops_of_a_step_are_those_that_torch_counts(method: str) -> None:
         flops = work.executed * work.forward_flops * batch
         # The first layer needs no gradient of its input.
         assert flops == pytest.approx(step_flops(objective, step, batch), rel=0.005)
+
+
+def test_flops_of_recomputed_blocks_are_counted() -> None:
+    ((_, work),) = work_of(NETWORK, SoFlow(), "float32", 8, recompute=True)
+    flops = work.executed * work.forward_flops * 8
+    # Patches, embeddings and the output layer are not run again.
+    assert flops == pytest.approx(step_flops(SoFlow(), 0, 8, recompute=True), rel=0.01)
+    assert work.forwards == 4.5
+    assert work.executed == 5.5
 
 
 def kept_bytes(network: DiT, rows: int, bfloat16: bool) -> int:
@@ -87,9 +96,13 @@ def test_what_a_sample_keeps_for_the_backward_pass_is_counted_to_the_byte(
 
 
 @pytest.mark.parametrize(
-    ("objective", "tolerance"), [(SoFlow(), 0.1), (MeanFlow(), 0.15)], ids=["soflow", "meanflow"]
+    ("objective", "tolerance", "recompute"),
+    [(SoFlow(), 0.1, False), (MeanFlow(), 0.15, False), (SoFlow(), 0.1, True)],
+    ids=["soflow", "meanflow", "soflow recomputed"],
 )
-def test_memory_of_a_step_is_that_of_its_tensors(objective: Objective, tolerance: float) -> None:
+def test_memory_of_a_step_is_that_of_its_tensors(
+    objective: Objective, tolerance: float, recompute: bool
+) -> None:
     batch = 24
     experiment = Experiment.model_validate(
         {
@@ -97,11 +110,18 @@ def test_memory_of_a_step_is_that_of_its_tensors(objective: Objective, tolerance
             "data": {"shape": [4, 16, 16], "classes": 10},
             "network": {"patch": 2, "hidden": 192, "depth": 3, "heads": 4},
             "objective": objective,
-            "training": {"steps": 64, "batch": batch, "ema": [0.9, 0.99], "precision": "float32"},
+            "training": {
+                "steps": 64,
+                "batch": batch,
+                "ema": [0.9, 0.99],
+                "precision": "float32",
+                "recompute": recompute,
+            },
             "evaluation": {"every": 64},
         }
     )
-    phases = [(share, work.passes) for share, work in work_of(NETWORK, objective, "float32", batch)]
+    counted = work_of(NETWORK, objective, "float32", batch, recompute=recompute)
+    phases = [(share, work.passes) for share, work in counted]
     memory = worker_memory(experiment, NETWORK, phases)
     assert memory.averages == 2 * memory.gradients
     assert memory.activations == max(step_activations(NETWORK, passes, batch) for _, passes in phases)

@@ -1,9 +1,10 @@
-"""Check of `training.graphs` against the other settings: what cannot be recorded as a CUDA graph."""
+"""Checks of `training.graphs` and `training.recompute` against the other settings: what cannot be recorded, or run again."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from soflow_core.networks import Architecture
 from soflow_core.objectives import Objective
 from soflow_platform.config.training import ResourcesConfig, TrainingConfig
 
@@ -29,4 +30,13 @@ def obstacle_to_graphs(
             return f"does not go with {setting}: leave it out"
     if objective.schedules(0, training.steps) is None:
         return f"needs a method that says what changes from step to step: define `schedules` of {objective.method}"
+    return None
+
+
+def obstacle_to_recompute(architecture: type[Architecture], objective: Objective) -> str | None:
+    """Why a network's blocks cannot be run again in the backward pass; None where they can."""
+    if not architecture.recomputes:
+        return f"runs the blocks of a network again, which the kind {architecture.kind} has none of"
+    if objective.uses_jvp:
+        return f"does not go with {objective.method}, whose Jacobian-vector product torch does not carry through them"
     return None
