@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from soflow_core.failures import printable, summarize
 from soflow_pipelines.shards.info import INFO_NAME, DatasetInfo, ShardError
 from soflow_pipelines.shards.schema import MAX_CLASSES, MAX_COUNT, is_digest, is_sha256, is_shard_name
+from soflow_pipelines.storage.local import LocalFolder
 from soflow_pipelines.storage.object_store import ObjectStore, read_at_most
 from soflow_pipelines.storage.opening import open_storage
 
@@ -201,11 +202,11 @@ class OpenTable:
         self.schema = schema if columns is None else pa.schema([schema.field(column) for column in columns])
         self._texts = [column.name for column in self.schema if pa.types.is_string(column.type)]
         with self._understood():
-            content = read_at_most(store, name, MOST_BYTES[name])
+            content = _content(store, name)
             # Arrow's threads would call a Python file, and end the process with SIGABRT where they do so while Python ends.
             source = pa.BufferReader(content)
             opened = pq.ParquetFile(source)
-            _check_extent(opened.metadata, len(content))
+            _check_extent(opened.metadata, content.size)
             _check_columns(opened.schema_arrow, self.schema)
             # Texts stay dictionaries until their lengths are known: a few bytes of a file can repeat a long one very often.
             self._file = pq.ParquetFile(source, metadata=opened.metadata, read_dictionary=self._texts)
@@ -244,6 +245,17 @@ class OpenTable:
             yield
         except (ValueError, OSError, OverflowError, pa.ArrowException) as error:
             raise ShardError(f"{self._place} cannot be understood: {printable(summarize(error))}.") from error
+
+
+def _content(store: ObjectStore, name: str) -> pa.Buffer:
+    """A file's bytes; of a local one as they are mapped, which takes no memory of the process. Raises ValueError where it is too large."""
+    if not isinstance(store, LocalFolder):
+        return pa.py_buffer(read_at_most(store, name, MOST_BYTES[name]))
+    size = store.size(name) or 0
+    if size > MOST_BYTES[name]:
+        raise ValueError(f"it has more than {MOST_BYTES[name]} bytes")
+    with pa.memory_map(str(store.path(name))) as file:
+        return file.read_buffer(size)
 
 
 def _check_extent(metadata: pq.FileMetaData, size: int) -> None:
