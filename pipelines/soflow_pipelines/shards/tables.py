@@ -248,7 +248,7 @@ class OpenTable:
 
 
 def _content(store: ObjectStore, name: str) -> pa.Buffer:
-    """A file's bytes; of a local one as they are mapped, which takes no memory of the process. Raises ValueError where it is too large."""
+    """A file's bytes; a local one is mapped, which takes no memory of the process. Raises ValueError where it is too large."""
     if not isinstance(store, LocalFolder):
         return pa.py_buffer(read_at_most(store, name, MOST_BYTES[name]))
     size = store.size(name) or 0
