@@ -23,6 +23,9 @@ dropout             seed of a network's dropout in a training step
 alignment           a term that aligns hidden tokens with features of the clean image (REPA's idea)
 step_checks         checks of what a training step is made of
 train_step          one optimizer step of any objective, and its state
+update              what clipping, optimizer and averages do once the gradients are there
+recorded_passes     the passes of a step as a CUDA graph
+recorded_update     its update as another one
 gradient_sync       averages gradients over ranks: DDP, one all-reduce, FSDP
 sharding            FSDP2: a network whose parameters are split over ranks
 rank_check          compares tensors of all ranks bit for bit

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from soflow_core.alignment import Alignment, AlignmentTerm
 from soflow_core.augmentation import augmentation
@@ -26,7 +26,6 @@ from soflow_core.optimizer import OptimizerConfig
 from soflow_core.passes import Network, PassPolicy, Precision
 from soflow_core.rank_check import check_replicas
 from soflow_core.recorded_passes import RecordedPasses
-from soflow_core.recorded_update import RecordedUpdate
 from soflow_core.sharding import (
     compile_blocks,
     is_first,
@@ -46,15 +45,12 @@ from soflow_core.step_checks import (
     check_shapes,
 )
 from soflow_core.step_record import StartedStep, StepRecord, culprit, read
+from soflow_core.update import Update
 
 MOST_GRAPHS = 32
 """Limit of compiled versions of a network: one for each pass, branch size, precision and gradient mode. Beyond
 torch's own limit of 8 a network would run uncompiled.
 """
-
-
-RATE = "learning rate"
-"""Key of it among the numbers of an update, whose others are weights of averages by name."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +147,7 @@ class TrainStep:
                 f"{objective.method} has a teacher, an average of every step: set ema_every to 1, it is {config.ema_every}"
             )
         self.ema = EMA(trained, decays, config.power_ema_widths, config.ema_every)
+        self.update = Update(self.all_parameters, self.parameters, self.optimizer, self.ema, config.clip_norm)
         drops = isinstance(network, NetworkModule) and network.dropout_share > 0
         self.policy = PassPolicy(
             self._precision(),
@@ -167,8 +164,6 @@ class TrainStep:
             compile_blocks(self.module)
         self.recorded: RecordedPasses | None = None
         """Where the passes are recorded."""
-        self.recorded_update: RecordedUpdate | None = None
-        """Where the update of steps that run ahead is recorded."""
         if config.graphs:
             by_host = {
                 "dropout": drops,
@@ -177,15 +172,13 @@ class TrainStep:
             }
             check_graphs(objective, self.device, self.sync, by_host)
             self.recorded = RecordedPasses(self._passes, self.all_parameters)
-            self.recorded_update = RecordedUpdate(self._update_by, self.device)
+            self.update.record()
         fused = bool(self.optimizer.defaults.get("fused"))
         self.runs_ahead = fused and self.mesh is None and self.device.type == "cuda"
         """Whether `start` returns before the device has done the step: a fused optimizer can leave out an update by itself."""
         self._started: list[StartedStep] = []
         self._records: list[StepRecord] = []
         """Of started steps that were done at once."""
-        self._refused = torch.zeros((), device=self.device)
-        """1 from a refused step on until `finish`: no update is made."""
 
     def __call__(self, batch: Batch, draws: Draws) -> StepRecord:
         """Makes one step on this rank's rows. Raises ValueError after the last of `total_steps`."""
@@ -199,7 +192,9 @@ class TrainStep:
             terms = dict(zip(values, numbers, strict=True))
             if not math.isfinite(grad_norm):
                 return self._refuse(terms, grad_norm, rate)
-            self._update(norm, rate)
+            self._hold()
+            self.update(norm, rate, self.step + 1)
+            self.step += 1
         return StepRecord.of(self.step, terms, grad_norm, rate)
 
     def start(self, batch: Batch, draws: Draws) -> None:
@@ -219,8 +214,11 @@ class TrainStep:
                 for name, p in zip(self.all_names, self.all_parameters, strict=True)
                 if p.grad is not None
             ]
-            before, norms = self.step, self._update_ahead(rate)
-            self._started.append(StartedStep.of(before, rate, values, named, norms))
+            self._hold()
+            passes = None if self.recorded is None else self.recorded.recording
+            norms = self.update.ahead(rate, self.step + 1, passes)
+            self._started.append(StartedStep.of(self.step, rate, values, named, norms))
+            self.step += 1
 
     def finish(self) -> list[StepRecord]:
         """Waits for the started steps; their records since the last call, in order, up to the first refused one.
@@ -232,7 +230,7 @@ class TrainStep:
         records += read(started)
         if records and not records[-1].finite:
             self.step = records[-1].step
-            self._refused.zero_()
+            self.update.refused.zero_()
             self.optimizer.zero_grad(set_to_none=True)
         return records
 
@@ -341,8 +339,7 @@ class TrainStep:
         self.optimizer.load_state_dict(
             {"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]}
         )
-        if self.recorded_update is not None:
-            self.recorded_update.forget()
+        self.update.forget()
         self.ema.load_state_dict(state["ema"])
         self.step = state["step"]
 
@@ -404,52 +401,6 @@ class TrainStep:
             ):
                 self._backward(given, drawn, policy, losses)
         return {name: torch.stack(parts).mean() for name, parts in losses.items()}
-
-    def _update(self, norm: Tensor, rate: float) -> None:
-        """Optimizer and EMAs."""
-        self._hold()
-        self._optimize(norm, rate)
-        self.step += 1
-        self.ema.update(self.parameters, self.step)
-
-    def _update_ahead(self, rate: float) -> Tensor:
-        """As `_update`, unless the device finds the step not finite or has refused one before it; -> norms as for `StartedStep.of`."""
-        self._hold()
-        passes = None if self.recorded is None else self.recorded.recording
-        numbers = {RATE: rate, **(self.ema.weights(self.step + 1) if self.ema.every == 1 else {})}
-        self.step += 1
-        if passes is not None and self.recorded_update is not None:
-            norms = self.recorded_update(passes, numbers)
-            # For checkpoints: a recording leaves the tensor that it reads.
-            self._set_rate(rate)
-        else:
-            norms = self._update_by(numbers)
-        if self.ema.every > 1:
-            self.ema.update(self.parameters, self.step, self._refused)
-        return norms
-
-    def _update_by(self, numbers: Mapping[str, float | Tensor]) -> Tensor:
-        """The part of `_update_ahead` that is the device's alone, by the learning rate and the weights of averages of each step."""
-        norms = torch._foreach_norm([p.grad for p in self.all_parameters if p.grad is not None])
-        norm = torch.linalg.vector_norm(torch.stack(list(norms)))
-        torch.maximum(self._refused, (~torch.isfinite(norm)).float(), out=self._refused)
-        self._optimize(norm, numbers[RATE], self._refused)
-        self.ema.add(self.parameters, {n: w for n, w in numbers.items() if n != RATE}, self._refused)
-        return torch.stack([norm, *norms])
-
-    def _set_rate(self, rate: float | Tensor) -> None:
-        """`capturable` is torch's word for an optimizer that can be recorded, with a learning rate on the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"], group["capturable"] = rate, isinstance(rate, Tensor)
-
-    def _optimize(self, norm: Tensor, rate: float | Tensor, refused: Tensor | None = None) -> None:
-        """The optimizer's step; none where `refused` is 1 on the device."""
-        if self.config.clip_norm is not None:
-            clip_grads_with_norm_(self.all_parameters, self.config.clip_norm, norm, foreach=True)
-        self._set_rate(rate)
-        # As torch's GradScaler tells fused optimizers to leave an update out.
-        cast(Any, self.optimizer).found_inf = refused
-        self.optimizer.step()
 
     def _compiler(self) -> AbstractContextManager[object]:
         return (

@@ -20,7 +20,6 @@ from soflow_core.objectives.alpha_schedule import AlphaSchedule
 from soflow_core.optimizer import OptimizerConfig
 from soflow_core.passes import PassPolicy
 from soflow_core.recorded_passes import WARM_UP, RecordedPasses, on_device
-from soflow_core.recorded_update import RecordedUpdate
 from soflow_core.step_checks import check_graphs
 from soflow_core.step_record import StepRecord
 from soflow_core.train_step import TrainStep
@@ -144,7 +143,7 @@ def running_ahead(objective: Objective, **settings: Any) -> tuple[TrainStep, Tra
     plain, recorded, _ = trainings(objective, **settings)
     plain.runs_ahead = recorded.runs_ahead = True
     updates = OperationRecorder()
-    recorded.recorded_update = RecordedUpdate(recorded._update_by, recorded.device, updates)
+    recorded.update.record(updates)
     return plain, recorded, updates
 
 
