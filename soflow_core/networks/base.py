@@ -164,7 +164,8 @@ class NetworkModule(nn.Module):
 
     checkpoint_blocks: bool = False
     """Whether blocks are run again in the backward pass, so that of their activations the inputs alone are kept until then (activation
-    checkpointing). A training step sets it, of networks whose architecture says `recomputes`."""
+    checkpointing). A training step sets it, of networks whose architecture says `recomputes`.
+    """
 
     @property
     def dropout_share(self) -> float:

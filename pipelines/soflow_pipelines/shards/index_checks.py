@@ -40,10 +40,7 @@ def count_defects(info: DatasetInfo, records: list[ShardRecord], samples: int) -
 
 def row_defects(info: DatasetInfo, records: list[ShardRecord], index: pa.Table) -> Iterator[tuple[int, str]]:
     """(row of the index, what is wrong) for each row that cannot be a sample of the set, or is not where the writer puts it."""
-    checks = RowChecks(info, records)
-    for start in range(0, len(index), ROWS_AT_ONCE):
-        for row, what in checks.defects(index.slice(start, ROWS_AT_ONCE)):
-            yield start + row, what
+    yield from RowChecks(info, records).defects(index)
 
 
 class RowChecks:
@@ -60,11 +57,12 @@ class RowChecks:
 
     def defects(self, part: pa.Table) -> Iterator[tuple[int, str]]:
         """(row of the part, what is wrong) for each row of the next part that is wrong."""
-        if not len(part):
-            return
-        columns = [part[name].to_numpy().astype(np.int64) for name in COLUMNS]
-        before, self._before = self._before, (int(columns[0][-1]), int(columns[2][-1]))
-        yield from _defects(self._info, self._lengths, columns, before)
+        for start in range(0, len(part), ROWS_AT_ONCE):
+            some = part.slice(start, ROWS_AT_ONCE)
+            columns = [some[name].to_numpy().astype(np.int64) for name in COLUMNS]
+            before, self._before = self._before, (int(columns[0][-1]), int(columns[2][-1]))
+            for row, what in _defects(self._info, self._lengths, columns, before):
+                yield start + row, what
 
 
 def _defects(

@@ -80,7 +80,7 @@ class TrainingConfig(Section):
     """Runs the network's blocks again in the backward pass: less memory, a forward pass more for each pass with gradient."""
     compile: bool = False
     graphs: bool = False
-    """Records the passes of a step as a CUDA graph and replays it: for networks whose kernels are shorter than their launches."""
+    """Records passes and update of a step as CUDA graphs and replays them: for kernels that are shorter than their launches."""
     deterministic: bool = False
     """Deterministic kernels alone, so that a GPU repeats a run bit for bit; slower. CPUs do so anyway."""
     draws: Literal["auto", "generator", "counter"] = "auto"

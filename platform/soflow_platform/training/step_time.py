@@ -61,8 +61,7 @@ class Pass:
 
     @property
     def executed(self) -> float:
-        """As `forwards`, with what is recomputed, and a tangent as torch computes it: it multiplies the weights' tangents, which are
-        zero, as well."""
+        """As `forwards`, with what is recomputed, and a tangent as torch computes it: with the zero tangents of weights too."""
         return self.forwards + self.rows * (self.tangent + self.recomputed)
 
 
