@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from soflow_core.networks import DiT, DiTConfig
@@ -14,6 +15,7 @@ from soflow_core.objectives import FlowMatching, SoFlow
 from soflow_core.objectives.base import Objective
 from soflow_core.weights import save_weights
 from soflow_pipelines.shards.info import DatasetInfo
+from soflow_platform.generation.parts import PartMaker
 from soflow_platform.jobs.generate import Generated, generate
 from soflow_platform.jobs.requests import GenerateRequest
 from soflow_platform.storage.project import ProjectFolder
@@ -48,6 +50,24 @@ def make_set(model: Path, out: str | Path, **settings: Any) -> Generated:
     project = ProjectFolder(model.parent / "runs")
     request = GenerateRequest(str(model), str(out), **{"num": 100, "workers": 1, **settings})
     return generate(request, project, TrackingStore(project.tracking_uri))
+
+
+def interrupt_set(
+    monkeypatch: pytest.MonkeyPatch, part: int, model: Path, out: str | Path, **settings: Any
+) -> None:
+    """`make_set` that ends by KeyboardInterrupt as so many parts have begun."""
+    make, begun = PartMaker.make, []
+
+    def interrupted(maker: PartMaker, task: Any) -> int:
+        begun.append(task.number)
+        if len(begun) == part:
+            raise KeyboardInterrupt
+        return make(maker, task)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PartMaker, "make", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make_set(model, out, **settings)
 
 
 def digests(folder: Path) -> dict[str, str]:

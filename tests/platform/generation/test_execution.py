@@ -20,9 +20,8 @@ from soflow_platform.errors import UserError
 from soflow_platform.generation.execution import Execution
 from soflow_platform.generation.finished_set import verify
 from soflow_platform.generation.generator import Generator
-from soflow_platform.generation.parts import PartMaker
 from soflow_platform.generation.sampling import generate
-from tests.support.generators import digests, make_set, save_digits_generator, save_generator
+from tests.support.generators import digests, interrupt_set, make_set, save_digits_generator, save_generator
 from tests.support.in_process import run_here
 from tests.support.recorded_operations import OperationRecorder
 from tests.support.small_networks import latent_set
@@ -92,18 +91,7 @@ def test_a_set_in_bfloat16_has_the_same_bytes_in_any_batches_and_after_an_interr
 ) -> None:
     given = {"num": 150, "format": kind, "precision": "bfloat16", "steps": 2}
     make_set(model, tmp_path / "whole", **given)
-    make, begun = PartMaker.make, []
-
-    def interrupted(maker: PartMaker, task: Any) -> int:
-        begun.append(task.number)
-        if len(begun) == 2:
-            raise KeyboardInterrupt
-        return make(maker, task)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(PartMaker, "make", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            make_set(model, tmp_path / "cut", **given)
+    interrupt_set(monkeypatch, 2, model, tmp_path / "cut", **given)
     assert make_set(model, tmp_path / "cut", batch=7, **given).kept == 64
     assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
     assert verify(str(tmp_path / "cut")) == (150, [])

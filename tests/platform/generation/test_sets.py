@@ -24,7 +24,14 @@ from soflow_platform.generation.finished_set import verify
 from soflow_platform.generation.generator import Generator
 from soflow_platform.generation.parts import PartMaker
 from soflow_platform.jobs import generate as job
-from tests.support.generators import NAMES, digests, make_set, save_digits_generator, save_generator
+from tests.support.generators import (
+    NAMES,
+    digests,
+    interrupt_set,
+    make_set,
+    save_digits_generator,
+    save_generator,
+)
 from tests.support.small_networks import latent_set
 
 FORMATS = ("png", "webdataset", "parquet", "npz", "latents")
@@ -108,18 +115,7 @@ def test_the_order_of_parts_does_not_change_a_byte(
 def test_an_interrupted_set_is_completed_with_the_same_bytes(
     model: Path, sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    make, begun = PartMaker.make, []
-
-    def interrupted(maker: PartMaker, task: Any) -> int:
-        begun.append(task.number)
-        if len(begun) == 3:
-            raise KeyboardInterrupt
-        return make(maker, task)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(PartMaker, "make", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            make_set(model, tmp_path / "out", num=150, format=kind, seed=5)
+    interrupt_set(monkeypatch, 3, model, tmp_path / "out", num=150, format=kind, seed=5)
     with pytest.raises(UserError, match="is not finished: run its `soflowctl generate` again"):
         damages(tmp_path / "out")
     done = make_set(model, tmp_path / "out", num=150, format=kind, seed=5)
