@@ -101,6 +101,7 @@ def test_a_job_saves_before_its_time_limit_and_goes_on_when_it_is_started_again(
         printed = end(process, log)
         assert "2 nodes answer at" in printed
         assert "queued again" in printed
+        assert "Draining" not in printed
         assert (stand_ins / "requeued").read_text() == f"requeue {number}\n"
         (record,) = all_records(storage)
         (trial,) = record.trials
