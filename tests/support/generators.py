@@ -55,7 +55,7 @@ def make_set(model: Path, out: str | Path, **settings: Any) -> Generated:
 def interrupt_set(
     monkeypatch: pytest.MonkeyPatch, part: int, model: Path, out: str | Path, **settings: Any
 ) -> None:
-    """`make_set` that ends by KeyboardInterrupt as so many parts have begun."""
+    """`make_set`, ended by KeyboardInterrupt when its `part`-th part begins, counted from 1."""
     make, begun = PartMaker.make, []
 
     def interrupted(maker: PartMaker, task: Any) -> int:
